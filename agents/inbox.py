@@ -1,0 +1,244 @@
+"""The one door in: whatever is asked, over HTTP, in a room or on the stream, comes through `ask()`."""
+
+import hashlib
+import re
+import uuid
+from dataclasses import dataclass
+from functools import partial
+
+import orjson
+from django.conf import settings
+from django.db import IntegrityError, transaction
+from django.db.models import F
+from django.utils import timezone
+
+from agents import stream
+from agents.models import Event, IdempotencyKey, Run, new_run_id
+from chat.models import CHOSEN_ID, Message, Thread, ThreadQuerySet, new_thread_id
+from realm.models import User
+
+MAX_MODEL_LENGTH = 100
+MAX_CORRELATION_LENGTH = 200
+MAX_KEY_LENGTH = 255
+# What no database or JSON reader can be relied on to carry.
+UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
+
+
+class Refused(Exception):
+    """What was asked cannot be done; the message says why and is safe to show."""
+
+
+class Invalid(Refused):
+    """A value is wrong."""
+
+
+class UnknownThread(Refused):
+    """The thread is somebody else's: to the asker it does not exist."""
+
+
+class KeyReused(Refused):
+    """The idempotency key stands for another request."""
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """What was made of a question; the same again for a repeat with its idempotency key."""
+
+    run_id: str
+    thread_id: str
+    message_id: uuid.UUID
+    model: str
+    correlation_id: str
+    repeated: bool = False
+
+
+@dataclass(frozen=True)
+class Idempotency:
+    """A caller's key: unique for the caller, for good."""
+
+    caller: str
+    key: str
+
+
+def ask(
+    *,
+    content: str,
+    source: Run.Source,
+    threads: ThreadQuerySet,
+    owner: User | None = None,
+    thread_id: str | None = None,
+    model: str | None = None,
+    correlation_id: str | None = None,
+    idempotency: Idempotency | None = None,
+    run_id: str | None = None,
+    event_id: uuid.UUID | None = None,
+) -> Accepted:
+    """Record a question and the run that will answer it: thread, message, run and event in one
+    transaction; the event goes to the stream after the commit.
+
+    `threads` are those that the asker may write to. A `thread_id` that nobody has yet makes a new
+    thread of that name, owned by `owner`. `event_id` is given by whoever has read the event from the
+    stream already. Raises `Refused`.
+    """
+    content = clean_content(content)
+    model = choose_model(model)
+    correlation_id = _clean_correlation_id(correlation_id)
+    for name, value in (("threadId", thread_id), ("runId", run_id)):
+        if value is not None and not CHOSEN_ID.match(value):
+            raise Invalid(f"{name} must be 1 to 64 letters, digits, '_' or '-'.")
+    asked = Accepted(
+        run_id=run_id or new_run_id(),
+        thread_id=thread_id or new_thread_id(),
+        message_id=uuid.uuid4(),
+        model=model,
+        correlation_id=correlation_id or str(uuid.uuid4()),
+    )
+    fingerprint = _fingerprint(content, model, thread_id, correlation_id) if idempotency else ""
+    if idempotency and (earlier := _repeat(idempotency, fingerprint)):
+        return earlier
+    try:
+        with transaction.atomic():
+            if idempotency:
+                _keep(idempotency, fingerprint, asked)
+            _write(
+                asked, content, source, threads, owner, event_id, is_new_thread=thread_id is None
+            )
+    except IntegrityError:
+        # Another request with the same key was first by a hair.
+        if idempotency and (earlier := _repeat(idempotency, fingerprint)):
+            return earlier
+        raise
+    return asked
+
+
+def clean_content(content: str) -> str:
+    content = content.strip()
+    if not content:
+        raise Invalid("content must be at least 1 character long, blanks at its ends not counted.")
+    if UNSTORABLE.search(content):
+        raise Invalid("content must not contain NUL characters or unpaired surrogates.")
+    return content
+
+
+def choose_model(model: str | None) -> str:
+    """The model asked for, or the default one. Raises `Invalid` when it is not allowed."""
+    if model is None:
+        return settings.CHAT_DEFAULT_MODEL
+    model = model.strip()
+    if not 1 <= len(model) <= MAX_MODEL_LENGTH or UNSTORABLE.search(model):
+        raise Invalid(f"model must be 1 to {MAX_MODEL_LENGTH} characters long.")
+    allowed = settings.CHAT_ALLOWED_MODELS
+    if allowed and model not in allowed:
+        raise Invalid(f"model {model!r} is not allowed. Allowed models: {', '.join(allowed)}.")
+    return model
+
+
+def _clean_correlation_id(value: str | None) -> str | None:
+    if value is None:
+        return None
+    value = value.strip()
+    if not 1 <= len(value) <= MAX_CORRELATION_LENGTH or UNSTORABLE.search(value):
+        raise Invalid(f"correlationId must be 1 to {MAX_CORRELATION_LENGTH} characters long.")
+    return value
+
+
+def _write(
+    asked: Accepted,
+    content: str,
+    source: Run.Source,
+    threads: ThreadQuerySet,
+    owner: User | None,
+    event_id: uuid.UUID | None,
+    *,
+    is_new_thread: bool,
+) -> None:
+    turn = 0 if is_new_thread else _next_turn(asked.thread_id, threads)
+    if turn == 0:
+        turn = _begin_thread(asked.thread_id, threads, owner)
+    position = 2 * turn
+    message = Message.objects.create(
+        id=asked.message_id,
+        thread_id=asked.thread_id,
+        position=position,
+        role=Message.Role.USER,
+        content=content,
+        correlation_id=asked.correlation_id,
+    )
+    run = Run.objects.create(
+        id=asked.run_id,
+        thread_id=asked.thread_id,
+        message=message,
+        position=position,
+        correlation_id=asked.correlation_id,
+        source=source,
+        model=asked.model,
+    )
+    event = Event.objects.create(
+        id=event_id or uuid.uuid4(),
+        type=Event.Type.REQUESTED,
+        run=run,
+        correlation_id=asked.correlation_id,
+        payload={
+            "runId": asked.run_id,
+            "threadId": asked.thread_id,
+            "prompt": content,
+            "model": asked.model,
+        },
+        published_at=timezone.now() if event_id else None,
+    )
+    if not event_id:
+        transaction.on_commit(partial(stream.publish, [event.as_entry()]), robust=True)
+
+
+def _next_turn(thread_id: str, threads: ThreadQuerySet) -> int:
+    """Take the next turn of an existing thread; 0 if there is none that the asker may write to. The
+    UPDATE locks the row, so two questions at once get turns of their own, in the order of commit."""
+    mine = threads.filter(pk=thread_id)
+    if not mine.update(turns=F("turns") + 1, updated_at=timezone.now()):
+        return 0
+    return mine.values_list("turns", flat=True).get() - 1
+
+
+def _begin_thread(thread_id: str, threads: ThreadQuerySet, owner: User | None) -> int:
+    try:
+        with transaction.atomic():
+            Thread.objects.create(id=thread_id, owner=owner, turns=1)
+    except IntegrityError:
+        turn = _next_turn(thread_id, threads)  # begun by another request just now
+        if turn == 0:
+            raise UnknownThread(f"There is no thread {thread_id}.") from None
+        return turn
+    return 0
+
+
+def _repeat(idempotency: Idempotency, fingerprint: str) -> Accepted | None:
+    kept = IdempotencyKey.objects.filter(caller=idempotency.caller, key=idempotency.key).first()
+    if kept is None:
+        return None
+    if kept.fingerprint != fingerprint:
+        raise KeyReused("This Idempotency-Key was used for another request. Use a new one.")
+    return Accepted(
+        run_id=kept.run_id,
+        thread_id=kept.thread_id,
+        message_id=kept.message_id,
+        model=kept.model,
+        correlation_id=kept.correlation_id,
+        repeated=True,
+    )
+
+
+def _keep(idempotency: Idempotency, fingerprint: str, asked: Accepted) -> None:
+    IdempotencyKey.objects.create(
+        caller=idempotency.caller,
+        key=idempotency.key,
+        fingerprint=fingerprint,
+        run_id=asked.run_id,
+        thread_id=asked.thread_id,
+        message_id=asked.message_id,
+        model=asked.model,
+        correlation_id=asked.correlation_id,
+    )
+
+
+def _fingerprint(*parts: str | None) -> str:
+    return hashlib.sha256(orjson.dumps(parts)).hexdigest()

@@ -1,0 +1,100 @@
+"""Leases: what this process has claimed, and the heartbeat that keeps it.
+
+One thread renews the leases of all runs of the process with one statement. A run that is no longer
+held (somebody else claimed it, or it was cancelled) is marked, and its thread gives up at the next
+chunk of the answer.
+"""
+
+import functools
+import logging
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+from django.conf import settings
+from django.db import DatabaseError, connection
+from django.db.models.functions import Now
+
+from agents.models import Run
+
+logger = logging.getLogger(__name__)
+
+
+def worker_name() -> str:
+    """Who claims: not the consumer's name, which an operator may give to two processes."""
+    return f"{socket.gethostname()}:{os.getpid()}"
+
+
+def duration() -> timedelta:
+    return timedelta(seconds=settings.AGENT_LEASE_SECONDS)
+
+
+class Lease:
+    def __init__(self, run: Run) -> None:
+        self.run_id = run.pk
+        self.attempt = run.attempt
+        self._lost = threading.Event()
+
+    def lost(self) -> bool:
+        return self._lost.is_set()
+
+    def lose(self) -> None:
+        self._lost.set()
+
+
+class Heartbeat:
+    def __init__(self) -> None:
+        self._leases: set[Lease] = set()
+        self._lock = threading.Lock()
+        self._wanted = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    @contextmanager
+    def hold(self, run: Run) -> Iterator[Lease]:
+        """Keep the lease of a run just claimed for as long as the block runs."""
+        lease = Lease(run)
+        with self._lock:
+            self._leases.add(lease)
+            if self._thread is None or not self._thread.is_alive():
+                self._thread = threading.Thread(target=self._beat, name="leases", daemon=True)
+                self._thread.start()
+        self._wanted.set()
+        try:
+            yield lease
+        finally:
+            with self._lock:
+                self._leases.discard(lease)
+
+    def _beat(self) -> None:
+        pause = threading.Event()
+        while True:
+            self._wanted.wait()
+            pause.wait(settings.AGENT_LEASE_SECONDS / 4)
+            try:
+                self.renew()
+            except DatabaseError as error:
+                # A lease that lapses meanwhile costs a repeated call, never a second outcome.
+                logger.warning("Leases were not renewed: %s", error)
+                connection.close()
+
+    def renew(self) -> None:
+        with self._lock:
+            leases = set(self._leases)
+            if not leases:
+                self._wanted.clear()
+                return
+        held = Run.objects.held_by(worker_name()).filter(pk__in={lease.run_id for lease in leases})
+        if held.update(lease_expires_at=Now() + duration()) < len(leases):
+            still = set(held.values_list("pk", "attempt"))
+            for lease in leases:
+                if (lease.run_id, lease.attempt) not in still:
+                    lease.lose()
+        connection.close_if_unusable_or_obsolete()
+
+
+@functools.cache
+def heartbeat() -> Heartbeat:
+    return Heartbeat()

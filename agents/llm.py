@@ -1,0 +1,307 @@
+"""The model: the OpenAI SDK against any endpoint that speaks `/chat/completions`.
+
+Without a key and a base URL there is no model, and an echo answers (`configured()` tells).
+"""
+
+import functools
+import logging
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import Any
+
+import openai
+import orjson
+from django.conf import settings
+from openai import OpenAI, Stream
+
+logger = logging.getLogger(__name__)
+
+# One answer may not fill the memory of a worker that many runs share.
+MAX_RESPONSE_BYTES = 16 * 1024 * 1024
+MAX_RETRY_AFTER_SECONDS = 15 * 60
+
+
+class LLMError(Exception):
+    """A call that gave no answer. The message is safe to show to whoever asked.
+
+    `permanent`: another try cannot succeed. `retry_after`: seconds that the endpoint asked for.
+    `code`: stable, for grouping.
+    """
+
+    def __init__(
+        self, message: str, *, code: str, permanent: bool, retry_after: float | None = None
+    ) -> None:
+        super().__init__(message)
+        self.code = code
+        self.permanent = permanent
+        self.retry_after = retry_after
+
+
+class Stopped(Exception):
+    """The caller no longer wants the answer."""
+
+
+@dataclass(frozen=True)
+class Usage:
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+    def __add__(self, other: "Usage") -> "Usage":
+        return Usage(
+            self.prompt_tokens + other.prompt_tokens,
+            self.completion_tokens + other.completion_tokens,
+        )
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    id: str
+    name: str
+    arguments: str  # JSON as the model wrote it: not to be trusted
+
+
+@dataclass
+class Reply:
+    text: str = ""
+    tool_calls: list[ToolCall] = field(default_factory=list)
+    usage: Usage = Usage()
+
+
+@dataclass(frozen=True)
+class Control:
+    """How a call is watched: asked between chunks, as nothing can interrupt a thread."""
+
+    deadline: float = float("inf")  # time.monotonic()
+    stopped: Callable[[], bool] = lambda: False
+
+    def check(self) -> None:
+        if self.stopped():
+            raise Stopped
+        if time.monotonic() > self.deadline:
+            raise LLMError("The answer took too long.", code="deadline", permanent=True)
+
+
+def configured() -> bool:
+    return bool(settings.OPENAI_API_KEY or settings.OPENAI_BASE_URL)
+
+
+def complete(
+    messages: list[dict[str, Any]],
+    *,
+    model: str,
+    tools: list[dict[str, Any]] | None = None,
+    control: Control = Control(),  # noqa: B008  (frozen)
+) -> Reply:
+    """One call of `model`. Raises `LLMError`, or `Stopped` when `control` says so."""
+    control.check()
+    if not configured():
+        return Reply(text=f"Handled prompt: {messages[-1]['content']}")
+    body: dict[str, Any] = {
+        "model": model,
+        "messages": messages,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    if tools:
+        body["tools"] = tools
+    try:
+        with _client().post(
+            "/chat/completions",
+            cast_to=object,
+            # Bytes and an untyped stream: the SDK's typed request and events cost ten times the
+            # rest of the call.
+            content=orjson.dumps(body),
+            options={
+                "headers": {"Content-Type": "application/json", "Accept": "text/event-stream"},
+                "timeout": _timeout(control),
+            },
+            stream=True,
+            stream_cls=Stream[object],
+        ) as stream:
+            return _read(stream.response, control)
+    except openai.APIStatusError as error:
+        raise _refusal(error, model) from error
+    except openai.APITimeoutError as error:
+        raise LLMError("The model did not answer in time.", code="timeout", permanent=False) from error
+    except (openai.APIError, *_transport_errors()) as error:
+        raise LLMError(
+            "The connection to the model was lost.", code="connection", permanent=False
+        ) from error
+
+
+@functools.cache
+def _client() -> OpenAI:
+    """One for the process: a client costs 70 ms, most of it TLS. Retries are agents.runs' affair,
+    which waits in the database and not in a worker's slot."""
+    return OpenAI(
+        api_key=settings.OPENAI_API_KEY or "none",
+        base_url=settings.OPENAI_BASE_URL or None,
+        max_retries=0,
+    )
+
+
+@functools.cache
+def _transport_errors() -> tuple[type[Exception], ...]:
+    """What reading a stream raises: the SDK wraps only what happens before the first byte."""
+    import httpx2
+
+    return (httpx2.HTTPError, httpx2.StreamError)
+
+
+def _timeout(control: Control) -> Any:
+    read = min(settings.OPENAI_TIMEOUT_SECONDS, max(0.1, control.deadline - time.monotonic()))
+    return openai.Timeout(read, connect=min(5.0, read))
+
+
+def _read(response: Any, control: Control) -> Reply:
+    chunks = _bounded(response.iter_bytes(), control)
+    try:
+        if "json" in response.headers.get("content-type", ""):
+            # An endpoint that cannot stream answers whole.
+            return _whole(orjson.loads(b"".join(chunks)))
+        return _streamed(orjson.loads(data) for data in _data_lines(chunks))
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        # Whatever the endpoint sent, it is not the protocol: no schema is worth its cost per token.
+        raise LLMError(
+            "The model's answer could not be read.", code="unreadable", permanent=False
+        ) from error
+
+
+def _streamed(chunks: Iterator[dict[str, Any]]) -> Reply:
+    reply = Reply()
+    pieces: list[str] = []
+    calls: dict[int, dict[str, str]] = {}
+    finished = False
+    for chunk in chunks:
+        if chunk.get("error"):
+            break
+        if chunk.get("usage"):
+            reply.usage = _usage(chunk["usage"])
+        for choice in chunk["choices"][:1]:
+            delta = choice.get("delta") or {}
+            pieces.append(delta.get("content") or "")
+            for fragment in delta.get("tool_calls") or []:
+                _gather(calls, fragment)
+            finished = finished or bool(choice.get("finish_reason"))
+    if not finished:
+        raise LLMError("The model broke off its answer.", code="broken", permanent=False)
+    reply.text = _storable("".join(pieces))
+    reply.tool_calls = [_tool_call(call) for _, call in sorted(calls.items())]
+    return reply
+
+
+def _whole(body: dict[str, Any]) -> Reply:
+    message = body["choices"][0]["message"]
+    return Reply(
+        text=_storable(message.get("content") or ""),
+        tool_calls=[
+            _tool_call({"id": call["id"], **call["function"]})
+            for call in message.get("tool_calls") or []
+        ],
+        usage=_usage(body.get("usage") or {}),
+    )
+
+
+def _gather(calls: dict[int, dict[str, str]], fragment: dict[str, Any]) -> None:
+    """Tool calls come in pieces: the first has the id and the name, all have parts of the arguments."""
+    call = calls.setdefault(fragment.get("index", 0), {"id": "", "name": "", "arguments": ""})
+    function = fragment.get("function") or {}
+    call["id"] = fragment.get("id") or call["id"]
+    call["name"] += function.get("name") or ""
+    call["arguments"] += function.get("arguments") or ""
+
+
+def _tool_call(call: dict[str, str]) -> ToolCall:
+    return ToolCall(
+        id=_storable(call["id"]),
+        name=_storable(call["name"])[:100],
+        arguments=_storable(call["arguments"]),
+    )
+
+
+def _usage(usage: dict[str, Any]) -> Usage:
+    return Usage(
+        prompt_tokens=max(0, int(usage.get("prompt_tokens") or 0)),
+        completion_tokens=max(0, int(usage.get("completion_tokens") or 0)),
+    )
+
+
+def _data_lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
+    """The `data:` lines of server-sent events, up to `[DONE]`."""
+    rest = b""
+    for chunk in chunks:
+        *lines, rest = (rest + chunk).split(b"\n")
+        for line in lines:
+            if line.startswith(b"data:"):
+                data = line[5:].strip()
+                if data == b"[DONE]":
+                    return
+                yield data
+
+
+def _bounded(chunks: Iterator[bytes], control: Control) -> Iterator[bytes]:
+    size = 0
+    for chunk in chunks:
+        control.check()
+        size += len(chunk)
+        if size > MAX_RESPONSE_BYTES:
+            raise LLMError("The model's answer is too long.", code="too_long", permanent=True)
+        yield chunk
+
+
+def _storable(text: str) -> str:
+    """PostgreSQL cannot hold NUL."""
+    return text.replace("\0", "")
+
+
+def _refusal(error: openai.APIStatusError, model: str) -> LLMError:
+    """What the endpoint's own text says is logged, not shown: it may quote the key."""
+    status = error.status_code
+    logger.warning(
+        "Model endpoint answered %s (code %s, type %s, request %s)",
+        status,
+        error.code,
+        error.type,
+        error.request_id,
+    )
+    if status == 429 and error.code == "insufficient_quota":
+        message, code, permanent = "The server's model quota is used up.", "quota", True
+    elif status == 429:
+        message, code, permanent = "The model is overloaded.", "rate_limited", False
+    elif status >= 500 or status in (408, 409):
+        message, code, permanent = "The model is not available.", "unavailable", False
+    elif status in (401, 403):
+        message, code, permanent = "The model refused the server's key.", "key_refused", True
+    elif status == 404:
+        message, code, permanent = f"The model {model!r} does not exist.", "unknown_model", True
+    elif error.code == "context_length_exceeded" or status == 413:
+        message, code, permanent = "The message is too long for the model.", "too_long", True
+    else:
+        message, code, permanent = "The model refused the request.", "refused", True
+    return LLMError(
+        message,
+        code=code,
+        permanent=permanent,
+        retry_after=retry_after(error.response.headers.get("retry-after", "")),
+    )
+
+
+def retry_after(value: str) -> float | None:
+    """Seconds from a `Retry-After` header, which is a number or a date (RFC 9110, 10.2.3). None where
+    it is absent or makes no sense; never more than fifteen minutes."""
+    try:
+        seconds = float(value)
+    except ValueError:
+        try:
+            date = parsedate_to_datetime(value)
+        except ValueError:
+            return None
+        if date.tzinfo is None:
+            date = date.replace(tzinfo=UTC)
+        seconds = (date - datetime.now(UTC)).total_seconds()
+    if not seconds > 0:  # NaN too
+        return None
+    return min(seconds, MAX_RETRY_AFTER_SECONDS)

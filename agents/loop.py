@@ -1,0 +1,122 @@
+"""The model-and-tool loop: call the model, carry out the tools that it asks for, until it answers."""
+
+import logging
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from agents import llm, tools
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class StepRecord:
+    """One call, in the fields of agents.models.Step."""
+
+    kind: str
+    name: str
+    input: dict[str, Any]
+    output: str = ""
+    error: str = ""
+    usage: llm.Usage = llm.Usage()
+    duration_ms: int = 0
+
+
+@dataclass
+class Transcript:
+    """What happened so far; filled as it happens, so that a failure leaves its steps."""
+
+    steps: list[StepRecord] = field(default_factory=list)
+
+    @property
+    def usage(self) -> llm.Usage:
+        return sum((step.usage for step in self.steps), llm.Usage())
+
+
+def run(
+    messages: list[dict[str, Any]],
+    *,
+    model: str,
+    sent: dict[str, Any],
+    max_iterations: int,
+    control: llm.Control,
+    transcript: Transcript,
+) -> str:
+    """The model's answer to `messages`. `sent` tells in short what they are, for the first step.
+
+    Raises `llm.LLMError`, or `llm.Stopped` when `control` says so.
+    """
+    messages = list(messages)
+    offered = tools.offered()
+    for _ in range(max_iterations):
+        step = StepRecord("model", model, sent)
+        reply = _model_step(step, messages, offered, control, transcript)
+        if not reply.tool_calls and not reply.text.strip():
+            raise llm.LLMError("The model gave an empty answer.", code="empty", permanent=False)
+        if not reply.tool_calls:
+            return reply.text
+        messages.append(_as_message(reply))
+        for call in reply.tool_calls:
+            messages.append(_tool_step(call, transcript))
+        sent = {"toolResults": [call.id for call in reply.tool_calls]}
+    raise llm.LLMError(
+        f"The model used tools {max_iterations} times without coming to an answer.",
+        code="too_many_iterations",
+        permanent=True,
+    )
+
+
+def _model_step(
+    step: StepRecord,
+    messages: list[dict[str, Any]],
+    offered: list[dict[str, Any]],
+    control: llm.Control,
+    transcript: Transcript,
+) -> llm.Reply:
+    transcript.steps.append(step)
+    started = time.monotonic()
+    try:
+        reply = llm.complete(messages, model=step.name, tools=offered, control=control)
+    except llm.LLMError as error:
+        step.error = str(error)
+        raise
+    finally:
+        step.duration_ms = int((time.monotonic() - started) * 1000)
+    step.output, step.usage = reply.text, reply.usage
+    return reply
+
+
+def _tool_step(call: llm.ToolCall, transcript: Transcript) -> dict[str, Any]:
+    step = StepRecord("tool", call.name, {"id": call.id, "arguments": call.arguments})
+    transcript.steps.append(step)
+    started = time.monotonic()
+    try:
+        step.output = tools.call(call.name, call.arguments)
+    except tools.ToolError as error:
+        step.error = str(error)
+    except Exception:
+        # A tool is somebody's plug-in: its failure is for the model to work around.
+        logger.exception("Tool %s failed", call.name)
+        step.error = "The tool failed."
+    step.duration_ms = int((time.monotonic() - started) * 1000)
+    return {
+        "role": "tool",
+        "tool_call_id": call.id,
+        "content": step.output or f"Error: {step.error}",
+    }
+
+
+def _as_message(reply: llm.Reply) -> dict[str, Any]:
+    return {
+        "role": "assistant",
+        "content": reply.text or None,
+        "tool_calls": [
+            {
+                "id": call.id,
+                "type": "function",
+                "function": {"name": call.name, "arguments": call.arguments},
+            }
+            for call in reply.tool_calls
+        ],
+    }

@@ -1,0 +1,180 @@
+"""What a run tells the model: the rolling summary of the thread, then its recent messages.
+
+The summary is extended after an answer by what has left the window since, so a message costs the
+same in a thread of ten and of ten thousand. Until that is done, what no summary tells yet is sent as
+it is.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from django.conf import settings
+from django.db import transaction
+from django.db.models import Case, DateTimeField, F, Min, Value, When
+from django.template.loader import render_to_string
+from django.utils import timezone
+
+from agents import llm
+from agents.models import Run, Summary
+from chat.models import Message, Thread
+
+logger = logging.getLogger(__name__)
+
+SUMMARY_LEASE = timedelta(minutes=3)
+SUMMARY_PAUSE = timedelta(minutes=1)
+# How much one call folds into a summary; a thread that is further behind takes several.
+CHUNK_MESSAGES = 50
+CHUNK_CHARACTERS = 60_000
+# Of what no summary tells yet, this many times the window is sent; more would not be "recent".
+UNSUMMARISED_WINDOWS = 3
+
+
+@dataclass(frozen=True)
+class Context:
+    messages: list[dict[str, Any]]  # as /chat/completions takes them
+    sent: dict[str, Any]  # Step.input: which summary and which messages these were
+
+
+def context(run: Run) -> Context:
+    """The context of a run: never a message later than the one that asked."""
+    thread, window = run.thread, settings.CHAT_MEMORY_RECENT_MESSAGES
+    earlier = Message.objects.filter(thread_id=run.thread_id, position__lte=run.position)
+    recent = list(earlier.order_by("-position")[:window])
+    if recent[-1].position > thread.summary_reach + 1:
+        untold = earlier.filter(
+            position__gt=thread.summary_reach, position__lt=recent[-1].position
+        ).order_by("-position")
+        recent += untold[: window * UNSUMMARISED_WINDOWS]
+    recent.reverse()
+    messages = [{"role": message.role, "content": message.content} for message in recent]
+    told = thread.summary_reach if thread.summary and thread.summary_reach < run.position else None
+    if told is not None:
+        text = render_to_string("agents/memory.txt", {"summary": thread.summary}).strip()
+        messages.insert(0, {"role": "system", "content": text})
+    return Context(
+        messages=messages,
+        sent={"summaryUpTo": told, "messages": [str(message.pk) for message in recent]},
+    )
+
+
+def note_answer(run: Run) -> bool:
+    """Note, in the transaction of the answer, that messages may have left the window. True when a
+    summary is due."""
+    last = run.position + 1
+    if (
+        not llm.configured()
+        or last - run.thread.summary_reach < settings.CHAT_MEMORY_RECENT_MESSAGES
+    ):
+        return False
+    Thread.objects.filter(pk=run.thread_id).update(summary_due_at=timezone.now())
+    return True
+
+
+def due() -> list[str]:
+    """Threads whose summary was not made although it is time: a worker died, or the model failed."""
+    late = timezone.now() - timedelta(seconds=5)
+    threads = Thread.objects.filter(summary_due_at__lt=late).order_by("summary_due_at")
+    return list(threads.values_list("pk", flat=True)[:20])
+
+
+def summarise(thread_id: str) -> Summary | None:
+    """Extend the summary of a thread by what has left the window. None when there was nothing to do,
+    or somebody else is at it, or the model failed (then it is tried again later)."""
+    now = timezone.now()
+    lease = now + SUMMARY_LEASE
+    taken = Thread.objects.filter(pk=thread_id, summary_due_at__lte=now).update(
+        summary_due_at=lease
+    )
+    if not taken:
+        return None
+    thread = Thread.objects.get(pk=thread_id)
+    left, more = _left_window(thread)
+    if not left:
+        _set_due(thread, lease, None)
+        return None
+    model = settings.CHAT_SUMMARY_MODEL or _model_of(thread)
+    prompt = render_to_string(
+        "agents/summarise.txt", {"summary": thread.summary, "messages": left}
+    )
+    try:
+        reply = llm.complete([{"role": "user", "content": prompt}], model=model)
+    except llm.LLMError as error:
+        logger.warning("The summary of thread %s was put off: %s", thread_id, error)
+        pause = max(SUMMARY_PAUSE, timedelta(seconds=error.retry_after or 0))
+        _set_due(thread, lease, timezone.now() + pause * (60 if error.permanent else 1))
+        return None
+    return _record(thread, left, reply, model=model, lease=lease, more=more)
+
+
+def _left_window(thread: Thread) -> tuple[list[Message], bool]:
+    """The messages to fold into the summary now, and whether more are waiting.
+
+    A question that is not answered yet bounds them: no summary may tell it what comes after it.
+    """
+    window = settings.CHAT_MEMORY_RECENT_MESSAGES
+    messages = Message.objects.filter(thread=thread)
+    open_question = Run.objects.unfinished().filter(thread=thread).aggregate(Min("position"))
+    if (limit := open_question["position__min"]) is not None:
+        messages = messages.filter(position__lt=limit)
+    # The next question takes one of the window's places.
+    kept = messages.order_by("-position").values_list("position", flat=True)[: window - 1]
+    edge = min(kept, default=None) if window > 1 else None
+    if edge is not None:
+        messages = messages.filter(position__lt=edge)
+    waiting = list(
+        messages.filter(position__gt=thread.summary_reach).order_by("position")[
+            : CHUNK_MESSAGES + 1
+        ]
+    )
+    chunk: list[Message] = []
+    size = 0
+    for message in waiting[:CHUNK_MESSAGES]:
+        size += len(message.content)
+        if chunk and size > CHUNK_CHARACTERS:
+            break
+        chunk.append(message)
+    return chunk, len(chunk) < len(waiting)
+
+
+def _model_of(thread: Thread) -> str:
+    last = Run.objects.filter(thread=thread, status=Run.Status.COMPLETED).order_by("-position")
+    return last.values_list("model", flat=True).first() or settings.CHAT_DEFAULT_MODEL
+
+
+def _record(
+    thread: Thread,
+    left: Sequence[Message],
+    reply: llm.Reply,
+    *,
+    model: str,
+    lease: Any,
+    more: bool,
+) -> Summary | None:
+    with transaction.atomic():
+        extended = Thread.objects.filter(pk=thread.pk, summary_reach=thread.summary_reach).update(
+            summary=reply.text, summary_reach=left[-1].position
+        )
+        if not extended:  # another worker took over after our lease
+            return None
+        _set_due(thread, lease, timezone.now() if more else None)
+        return Summary.objects.create(
+            thread=thread,
+            covers_from=left[0].position,
+            covers_to=left[-1].position,
+            text=reply.text,
+            model=model,
+            prompt_tokens=reply.usage.prompt_tokens,
+            completion_tokens=reply.usage.completion_tokens,
+        )
+
+
+def _set_due(thread: Thread, lease: Any, due_at: Any) -> None:
+    """Give the lease back, unless an answer has asked for more meanwhile."""
+    Thread.objects.filter(pk=thread.pk).update(
+        summary_due_at=Case(
+            When(summary_due_at=lease, then=Value(due_at, DateTimeField())), default=F("summary_due_at")
+        )
+    )

@@ -1,0 +1,299 @@
+"""The worker's side of the stream: a step of every Celery worker, so that
+`celery -A config worker` is all that an operator starts.
+
+The reader takes entries through the consumer group and hands each run to a Celery task. The keeper
+looks each second for what was missed: by Redis, by a dead worker, by an attempt that is due again.
+"""
+
+import logging
+import os
+import random
+import threading
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import orjson
+from celery import bootsteps, current_app
+from celery.worker import state
+from django.conf import settings
+from django.db import DatabaseError, IntegrityError, close_old_connections, connection
+from django.db.models.functions import Now
+from django.utils import timezone
+from kombu.exceptions import OperationalError as BrokerError
+from redis.exceptions import RedisError
+
+from agents import inbox, memory, stream, tasks
+from agents.models import Event, Run
+from chat.models import Thread
+
+logger = logging.getLogger(__name__)
+
+SWEEP_SECONDS = 1.0
+HOUSEKEEPING_SECONDS = 60.0
+MAX_PAUSE_SECONDS = 5.0
+SWEEP_BATCH = 500
+# A run that was handed over and not claimed for this long is handed over again.
+HANDOVER_PATIENCE = timedelta(seconds=15)
+# An event that no worker has seen on the stream for this long is added again.
+RELAY_PATIENCE = timedelta(seconds=5)
+# An entry that a worker took and did not acknowledge for this long is taken over.
+ENTRY_PATIENCE = timedelta(seconds=10)
+ENDS = {Event.Type.COMPLETED, Event.Type.FAILED, Event.Type.CANCELLED}
+
+
+class Malformed(Exception):
+    """The entry is not an event; the message says why."""
+
+
+@dataclass(frozen=True)
+class Told:
+    """An event as it was read from the stream."""
+
+    id: uuid.UUID
+    type: str
+    correlation_id: str | None
+    payload: dict[str, Any]
+
+    @classmethod
+    def parse(cls, raw: bytes | None) -> "Told":
+        """Raises `Malformed`."""
+        if raw is None:
+            raise Malformed("it has no field 'event'")
+        try:
+            event = orjson.loads(raw)
+        except orjson.JSONDecodeError:
+            raise Malformed("'event' is not JSON") from None
+        if not isinstance(event, dict):
+            raise Malformed("'event' is not an object")
+        try:
+            event_id = uuid.UUID(event.get("id"))
+        except (TypeError, ValueError, AttributeError):
+            raise Malformed("'id' is not a UUID") from None
+        told = cls(event_id, event.get("type"), event.get("correlationId"), event.get("payload"))
+        if not isinstance(told.type, str):
+            raise Malformed("'type' is not a string")
+        if not isinstance(told.correlation_id, str | None):
+            raise Malformed("'correlationId' is not a string")
+        if not isinstance(told.payload, dict):
+            raise Malformed("'payload' is not an object")
+        if told.type == Event.Type.REQUESTED:
+            told.text("runId")
+        elif told.type in ENDS:
+            told.optional_text("threadId")
+        return told
+
+    @property
+    def run_id(self) -> str | None:
+        """The run that is asked for, if one is."""
+        return self.payload["runId"] if self.type == Event.Type.REQUESTED else None
+
+    @property
+    def ended_thread(self) -> str | None:
+        """The thread whose run has ended, if one has: its next run may go on."""
+        return self.optional_text("threadId") if self.type in ENDS else None
+
+    def text(self, key: str) -> str:
+        value = self.payload.get(key)
+        if not isinstance(value, str):
+            raise Malformed(f"'payload.{key}' is not a string")
+        return value
+
+    def optional_text(self, key: str) -> str | None:
+        return None if self.payload.get(key) is None else self.text(key)
+
+
+class Reader:
+    """Turns entries of the stream into tasks."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._seen: deque[uuid.UUID] = deque()
+
+    def read(self) -> None:
+        """Handle what is new; returns after a second at the most. Raises `RedisError`,
+        `DatabaseError`, `OperationalError` of kombu."""
+        self.handle(stream.read(self.name))
+
+    def handle(self, entries: list[stream.Entry]) -> None:
+        """Hand the runs of these entries to Celery and acknowledge. Whatever is repeated after dying
+        in between is harmless: a run is claimed once."""
+        if not entries:
+            return
+        told = dict(self._parse(entries))
+        requested = {event.run_id for event in told.values() if event.run_id}
+        known = set(Run.objects.filter(pk__in=requested).values_list("pk", flat=True))
+        for entry, event in told.items():
+            if event.run_id and event.run_id not in known and self._take_in(entry, event):
+                known.add(event.run_id)
+        ended = {event.ended_thread for event in told.values() if event.ended_thread}
+        following = Run.objects.claimable().filter(thread_id__in=ended) if ended else Run.objects.none()
+        hand_over([*(requested & known), *following.values_list("pk", flat=True)])
+        self._seen.extend(event.id for event in told.values())
+        stream.acknowledge(entries)
+
+    def mark_published(self) -> None:
+        """Note which events have been seen on the stream: in one statement for many, and off the way
+        of the runs. Dying before it makes the relay add them once more."""
+        seen = [self._seen.popleft() for _ in range(len(self._seen))]
+        if seen:
+            Event.objects.unpublished().filter(pk__in=seen).update(published_at=Now())
+
+    def _parse(self, entries: list[stream.Entry]) -> Iterator[tuple[stream.Entry, Told]]:
+        for entry in entries:
+            try:
+                yield entry, Told.parse(entry.raw)
+            except Malformed as error:
+                stream.bury(entry, str(error))
+
+    def _take_in(self, entry: stream.Entry, event: Told) -> bool:
+        """Make a run of another program's request. False when nothing can be made of it."""
+        try:
+            inbox.ask(
+                content=event.text("prompt"),
+                source=Run.Source.STREAM,
+                threads=Thread.objects.all(),
+                thread_id=event.optional_text("threadId"),
+                model=event.optional_text("model"),
+                correlation_id=event.correlation_id,
+                run_id=event.run_id,
+                event_id=event.id,
+            )
+        except (Malformed, inbox.Refused) as error:
+            stream.bury(entry, str(error))
+            return False
+        except IntegrityError:
+            if not Run.objects.filter(pk=event.run_id).exists():
+                stream.bury(entry, "its 'id' is that of another event")
+                return False
+        return True
+
+
+def hand_over(run_ids: Iterable[str]) -> None:
+    """Tell the workers of runs. Raises `OperationalError` of kombu when the broker is away."""
+    run_ids = list(run_ids)
+    if not run_ids:
+        return
+    with current_app.producer_pool.acquire(block=True) as producer:
+        for run_id in run_ids:
+            tasks.execute.apply_async((run_id,), producer=producer, retry=False)
+
+
+class Keeper:
+    """Looks for what was missed. One worker at a time does it, which spares the others the work; two
+    at once do no harm."""
+
+    def __init__(self, reader: Reader) -> None:
+        self.reader = reader
+        self._next_relay = self._next_housekeeping = 0.0
+
+    def tick(self) -> None:
+        """Raises like `Reader.read()`."""
+        self.reader.mark_published()
+        if not stream.keep(self.reader.name):
+            return
+        sweep_runs()
+        for thread_id in memory.due():
+            tasks.summarise.delay(thread_id)
+        self.reader.handle(stream.claim_stale(self.reader.name, idle=ENTRY_PATIENCE))
+        now = time.monotonic()
+        if now >= self._next_relay:
+            relay()
+            self._next_relay = now + RELAY_PATIENCE.total_seconds()
+        if now >= self._next_housekeeping:
+            stream.trim()
+            stream.forget_consumers(idle=timedelta(hours=1))
+            self._next_housekeeping = now + HOUSEKEEPING_SECONDS
+
+
+def sweep_runs() -> int:
+    """Hand over the runs that are due and that nobody works on. How many."""
+    overlooked = Run.objects.overlooked(after=HANDOVER_PATIENCE)
+    run_ids = list(overlooked.order_by("due_at").values_list("pk", flat=True)[:SWEEP_BATCH])
+    if run_ids:
+        hand_over(run_ids)
+        Run.objects.filter(pk__in=run_ids).update(handed_at=Now())
+        logger.info("Handed over %d runs that were due and not being worked on", len(run_ids))
+    return len(run_ids)
+
+
+def relay() -> int:
+    """Add the events to the stream again that should be there and that no worker has seen. How many.
+
+    While the workers are behind, only what is older than the entries they have come to: the rest is
+    most likely there and waiting.
+    """
+    cutoff = timezone.now() - RELAY_PATIENCE
+    if (last := stream.last_delivered()) is not None:
+        cutoff = min(cutoff, last - RELAY_PATIENCE)
+    missing = Event.objects.unpublished().filter(created_at__lt=cutoff).order_by("created_at")
+    entries = [event.as_entry() for event in missing[:SWEEP_BATCH]]
+    if entries and stream.publish(entries):
+        logger.info("Added %d events to the stream that were missing there", len(entries))
+    return len(entries)
+
+
+class Loop(threading.Thread):
+    """Calls a unit of work again and again; waits, longer each time, while Redis or the database is
+    away; ends the process on anything unforeseen, so that its supervisor starts a sound one."""
+
+    def __init__(self, name: str, unit: Callable[[], None], *, every: float = 0.0) -> None:
+        super().__init__(name=name, daemon=True)
+        self.unit = unit
+        self.every = every
+        self.stopping = threading.Event()
+
+    def run(self) -> None:
+        failures = 0
+        while not self.stopping.wait(self._pause(failures)):
+            try:
+                self.unit()
+                if failures:
+                    logger.info("The %s works again", self.name)
+                failures = 0
+                close_old_connections()
+            except (RedisError, BrokerError, DatabaseError, OSError) as error:
+                if not failures:
+                    logger.warning("The %s has to wait: %s", self.name, error)
+                failures += 1
+                connection.close()
+            except Exception:
+                logger.exception("The %s broke; this worker ends", self.name)
+                state.should_stop = os.EX_SOFTWARE
+                return
+
+    def _pause(self, failures: int) -> float:
+        if not failures:
+            return self.every
+        return random.uniform(0.1, min(MAX_PAUSE_SECONDS, 0.25 * 2.0**failures))  # noqa: S311
+
+
+class Runtime(bootsteps.StartStopStep):
+    """Starts the reader and the keeper beside the pool of a Celery worker."""
+
+    requires = {"celery.worker.components:Pool"}
+
+    def __init__(self, parent: Any, **options: Any) -> None:
+        super().__init__(parent, **options)
+        self.loops: list[Loop] = []
+
+    def start(self, parent: Any) -> None:
+        name = settings.REDIS_CONSUMER_NAME or f"worker-{os.getpid()}"
+        reader = Reader(name)
+        self.loops = [
+            Loop("reader", reader.read),
+            Loop("keeper", Keeper(reader).tick, every=SWEEP_SECONDS),
+        ]
+        for loop in self.loops:
+            loop.start()
+        logger.info("Worker %s reads %s", name, settings.REDIS_STREAM_KEY)
+
+    def stop(self, parent: Any) -> None:
+        for loop in self.loops:
+            loop.stopping.set()
+        for loop in self.loops:
+            loop.join(timeout=3)

@@ -1,0 +1,271 @@
+"""The public event log: a Redis stream with one field, `event`, and one consumer group of workers.
+
+Redis may forget all of it at any moment. Whatever matters is in the database, and what is missing
+here is added again (agents.runtime).
+"""
+
+import functools
+import logging
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any, cast
+
+import orjson
+from django.conf import settings
+from django.utils import timezone
+from redis import Redis
+from redis.backoff import NoBackoff
+from redis.client import PubSub
+from redis.exceptions import RedisError, ResponseError
+from redis.retry import Retry
+
+logger = logging.getLogger(__name__)
+
+BATCH = 200
+# A blocked read has to end before the client's socket time-out does.
+BLOCK_MS = 1000
+BREAK_SECONDS = 3.0
+DEAD_LENGTH = 10_000
+KEEPER_MS = 4000
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What stands on the stream under `id`, as it was read."""
+
+    id: str
+    raw: bytes | None
+
+
+class Breaker:
+    """After a failure, nothing is tried for a while: a Redis that swallows packets costs one request
+    a time-out, not every request."""
+
+    def __init__(self) -> None:
+        self._closed_at = 0.0
+        self._lock = threading.Lock()
+
+    def open(self) -> bool:
+        return time.monotonic() < self._closed_at
+
+    def trip(self) -> None:
+        with self._lock:
+            self._closed_at = time.monotonic() + BREAK_SECONDS
+
+
+_breaker = Breaker()
+
+
+@functools.cache
+def _publisher() -> Redis:
+    """For use within a request: gives up after 0.3 s, and never repeats a command by itself, which
+    might add an entry twice."""
+    return Redis.from_url(
+        settings.REDIS_URL,
+        socket_timeout=0.3,
+        socket_connect_timeout=0.3,
+        retry=Retry(NoBackoff(), 0),
+        max_connections=1000,
+    )
+
+
+@functools.cache
+def consumer() -> Redis:
+    """For the loops of a worker, which may wait."""
+    return Redis.from_url(
+        settings.REDIS_URL,
+        socket_timeout=BLOCK_MS / 1000 + 4,
+        socket_connect_timeout=2,
+        retry=Retry(NoBackoff(), 0),
+    )
+
+
+def publish(events: Iterable[dict[str, Any]]) -> bool:
+    """Add events to the stream and wake who waits for an outcome. False when Redis did not take
+    them, which is logged and no more: the relay adds them later."""
+    if _breaker.open():
+        return False
+    try:
+        with _publisher().pipeline(transaction=False) as pipe:
+            for event in events:
+                pipe.xadd(settings.REDIS_STREAM_KEY, {"event": orjson.dumps(event)})
+                if event["type"] != "agent.run.requested":
+                    pipe.publish(_outcome_channel(event["payload"]["runId"]), b"")
+            pipe.execute()
+    except RedisError as error:
+        _breaker.trip()
+        logger.warning("Redis took no event (%s); the relay will add it later", type(error).__name__)
+        return False
+    return True
+
+
+def _outcome_channel(run_id: str) -> str:
+    return f"{settings.REDIS_STREAM_KEY}:outcome:{run_id}"
+
+
+class OutcomeWaiter:
+    def __init__(self, pubsub: PubSub | None) -> None:
+        self._pubsub = pubsub
+
+    def wait(self, seconds: float) -> None:
+        """Return when the outcome is told, after `seconds`, or at once when Redis is away."""
+        deadline = time.monotonic() + seconds
+        try:
+            while self._pubsub is not None and (left := deadline - time.monotonic()) > 0:
+                if self._pubsub.get_message(ignore_subscribe_messages=True, timeout=left):
+                    return
+        except RedisError:
+            return
+
+
+@contextmanager
+def outcome_of(run_id: str) -> Iterator[OutcomeWaiter]:
+    """Listen for the outcome of a run. Look at the run after entering and before waiting: what was
+    told earlier is not told again."""
+    if _breaker.open():
+        yield OutcomeWaiter(None)
+        return
+    with _publisher().pubsub() as pubsub:
+        try:
+            pubsub.subscribe(_outcome_channel(run_id))
+            # The server's confirmation: from here on nothing is missed.
+            pubsub.get_message(timeout=0.3)
+        except RedisError:
+            _breaker.trip()
+            yield OutcomeWaiter(None)
+            return
+        yield OutcomeWaiter(pubsub)
+
+
+def ensure_group() -> None:
+    """Create the consumer group where it is missing, from the first entry on: what is already there
+    after a wipe was meant for the workers too."""
+    try:
+        consumer().xgroup_create(
+            settings.REDIS_STREAM_KEY, settings.REDIS_CONSUMER_GROUP, id="0", mkstream=True
+        )
+    except ResponseError as error:
+        if "BUSYGROUP" not in str(error):
+            raise
+
+
+def read(name: str) -> list[Entry]:
+    """New entries for the consumer `name`, after a second at the most. Raises `RedisError`."""
+    try:
+        found = consumer().xreadgroup(
+            settings.REDIS_CONSUMER_GROUP,
+            name,
+            {settings.REDIS_STREAM_KEY: ">"},
+            count=BATCH,
+            block=BLOCK_MS,
+        )
+    except ResponseError as error:
+        # The stream or its group is gone: Redis was wiped.
+        if "NOGROUP" not in str(error) and "UNBLOCKED" not in str(error):
+            raise
+        logger.warning("The consumer group was gone from Redis; making it again")
+        ensure_group()
+        return []
+    return [entry for _, entries in _pairs(found) for entry in _entries(entries)]
+
+
+def claim_stale(name: str, *, idle: timedelta) -> list[Entry]:
+    """Entries that another consumer took and has not acknowledged for `idle`. Raises `RedisError`."""
+    found = consumer().xautoclaim(
+        settings.REDIS_STREAM_KEY,
+        settings.REDIS_CONSUMER_GROUP,
+        name,
+        min_idle_time=int(idle.total_seconds() * 1000),
+        count=BATCH,
+    )
+    return _entries(cast(Any, found)[1])
+
+
+def acknowledge(entries: Iterable[Entry]) -> None:
+    if ids := [entry.id for entry in entries]:
+        consumer().xack(settings.REDIS_STREAM_KEY, settings.REDIS_CONSUMER_GROUP, *ids)
+
+
+def bury(entry: Entry, reason: str) -> None:
+    """Copy an entry that cannot be used to `<key>:dead`. Acknowledge it afterwards: dying in between
+    leaves it there twice, not nowhere."""
+    logger.warning("Stream entry %s is of no use: %s", entry.id, reason)
+    consumer().xadd(
+        f"{settings.REDIS_STREAM_KEY}:dead",
+        {"id": entry.id, "event": entry.raw or b"", "reason": reason},
+        maxlen=DEAD_LENGTH,
+        approximate=True,
+    )
+
+
+def last_delivered() -> datetime | None:
+    """When the newest entry that the workers were given was added; None when they have been given
+    all there is."""
+    stream, group = _info()
+    if group is None or group["last-delivered-id"] == stream.get("last-generated-id"):
+        return None
+    milliseconds = int(group["last-delivered-id"].split(b"-")[0])
+    return datetime.fromtimestamp(milliseconds / 1000, tz=timezone.now().tzinfo)
+
+
+def forget_consumers(*, idle: timedelta) -> None:
+    """Drop the names of workers that are gone for long and have nothing pending."""
+    for info in consumer().xinfo_consumers(settings.REDIS_STREAM_KEY, settings.REDIS_CONSUMER_GROUP):
+        if not info["pending"] and info["idle"] > idle.total_seconds() * 1000:
+            consumer().xgroup_delconsumer(
+                settings.REDIS_STREAM_KEY, settings.REDIS_CONSUMER_GROUP, info["name"]
+            )
+
+
+def keep(name: str) -> bool:
+    """Whether `name` is the one worker that looks after the stream, for the next seconds."""
+    key = f"{settings.REDIS_STREAM_KEY}:keeper"
+    if consumer().set(key, name, nx=True, px=KEEPER_MS):
+        return True
+    if consumer().get(key) != name.encode():
+        return False
+    return bool(consumer().pexpire(key, KEEPER_MS))
+
+
+def trim() -> None:
+    """Drop what is older than the retention, but nothing that any group has yet to read or to
+    acknowledge: Redis itself would drop that silently."""
+    redis, key = consumer(), settings.REDIS_STREAM_KEY
+    cutoff = int((time.time() - settings.REDIS_STREAM_RETENTION_HOURS * 3600) * 1000)
+    keep = [(cutoff, 0)]
+    for group in redis.xinfo_groups(key):
+        keep.append(_numbers(group["last-delivered-id"]))
+        pending = redis.xpending(key, group["name"])
+        if pending["min"]:
+            keep.append(_numbers(pending["min"]))
+    oldest = min(keep)
+    redis.xtrim(key, minid=f"{oldest[0]}-{oldest[1]}", approximate=True)
+
+
+def _numbers(entry_id: bytes) -> tuple[int, int]:
+    milliseconds, _, sequence = entry_id.partition(b"-")
+    return int(milliseconds), int(sequence or 0)
+
+
+def _info() -> tuple[dict[str, Any], dict[str, Any] | None]:
+    stream = cast("dict[str, Any]", consumer().xinfo_stream(settings.REDIS_STREAM_KEY))
+    wanted = settings.REDIS_CONSUMER_GROUP.encode()
+    groups = cast("list[dict[str, Any]]", consumer().xinfo_groups(settings.REDIS_STREAM_KEY))
+    return stream, next((group for group in groups if group["name"] == wanted), None)
+
+
+def _pairs(found: Any) -> list[tuple[bytes, list[Any]]]:
+    """Redis answers with a list in RESP2 and a mapping in RESP3."""
+    if isinstance(found, dict):
+        return [(key, entries[0] if entries else []) for key, entries in found.items()]
+    return list(found or [])
+
+
+def _entries(found: Any) -> list[Entry]:
+    return [
+        Entry(entry_id.decode(), (fields or {}).get(b"event")) for entry_id, fields in found or []
+    ]

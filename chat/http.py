@@ -1,0 +1,157 @@
+"""The chat server's plain JSON: camelCase, `{ok: true, ...}`, and `{ok: false, error}` for whatever
+goes wrong."""
+
+import logging
+from collections.abc import Callable, Mapping
+from http import HTTPStatus
+from typing import Any
+
+import orjson
+from django.core.exceptions import RequestDataTooBig
+from django.db import DatabaseError
+from django.http import Http404, HttpRequest, HttpResponse, JsonResponse
+from rest_framework import exceptions, status
+from rest_framework.negotiation import BaseContentNegotiation
+from rest_framework.parsers import BaseParser
+from rest_framework.renderers import BaseRenderer
+from rest_framework.request import Request
+from rest_framework.response import Response
+from rest_framework.views import APIView, set_rollback
+
+logger = logging.getLogger(__name__)
+
+
+class PlainJSONParser(BaseParser):
+    """JSON whatever the Content-Type says: curl's default is a form, and nothing else is meant."""
+
+    media_type = "*/*"
+
+    def parse(
+        self,
+        stream: Any,
+        media_type: str | None = None,
+        parser_context: Mapping[str, Any] | None = None,
+    ) -> Any:
+        try:
+            # Refuses NaN, unpaired surrogates, bad UTF-8 and nesting that would exhaust the stack.
+            data = orjson.loads(parser_context["request"]._request.body)  # type: ignore[index]
+        except orjson.JSONDecodeError as error:
+            raise exceptions.ParseError(f"The body is not valid JSON: {error}.") from None
+        if not isinstance(data, dict):
+            raise exceptions.ParseError("The body must be a JSON object.")
+        return data
+
+
+class PlainJSONRenderer(BaseRenderer):
+    media_type = "application/json"
+    format = "json"
+    charset = None
+
+    def render(
+        self,
+        data: Any,
+        accepted_media_type: str | None = None,
+        renderer_context: Mapping[str, Any] | None = None,
+    ) -> bytes:
+        return orjson.dumps(data, option=orjson.OPT_UTC_Z)
+
+
+class AlwaysJSON(BaseContentNegotiation):
+    """There is one representation; an Accept header that wants another gets it all the same, so that
+    a browser can look at any address."""
+
+    def select_parser(self, request: Request, parsers: Any) -> Any:
+        return parsers[0]
+
+    def select_renderer(
+        self, request: Request, renderers: Any, format_suffix: str | None = None
+    ) -> Any:
+        return renderers[0], renderers[0].media_type
+
+
+class PlainAPIView(APIView):
+    parser_classes = [PlainJSONParser]
+    renderer_classes = [PlainJSONRenderer]
+    content_negotiation_class = AlwaysJSON
+    # What a domain exception means in HTTP.
+    statuses: Mapping[type[Exception], int] = {}
+
+    def handle_exception(self, exc: Exception) -> Response:
+        for kind, code in self.statuses.items():
+            if isinstance(exc, kind):
+                set_rollback()
+                return refusal(code, str(exc))
+        return super().handle_exception(exc)
+
+    def get_exception_handler(self) -> Callable[..., Response]:
+        return plain_exception_handler
+
+
+def refusal(code: int, error: str, headers: Mapping[str, str] | None = None) -> Response:
+    return Response({"ok": False, "error": error}, status=code, headers=dict(headers or {}))
+
+
+def plain_exception_handler(exc: Exception, context: Mapping[str, Any]) -> Response:
+    set_rollback()
+    if isinstance(exc, RequestDataTooBig):
+        return refusal(status.HTTP_413_REQUEST_ENTITY_TOO_LARGE, "The body is too large.")
+    if isinstance(exc, Http404):
+        return refusal(status.HTTP_404_NOT_FOUND, "Not found.")
+    if isinstance(exc, exceptions.ValidationError):
+        return refusal(exc.status_code, _first_error(exc.detail))
+    if isinstance(exc, exceptions.APIException):
+        headers = {}
+        if challenge := getattr(exc, "auth_header", None):
+            headers["WWW-Authenticate"] = challenge
+        if (wait := getattr(exc, "wait", None)) is not None:
+            headers["Retry-After"] = str(int(wait))
+        return refusal(exc.status_code, str(exc.detail), headers)
+    if isinstance(exc, DatabaseError):
+        logger.exception("The database failed a request")
+        return refusal(
+            status.HTTP_503_SERVICE_UNAVAILABLE,
+            "The server is busy. Please try again.",
+            {"Retry-After": "1"},
+        )
+    logger.exception("A request failed unexpectedly")
+    return refusal(
+        status.HTTP_500_INTERNAL_SERVER_ERROR, "Something went wrong in the server."
+    )
+
+
+def _first_error(detail: Any, path: str = "") -> str:
+    """One sentence out of DRF's tree of errors: the first, with the field that it is about."""
+    if isinstance(detail, Mapping):
+        key, value = next(iter(detail.items()))
+        name = "" if key == "non_field_errors" else str(key)
+        return _first_error(value, f"{path}.{name}" if path and name else path or name)
+    if isinstance(detail, list):
+        return _first_error(detail[0], path)
+    return f"{path}: {detail}" if path else str(detail)
+
+
+class PlainErrors:
+    """Under /api, what goes wrong outside of the views (unknown paths, forbidden hosts, broken
+    requests) is told in JSON too, not in an HTML page."""
+
+    def __init__(self, get_response: Callable[[HttpRequest], HttpResponse]) -> None:
+        self.get_response = get_response
+
+    def __call__(self, request: HttpRequest) -> HttpResponse:
+        response = self.get_response(request)
+        is_page = response.get("Content-Type", "").startswith("text/html")
+        if (
+            response.status_code < 400
+            or not is_page
+            or not (request.path == "/api" or request.path.startswith("/api/"))
+        ):
+            return response
+        error = "Not found." if response.status_code == 404 else _phrase(response.status_code)
+        return JsonResponse({"ok": False, "error": error}, status=response.status_code)
+
+
+def _phrase(code: int) -> str:
+    try:
+        return f"{HTTPStatus(code).phrase}."
+    except ValueError:
+        return f"Error {code}."

@@ -1,0 +1,62 @@
+"""The plain JSON of the chat server: what comes in, and what is told."""
+
+from typing import Any
+
+from rest_framework import serializers
+
+from agents.models import Run
+from chat.models import Message
+
+
+class StringField(serializers.CharField):
+    """A JSON string and nothing that merely could be one."""
+
+    def to_internal_value(self, data: Any) -> str:
+        if not isinstance(data, str):
+            self.fail("invalid")
+        return super().to_internal_value(data)
+
+
+class AskSerializer(serializers.Serializer[Any]):
+    """Only the shape; agents.inbox has the rules."""
+
+    content = StringField(error_messages={"blank": "Write at least 1 character."})
+    model = StringField(required=False, allow_null=True, max_length=100)
+    threadId = StringField(required=False, allow_null=True, source="thread_id")  # noqa: N815
+    correlationId = StringField(  # noqa: N815
+        required=False, allow_null=True, source="correlation_id"
+    )
+
+
+def message_json(message: Message) -> dict[str, Any]:
+    return {
+        "id": message.pk,
+        "threadId": message.thread_id,
+        "role": message.role,
+        "content": message.content,
+        "correlationId": message.correlation_id,
+        "createdAt": message.created_at,
+    }
+
+
+def run_json(run: Run) -> dict[str, Any]:
+    """A run with `answer` loaded."""
+    told = {
+        "id": run.pk,
+        "threadId": run.thread_id,
+        "correlationId": run.correlation_id,
+        "status": run.status,
+        "model": run.model,
+        "usage": {
+            "promptTokens": run.prompt_tokens,
+            "completionTokens": run.completion_tokens,
+            "totalTokens": run.prompt_tokens + run.completion_tokens,
+        },
+        "createdAt": run.created_at,
+        "updatedAt": run.updated_at,
+    }
+    if run.answer:
+        told["output"] = run.answer.content
+    if run.safe_error:
+        told["safeError"] = run.safe_error
+    return told

@@ -1,0 +1,204 @@
+"""The chat server's HTTP: `/api/chat/...` in plain JSON."""
+
+import threading
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from django.conf import settings
+from django.db import close_old_connections
+from django.shortcuts import get_object_or_404
+from rest_framework import exceptions
+from rest_framework.permissions import BasePermission
+from rest_framework.request import Request
+from rest_framework.response import Response
+from rest_framework.views import APIView
+
+from agents import inbox, llm, stream
+from agents.models import Run
+from chat.http import PlainAPIView
+from chat.models import Message, Thread, ThreadQuerySet
+from chat.serializers import AskSerializer, message_json, run_json
+from realm.models import User
+
+MAX_PAGE = 200
+# A waiting request holds one of the few threads of its process; half of them stay free. Whoever finds
+# no seat is answered at once, as RFC 7240 allows.
+WAITING_SEATS = threading.BoundedSemaphore(4)
+
+
+class MayChat(BasePermission):
+    """Whoever has proven who they are, and anybody where CHAT_ALLOW_ANONYMOUS is on."""
+
+    message = "Sign in, or send a realm-server JWT as 'Authorization: Bearer ...'."
+
+    def has_permission(self, request: Request, view: APIView) -> bool:
+        return settings.CHAT_ALLOW_ANONYMOUS or request.user.is_authenticated
+
+
+class ChatView(PlainAPIView):
+    permission_classes = [MayChat]
+    statuses = {
+        inbox.Invalid: 400,
+        inbox.UnknownThread: 404,
+        inbox.KeyReused: 422,
+    }
+
+    @property
+    def caller(self) -> User | None:
+        return self.request.user if self.request.user.is_authenticated else None
+
+    def threads(self) -> ThreadQuerySet:
+        return Thread.objects.open_to(self.caller)
+
+    def run(self, run_id: str) -> Run:
+        return get_object_or_404(
+            Run.objects.select_related("answer").filter(thread__in=self.threads()), pk=run_id
+        )
+
+
+class ApiRootView(PlainAPIView):
+    authentication_classes = []
+
+    def get(self, request: Request) -> Response:
+        return Response({"ok": True, "message": "API is running"})
+
+
+class MessagesView(ChatView):
+    def post(self, request: Request) -> Response:
+        """Accept a question: 202, or 200 with its outcome when `Prefer: wait=N` brings it in time."""
+        question = AskSerializer(data=request.data)
+        question.is_valid(raise_exception=True)
+        accepted = inbox.ask(
+            **question.validated_data,
+            source=Run.Source.HTTP,
+            threads=self.threads(),
+            owner=self.caller,
+            idempotency=self._idempotency(request),
+        )
+        seconds = _seconds_to_wait(request)
+        run = self._outcome(accepted.run_id, seconds) if seconds else None
+        told = {
+            "ok": True,
+            "status": run.status if run else "accepted",
+            "runId": accepted.run_id,
+            "threadId": accepted.thread_id,
+            "messageId": accepted.message_id,
+            "model": accepted.model,
+            "correlationId": accepted.correlation_id,
+        }
+        headers = {"Location": f"/api/chat/runs/{accepted.run_id}"}
+        if accepted.repeated:
+            headers["Idempotency-Replayed"] = "true"
+        if run:
+            headers["Preference-Applied"] = f"wait={seconds}"
+            return Response({**told, "run": run_json(run)}, headers=headers)
+        return Response(told, status=202, headers=headers)
+
+    def _idempotency(self, request: Request) -> inbox.Idempotency | None:
+        key = request.headers.get("Idempotency-Key")
+        if key is None:
+            return None
+        if not 1 <= len(key) <= inbox.MAX_KEY_LENGTH or not key.isprintable():
+            raise exceptions.ParseError(
+                f"Idempotency-Key must be 1 to {inbox.MAX_KEY_LENGTH} printable characters long."
+            )
+        caller = f"user:{self.caller.pk}" if self.caller else "anonymous"
+        return inbox.Idempotency(caller=caller, key=key)
+
+    def _outcome(self, run_id: str, seconds: int) -> Run | None:
+        """The run, if it has ended within `seconds`."""
+        with _seat() as seated, stream.outcome_of(run_id) as outcome:
+            run = Run.objects.select_related("answer").filter(pk=run_id).first()
+            if seated and run and not run.is_finished:
+                close_old_connections()
+                outcome.wait(seconds)
+                run = Run.objects.select_related("answer").filter(pk=run_id).first()
+        return run if run and run.is_finished else None
+
+
+class ThreadMessagesView(ChatView):
+    def get(self, request: Request, thread_id: str) -> Response:
+        """The newest messages in the order asked. `next` is the id to give as `before` for older
+        ones, null when there are none."""
+        thread = get_object_or_404(self.threads(), pk=thread_id)
+        messages = Message.objects.filter(thread=thread).order_by("-position")
+        if before := request.query_params.get("before"):
+            edge = get_object_or_404(Message, pk=_uuid(before, "before"), thread=thread)
+            messages = messages.filter(position__lt=edge.position)
+        limit = _limit(request.query_params.get("limit"))
+        page = list(messages[: limit + 1])
+        shown = page[:limit][::-1]
+        return Response(
+            {
+                "ok": True,
+                "messages": [message_json(message) for message in shown],
+                "next": shown[0].pk if len(page) > limit else None,
+            }
+        )
+
+
+class RunView(ChatView):
+    def get(self, request: Request, run_id: str) -> Response:
+        return Response({"ok": True, "run": run_json(self.run(run_id))})
+
+
+class ModelsView(ChatView):
+    def get(self, request: Request) -> Response:
+        """The catalogue. Where no list is set, any model may be asked for: `anyModel`."""
+        allowed = settings.CHAT_ALLOWED_MODELS
+        return Response(
+            {
+                "ok": True,
+                "models": allowed or [settings.CHAT_DEFAULT_MODEL],
+                "default": settings.CHAT_DEFAULT_MODEL,
+                "anyModel": not allowed,
+                "echo": not llm.configured(),
+            }
+        )
+
+
+class UnknownPathView(PlainAPIView):
+    """Whatever else is asked for under /api, with any method."""
+
+    authentication_classes = []
+
+    def initial(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        raise exceptions.NotFound("There is nothing at this address.")
+
+
+@contextmanager
+def _seat() -> Iterator[bool]:
+    seated = WAITING_SEATS.acquire(blocking=False)
+    try:
+        yield seated
+    finally:
+        if seated:
+            WAITING_SEATS.release()
+
+
+def _seconds_to_wait(request: Request) -> int:
+    """N of `Prefer: wait=N` (RFC 7240), at most CHAT_MAX_WAIT_SECONDS. 0 for anything else: a
+    preference that makes no sense is ignored."""
+    for preference in request.headers.get("Prefer", "").replace(";", ",").split(","):
+        name, _, value = preference.strip().partition("=")
+        value = value.strip().strip('"')
+        if name.strip().lower() == "wait" and value.isascii() and value.isdigit():
+            return min(int(value[:9]), settings.CHAT_MAX_WAIT_SECONDS)
+    return 0
+
+
+def _limit(value: str | None) -> int:
+    if value is None:
+        return MAX_PAGE
+    if not (value.isascii() and value.isdigit() and 1 <= int(value[:9]) <= MAX_PAGE):
+        raise exceptions.ParseError(f"limit must be a whole number from 1 to {MAX_PAGE}.")
+    return int(value)
+
+
+def _uuid(value: str, name: str) -> uuid.UUID:
+    try:
+        return uuid.UUID(value)
+    except ValueError:
+        raise exceptions.ParseError(f"{name} must be the id of a message.") from None

@@ -1,0 +1,82 @@
+"""System checks for combinations of settings that are legal one by one."""
+
+from typing import Any
+
+from django.conf import settings
+from django.core.checks import CheckMessage, Error, Warning, register
+
+
+@register()
+def secrets(**_: Any) -> list[CheckMessage]:
+    """Refuse to run with the secrets that everybody can read in the source."""
+    if settings.DEBUG:
+        return []
+    found: list[CheckMessage] = []
+    for number, name in enumerate(("SECRET_KEY", "REALM_SECRET_SEED"), start=1):
+        value = getattr(settings, name)
+        if value == settings.DEVELOPMENT_SECRET:
+            found.append(
+                Error(
+                    f"{name} is the built-in one although DEBUG is off.",
+                    hint=f"Set {name} to 50 random characters or more.",
+                    id=f"botrealm.E00{number}",
+                )
+            )
+        elif len(value) < 32:
+            found.append(
+                Error(
+                    f"{name} has {len(value)} characters: it can be guessed.",
+                    hint="Use 50 random characters or more.",
+                    id=f"botrealm.E00{number}",
+                )
+            )
+    if not found and settings.SECRET_KEY == settings.REALM_SECRET_SEED:
+        found.append(
+            Warning(
+                "SECRET_KEY and REALM_SECRET_SEED are the same: whoever may mint realm tokens could "
+                "forge admin sessions.",
+                hint="Give each its own value.",
+                id="botrealm.W003",
+            )
+        )
+    return found
+
+
+@register()
+def model_endpoint(**_: Any) -> list[CheckMessage]:
+    if settings.OPENAI_API_KEY or settings.OPENAI_BASE_URL:
+        return []
+    return [
+        Warning(
+            "No model is configured: every answer is an echo of its question.",
+            hint="Set OPENAI_API_KEY, or OPENAI_BASE_URL for another compatible endpoint.",
+            id="botrealm.W001",
+        )
+    ]
+
+
+@register()
+def allowed_models(**_: Any) -> list[CheckMessage]:
+    summary, allowed = settings.CHAT_SUMMARY_MODEL, settings.CHAT_ALLOWED_MODELS
+    if not summary or not allowed or summary in allowed:
+        return []
+    return [
+        Warning(
+            f"CHAT_SUMMARY_MODEL={summary!r} is not in CHAT_ALLOWED_MODELS.",
+            hint="That is fine if only the server may use it; otherwise add it to the list.",
+            id="botrealm.W002",
+        )
+    ]
+
+
+@register()
+def anonymous_chat(**_: Any) -> list[CheckMessage]:
+    if settings.DEBUG or not settings.CHAT_ALLOW_ANONYMOUS:
+        return []
+    return [
+        Warning(
+            "CHAT_ALLOW_ANONYMOUS is on although DEBUG is off: anybody can spend your tokens.",
+            hint="Leave it off unless something in front of the server lets only your users in.",
+            id="botrealm.W004",
+        )
+    ]

@@ -1,0 +1,110 @@
+"""Read settings from the environment; a bad value stops the start with the variable's name."""
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import environ
+from django.core.exceptions import ImproperlyConfigured
+
+TRUE = {"1", "true", "yes", "on"}
+FALSE = {"0", "false", "no", "off"}
+
+
+def text(name: str, default: str = "") -> str:
+    """The variable without surrounding blanks. Set but empty counts as not set."""
+    return os.environ.get(name, "").strip() or default
+
+
+def flag(name: str, default: bool) -> bool:
+    value = text(name).lower()
+    if not value:
+        return default
+    if value in TRUE | FALSE:
+        return value in TRUE
+    raise ImproperlyConfigured(f"{name}={value!r} is not a switch: use true or false.")
+
+
+def integer(name: str, default: int, *, least: int = 0, most: int | None = None) -> int:
+    value = text(name)
+    if not value:
+        return default
+    bounds = f"from {least} to {most}" if most is not None else f"of {least} or more"
+    try:
+        number = int(value)
+    except ValueError:
+        number = least - 1
+    if number < least or (most is not None and number > most):
+        raise ImproperlyConfigured(f"{name}={value!r} is not a whole number {bounds}.")
+    return number
+
+
+def seconds(name: str, default: float, *, least: float = 0.1) -> float:
+    value = text(name)
+    if not value:
+        return default
+    try:
+        number = float(value)
+    except ValueError:
+        number = float("nan")
+    if not least <= number < float("inf"):
+        raise ImproperlyConfigured(f"{name}={value!r} is not a time in seconds of {least} or more.")
+    return number
+
+
+def words(name: str, default: str = "") -> list[str]:
+    """A comma-separated list, blanks and empty entries dropped."""
+    return [word.strip() for word in text(name, default).split(",") if word.strip()]
+
+
+def choice(name: str, default: str, choices: tuple[str, ...]) -> str:
+    value = text(name, default)
+    if value not in choices:
+        raise ImproperlyConfigured(f"{name}={value!r} is not one of {', '.join(choices)}.")
+    return value
+
+
+def url(name: str, default: str = "", *, schemes: tuple[str, ...]) -> str:
+    value = text(name, default)
+    if not value:
+        return ""
+    try:
+        parts = urlsplit(value)
+        valid = parts.scheme in schemes and bool(parts.hostname or parts.path.strip("/"))
+        _ = parts.port
+    except ValueError:
+        valid = False
+    if not valid:
+        # The value may carry a password, so it is not repeated.
+        raise ImproperlyConfigured(
+            f"{name} is not a URL that starts with {' or '.join(f'{s}://' for s in schemes)}."
+        )
+    return value
+
+
+def database(name: str, default: str, *, base: Path) -> dict[str, Any]:
+    """Django's settings for a database URL.
+
+    `file:PATH` is the spelling of the chat server's document for SQLite; a relative path counts from
+    `base`. `sqlite:///PATH` and `postgres://...` are the usual ones.
+    """
+    value = text(name, default)
+    if value.startswith("file:"):
+        path = base / value.removeprefix("file:").split("?")[0]
+        return {"ENGINE": "django.db.backends.sqlite3", "NAME": str(path)}
+    if not re.match(r"(sqlite|postgres|postgresql)://", value):
+        raise ImproperlyConfigured(
+            f"{name} is not a database URL: use file:./db/sqlite.db, sqlite:///absolute/path "
+            "or postgres://user:password@host:5432/name."
+        )
+    try:
+        config = dict(environ.Env.db_url_config(value))
+    except (ValueError, ImproperlyConfigured):
+        raise ImproperlyConfigured(f"{name} cannot be read as a database URL.") from None
+    if not config.get("NAME"):
+        raise ImproperlyConfigured(f"{name} names no database.")
+    if "sqlite" in config["ENGINE"] and config["NAME"] != ":memory:":
+        config["NAME"] = str(base / config["NAME"])
+    return config

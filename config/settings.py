@@ -1,0 +1,217 @@
+"""All settings, from the environment alone. README.md has the table; `.env` is read where it exists."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import environ
+import sentry_sdk
+from django.core.exceptions import ImproperlyConfigured
+
+from config import env, logs
+
+BASE_DIR = Path(__file__).resolve().parent.parent
+environ.Env.read_env(BASE_DIR / ".env")
+
+# On by default, so that a fresh clone works with nothing set: the local stack listens on loopback
+# only. config/checks.py refuses the built-in secrets once it is off.
+DEBUG = env.flag("DEBUG", True)
+DEVELOPMENT_SECRET = "for-development-only-0123456789-0123456789-0123456789"
+SECRET_KEY = env.text("SECRET_KEY", DEVELOPMENT_SECRET)
+ALLOWED_HOSTS = env.words("ALLOWED_HOSTS", "localhost,127.0.0.1,[::1]")
+CSRF_TRUSTED_ORIGINS = env.words("CSRF_TRUSTED_ORIGINS")
+
+INSTALLED_APPS = [
+    "realm",
+    "chat",
+    "agents",
+    "config.apps.ConfigConfig",
+    "rest_framework",
+    "django.contrib.admin",
+    "django.contrib.auth",
+    "django.contrib.contenttypes",
+    "django.contrib.sessions",
+    "django.contrib.messages",
+    "django.contrib.staticfiles",
+]
+MIDDLEWARE = [
+    "chat.http.PlainErrors",
+    "django.middleware.security.SecurityMiddleware",
+    "whitenoise.middleware.WhiteNoiseMiddleware",
+    "django.contrib.sessions.middleware.SessionMiddleware",
+    "django.middleware.common.CommonMiddleware",
+    "django.middleware.csrf.CsrfViewMiddleware",
+    "django.contrib.auth.middleware.AuthenticationMiddleware",
+    "django.contrib.messages.middleware.MessageMiddleware",
+    "django.middleware.clickjacking.XFrameOptionsMiddleware",
+]
+ROOT_URLCONF = "config.urls"
+WSGI_APPLICATION = "config.wsgi.application"
+TEMPLATES = [
+    {
+        "BACKEND": "django.template.backends.django.DjangoTemplates",
+        "DIRS": [BASE_DIR / "templates"],
+        "APP_DIRS": True,
+        "OPTIONS": {
+            "context_processors": [
+                "django.template.context_processors.request",
+                "django.contrib.auth.context_processors.auth",
+                "django.contrib.messages.context_processors.messages",
+            ]
+        },
+    }
+]
+
+AUTH_USER_MODEL = "realm.User"
+AUTH_PASSWORD_VALIDATORS = [
+    {"NAME": f"django.contrib.auth.password_validation.{name}"}
+    for name in (
+        "UserAttributeSimilarityValidator",
+        "MinimumLengthValidator",
+        "CommonPasswordValidator",
+        "NumericPasswordValidator",
+    )
+]
+DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
+LANGUAGE_CODE = "en-us"
+USE_I18N = False
+TIME_ZONE = "UTC"
+USE_TZ = True
+STATIC_URL = "static/"
+WHITENOISE_USE_FINDERS = True
+
+# Database
+DATABASES: dict[str, dict[str, Any]] = {
+    "default": env.database("DATABASE_URL", "file:./db/sqlite.db", base=BASE_DIR)
+}
+_database = DATABASES["default"]
+if "sqlite" in _database["ENGINE"]:
+    if _database["NAME"] != ":memory:":
+        Path(_database["NAME"]).parent.mkdir(parents=True, exist_ok=True)
+    _database["CONN_MAX_AGE"] = None
+    _database["OPTIONS"] = {
+        # Without IMMEDIATE a transaction that reads before it writes fails at once under load, in
+        # spite of the time-out: SQLite cannot make it wait without giving up its snapshot.
+        "transaction_mode": "IMMEDIATE",
+        "timeout": 20,
+        "init_command": "PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL;",
+    }
+else:
+    # A connection is held for one unit of work, never while a model is waited for, so a small pool
+    # serves many threads.
+    _database["CONN_HEALTH_CHECKS"] = True
+    _database["OPTIONS"] = {
+        **_database.get("OPTIONS", {}),
+        "pool": {"min_size": 1, "max_size": env.integer("DATABASE_POOL_SIZE", 16, least=1)},
+    }
+
+# Redis: the event stream, Celery's broker and the cache. It may forget everything at any moment.
+REDIS_URL = env.url(
+    "REDIS_URL", "redis://localhost:6379", schemes=("redis", "rediss", "unix")
+)
+REDIS_STREAM_KEY = env.text("REDIS_STREAM_KEY", "agent_events")
+REDIS_CONSUMER_GROUP = env.text("REDIS_CONSUMER_GROUP", "agent_runtime")
+REDIS_CONSUMER_NAME = env.text("REDIS_CONSUMER_NAME")  # empty: worker-<pid>, known in the worker
+REDIS_STREAM_RETENTION_HOURS = env.integer("REDIS_STREAM_RETENTION_HOURS", 24, least=1)
+CACHES = {
+    "default": {
+        "BACKEND": "django_redis.cache.RedisCache",
+        "LOCATION": REDIS_URL,
+        "KEY_PREFIX": "botrealm",
+        "OPTIONS": {"SOCKET_CONNECT_TIMEOUT": 0.3, "SOCKET_TIMEOUT": 0.3, "IGNORE_EXCEPTIONS": True},
+    }
+}
+
+# Realm
+REALM_SECRET_SEED = env.text("REALM_SECRET_SEED", DEVELOPMENT_SECRET)
+
+# Chat
+CHAT_ALLOW_ANONYMOUS = env.flag("CHAT_ALLOW_ANONYMOUS", DEBUG)
+CHAT_ALLOWED_MODELS = env.words("CHAT_ALLOWED_MODELS")
+CHAT_DEFAULT_MODEL = env.text("CHAT_DEFAULT_MODEL", "gpt-4o-mini")
+if CHAT_ALLOWED_MODELS and CHAT_DEFAULT_MODEL not in CHAT_ALLOWED_MODELS:
+    CHAT_DEFAULT_MODEL = CHAT_ALLOWED_MODELS[0]
+CHAT_SUMMARY_MODEL = env.text("CHAT_SUMMARY_MODEL")  # empty: the model of the run
+for _name, _model in [
+    ("CHAT_DEFAULT_MODEL", CHAT_DEFAULT_MODEL),
+    ("CHAT_SUMMARY_MODEL", CHAT_SUMMARY_MODEL),
+    *(("CHAT_ALLOWED_MODELS", model) for model in CHAT_ALLOWED_MODELS),
+]:
+    if len(_model) > 100:
+        raise ImproperlyConfigured(f"{_name}: a model's name has at most 100 characters.")
+CHAT_MEMORY_RECENT_MESSAGES = env.integer("CHAT_MEMORY_RECENT_MESSAGES", 8, least=1, most=1000)
+CHAT_MAX_WAIT_SECONDS = env.integer("CHAT_MAX_WAIT_SECONDS", 60)
+DATA_UPLOAD_MAX_MEMORY_SIZE = env.integer("MAX_BODY_BYTES", 1024 * 1024, least=1024)
+
+# Model and runs
+OPENAI_API_KEY = env.text("OPENAI_API_KEY")
+OPENAI_BASE_URL = env.url("OPENAI_BASE_URL", schemes=("http", "https"))
+OPENAI_TIMEOUT_SECONDS = env.seconds("OPENAI_TIMEOUT_SECONDS", 60)
+AGENT_MAX_LOOP_ITERATIONS = env.integer("AGENT_MAX_LOOP_ITERATIONS", 8, least=1, most=100)
+AGENT_TOOLS = env.words("AGENT_TOOLS")
+AGENT_MAX_ATTEMPTS = env.integer("AGENT_MAX_ATTEMPTS", 5, least=1, most=100)
+AGENT_LEASE_SECONDS = env.seconds("AGENT_LEASE_SECONDS", 10, least=1)
+AGENT_DEADLINE_SECONDS = env.seconds("AGENT_DEADLINE_SECONDS", 600, least=1)
+
+# Celery. The database is the queue of record, so a task is no more than a wake-up: nothing waits for
+# Celery's own redelivery, which takes minutes, and nothing is scheduled with its countdown or eta.
+CELERY_BROKER_URL = REDIS_URL.replace("unix://", "redis+socket://")
+CELERY_BROKER_CONNECTION_RETRY_ON_STARTUP = True
+CELERY_BROKER_CONNECTION_MAX_RETRIES = None
+CELERY_BROKER_TRANSPORT_OPTIONS = {
+    "visibility_timeout": 3600,
+    "unacked_restore_interval": 5,
+    "unacked_restore_throttle": 1,
+    "socket_timeout": 10,
+    "socket_connect_timeout": 2,
+    "socket_keepalive": True,
+    "health_check_interval": 25,
+    "global_keyprefix": f"{REDIS_STREAM_KEY}:celery:",
+}
+CELERY_TASK_IGNORE_RESULT = True
+CELERY_TASK_ACKS_LATE = True
+CELERY_TASK_SERIALIZER = "json"
+CELERY_ACCEPT_CONTENT = ["json"]
+# A run waits for its model nearly all the time: a thread waits cheaper than a process. The price is
+# that Celery's time limits do not hold for threads; deadlines are ours (agents/llm.py).
+CELERY_WORKER_POOL = "threads"
+CELERY_WORKER_CONCURRENCY = env.integer("WORKER_CONCURRENCY", 100, least=1, most=1000)
+CELERY_WORKER_PREFETCH_MULTIPLIER = 1
+CELERY_WORKER_SOFT_SHUTDOWN_TIMEOUT = 10
+CELERY_WORKER_CANCEL_LONG_RUNNING_TASKS_ON_CONNECTION_LOSS = False
+CELERY_WORKER_SEND_TASK_EVENTS = False
+CELERY_WORKER_ENABLE_REMOTE_CONTROL = True
+
+REST_FRAMEWORK = {
+    "DEFAULT_AUTHENTICATION_CLASSES": [
+        "realm.authentication.RealmTokenAuthentication",
+        "rest_framework.authentication.SessionAuthentication",
+    ],
+    "UNAUTHENTICATED_USER": "django.contrib.auth.models.AnonymousUser",
+    "URL_FORMAT_OVERRIDE": None,
+}
+
+# Logs and errors
+LOGGING = logs.configuration(
+    env.text("LOG_LEVELS", "*=info"),
+    env.choice("LOG_FORMAT", "console" if sys.stderr.isatty() else "json", ("console", "json")),
+)
+SENTRY_DSN = env.text("SENTRY_DSN")
+SENTRY_ENVIRONMENT = env.text("SENTRY_ENVIRONMENT", "development")
+if SENTRY_DSN:
+    try:
+        sentry_sdk.init(
+            dsn=SENTRY_DSN,
+            environment=SENTRY_ENVIRONMENT,
+            # Prompts and answers sit in bodies and local variables.
+            send_default_pii=False,
+            include_local_variables=False,
+            max_request_body_size="never",
+        )
+    except sentry_sdk.utils.BadDsn:
+        raise ImproperlyConfigured("SENTRY_DSN is not a Sentry DSN.") from None
+
+# Served over HTTPS once DEBUG is off.
+SESSION_COOKIE_SECURE = CSRF_COOKIE_SECURE = not DEBUG
+SECURE_CONTENT_TYPE_NOSNIFF = True
+X_FRAME_OPTIONS = "DENY"
