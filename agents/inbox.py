@@ -172,9 +172,10 @@ def _write(
         correlation_id=asked.correlation_id,
         source=source,
         model=asked.model,
+        request_event_id=event_id or uuid.uuid4(),
     )
     event = Event.objects.create(
-        id=event_id or uuid.uuid4(),
+        id=run.request_event_id,
         type=Event.Type.REQUESTED,
         run=run,
         correlation_id=asked.correlation_id,

@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any
 
+import httpx2
 import openai
 import orjson
 from django.conf import settings
@@ -93,7 +94,7 @@ def complete(
     *,
     model: str,
     tools: list[dict[str, Any]] | None = None,
-    control: Control = Control(),  # noqa: B008  (frozen)
+    control: Control = Control(),
 ) -> Reply:
     """One call of `model`. Raises `LLMError`, or `Stopped` when `control` says so."""
     control.check()
@@ -124,9 +125,12 @@ def complete(
             return _read(stream.response, control)
     except openai.APIStatusError as error:
         raise _refusal(error, model) from error
-    except openai.APITimeoutError as error:
-        raise LLMError("The model did not answer in time.", code="timeout", permanent=False) from error
-    except (openai.APIError, *_transport_errors()) as error:
+    except (openai.APITimeoutError, httpx2.TimeoutException) as error:
+        raise LLMError(
+            "The model did not answer in time.", code="timeout", permanent=False
+        ) from error
+    except (openai.APIError, httpx2.HTTPError, httpx2.StreamError) as error:
+        # The SDK wraps only what goes wrong before the first byte.
         raise LLMError(
             "The connection to the model was lost.", code="connection", permanent=False
         ) from error
@@ -141,14 +145,6 @@ def _client() -> OpenAI:
         base_url=settings.OPENAI_BASE_URL or None,
         max_retries=0,
     )
-
-
-@functools.cache
-def _transport_errors() -> tuple[type[Exception], ...]:
-    """What reading a stream raises: the SDK wraps only what happens before the first byte."""
-    import httpx2
-
-    return (httpx2.HTTPError, httpx2.StreamError)
 
 
 def _timeout(control: Control) -> Any:
@@ -230,16 +226,22 @@ def _usage(usage: dict[str, Any]) -> Usage:
 
 
 def _data_lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    """The `data:` lines of server-sent events, up to `[DONE]`."""
+    """The `data:` lines of server-sent events, up to `[DONE]`. Then the rest is read as well, or the
+    connection could not be used again."""
     rest = b""
-    for chunk in chunks:
-        *lines, rest = (rest + chunk).split(b"\n")
-        for line in lines:
-            if line.startswith(b"data:"):
-                data = line[5:].strip()
-                if data == b"[DONE]":
-                    return
-                yield data
+    done = False
+    try:
+        for chunk in chunks:
+            *lines, rest = (rest + chunk).split(b"\n")
+            for line in lines:
+                if line.startswith(b"data:") and not done:
+                    data = line[5:].strip()
+                    done = data == b"[DONE]"
+                    if not done:
+                        yield data
+    except httpx2.TimeoutException:
+        if not done:
+            raise
 
 
 def _bounded(chunks: Iterator[bytes], control: Control) -> Iterator[bytes]:

@@ -19,7 +19,7 @@ class StepRecord:
     input: dict[str, Any]
     output: str = ""
     error: str = ""
-    usage: llm.Usage = llm.Usage()
+    usage: llm.Usage = field(default_factory=llm.Usage)
     duration_ms: int = 0
 
 

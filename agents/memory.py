@@ -96,9 +96,7 @@ def summarise(thread_id: str) -> Summary | None:
         _set_due(thread, lease, None)
         return None
     model = settings.CHAT_SUMMARY_MODEL or _model_of(thread)
-    prompt = render_to_string(
-        "agents/summarise.txt", {"summary": thread.summary, "messages": left}
-    )
+    prompt = render_to_string("agents/summarise.txt", {"summary": thread.summary, "messages": left})
     try:
         reply = llm.complete([{"role": "user", "content": prompt}], model=model)
     except llm.LLMError as error:
@@ -175,6 +173,7 @@ def _set_due(thread: Thread, lease: Any, due_at: Any) -> None:
     """Give the lease back, unless an answer has asked for more meanwhile."""
     Thread.objects.filter(pk=thread.pk).update(
         summary_due_at=Case(
-            When(summary_due_at=lease, then=Value(due_at, DateTimeField())), default=F("summary_due_at")
+            When(summary_due_at=lease, then=Value(due_at, DateTimeField())),
+            default=F("summary_due_at"),
         )
     )

@@ -30,9 +30,9 @@ class RunQuerySet(models.QuerySet["Run"]):
     def claimable(self) -> "RunQuerySet":
         """Due ones that wait, and ones whose worker let the lease lapse. By the database's clock:
         the clocks of the workers need not agree."""
-        waiting = Q(status=Run.Status.QUEUED, due_at__lte=Now())
+        waiting = Q(status=Run.Status.QUEUED)
         abandoned = Q(status=Run.Status.PROCESSING, lease_expires_at__lt=Now())
-        return self.filter(waiting | abandoned).first_of_thread()
+        return self.filter(waiting | abandoned, due_at__lte=Now()).first_of_thread()
 
     def overlooked(self, *, after: timedelta) -> "RunQuerySet":
         """Claimable ones that were handed to no worker, or so long ago that the hand-over is lost."""
@@ -65,6 +65,8 @@ class Run(models.Model):
         Message, models.CASCADE, null=True, blank=True, related_name="answered_run"
     )
     correlation_id = models.CharField(max_length=200, db_index=True)
+    # The event that asked; each outcome names it. No foreign key: the event needs the run first.
+    request_event_id = models.UUIDField(default=uuid.uuid4, editable=False)
     source = models.CharField(max_length=6, choices=Source.choices)
     model = models.CharField(max_length=100)
     status = models.CharField(max_length=10, choices=Status.choices, default=Status.QUEUED)
@@ -73,7 +75,12 @@ class Run(models.Model):
     attempt = models.PositiveSmallIntegerField(default=0)
     worker = models.CharField(max_length=200, blank=True)
     lease_expires_at = models.DateTimeField(null=True, blank=True)
-    due_at = models.DateTimeField(default=timezone.now, help_text="Not to be started before.")
+    due_at = models.DateTimeField(
+        null=True,
+        blank=True,
+        default=timezone.now,
+        help_text="Not to be started before. Empty once the run has ended.",
+    )
     handed_at = models.DateTimeField(
         null=True, blank=True, default=timezone.now, help_text="Last told to the workers."
     )
@@ -88,16 +95,12 @@ class Run(models.Model):
 
     objects = RunQuerySet.as_manager()
 
-    # The agent.run.requested event: an annotation where agents.runs needs it.
-    request_event_id: uuid.UUID | None = None
-
     class Meta:
         indexes = [
-            # claimable(), overlooked(): the queue. Finished runs are not in it.
+            # overlooked(): the queue, and no finished run. Not by status: SQLite cannot tell that a
+            # status given as a parameter fits the condition of an index.
             models.Index(
-                fields=["due_at"],
-                name="run_unfinished_due",
-                condition=Q(status__in=["queued", "processing"]),
+                fields=["due_at"], name="run_unfinished_due", condition=Q(due_at__isnull=False)
             ),
             # The admin's list, newest first, whole and by status.
             models.Index(fields=["-created_at", "id"], name="run_newest"),
@@ -106,6 +109,11 @@ class Run(models.Model):
         constraints = [
             # Also the index of first_of_thread().
             models.UniqueConstraint(fields=["thread", "position"], name="run_position_is_unique"),
+            models.CheckConstraint(
+                condition=Q(status__in=["queued", "processing"], due_at__isnull=False)
+                | (~Q(status__in=["queued", "processing"]) & Q(due_at__isnull=True)),
+                name="run_is_due_until_it_ends",
+            ),
             models.CheckConstraint(
                 condition=Q(status="processing", lease_expires_at__isnull=False)
                 | (~Q(status="processing") & Q(lease_expires_at__isnull=True)),

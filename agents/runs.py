@@ -15,8 +15,8 @@ from typing import Any
 
 import structlog
 from django.conf import settings
-from django.db import DatabaseError, close_old_connections, connection, transaction
-from django.db.models import F, OuterRef, Subquery
+from django.db import DatabaseError, connection, transaction
+from django.db.models import F
 from django.db.models.functions import Coalesce, Now
 from django.utils import timezone
 
@@ -65,17 +65,7 @@ def claim(run_id: str) -> Run | None:
         )
         if not taken:
             return None
-        run = (
-            Run.objects.select_related("thread")
-            .annotate(
-                request_event_id=Subquery(
-                    Event.objects.filter(run=OuterRef("pk"), type=Event.Type.REQUESTED).values(
-                        "id"
-                    )[:1]
-                )
-            )
-            .get(pk=run_id)
-        )
+        run = Run.objects.select_related("thread").get(pk=run_id)
         if run.attempt > 1:
             run.attempts.filter(result="").update(result=Attempt.Result.LOST, ended_at=Now())
         Attempt.objects.create(run=run, number=run.attempt, worker=worker)
@@ -92,8 +82,7 @@ def _attempt(run: Run, lease: leases.Lease) -> bool:
                 permanent=True,
             )
         context = memory.context(run)
-        # The connection goes back to the pool while the model is waited for.
-        close_old_connections()
+        _give_back_connection()
         answer = loop.run(
             context.messages,
             model=run.model,
@@ -113,16 +102,23 @@ def _attempt(run: Run, lease: leases.Lease) -> bool:
     except Exception as error:
         # A defect of ours: the run still gets an outcome, and the traceback goes to the log.
         logger.exception("Run failed unexpectedly")
-        unexpected = llm.LLMError("Something went wrong in the server.", code="internal", permanent=True)
+        unexpected = llm.LLMError(
+            "Something went wrong in the server.", code="internal", permanent=True
+        )
         unexpected.__cause__ = error
         _persist(partial(_fail_or_retry, run, unexpected, transcript))
         return False
     return _persist(partial(_complete, run, answer, transcript))
 
 
+def _give_back_connection() -> None:
+    """Return the connection to its pool while the model is waited for."""
+    if not connection.in_atomic_block:
+        connection.close_if_unusable_or_obsolete()
+
+
 def _deadline(run: Run) -> float:
-    assert run.started_at is not None
-    spent = (timezone.now() - run.started_at).total_seconds()
+    spent = (timezone.now() - (run.started_at or timezone.now())).total_seconds()
     return time.monotonic() + settings.AGENT_DEADLINE_SECONDS - spent
 
 
@@ -216,7 +212,7 @@ def _finish(
     **columns: Any,
 ) -> bool:
     """Write the outcome of an attempt, its event included. False when this worker lost the run."""
-    columns |= {"status": status, "finished_at": Now(), **_spent(transcript)}
+    columns |= {"status": status, "due_at": None, "finished_at": Now(), **_spent(transcript)}
     if not _fenced(run, **columns):
         return False
     _end_attempt(run, Attempt.Result(status.value), transcript, error)
@@ -226,9 +222,7 @@ def _finish(
 
 def _fenced(run: Run, **columns: Any) -> bool:
     """Change the run if the claim still stands: the attempt's number is the fence."""
-    claimed = Run.objects.filter(
-        pk=run.pk, attempt=run.attempt, status=Run.Status.PROCESSING
-    )
+    claimed = Run.objects.filter(pk=run.pk, attempt=run.attempt, status=Run.Status.PROCESSING)
     if claimed.update(lease_expires_at=None, updated_at=Now(), **columns):
         return True
     logger.warning("Outcome thrown away: this worker no longer holds the run (fenced)")
@@ -243,9 +237,7 @@ def _spent(transcript: loop.Transcript) -> dict[str, Any]:
     }
 
 
-def _end_attempt(
-    run: Run, result: Attempt.Result, transcript: loop.Transcript, error: str
-) -> None:
+def _end_attempt(run: Run, result: Attempt.Result, transcript: loop.Transcript, error: str) -> None:
     usage = transcript.usage
     Attempt.objects.filter(run=run, number=run.attempt).update(
         result=result,
@@ -273,13 +265,12 @@ def _end_attempt(
 
 def announce(run: Run, type: Event.Type, payload: dict[str, Any]) -> None:
     """Write an event of a run, and add it to the stream after the commit."""
-    request = run.request_event_id
     event = Event.objects.create(
         run=run,
         type=type,
         correlation_id=run.correlation_id,
         payload={
-            "requestEventId": str(request) if request else None,
+            "requestEventId": str(run.request_event_id),
             "runId": run.pk,
             "threadId": run.thread_id,
             **payload,
@@ -297,6 +288,7 @@ def cancel(run: Run) -> bool:
             .filter(pk=run.pk)
             .update(
                 status=Run.Status.CANCELLED,
+                due_at=None,
                 lease_expires_at=None,
                 finished_at=Now(),
                 updated_at=Now(),
@@ -305,18 +297,15 @@ def cancel(run: Run) -> bool:
         if not cancelled:
             return False
         run.attempts.filter(result="").update(result=Attempt.Result.CANCELLED, ended_at=Now())
-        request = run.events.filter(type=Event.Type.REQUESTED)
-        run.request_event_id = request.values_list("id", flat=True).first()
         announce(run, Event.Type.CANCELLED, {})
     return True
 
 
 def _log_outcome(run: Run, outcome: str, code: str = "") -> None:
-    assert run.started_at is not None
     logger.info(
         "Run %s%s after %d ms, attempt %d",
         outcome,
         f" ({code})" if code else "",
-        (timezone.now() - run.started_at).total_seconds() * 1000,
+        (timezone.now() - run.created_at).total_seconds() * 1000,
         run.attempt,
     )

@@ -74,13 +74,14 @@ class Told:
             event_id = uuid.UUID(event.get("id"))
         except (TypeError, ValueError, AttributeError):
             raise Malformed("'id' is not a UUID") from None
-        told = cls(event_id, event.get("type"), event.get("correlationId"), event.get("payload"))
-        if not isinstance(told.type, str):
+        kind, correlation_id, payload = map(event.get, ("type", "correlationId", "payload"))
+        if not isinstance(kind, str):
             raise Malformed("'type' is not a string")
-        if not isinstance(told.correlation_id, str | None):
+        if not isinstance(correlation_id, str | None):
             raise Malformed("'correlationId' is not a string")
-        if not isinstance(told.payload, dict):
+        if not isinstance(payload, dict):
             raise Malformed("'payload' is not an object")
+        told = cls(event_id, kind, correlation_id, payload)
         if told.type == Event.Type.REQUESTED:
             told.text("runId")
         elif told.type in ENDS:
@@ -131,7 +132,9 @@ class Reader:
             if event.run_id and event.run_id not in known and self._take_in(entry, event):
                 known.add(event.run_id)
         ended = {event.ended_thread for event in told.values() if event.ended_thread}
-        following = Run.objects.claimable().filter(thread_id__in=ended) if ended else Run.objects.none()
+        following = (
+            Run.objects.claimable().filter(thread_id__in=ended) if ended else Run.objects.none()
+        )
         hand_over([*(requested & known), *following.values_list("pk", flat=True)])
         self._seen.extend(event.id for event in told.values())
         stream.acknowledge(entries)

@@ -52,6 +52,9 @@ class Breaker:
     def open(self) -> bool:
         return time.monotonic() < self._closed_at
 
+    def reset(self) -> None:
+        self._closed_at = 0.0
+
     def trip(self) -> None:
         with self._lock:
             self._closed_at = time.monotonic() + BREAK_SECONDS
@@ -98,7 +101,9 @@ def publish(events: Iterable[dict[str, Any]]) -> bool:
             pipe.execute()
     except RedisError as error:
         _breaker.trip()
-        logger.warning("Redis took no event (%s); the relay will add it later", type(error).__name__)
+        logger.warning(
+            "Redis took no event (%s); the relay will add it later", type(error).__name__
+        )
         return False
     return True
 
@@ -214,7 +219,9 @@ def last_delivered() -> datetime | None:
 
 def forget_consumers(*, idle: timedelta) -> None:
     """Drop the names of workers that are gone for long and have nothing pending."""
-    for info in consumer().xinfo_consumers(settings.REDIS_STREAM_KEY, settings.REDIS_CONSUMER_GROUP):
+    for info in consumer().xinfo_consumers(
+        settings.REDIS_STREAM_KEY, settings.REDIS_CONSUMER_GROUP
+    ):
         if not info["pending"] and info["idle"] > idle.total_seconds() * 1000:
             consumer().xgroup_delconsumer(
                 settings.REDIS_STREAM_KEY, settings.REDIS_CONSUMER_GROUP, info["name"]
@@ -252,9 +259,9 @@ def _numbers(entry_id: bytes) -> tuple[int, int]:
 
 
 def _info() -> tuple[dict[str, Any], dict[str, Any] | None]:
-    stream = cast("dict[str, Any]", consumer().xinfo_stream(settings.REDIS_STREAM_KEY))
+    stream = consumer().xinfo_stream(settings.REDIS_STREAM_KEY)
     wanted = settings.REDIS_CONSUMER_GROUP.encode()
-    groups = cast("list[dict[str, Any]]", consumer().xinfo_groups(settings.REDIS_STREAM_KEY))
+    groups = consumer().xinfo_groups(settings.REDIS_STREAM_KEY)
     return stream, next((group for group in groups if group["name"] == wanted), None)
 
 

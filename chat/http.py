@@ -114,9 +114,7 @@ def plain_exception_handler(exc: Exception, context: Mapping[str, Any]) -> Respo
             {"Retry-After": "1"},
         )
     logger.exception("A request failed unexpectedly")
-    return refusal(
-        status.HTTP_500_INTERNAL_SERVER_ERROR, "Something went wrong in the server."
-    )
+    return refusal(status.HTTP_500_INTERNAL_SERVER_ERROR, "Something went wrong in the server.")
 
 
 def _first_error(detail: Any, path: str = "") -> str:

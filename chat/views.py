@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import Any
 
 from django.conf import settings
-from django.db import close_old_connections
 from django.shortcuts import get_object_or_404
 from rest_framework import exceptions
 from rest_framework.permissions import BasePermission
@@ -31,10 +30,12 @@ WAITING_SEATS = threading.BoundedSemaphore(4)
 class MayChat(BasePermission):
     """Whoever has proven who they are, and anybody where CHAT_ALLOW_ANONYMOUS is on."""
 
-    message = "Sign in, or send a realm-server JWT as 'Authorization: Bearer ...'."
-
     def has_permission(self, request: Request, view: APIView) -> bool:
-        return settings.CHAT_ALLOW_ANONYMOUS or request.user.is_authenticated
+        if settings.CHAT_ALLOW_ANONYMOUS or request.user.is_authenticated:
+            return True
+        raise exceptions.NotAuthenticated(
+            "Sign in, or send a realm-server JWT as 'Authorization: Bearer ...'."
+        )
 
 
 class ChatView(PlainAPIView):
@@ -112,7 +113,6 @@ class MessagesView(ChatView):
         with _seat() as seated, stream.outcome_of(run_id) as outcome:
             run = Run.objects.select_related("answer").filter(pk=run_id).first()
             if seated and run and not run.is_finished:
-                close_old_connections()
                 outcome.wait(seconds)
                 run = Run.objects.select_related("answer").filter(pk=run_id).first()
         return run if run and run.is_finished else None

@@ -3,7 +3,10 @@
 from typing import Any
 
 from django.conf import settings
-from django.core.checks import CheckMessage, Error, Warning, register
+from django.core.checks import CheckMessage, Error, register
+from django.core.checks import Warning as Caution
+
+from agents.tools import TOOLS
 
 
 @register()
@@ -32,7 +35,7 @@ def secrets(**_: Any) -> list[CheckMessage]:
             )
     if not found and settings.SECRET_KEY == settings.REALM_SECRET_SEED:
         found.append(
-            Warning(
+            Caution(
                 "SECRET_KEY and REALM_SECRET_SEED are the same: whoever may mint realm tokens could "
                 "forge admin sessions.",
                 hint="Give each its own value.",
@@ -47,7 +50,7 @@ def model_endpoint(**_: Any) -> list[CheckMessage]:
     if settings.OPENAI_API_KEY or settings.OPENAI_BASE_URL:
         return []
     return [
-        Warning(
+        Caution(
             "No model is configured: every answer is an echo of its question.",
             hint="Set OPENAI_API_KEY, or OPENAI_BASE_URL for another compatible endpoint.",
             id="botrealm.W001",
@@ -61,7 +64,7 @@ def allowed_models(**_: Any) -> list[CheckMessage]:
     if not summary or not allowed or summary in allowed:
         return []
     return [
-        Warning(
+        Caution(
             f"CHAT_SUMMARY_MODEL={summary!r} is not in CHAT_ALLOWED_MODELS.",
             hint="That is fine if only the server may use it; otherwise add it to the list.",
             id="botrealm.W002",
@@ -74,9 +77,22 @@ def anonymous_chat(**_: Any) -> list[CheckMessage]:
     if settings.DEBUG or not settings.CHAT_ALLOW_ANONYMOUS:
         return []
     return [
-        Warning(
+        Caution(
             "CHAT_ALLOW_ANONYMOUS is on although DEBUG is off: anybody can spend your tokens.",
             hint="Leave it off unless something in front of the server lets only your users in.",
             id="botrealm.W004",
         )
+    ]
+
+
+@register()
+def tools(**_: Any) -> list[CheckMessage]:
+    return [
+        Error(
+            f"AGENT_TOOLS names {name!r}, which is no tool.",
+            hint=f"The tools are: {', '.join(TOOLS)}.",
+            id="botrealm.E003",
+        )
+        for name in settings.AGENT_TOOLS
+        if name not in TOOLS
     ]

@@ -16,7 +16,7 @@ environ.Env.read_env(BASE_DIR / ".env")
 # On by default, so that a fresh clone works with nothing set: the local stack listens on loopback
 # only. config/checks.py refuses the built-in secrets once it is off.
 DEBUG = env.flag("DEBUG", True)
-DEVELOPMENT_SECRET = "for-development-only-0123456789-0123456789-0123456789"
+DEVELOPMENT_SECRET = "for-development-only-0123456789-0123456789-0123456789"  # noqa: S105
 SECRET_KEY = env.text("SECRET_KEY", DEVELOPMENT_SECRET)
 ALLOWED_HOSTS = env.words("ALLOWED_HOSTS", "localhost,127.0.0.1,[::1]")
 CSRF_TRUSTED_ORIGINS = env.words("CSRF_TRUSTED_ORIGINS")
@@ -106,9 +106,7 @@ else:
     }
 
 # Redis: the event stream, Celery's broker and the cache. It may forget everything at any moment.
-REDIS_URL = env.url(
-    "REDIS_URL", "redis://localhost:6379", schemes=("redis", "rediss", "unix")
-)
+REDIS_URL = env.url("REDIS_URL", "redis://localhost:6379", schemes=("redis", "rediss", "unix"))
 REDIS_STREAM_KEY = env.text("REDIS_STREAM_KEY", "agent_events")
 REDIS_CONSUMER_GROUP = env.text("REDIS_CONSUMER_GROUP", "agent_runtime")
 REDIS_CONSUMER_NAME = env.text("REDIS_CONSUMER_NAME")  # empty: worker-<pid>, known in the worker
@@ -118,7 +116,11 @@ CACHES = {
         "BACKEND": "django_redis.cache.RedisCache",
         "LOCATION": REDIS_URL,
         "KEY_PREFIX": "botrealm",
-        "OPTIONS": {"SOCKET_CONNECT_TIMEOUT": 0.3, "SOCKET_TIMEOUT": 0.3, "IGNORE_EXCEPTIONS": True},
+        "OPTIONS": {
+            "SOCKET_CONNECT_TIMEOUT": 0.3,
+            "SOCKET_TIMEOUT": 0.3,
+            "IGNORE_EXCEPTIONS": True,
+        },
     }
 }
 

@@ -5,7 +5,7 @@ from realm.models import User
 
 
 @admin.register(User)
-class RealmUserAdmin(UserAdmin):  # type: ignore[type-arg]
+class RealmUserAdmin(UserAdmin):
     list_display = ["username", "matrix_user_id", "is_staff", "date_joined"]
     search_fields = ["=username", "=matrix_user_id", "^email"]
     fieldsets = [

@@ -26,4 +26,4 @@ class User(AbstractUser):
         validators=[RegexValidator(MATRIX_USER_ID, "Write it as @user:server.")],
     )
 
-    objects: ClassVar[RealmUserManager] = RealmUserManager()  # type: ignore[assignment]
+    objects: ClassVar[RealmUserManager] = RealmUserManager()

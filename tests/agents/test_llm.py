@@ -1,0 +1,251 @@
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from typing import Any
+
+import pytest
+
+from agents import llm, loop, tools
+from tests.fakes.llm import (
+    GARBAGE,
+    Cut,
+    Failure,
+    FakeLLM,
+    Raw,
+    Reply,
+    StreamError,
+    ToolCall,
+    call_tool,
+)
+
+QUESTION = [{"role": "user", "content": "What time is it?"}]
+
+
+def complete() -> llm.Reply:
+    return llm.complete(QUESTION, model="gpt-4o-mini")
+
+
+class TestAnswers:
+    def test_a_streamed_answer_is_put_together(self, model: FakeLLM) -> None:
+        model.script(Reply("Grüße, 世界! 🎉", deltas=12))
+
+        reply = complete()
+
+        assert reply.text == "Grüße, 世界! 🎉"
+        assert reply.usage.prompt_tokens > 0
+        assert model.requests[0].stream
+        assert model.requests[0].include_usage
+
+    def test_an_endpoint_that_cannot_stream_is_understood(self, model: FakeLLM) -> None:
+        body = (
+            b'{"choices": [{"message": {"role": "assistant", "content": "Hi"}}],'
+            b' "usage": {"prompt_tokens": 3, "completion_tokens": 1}}'
+        )
+        model.script(Raw(body, content_type="application/json"))
+
+        assert complete() == llm.Reply("Hi", [], llm.Usage(3, 1))
+
+    def test_comments_between_the_events_are_skipped(self, model: FakeLLM) -> None:
+        model.script(Reply("Hi", comment="still thinking"))
+
+        assert complete().text == "Hi"
+
+    def test_usage_may_be_missing(self, model: FakeLLM) -> None:
+        model.script(
+            Raw(b'data: {"choices":[{"delta":{"content":"Hi"},"finish_reason":"stop"}]}\n\n')
+        )
+
+        assert complete() == llm.Reply("Hi")
+
+    def test_nul_is_dropped_because_no_database_can_keep_it(self, model: FakeLLM) -> None:
+        model.script(Reply("a\0b"))
+
+        assert complete().text == "ab"
+
+    def test_connections_are_kept(self, model: FakeLLM) -> None:
+        complete()
+        before = model.connections
+        for _ in range(5):
+            complete()
+
+        assert model.connections == before
+
+
+class TestTrouble:
+    @pytest.mark.parametrize("name", GARBAGE)
+    def test_garbage_is_no_answer_and_may_pass(self, model: FakeLLM, name: str) -> None:
+        model.script(GARBAGE[name])
+
+        with pytest.raises(llm.LLMError) as caught:
+            complete()
+
+        assert not caught.value.permanent
+        assert caught.value.code in {"unreadable", "broken"}
+
+    @pytest.mark.parametrize(
+        "behaviour",
+        [Reply("\ud800"), Cut(after=2), Cut(after=2, clean=True), StreamError(after=2), Cut()],
+        ids=repr,
+    )
+    def test_half_an_answer_is_none(self, model: FakeLLM, behaviour: Any) -> None:
+        model.script(behaviour)
+
+        with pytest.raises(llm.LLMError) as caught:
+            complete()
+
+        assert not caught.value.permanent
+
+    def test_an_answer_without_end_is_cut(self, model: FakeLLM, monkeypatch: Any) -> None:
+        monkeypatch.setattr(llm, "MAX_RESPONSE_BYTES", 50_000)
+        model.script(Reply("x" * 100_000))
+
+        with pytest.raises(llm.LLMError, match="too long"):
+            complete()
+
+    def test_nobody_listens(self, settings: Any) -> None:
+        settings.OPENAI_BASE_URL = "http://127.0.0.1:1/v1"
+        llm._client.cache_clear()
+
+        with pytest.raises(llm.LLMError) as caught:
+            complete()
+
+        llm._client.cache_clear()
+        assert caught.value.code == "connection"
+        assert not caught.value.permanent
+
+    def test_what_the_endpoint_says_is_not_repeated(self, model: FakeLLM, caplog: Any) -> None:
+        model.script(Failure(401, message="Incorrect API key provided: sk-canary-0123456789"))
+
+        with pytest.raises(llm.LLMError) as caught:
+            complete()
+
+        assert "canary" not in str(caught.value)
+        assert "canary" not in caplog.text
+
+    def test_the_wish_to_stop_is_heeded_between_chunks(self, model: FakeLLM) -> None:
+        model.script(Reply("word " * 100, deltas=100, delta_latency=0.02))
+        checks = iter([False] * 4)
+
+        with pytest.raises(llm.Stopped):
+            llm.complete(
+                QUESTION,
+                model="gpt-4o-mini",
+                control=llm.Control(stopped=lambda: next(checks, True)),
+            )
+
+        model.wait_for_disconnects()
+
+
+@pytest.mark.parametrize(
+    ("header", "seconds"),
+    [
+        ("", None),
+        ("7", 7),
+        ("0.5", 0.5),
+        ("0", None),
+        ("-3", None),
+        ("nan", None),
+        ("soon", None),
+        ("1e9", 900),
+        ("inf", 900),
+        ("Sat, 01 Jan 2000 00:00:00 GMT", None),
+    ],
+)
+def test_retry_after(header: str, seconds: float | None) -> None:
+    assert llm.retry_after(header) == seconds
+
+
+def test_retry_after_may_be_a_date() -> None:
+    date = format_datetime(datetime.now(UTC) + timedelta(seconds=30), usegmt=True)
+
+    assert llm.retry_after(date) == pytest.approx(30, abs=2)
+
+
+class TestTools:
+    @pytest.fixture(autouse=True)
+    def _offered(self, settings: Any) -> None:
+        settings.AGENT_TOOLS = ["current_time"]
+
+    def run(self, *, max_iterations: int = 4) -> tuple[str, loop.Transcript]:
+        transcript = loop.Transcript()
+        answer = loop.run(
+            QUESTION,
+            model="gpt-4o-mini",
+            sent={},
+            max_iterations=max_iterations,
+            control=llm.Control(),
+            transcript=transcript,
+        )
+        return answer, transcript
+
+    def test_a_tool_is_carried_out_and_its_result_told(self, model: FakeLLM) -> None:
+        model.script(call_tool("current_time"), Reply("Late."))
+
+        answer, transcript = self.run()
+
+        assert answer == "Late."
+        assert [(step.kind, step.name) for step in transcript.steps] == [
+            ("model", "gpt-4o-mini"),
+            ("tool", "current_time"),
+            ("model", "gpt-4o-mini"),
+        ]
+        offered = model.requests[0].body["tools"]  # type: ignore[index,call-overload]
+        assert [tool["function"]["name"] for tool in offered] == ["current_time"]
+        result = model.requests[1].messages[-1]
+        assert result["role"] == "tool"
+        assert result["tool_call_id"] == "call_1"
+        assert result["content"] == transcript.steps[1].output
+
+    @pytest.mark.parametrize(
+        ("call", "error"),
+        [
+            (ToolCall("current_time", "{"), "The arguments are not JSON."),
+            (ToolCall("current_time", "[1]"), "The arguments must be an object"),
+            (ToolCall("current_time", {"zone": "CET"}), "The arguments must be an object"),
+            (ToolCall("launch", {}), "There is no tool 'launch'."),
+        ],
+    )
+    def test_a_call_that_makes_no_sense_is_told_the_model(
+        self, model: FakeLLM, call: ToolCall, error: str
+    ) -> None:
+        model.script(Reply(tool_calls=(call,)), Reply("Never mind."))
+
+        answer, transcript = self.run()
+
+        assert answer == "Never mind."
+        assert transcript.steps[1].error.startswith(error)
+        assert error in model.requests[1].messages[-1]["content"]
+
+    def test_a_model_that_never_comes_to_an_answer_is_stopped(self, model: FakeLLM) -> None:
+        model.reset(call_tool("current_time"))
+
+        with pytest.raises(llm.LLMError, match="3 times") as caught:
+            self.run(max_iterations=3)
+
+        assert caught.value.permanent
+        assert len(model.requests) == 3
+
+    def test_a_tool_that_breaks_is_the_models_to_work_around(
+        self, model: FakeLLM, monkeypatch: Any, settings: Any, caplog: Any
+    ) -> None:
+        monkeypatch.setattr(tools, "TOOLS", dict(tools.TOOLS))
+
+        @tools.tool(city={"type": "string"})
+        def weather(city: str) -> str:
+            """The weather of a city."""
+            raise RuntimeError("canary")
+
+        settings.AGENT_TOOLS = ["weather"]
+        model.script(call_tool("weather", city="Paris"), Reply("No idea."))
+
+        answer, transcript = self.run()
+
+        assert answer == "No idea."
+        assert "canary" not in str(model.requests[1].messages)
+        assert "canary" in caplog.text
+        assert transcript.steps[1].error == "The tool failed."
+
+    def test_none_is_offered_unless_it_is_named(self, model: FakeLLM, settings: Any) -> None:
+        settings.AGENT_TOOLS = []
+        self.run()
+
+        assert "tools" not in model.requests[0].body  # type: ignore[operator]

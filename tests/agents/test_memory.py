@@ -1,0 +1,248 @@
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from django.utils import timezone
+
+from agents import memory, runs, tasks
+from agents.models import Run, Summary
+from chat.models import Message, Thread
+from tests import factories
+from tests.fakes.llm import Call, Failure, FakeLLM, Reply
+
+pytestmark = pytest.mark.django_db
+
+
+def is_summary_call(call: Call) -> bool:
+    return call.last_user.startswith("You keep the memory")
+
+
+def talk(call: Call) -> Reply:
+    """A model that answers questions, and summarises by counting what it was told."""
+    if is_summary_call(call):
+        return Reply(f"summary {call.last_user.count('question')}")
+    return Reply()
+
+
+def ask_and_answer(thread: Thread, content: str) -> Run:
+    run = factories.ask(content, thread_id=thread.pk)
+    tasks.execute(run.pk)
+    return run
+
+
+def contents(call: Call) -> list[str]:
+    return [message["content"] for message in call.messages]
+
+
+def test_the_last_messages_are_sent_as_they_are(model: FakeLLM) -> None:
+    thread = factories.conversation(3)
+    runs.execute(factories.ask("now", thread_id=thread.pk).pk)
+
+    assert contents(model.requests[0]) == [
+        "question 0",
+        "answer 0",
+        "question 1",
+        "answer 1",
+        "question 2",
+        "answer 2",
+        "now",
+    ]
+
+
+def test_never_a_message_later_than_the_one_that_asked(model: FakeLLM) -> None:
+    first = factories.ask("one")
+    second = factories.ask("two", thread_id=first.thread_id)
+    for run in (first, second):
+        runs.execute(run.pk)
+
+    assert contents(model.requests[0]) == ["one"]
+    assert contents(model.requests[1]) == ["one", "Answer to: one", "two"]
+
+
+def test_what_has_left_the_window_is_told_by_the_summary(model: FakeLLM) -> None:
+    model.default = talk
+    thread = factories.conversation(4)  # eight messages: the window is full
+    ask_and_answer(thread, "fifth")
+    ask_and_answer(thread, "sixth")
+
+    asked = [call for call in model.requests if not is_summary_call(call)]
+    system, *recent = asked[1].messages
+    assert system["role"] == "system"
+    assert "summary" in system["content"]
+    assert [message["content"] for message in recent] == [
+        "answer 1",
+        "question 2",
+        "answer 2",
+        "question 3",
+        "answer 3",
+        "fifth",
+        "Answer to: fifth",
+        "sixth",
+    ]
+    assert Run.objects.get(message__content="sixth").steps.get().input["summaryUpTo"] == 2
+
+
+def test_the_summary_is_made_after_the_answer_and_each_version_is_a_row(model: FakeLLM) -> None:
+    model.default = talk
+    thread = factories.conversation(4)
+    for number in range(3):
+        ask_and_answer(thread, f"more {number}")
+
+    kinds = [is_summary_call(call) for call in model.requests]
+    assert kinds == [False, True] * 3
+    covers = Summary.objects.values_list("covers_from", "covers_to")
+    assert list(covers) == [(0, 2), (3, 4), (5, 6)]
+    thread.refresh_from_db()
+    assert thread.summary == Summary.objects.latest("covers_to").text
+    assert (thread.summary_reach, thread.summary_due_at) == (6, None)
+    assert all(summary.prompt_tokens > 0 for summary in Summary.objects.all())
+
+
+def test_a_message_costs_the_same_in_a_long_thread(
+    model: FakeLLM, django_assert_max_num_queries: Any
+) -> None:
+    model.default = talk
+    sizes = []
+    for turns in (20, 400):
+        thread = factories.conversation(turns)
+        Thread.objects.filter(pk=thread.pk).update(summary="what was", summary_reach=2 * turns - 8)
+        model.requests.clear()
+        run = factories.ask("now", thread_id=thread.pk)
+        with django_assert_max_num_queries(30):
+            tasks.execute(run.pk)
+        sizes.append([len(call.messages) for call in model.requests])
+
+    assert sizes[0] == sizes[1] == [9, 1]
+
+
+def test_until_a_summary_tells_it_the_rest_is_sent_too(model: FakeLLM) -> None:
+    thread = factories.conversation(6)
+    runs.execute(factories.ask("now", thread_id=thread.pk).pk)
+
+    assert contents(model.requests[0]) == [
+        *(text for turn in range(6) for text in (f"question {turn}", f"answer {turn}")),
+        "now",
+    ]
+
+
+def test_but_no_more_than_a_model_can_take(model: FakeLLM) -> None:
+    thread = factories.conversation(100)
+    runs.execute(factories.ask("now", thread_id=thread.pk).pk)
+
+    assert len(model.requests[0].messages) == 8 + 3 * 8
+    assert contents(model.requests[0])[-2:] == ["answer 99", "now"]
+
+
+def test_the_window_may_be_one_message(model: FakeLLM, settings: Any) -> None:
+    settings.CHAT_MEMORY_RECENT_MESSAGES = 1
+    model.default = talk
+    thread = factories.conversation(1)
+    ask_and_answer(thread, "now")
+    ask_and_answer(thread, "then")
+
+    asked = [call for call in model.requests if not is_summary_call(call)]
+    assert [m["role"] for m in asked[1].messages] == ["system", "user"]
+    thread.refresh_from_db()
+    assert thread.summary_reach == 5
+
+
+def test_the_summary_does_not_run_ahead_of_an_open_question(model: FakeLLM) -> None:
+    model.default = talk
+    thread = factories.conversation(4)
+    first = factories.ask("first", thread_id=thread.pk)
+    for number in range(10):
+        factories.ask(f"waiting {number}", thread_id=thread.pk)
+    tasks.execute(first.pk)
+
+    assert Summary.objects.latest("covers_to").covers_to == 2
+
+
+def test_a_model_of_its_own_may_write_it(model: FakeLLM, settings: Any) -> None:
+    settings.CHAT_SUMMARY_MODEL = "small"
+    thread = factories.conversation(4)
+    model.models.append("small")
+    ask_and_answer(thread, "now")
+
+    assert [call.model for call in model.requests] == ["gpt-4o-mini", "small"]
+    assert Summary.objects.get().model == "small"
+
+
+def test_a_summary_that_fails_is_put_off_and_made_later(model: FakeLLM) -> None:
+    thread = factories.conversation(4)
+    model.script(Reply(), Failure(500))
+    run = ask_and_answer(thread, "now")
+
+    run.refresh_from_db()
+    thread.refresh_from_db()
+    assert run.status == Run.Status.COMPLETED
+    assert not Summary.objects.exists()
+    assert thread.summary_due_at is not None
+    assert thread.summary_due_at > timezone.now() + timedelta(seconds=50)
+
+    overdue(thread)
+    assert memory.due() == [thread.pk]
+    tasks.summarise(thread.pk)
+    assert Summary.objects.get().covers_to == 2
+    assert memory.due() == []
+
+
+def test_a_worker_that_died_over_a_summary_leaves_it_to_the_next(model: FakeLLM) -> None:
+    thread = factories.conversation(6)
+    overdue(thread)  # what a lease that ran out looks like
+
+    assert memory.summarise(thread.pk) is not None
+    assert memory.summarise(thread.pk) is None
+    assert Summary.objects.count() == 1
+
+
+def test_a_summary_that_comes_too_late_is_thrown_away(model: FakeLLM) -> None:
+    thread = factories.conversation(6)
+    overdue(thread)
+    stale = Thread.objects.get(pk=thread.pk)
+    left, _ = memory._left_window(stale)
+    memory.summarise(thread.pk)
+
+    reply = memory.llm.Reply(text="late")
+    lease = timezone.now()
+    assert memory._record(stale, left, reply, model="m", lease=lease, more=False) is None
+    assert Summary.objects.count() == 1
+
+
+def test_a_thread_that_is_far_behind_catches_up_in_parts(model: FakeLLM) -> None:
+    model.default = talk
+    thread = factories.conversation(60)
+    overdue(thread)
+    made = 0
+    while thread.pk in memory.due():
+        assert memory.summarise(thread.pk)
+        made += 1
+        Thread.objects.filter(pk=thread.pk, summary_due_at__isnull=False).update(
+            summary_due_at=timezone.now() - timedelta(minutes=1)
+        )
+
+    thread.refresh_from_db()
+    assert made == 3
+    assert thread.summary_reach == 112
+    kept = Message.objects.filter(thread=thread, position__gt=112).count()
+    assert kept == 7
+
+
+def test_an_echo_needs_no_memory() -> None:
+    thread = factories.conversation(10)
+    ask_and_answer(thread, "now")
+
+    thread.refresh_from_db()
+    assert thread.summary_due_at is None
+
+
+def test_instructions_in_messages_are_not_escaped_as_html(model: FakeLLM) -> None:
+    thread = factories.conversation(6)
+    Message.objects.filter(thread=thread, position=0).update(content="<b>1 & 2</b>")
+    overdue(thread)
+    memory.summarise(thread.pk)
+
+    assert "<b>1 & 2</b>" in model.requests[0].last_user
+
+
+def overdue(thread: Thread) -> None:
+    Thread.objects.filter(pk=thread.pk).update(summary_due_at=timezone.now() - timedelta(minutes=1))

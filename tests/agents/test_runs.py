@@ -1,0 +1,424 @@
+"""The life of a run, through the door in and `runs.execute()`; the model is a real HTTP server."""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from django.db import IntegrityError, OperationalError, connection
+from django.db.models.functions import Now
+from django.utils import timezone
+
+from agents import memory, runs
+from agents.models import Attempt, Event, Run, Step
+from chat.models import Message
+from tests import factories
+from tests.fakes.llm import CONTEXT_TOO_LONG, Cut, Failure, FakeLLM, Hang, Reply
+
+pytestmark = pytest.mark.django_db
+
+
+def reload(run: Run) -> Run:
+    return Run.objects.select_related("answer").get(pk=run.pk)
+
+
+def make_due(run: Run) -> None:
+    Run.objects.unfinished().filter(pk=run.pk).update(due_at=Now())
+
+
+class TestOutcome:
+    def test_the_answer_the_outcome_and_the_event_are_recorded(self, model: FakeLLM) -> None:
+        run = factories.ask("What is new?", correlation_id="c-1")
+        runs.execute(run.pk)
+
+        run = reload(run)
+        assert run.status == Run.Status.COMPLETED
+        assert run.answer is not None
+        assert run.answer.content == "Answer to: What is new?"
+        assert (run.answer.role, run.answer.position) == ("assistant", 1)
+        assert run.answer.correlation_id == "c-1"
+        event = Event.objects.get(type="agent.run.completed")
+        assert event.payload == {
+            "requestEventId": str(Event.objects.get(type="agent.run.requested").pk),
+            "runId": run.pk,
+            "threadId": run.thread_id,
+            "output": "Answer to: What is new?",
+        }
+
+    def test_usage_is_kept_on_the_run_the_attempt_and_the_step(self, model: FakeLLM) -> None:
+        run = factories.ask()
+        runs.execute(run.pk)
+
+        run, attempt, step = reload(run), Attempt.objects.get(), Step.objects.get()
+        assert run.prompt_tokens > 0
+        assert run.completion_tokens > 0
+        for record in (attempt, step):
+            assert record.prompt_tokens == run.prompt_tokens
+            assert record.completion_tokens == run.completion_tokens
+
+    def test_what_the_model_was_sent_can_be_seen_later(self, model: FakeLLM) -> None:
+        first = factories.ask("one")
+        runs.execute(first.pk)
+        second = factories.ask("two", thread_id=first.thread_id)
+        runs.execute(second.pk)
+
+        messages = Message.objects.order_by("position").values_list("pk", flat=True)
+        step = Step.objects.get(run=second)
+        assert step.input == {"summaryUpTo": None, "messages": [str(pk) for pk in messages[:3]]}
+        assert [m["content"] for m in model.requests[1].messages] == [
+            "one",
+            "Answer to: one",
+            "two",
+        ]
+
+    def test_without_a_model_an_echo_answers(self) -> None:
+        run = factories.ask("Hi")
+        runs.execute(run.pk)
+
+        answer = reload(run).answer
+        assert answer is not None
+        assert answer.content == "Handled prompt: Hi"
+
+    @pytest.mark.parametrize(
+        ("failure", "error", "code"),
+        [
+            (
+                Failure(401, message="Bad key sk-canary"),
+                "The model refused the server's key.",
+                "key_refused",
+            ),
+            (Failure(403), "The model refused the server's key.", "key_refused"),
+            (Failure(404), "The model 'gpt-4o-mini' does not exist.", "unknown_model"),
+            (Failure(400), "The model refused the request.", "refused"),
+            (Failure(422), "The model refused the request.", "refused"),
+            (CONTEXT_TOO_LONG, "The message is too long for the model.", "too_long"),
+            (
+                Failure(429, code="insufficient_quota"),
+                "The server's model quota is used up.",
+                "quota",
+            ),
+        ],
+    )
+    def test_what_cannot_succeed_fails_at_once(
+        self, model: FakeLLM, failure: Failure, error: str, code: str
+    ) -> None:
+        model.script(failure)
+        run = factories.ask()
+        runs.execute(run.pk)
+
+        run = reload(run)
+        assert (run.status, run.safe_error, run.error_code) == (Run.Status.FAILED, error, code)
+        assert Event.objects.get(type="agent.run.failed").payload["error"] == error
+        assert len(model.requests) == 1
+        assert not Message.objects.filter(role="assistant").exists()
+
+    def test_a_defect_of_ours_still_ends_the_run(self, monkeypatch: Any, caplog: Any) -> None:
+        def explode(run: Run) -> None:
+            raise RuntimeError("canary")
+
+        monkeypatch.setattr(memory, "context", explode)
+        run = factories.ask()
+        runs.execute(run.pk)
+
+        run = reload(run)
+        assert run.status == Run.Status.FAILED
+        assert run.safe_error == "Something went wrong in the server."
+        assert "canary" in caplog.text
+
+
+class TestRetry:
+    @pytest.mark.parametrize(
+        "behaviour",
+        [Failure(500), Failure(503), Failure(408), Failure(429), Cut(), Cut(after=3), Reply("")],
+        ids=repr,
+    )
+    def test_what_may_pass_is_tried_again(self, model: FakeLLM, behaviour: Any) -> None:
+        model.script(behaviour)
+        run = factories.ask()
+        runs.execute(run.pk)
+
+        run = reload(run)
+        assert run.status == Run.Status.QUEUED
+        assert run.handed_at is None
+        attempt = Attempt.objects.get()
+        assert attempt.result == Attempt.Result.RETRIED
+        assert attempt.error
+        assert not Message.objects.filter(role="assistant").exists()
+
+        make_due(run)
+        runs.execute(run.pk)
+        assert reload(run).status == Run.Status.COMPLETED
+        assert reload(run).attempt == 2
+        assert Message.objects.filter(role="assistant").count() == 1
+
+    def test_not_before_it_is_due(self, model: FakeLLM) -> None:
+        model.script(Failure(429, retry_after=60))
+        run = factories.ask()
+        runs.execute(run.pk)
+        runs.execute(run.pk)
+
+        run = reload(run)
+        assert run.attempt == 1
+        assert timedelta(seconds=58) < run.due_at - timezone.now() < timedelta(seconds=62)
+
+    def test_not_for_ever(self, model: FakeLLM, settings: Any) -> None:
+        settings.AGENT_MAX_ATTEMPTS = 3
+        model.reset(Failure(500))
+        run = factories.ask()
+        for _ in range(5):
+            make_due(run)
+            runs.execute(run.pk)
+
+        run = reload(run)
+        assert (run.status, run.attempt) == (Run.Status.FAILED, 3)
+        assert run.safe_error == "The model is not available."
+        assert len(model.requests) == 3
+
+    def test_not_beyond_the_deadline(self, model: FakeLLM, settings: Any) -> None:
+        settings.AGENT_DEADLINE_SECONDS = 30
+        model.script(Failure(429, retry_after=60))
+        run = factories.ask()
+        runs.execute(run.pk)
+
+        assert reload(run).status == Run.Status.FAILED
+
+    def test_tokens_of_every_attempt_count(self, model: FakeLLM) -> None:
+        run = factories.ask()
+        model.script(Reply(" "))
+        runs.execute(run.pk)
+        wasted = reload(run).prompt_tokens
+        make_due(run)
+        runs.execute(run.pk)
+
+        assert reload(run).prompt_tokens >= 2 * wasted
+
+    def test_a_model_that_falls_silent_does_not_hold_the_run(
+        self, model: FakeLLM, settings: Any
+    ) -> None:
+        settings.OPENAI_TIMEOUT_SECONDS = 0.2
+        model.script(Hang(), Hang(after=2))
+        run = factories.ask()
+        for _ in range(2):
+            make_due(run)
+            runs.execute(run.pk)
+            assert reload(run).status == Run.Status.QUEUED
+        errors = Attempt.objects.values_list("error", flat=True)
+        assert set(errors) == {"The model did not answer in time."}
+
+    def test_a_model_that_dribbles_is_cut_at_the_deadline(
+        self, model: FakeLLM, settings: Any
+    ) -> None:
+        settings.AGENT_DEADLINE_SECONDS = 0.5
+        model.script(Reply("word " * 200, deltas=200, delta_latency=0.05))
+        run = factories.ask()
+        runs.execute(run.pk)
+
+        run = reload(run)
+        assert (run.status, run.error_code) == (Run.Status.FAILED, "deadline")
+        model.wait_for_disconnects()
+
+
+class TestClaim:
+    def test_a_run_is_claimed_once(self) -> None:
+        run = factories.ask()
+
+        assert runs.claim(run.pk) is not None
+        assert runs.claim(run.pk) is None
+
+    def test_a_finished_run_is_not_claimed(self) -> None:
+        run = factories.ask()
+        runs.execute(run.pk)
+
+        assert runs.claim(run.pk) is None
+
+    def test_an_unknown_run_is_nobodys(self) -> None:
+        assert runs.claim("run_unknown") is None
+
+    def test_a_later_run_of_a_thread_waits_for_the_earlier(self) -> None:
+        first = factories.ask("one")
+        second = factories.ask("two", thread_id=first.thread_id)
+
+        assert runs.claim(second.pk) is None
+        assert runs.claim(first.pk) is not None
+        assert runs.claim(second.pk) is None
+        Run.objects.filter(pk=first.pk).update(lease_expires_at=Now() - timedelta(seconds=1))
+        runs.execute(first.pk)
+        assert runs.claim(second.pk) is not None
+
+    @pytest.mark.parametrize("end", ["failed", "cancelled"])
+    def test_a_run_that_ended_badly_holds_nobody_up(self, model: FakeLLM, end: str) -> None:
+        first = factories.ask("one")
+        second = factories.ask("two", thread_id=first.thread_id)
+        if end == "failed":
+            model.script(Failure(400))
+            runs.execute(first.pk)
+        else:
+            runs.cancel(first)
+
+        assert runs.claim(second.pk) is not None
+
+    def test_threads_do_not_wait_for_each_other(self) -> None:
+        first, second = factories.ask("one"), factories.ask("two")
+
+        assert runs.claim(first.pk)
+        assert runs.claim(second.pk)
+
+    def test_a_lapsed_lease_is_taken_over_and_the_loss_recorded(self) -> None:
+        run = factories.ask()
+        runs.claim(run.pk)
+        Run.objects.filter(pk=run.pk).update(lease_expires_at=Now() - timedelta(seconds=1))
+
+        again = runs.claim(run.pk)
+
+        assert again is not None
+        assert again.attempt == 2
+        results = Attempt.objects.order_by("number").values_list("result", flat=True)
+        assert list(results) == ["lost", ""]
+
+    def test_a_run_that_kills_its_workers_is_given_up(self, settings: Any) -> None:
+        settings.AGENT_MAX_ATTEMPTS = 2
+        run = factories.ask()
+        for _ in range(2):
+            runs.claim(run.pk)
+            Run.objects.filter(pk=run.pk).update(lease_expires_at=Now() - timedelta(seconds=1))
+        runs.execute(run.pk)
+
+        run = reload(run)
+        assert (run.status, run.error_code) == (Run.Status.FAILED, "workers_lost")
+
+
+@pytest.mark.django_db(transaction=True)
+class TestFence:
+    def test_a_worker_that_lost_its_run_writes_nothing(self, model: FakeLLM, caplog: Any) -> None:
+        model.script(Reply("too late", latency=0.4), Reply("in time"))
+        run = factories.ask()
+        with in_background(runs.execute, run.pk):
+            model.wait_for_requests()
+            Run.objects.filter(pk=run.pk).update(lease_expires_at=Now() - timedelta(seconds=1))
+            runs.execute(run.pk)
+
+        answers = Message.objects.filter(role="assistant").values_list("content", flat=True)
+        assert list(answers) == ["in time"]
+        assert Event.objects.filter(type="agent.run.completed").count() == 1
+        results = Attempt.objects.order_by("number").values_list("result", flat=True)
+        assert list(results) == ["lost", "completed"]
+        assert "fenced" in caplog.text
+
+    def test_a_worker_notices_that_its_run_was_cancelled(
+        self, model: FakeLLM, settings: Any
+    ) -> None:
+        settings.AGENT_LEASE_SECONDS = 0.4
+        model.script(Reply("word " * 400, deltas=400, delta_latency=0.05))
+        run = factories.ask()
+        with in_background(runs.execute, run.pk):
+            model.wait_for_requests()
+            assert runs.cancel(run) is True
+            model.wait_for_disconnects()
+
+        assert reload(run).status == Run.Status.CANCELLED
+        assert Attempt.objects.get().result == Attempt.Result.CANCELLED
+        assert not Message.objects.filter(role="assistant").exists()
+
+    def test_the_lease_is_kept_for_as_long_as_the_model_takes(
+        self, model: FakeLLM, settings: Any
+    ) -> None:
+        settings.AGENT_LEASE_SECONDS = 0.5
+        model.script(Reply("slow", latency=1.2))
+        run = factories.ask()
+        with in_background(runs.execute, run.pk) as worker:
+            model.wait_for_requests()
+            while worker.is_alive():
+                assert runs.claim(run.pk) is None
+                worker.join(timeout=0.05)
+
+        assert reload(run).status == Run.Status.COMPLETED
+        assert reload(run).attempt == 1
+
+    def test_of_many_workers_one_gets_the_run(self) -> None:
+        run = factories.ask()
+        start, won = threading.Barrier(8), []
+
+        def claim() -> None:
+            start.wait()
+            won.append(runs.claim(run.pk) is not None)
+            connection.close()
+
+        workers = [threading.Thread(target=claim) for _ in range(8)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join(timeout=30)
+
+        assert sorted(won) == [False] * 7 + [True]
+
+
+class TestCancel:
+    def test_a_waiting_run_ends_at_once(self) -> None:
+        run = factories.ask()
+
+        assert runs.cancel(run) is True
+        assert runs.cancel(run) is False
+        assert reload(run).status == Run.Status.CANCELLED
+        event = Event.objects.get(type="agent.run.cancelled")
+        assert event.payload["requestEventId"] == str(run.request_event_id)
+
+    def test_a_finished_run_stays_as_it_is(self) -> None:
+        run = factories.ask()
+        runs.execute(run.pk)
+
+        assert runs.cancel(run) is False
+        assert reload(run).status == Run.Status.COMPLETED
+
+
+@pytest.mark.django_db(transaction=True)
+def test_an_outcome_outlasts_a_passing_trouble_of_the_database(caplog: Any) -> None:
+    troubles = [OperationalError("database is locked"), OperationalError("gone away")]
+
+    def record() -> bool:
+        if troubles:
+            raise troubles.pop()
+        return True
+
+    assert runs._persist(record) is True
+    assert "trying again" in caplog.text
+
+
+def test_a_run_without_a_lease_cannot_be_processing() -> None:
+    run = factories.ask()
+
+    with pytest.raises(IntegrityError, match="run_has_a_lease_while_processing"):
+        Run.objects.filter(pk=run.pk).update(status=Run.Status.PROCESSING)
+
+
+def test_a_completed_run_has_an_answer() -> None:
+    run = factories.ask()
+
+    with pytest.raises(IntegrityError, match="run_completed_has_an_answer"):
+        Run.objects.filter(pk=run.pk).update(status=Run.Status.COMPLETED, due_at=None)
+
+
+def test_a_question_cannot_have_two_answers() -> None:
+    run = factories.ask()
+    runs.execute(run.pk)
+
+    with pytest.raises(IntegrityError):
+        Message.objects.create(thread=run.thread, position=1, role="assistant", content="again")
+
+
+@contextmanager
+def in_background(function: Callable[..., Any], *args: Any) -> Iterator[threading.Thread]:
+    """Another worker, as far as the database can tell."""
+
+    def work() -> None:
+        function(*args)
+        connection.close()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        yield thread
+    finally:
+        thread.join(timeout=20)
+        assert not thread.is_alive()

@@ -1,0 +1,391 @@
+"""The worker's side of the stream, on a real Redis. Celery itself is met in tests/system; here, what
+was handed to it is read from its queue."""
+
+import base64
+import json
+import uuid
+from datetime import timedelta
+from typing import Any
+
+import orjson
+import pytest
+from django.db.models.functions import Now
+from django.utils import timezone
+from redis import Redis
+
+from agents import runs, runtime, stream
+from agents.models import Event, Run
+from chat.models import Message
+from tests import factories
+
+pytestmark = pytest.mark.django_db(transaction=True)
+
+
+@pytest.fixture
+def reader(redis: Redis, broker: "Broker") -> runtime.Reader:
+    stream.ensure_group()
+    return runtime.Reader("worker-1")
+
+
+class Broker:
+    def __init__(self, redis: Redis) -> None:
+        self.redis = redis
+
+    def handed(self) -> list[str]:
+        """The runs in Celery's queue, which is emptied."""
+        key = "agent_events:celery:celery"
+        messages = self.redis.lrange(key, 0, -1)
+        self.redis.delete(key)
+        bodies = [json.loads(base64.b64decode(json.loads(m)["body"])) for m in reversed(messages)]
+        return [body[0][0] for body in bodies]
+
+
+@pytest.fixture(scope="session")
+def _celery(redis_server: str) -> None:
+    from config.celery import app
+
+    app.conf.broker_url = redis_server
+    app.set_current()
+
+
+@pytest.fixture
+def broker(redis: Redis, _celery: None) -> Broker:
+    return Broker(redis)
+
+
+def entries(redis: Redis) -> list[dict[str, Any]]:
+    return [orjson.loads(fields[b"event"]) for _, fields in redis.xrange("agent_events")]
+
+
+def dead(redis: Redis) -> list[str]:
+    return [fields[b"reason"].decode() for _, fields in redis.xrange("agent_events:dead")]
+
+
+def pending(redis: Redis) -> int:
+    return int(redis.xpending("agent_events", "agent_runtime")["pending"])
+
+
+def add(redis: Redis, event: Any) -> None:
+    raw = event if isinstance(event, bytes) else orjson.dumps(event)
+    redis.xadd("agent_events", {"event": raw})
+
+
+def request(**payload: Any) -> dict[str, Any]:
+    return {
+        "id": str(uuid.uuid4()),
+        "type": "agent.run.requested",
+        "timestamp": "2026-01-01T00:00:00.000Z",
+        "correlationId": "c-1",
+        "payload": {"runId": "run-of-another", "prompt": "Hi"} | payload,
+    }
+
+
+class TestPublishing:
+    def test_an_accepted_question_stands_on_the_stream(self, redis: Redis) -> None:
+        run = factories.ask("Hi", correlation_id="c-1")
+
+        event = Event.objects.get()
+        assert entries(redis) == [
+            {
+                "id": str(event.pk),
+                "type": "agent.run.requested",
+                "timestamp": event.created_at.isoformat(timespec="milliseconds").replace(
+                    "+00:00", "Z"
+                ),
+                "correlationId": "c-1",
+                "payload": {
+                    "runId": run.pk,
+                    "threadId": run.thread_id,
+                    "prompt": "Hi",
+                    "model": "gpt-4o-mini",
+                },
+            }
+        ]
+
+    def test_so_does_its_outcome(self, redis: Redis) -> None:
+        run = factories.ask("Hi")
+        runs.execute(run.pk)
+
+        told = entries(redis)[1]
+        assert told["type"] == "agent.run.completed"
+        assert told["payload"]["requestEventId"] == entries(redis)[0]["id"]
+
+    def test_a_redis_that_is_away_costs_the_asker_nothing(self, settings: Any) -> None:
+        run = factories.ask("Hi")
+
+        assert Run.objects.get() == run
+        assert Event.objects.unpublished().count() == 1
+
+
+class TestReader:
+    def test_a_run_is_handed_to_celery_and_the_entry_acknowledged(
+        self, reader: runtime.Reader, redis: Redis, broker: Broker
+    ) -> None:
+        run = factories.ask()
+        reader.read()
+        reader.mark_published()
+
+        assert broker.handed() == [run.pk]
+        assert pending(redis) == 0
+        assert Event.objects.get().published_at is not None
+
+    def test_when_a_run_ends_the_next_of_its_thread_is_handed_over(
+        self, reader: runtime.Reader, broker: Broker
+    ) -> None:
+        first = factories.ask("one")
+        second = factories.ask("two", thread_id=first.thread_id)
+        reader.read()
+        assert set(broker.handed()) == {first.pk, second.pk}
+
+        runs.execute(first.pk)
+        reader.read()
+        assert broker.handed() == [second.pk]
+
+    def test_a_wiped_redis_gets_its_group_back(
+        self, reader: runtime.Reader, redis: Redis, broker: Broker
+    ) -> None:
+        redis.flushall()
+        reader.read()
+        run = factories.ask()
+        reader.read()
+
+        assert broker.handed() == [run.pk]
+
+    def test_what_came_before_the_group_counts_too(
+        self, reader: runtime.Reader, redis: Redis, broker: Broker
+    ) -> None:
+        redis.flushall()
+        run = factories.ask()
+        reader.read()
+        reader.read()
+
+        assert broker.handed() == [run.pk]
+
+    def test_entries_of_a_dead_worker_are_taken_over(
+        self, reader: runtime.Reader, redis: Redis, broker: Broker
+    ) -> None:
+        run = factories.ask()
+        assert len(stream.read("worker-0")) == 1  # and it died
+
+        reader.handle(stream.claim_stale("worker-1", idle=timedelta(0)))
+
+        assert broker.handed() == [run.pk]
+        assert pending(redis) == 0
+
+
+class TestOtherPrograms:
+    def test_a_request_of_another_program_becomes_a_run(
+        self, reader: runtime.Reader, redis: Redis, broker: Broker
+    ) -> None:
+        add(redis, request(prompt="  Hi  ", threadId="thread-of-another", model="gpt-4o"))
+        reader.read()
+
+        run = Run.objects.get()
+        assert (run.pk, run.thread_id, run.model) == (
+            "run-of-another",
+            "thread-of-another",
+            "gpt-4o",
+        )
+        assert (run.source, run.correlation_id) == (Run.Source.STREAM, "c-1")
+        assert Message.objects.get().content == "Hi"
+        assert Event.objects.get().published_at is not None
+        assert broker.handed() == ["run-of-another"]
+        assert len(entries(redis)) == 1
+
+    def test_its_outcome_names_its_event(
+        self, reader: runtime.Reader, redis: Redis, broker: Broker
+    ) -> None:
+        event = request()
+        add(redis, event)
+        reader.read()
+        runs.execute("run-of-another")
+
+        assert entries(redis)[-1]["payload"]["requestEventId"] == event["id"]
+
+    def test_the_same_request_twice_is_one_run(
+        self, reader: runtime.Reader, redis: Redis, broker: Broker
+    ) -> None:
+        event = request()
+        add(redis, event)
+        add(redis, event)
+        reader.read()
+        add(redis, event)
+        reader.read()
+
+        assert Run.objects.count() == 1
+        assert dead(redis) == []
+
+    @pytest.mark.parametrize(
+        ("event", "reason"),
+        [
+            (b"{", "'event' is not JSON"),
+            (b"[]", "'event' is not an object"),
+            (b"\xff", "'event' is not JSON"),
+            ({}, "'id' is not a UUID"),
+            (request() | {"id": "1"}, "'id' is not a UUID"),
+            (request() | {"id": 7}, "'id' is not a UUID"),
+            (request() | {"type": None}, "'type' is not a string"),
+            (request() | {"correlationId": 7}, "'correlationId' is not a string"),
+            (request() | {"payload": []}, "'payload' is not an object"),
+            (request(runId=None), "'payload.runId' is not a string"),
+            (request(runId="a b"), "runId must be 1 to 64"),
+            (request(prompt=None), "'payload.prompt' is not a string"),
+            (request(prompt=" "), "content must be at least 1 character"),
+            (request(prompt="a\0b"), "content must not contain NUL"),
+            (request(threadId=7), "'payload.threadId' is not a string"),
+            (request(model="m" * 101), "model must be 1 to 100"),
+            (request() | {"correlationId": "c" * 201}, "correlationId must be"),
+            (request() | {"type": "agent.run.completed", "payload": {"threadId": 1}}, "threadId"),
+        ],
+    )
+    def test_what_makes_no_sense_is_set_aside_with_its_reason(
+        self, reader: runtime.Reader, redis: Redis, broker: Broker, event: Any, reason: str
+    ) -> None:
+        add(redis, event)
+        run = factories.ask("in between")
+        reader.read()
+
+        [told] = dead(redis)
+        assert reason in told
+        assert pending(redis) == 0
+        assert broker.handed() == [run.pk]
+
+    def test_an_entry_of_another_shape_is_set_aside(
+        self, reader: runtime.Reader, redis: Redis, broker: Broker
+    ) -> None:
+        redis.xadd("agent_events", {"message": "hello"})
+        reader.read()
+
+        assert dead(redis) == ["it has no field 'event'"]
+
+    def test_a_refused_model_is_set_aside(
+        self, reader: runtime.Reader, redis: Redis, broker: Broker, settings: Any
+    ) -> None:
+        settings.CHAT_ALLOWED_MODELS = ["gpt-4o-mini"]
+        add(redis, request(model="o3"))
+        reader.read()
+
+        assert dead(redis) == ["model 'o3' is not allowed. Allowed models: gpt-4o-mini."]
+
+    def test_events_of_unknown_types_are_passed_by(
+        self, reader: runtime.Reader, redis: Redis, broker: Broker
+    ) -> None:
+        add(redis, request() | {"type": "invoice.paid"})
+        reader.read()
+
+        assert (pending(redis), dead(redis), broker.handed()) == (0, [], [])
+
+
+class TestSweep:
+    def test_a_run_that_redis_forgot_is_handed_over_again(
+        self, reader: runtime.Reader, redis: Redis, broker: Broker
+    ) -> None:
+        run = factories.ask()
+        redis.flushall()
+        assert runtime.sweep_runs() == 0
+
+        Run.objects.update(handed_at=Now() - timedelta(minutes=1))
+        assert runtime.sweep_runs() == 1
+        assert broker.handed() == [run.pk]
+        assert runtime.sweep_runs() == 0
+
+    def test_a_run_whose_worker_died_is_handed_over(
+        self, reader: runtime.Reader, broker: Broker
+    ) -> None:
+        run = factories.ask()
+        runs.claim(run.pk)
+        Run.objects.update(handed_at=Now() - timedelta(minutes=1))
+        assert runtime.sweep_runs() == 0
+
+        Run.objects.update(lease_expires_at=Now() - timedelta(seconds=1))
+        assert runtime.sweep_runs() == 1
+        assert broker.handed() == [run.pk]
+
+    def test_an_attempt_is_repeated_when_it_is_due(
+        self, reader: runtime.Reader, broker: Broker
+    ) -> None:
+        run = factories.ask()
+        Run.objects.update(handed_at=None, due_at=Now() + timedelta(minutes=1))
+        assert runtime.sweep_runs() == 0
+
+        Run.objects.update(due_at=Now())
+        assert runtime.sweep_runs() == 1
+        assert broker.handed() == [run.pk]
+
+    def test_a_run_that_waits_for_an_earlier_one_is_left_alone(
+        self, reader: runtime.Reader, broker: Broker
+    ) -> None:
+        first = factories.ask("one")
+        factories.ask("two", thread_id=first.thread_id)
+        Run.objects.update(handed_at=None)
+
+        runtime.sweep_runs()
+        assert broker.handed() == [first.pk]
+
+    def test_the_keeper_is_one_worker(self, reader: runtime.Reader, broker: Broker) -> None:
+        factories.ask()
+        Run.objects.update(handed_at=None)
+        assert stream.keep("worker-2")
+
+        runtime.Keeper(reader).tick()
+        assert broker.handed() == []
+
+
+class TestRelay:
+    def age_events(self) -> None:
+        Event.objects.update(created_at=timezone.now() - timedelta(minutes=1))
+
+    def test_an_event_that_redis_did_not_take_is_added_later(
+        self, reader: runtime.Reader, redis: Redis, broker: Broker
+    ) -> None:
+        run = factories.ask()
+        redis.delete("agent_events")
+        stream.ensure_group()
+        assert runtime.relay() == 0  # it may still be on its way
+
+        self.age_events()
+        assert runtime.relay() == 1
+        reader.read()
+        reader.mark_published()
+        assert broker.handed() == [run.pk]
+        assert runtime.relay() == 0
+
+    def test_what_waits_on_the_stream_is_not_added_twice(
+        self, reader: runtime.Reader, redis: Redis, broker: Broker
+    ) -> None:
+        redis.xadd("agent_events", {"event": b"{}"}, id="1000-0")
+        reader.read()
+        factories.ask("the workers have not come to it yet")
+        self.age_events()
+
+        assert runtime.relay() == 0
+
+
+class TestTrim:
+    def test_what_somebody_has_yet_to_read_or_acknowledge_is_kept(
+        self, reader: runtime.Reader, redis: Redis, broker: Broker
+    ) -> None:
+        old = [redis.xadd("agent_events", {"event": b"{}"}, id=f"{n}-0") for n in range(1, 2001)]
+        redis.xgroup_create("agent_events", "another", id="1500-0")
+        redis.xreadgroup("agent_runtime", "worker-0", {"agent_events": ">"}, count=2000)
+        stream.trim()
+        assert redis.xlen("agent_events") == 2000
+
+        redis.xack("agent_events", "agent_runtime", *old)
+        stream.trim()
+        left = redis.xrange("agent_events", count=1)[0][0]
+        assert 1400 < int(left.split(b"-")[0]) <= 1500
+
+
+class TestWaiting:
+    def test_an_outcome_wakes_who_waits_for_it(self, redis: Redis) -> None:
+        run = factories.ask()
+        with stream.outcome_of(run.pk) as outcome:
+            runs.execute(run.pk)
+            outcome.wait(30)  # the test's patience would end long before
+
+        assert Run.objects.get().is_finished
+
+    def test_without_redis_nobody_waits(self) -> None:
+        with stream.outcome_of("run_1") as outcome:
+            outcome.wait(30)

@@ -1,0 +1,316 @@
+import re
+import threading
+from typing import Any
+
+import orjson
+import pytest
+from django.db import connection
+from rest_framework.test import APIClient
+
+from agents.models import Event, IdempotencyKey, Run
+from chat.models import Message, Thread
+from realm import tokens
+from tests import factories
+
+URL = "/api/chat/messages"
+pytestmark = pytest.mark.django_db
+
+
+def post(api: APIClient, body: Any, **headers: str) -> Any:
+    raw = body if isinstance(body, bytes) else orjson.dumps(body)
+    return api.generic("POST", URL, raw, content_type="application/json", headers=headers)
+
+
+def test_a_message_is_accepted_as_the_documents_say(api: APIClient) -> None:
+    response = post(api, {"content": "Summarize current state", "model": "gpt-4o-mini"})
+
+    assert response.status_code == 202
+    told = response.json()
+    run = Run.objects.get()
+    assert told == {
+        "ok": True,
+        "status": "accepted",
+        "runId": run.pk,
+        "threadId": run.thread_id,
+        "messageId": str(run.message_id),
+        "model": "gpt-4o-mini",
+        "correlationId": run.correlation_id,
+    }
+    assert re.fullmatch(r"thr_[a-z0-9]{24}", told["threadId"])
+    assert re.fullmatch(r"run_[a-z0-9]{24}", told["runId"])
+    assert response["Location"] == f"/api/chat/runs/{run.pk}"
+
+
+def test_the_run_its_message_and_its_event_are_recorded_together(api: APIClient) -> None:
+    told = post(api, {"content": "  Hello \n", "correlationId": "c-1"}).json()
+
+    message = Message.objects.get(pk=told["messageId"])
+    assert (message.role, message.content, message.position) == ("user", "Hello", 0)
+    event = Event.objects.get(type="agent.run.requested")
+    assert event.payload == {
+        "runId": told["runId"],
+        "threadId": told["threadId"],
+        "prompt": "Hello",
+        "model": "gpt-4o-mini",
+    }
+    assert event.correlation_id == told["correlationId"] == "c-1"
+    assert event.published_at is None
+
+
+def test_the_content_type_of_plain_curl_is_understood(api: APIClient) -> None:
+    response = api.generic(
+        "POST", URL, b'{"content":"Hi"}', content_type="application/x-www-form-urlencoded"
+    )
+
+    assert response.status_code == 202
+
+
+def test_questions_of_a_thread_stand_in_the_order_asked(api: APIClient) -> None:
+    first = post(api, {"content": "one"}).json()
+    post(api, {"content": "two", "threadId": first["threadId"]})
+
+    positions = Message.objects.values_list("content", "position")
+    assert list(positions) == [("one", 0), ("two", 2)]
+
+
+def test_a_thread_id_that_nobody_has_yet_makes_that_thread(api: APIClient) -> None:
+    told = post(api, {"content": "Hi", "threadId": "support-4711"}).json()
+
+    assert told["threadId"] == "support-4711"
+    assert Thread.objects.get().pk == "support-4711"
+
+
+@pytest.mark.parametrize(
+    ("body", "error"),
+    [
+        ({}, "content: This field is required."),
+        ({"content": ""}, "content: Write at least 1 character."),
+        ({"content": " \n\t "}, "content: Write at least 1 character."),
+        ({"content": None}, "content: This field may not be null."),
+        ({"content": 5}, "content: Not a valid string."),
+        ({"content": ["Hi"]}, "content: Not a valid string."),
+        ({"content": "a\0b"}, "content: Null characters are not allowed."),
+        ({"content": "Hi", "model": ""}, "model: This field may not be blank."),
+        ({"content": "Hi", "model": "m" * 101}, "100 characters"),
+        ({"content": "Hi", "model": 7}, "model: Not a valid string."),
+        ({"content": "Hi", "threadId": "a b"}, "threadId must be 1 to 64"),
+        ({"content": "Hi", "threadId": "t" * 65}, "threadId must be 1 to 64"),
+        ({"content": "Hi", "threadId": 1}, "threadId: Not a valid string."),
+        ({"content": "Hi", "correlationId": "c" * 201}, "correlationId must be 1 to 200"),
+        ([], "The body must be a JSON object."),
+        ("Hi", "The body must be a JSON object."),
+        (b"", "content: This field is required."),
+        (b'{"content": "Hi"', "The body is not valid JSON"),
+        (b'{"content": NaN}', "The body is not valid JSON"),
+        (b'{"content": "\xff"}', "The body is not valid JSON"),
+        (b'{"content": "\\ud800"}', "The body is not valid JSON"),
+        (b"[" * 100_000, "The body is not valid JSON"),
+        (b'{"content":' * 50_000, "The body is not valid JSON"),
+    ],
+)
+def test_what_is_wrong_is_said(api: APIClient, body: Any, error: str) -> None:
+    response = post(api, body)
+
+    assert response.status_code == 400
+    told = response.json()
+    assert told["ok"] is False
+    assert error in told["error"]
+    assert not Run.objects.exists()
+
+
+def test_null_stands_for_left_out(api: APIClient) -> None:
+    body = {"content": "Hi", "model": None, "threadId": None, "correlationId": None}
+
+    assert post(api, body).status_code == 202
+
+
+def test_one_character_is_enough_and_a_long_text_is_kept_whole(api: APIClient) -> None:
+    assert post(api, {"content": "x"}).status_code == 202
+    assert post(api, {"content": "ä" * 200_000, "model": "m" * 100}).status_code == 202
+    assert Message.objects.filter(content="ä" * 200_000).exists()
+
+
+def test_a_body_over_the_limit_is_refused(api: APIClient, settings: Any) -> None:
+    response = post(api, {"content": "x" * settings.DATA_UPLOAD_MAX_MEMORY_SIZE})
+
+    assert response.status_code == 413
+    assert response.json() == {"ok": False, "error": "The body is too large."}
+
+
+class TestModels:
+    def test_the_default_model_is_taken_where_none_is_named(self, api: APIClient) -> None:
+        assert post(api, {"content": "Hi"}).json()["model"] == "gpt-4o-mini"
+
+    def test_any_model_goes_where_no_list_is_set(self, api: APIClient) -> None:
+        assert post(api, {"content": "Hi", "model": " llama3 "}).json()["model"] == "llama3"
+
+    def test_a_model_outside_of_the_list_is_refused_and_the_list_told(
+        self, api: APIClient, settings: Any
+    ) -> None:
+        settings.CHAT_ALLOWED_MODELS = ["gpt-4o", "gpt-4o-mini"]
+
+        response = post(api, {"content": "Hi", "model": "o3"})
+
+        assert response.status_code == 400
+        assert response.json()["error"] == (
+            "model 'o3' is not allowed. Allowed models: gpt-4o, gpt-4o-mini."
+        )
+
+    def test_the_catalogue(self, api: APIClient, settings: Any) -> None:
+        settings.CHAT_ALLOWED_MODELS = ["gpt-4o", "gpt-4o-mini"]
+
+        assert api.get("/api/chat/models").json() == {
+            "ok": True,
+            "models": ["gpt-4o", "gpt-4o-mini"],
+            "default": "gpt-4o-mini",
+            "anyModel": False,
+            "echo": True,
+        }
+
+
+class TestIdempotency:
+    def test_the_same_request_gets_the_first_answer_again(self, api: APIClient) -> None:
+        first = post(api, {"content": "Hi"}, **{"Idempotency-Key": "k1"})
+        second = post(api, {"content": "Hi"}, **{"Idempotency-Key": "k1"})
+
+        assert second.status_code == 202
+        assert second.json() == first.json()
+        assert second["Idempotency-Replayed"] == "true"
+        assert "Idempotency-Replayed" not in first
+        assert Run.objects.count() == 1
+
+    @pytest.mark.parametrize(
+        "other",
+        [
+            {"content": "Ho"},
+            {"content": "Hi", "model": "gpt-4o"},
+            {"content": "Hi", "threadId": "another"},
+            {"content": "Hi", "correlationId": "another"},
+        ],
+    )
+    def test_another_request_with_the_key_is_refused(
+        self, api: APIClient, other: dict[str, str]
+    ) -> None:
+        post(api, {"content": "Hi"}, **{"Idempotency-Key": "k1"})
+
+        response = post(api, other, **{"Idempotency-Key": "k1"})
+
+        assert response.status_code == 422
+        assert "another request" in response.json()["error"]
+        assert Run.objects.count() == 1
+
+    def test_the_key_is_the_callers_own(self, api: APIClient) -> None:
+        alice = factories.user("alice")
+        post(api, {"content": "Hi"}, **{"Idempotency-Key": "k1"})
+        bearer = f"Bearer {tokens.issue(alice.matrix_user_id or '')}"
+        response = post(
+            api, {"content": "Ho"}, **{"Idempotency-Key": "k1", "Authorization": bearer}
+        )
+
+        assert response.status_code == 202
+        assert Run.objects.count() == 2
+
+    def test_the_key_outlives_its_run(self, api: APIClient) -> None:
+        first = post(api, {"content": "Hi"}, **{"Idempotency-Key": "k1"}).json()
+        Thread.objects.all().delete()
+
+        assert post(api, {"content": "Hi"}, **{"Idempotency-Key": "k1"}).json() == first
+        assert not Run.objects.exists()
+
+    @pytest.mark.parametrize("key", ["", "k" * 256, "a\tb"])
+    def test_a_key_that_makes_no_sense_is_refused(self, api: APIClient, key: str) -> None:
+        response = post(api, {"content": "Hi"}, **{"Idempotency-Key": key})
+
+        assert response.status_code == 400
+        assert "Idempotency-Key" in response.json()["error"]
+
+    def test_a_refused_request_does_not_use_up_its_key(self, api: APIClient) -> None:
+        post(api, {"content": ""}, **{"Idempotency-Key": "k1"})
+
+        assert post(api, {"content": "Hi"}, **{"Idempotency-Key": "k1"}).status_code == 202
+
+
+@pytest.mark.django_db(transaction=True)
+def test_twenty_at_the_same_instant_make_one_run() -> None:
+    start = threading.Barrier(20)
+    answers: list[tuple[int, str]] = []
+
+    def request() -> None:
+        start.wait()
+        response = post(APIClient(), {"content": "Hi"}, **{"Idempotency-Key": "k1"})
+        answers.append((response.status_code, response.json().get("runId")))
+        connection.close()
+
+    threads = [threading.Thread(target=request) for _ in range(20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=30)
+
+    assert answers == [(202, Run.objects.get().pk)] * 20
+    assert IdempotencyKey.objects.count() == 1
+
+
+@pytest.mark.django_db(transaction=True)
+def test_questions_asked_at_once_in_a_new_thread_all_get_a_turn() -> None:
+    start = threading.Barrier(8)
+    codes: list[int] = []
+
+    def request(number: int) -> None:
+        start.wait()
+        body = {"content": f"question {number}", "threadId": "crowded"}
+        codes.append(post(APIClient(), body).status_code)
+        connection.close()
+
+    threads = [threading.Thread(target=request, args=[n]) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=30)
+
+    assert codes == [202] * 8
+    positions = Run.objects.order_by("position").values_list("position", flat=True)
+    assert list(positions) == [0, 2, 4, 6, 8, 10, 12, 14]
+
+
+class TestWhoMayChat:
+    def test_nobody_where_anonymous_chat_is_off(self, api: APIClient, settings: Any) -> None:
+        settings.CHAT_ALLOW_ANONYMOUS = False
+
+        response = post(api, {"content": "Hi"})
+
+        assert response.status_code == 401
+        assert "Sign in" in response.json()["error"]
+        assert response["WWW-Authenticate"].startswith("Bearer")
+
+    def test_what_a_user_asks_belongs_to_the_user(self, api: APIClient, settings: Any) -> None:
+        settings.CHAT_ALLOW_ANONYMOUS = False
+        alice, bob = factories.user("alice"), factories.user("bob")
+        told = post(api, {"content": "Hi"}, Authorization=bearer(alice)).json()
+
+        assert Thread.objects.get().owner == alice
+        for url in (
+            f"/api/chat/runs/{told['runId']}",
+            f"/api/chat/threads/{told['threadId']}/messages",
+        ):
+            assert api.get(url, headers={"Authorization": bearer(alice)}).status_code == 200
+            assert api.get(url, headers={"Authorization": bearer(bob)}).status_code == 404
+        intrusion = {"content": "Hi", "threadId": told["threadId"]}
+        assert post(api, intrusion, Authorization=bearer(bob)).status_code == 404
+        assert Run.objects.count() == 1
+
+    def test_a_users_thread_is_closed_to_nobody_in_particular(self, api: APIClient) -> None:
+        alice = factories.user("alice")
+        run = factories.ask(owner=alice)
+
+        assert api.get(f"/api/chat/runs/{run.pk}").status_code == 404
+
+    def test_a_bad_token_is_refused_even_where_anybody_may_chat(self, api: APIClient) -> None:
+        response = post(api, {"content": "Hi"}, Authorization="Bearer nonsense")
+
+        assert response.status_code == 401
+        assert response.json() == {"ok": False, "error": "The token is not valid."}
+
+
+def bearer(user: Any) -> str:
+    return f"Bearer {tokens.issue(user.matrix_user_id)}"

@@ -1,0 +1,201 @@
+from typing import Any
+
+import pytest
+from rest_framework.test import APIClient
+
+from agents import runs
+from agents.models import Run
+from chat.models import Message
+from tests import factories
+
+pytestmark = pytest.mark.django_db
+
+
+def test_the_api_says_that_it_is_there(api: APIClient) -> None:
+    response = api.get("/api")
+
+    assert response.status_code == 200
+    assert response.json() == {"ok": True, "message": "API is running"}
+
+
+class TestHistory:
+    def test_messages_come_in_the_order_asked(self, api: APIClient) -> None:
+        thread = factories.conversation(2)
+
+        told = api.get(f"/api/chat/threads/{thread.pk}/messages").json()
+
+        assert told["ok"] is True
+        assert told["next"] is None
+        assert [m["content"] for m in told["messages"]] == [
+            "question 0",
+            "answer 0",
+            "question 1",
+            "answer 1",
+        ]
+        first = Message.objects.get(position=0)
+        assert told["messages"][0] == {
+            "id": str(first.pk),
+            "threadId": thread.pk,
+            "role": "user",
+            "content": "question 0",
+            "correlationId": "",
+            "createdAt": first.created_at.isoformat().replace("+00:00", "Z"),
+        }
+
+    def test_an_answer_follows_its_question_even_if_others_were_asked_meanwhile(
+        self, api: APIClient
+    ) -> None:
+        first = factories.ask("one")
+        factories.ask("two", thread_id=first.thread_id)
+        runs.execute(first.pk)
+
+        told = api.get(f"/api/chat/threads/{first.thread_id}/messages").json()
+
+        assert [m["content"] for m in told["messages"]] == ["one", "Handled prompt: one", "two"]
+
+    def test_the_newest_200_come_first_and_next_leads_to_the_rest(self, api: APIClient) -> None:
+        url = f"/api/chat/threads/{factories.conversation(150).pk}/messages"
+
+        newest = api.get(url).json()
+        rest = api.get(url, {"before": newest["next"]}).json()
+
+        assert len(newest["messages"]) == 200
+        assert newest["messages"][-1]["content"] == "answer 149"
+        assert [m["content"] for m in rest["messages"]][::99] == ["question 0", "answer 49"]
+        assert rest["next"] is None
+
+    def test_the_page_may_be_smaller(self, api: APIClient) -> None:
+        url = f"/api/chat/threads/{factories.conversation(3).pk}/messages"
+        seen: list[str] = []
+        before: str | None = None
+        for _ in range(3):
+            page = api.get(url, {"limit": 2} | ({"before": before} if before else {})).json()
+            seen = [m["content"] for m in page["messages"]] + seen
+            before = page["next"]
+
+        assert before is None
+        assert seen[:2] == ["question 0", "answer 0"]
+        assert len(seen) == 6
+
+    @pytest.mark.parametrize(
+        ("query", "code"),
+        [
+            ({"limit": "0"}, 400),
+            ({"limit": "201"}, 400),
+            ({"limit": "many"}, 400),
+            ({"limit": "\u0663"}, 400),
+            ({"before": "yesterday"}, 400),
+            ({"before": "0\0"}, 400),
+            ({"before": "3901cc45-3424-47b8-aecd-a9be5a6ab1ec"}, 404),
+        ],
+    )
+    def test_a_page_that_makes_no_sense(
+        self, api: APIClient, query: dict[str, str], code: int
+    ) -> None:
+        thread = factories.conversation(1)
+
+        response = api.get(f"/api/chat/threads/{thread.pk}/messages", query)
+
+        assert response.status_code == code
+        assert response.json()["ok"] is False
+
+    def test_the_cost_does_not_grow_with_the_page(
+        self, api: APIClient, django_assert_num_queries: Any
+    ) -> None:
+        short, long = factories.conversation(2), factories.conversation(90)
+        for thread in (short, long):
+            with django_assert_num_queries(2):
+                api.get(f"/api/chat/threads/{thread.pk}/messages")
+
+
+class TestRuns:
+    def test_a_run_that_waits(self, api: APIClient) -> None:
+        run = factories.ask("Hi", correlation_id="c-1")
+
+        told = api.get(f"/api/chat/runs/{run.pk}").json()
+
+        assert told["ok"] is True
+        assert told["run"] == {
+            "id": run.pk,
+            "threadId": run.thread_id,
+            "correlationId": "c-1",
+            "status": "queued",
+            "model": "gpt-4o-mini",
+            "usage": {"promptTokens": 0, "completionTokens": 0, "totalTokens": 0},
+            "createdAt": told["run"]["createdAt"],
+            "updatedAt": told["run"]["updatedAt"],
+        }
+
+    def test_a_run_that_was_answered(self, api: APIClient) -> None:
+        run = factories.ask("Hi")
+        runs.execute(run.pk)
+
+        told = api.get(f"/api/chat/runs/{run.pk}").json()["run"]
+
+        assert told["status"] == "completed"
+        assert told["output"] == "Handled prompt: Hi"
+        assert "safeError" not in told
+
+    def test_a_run_that_failed(self, api: APIClient, model: Any) -> None:
+        from tests.fakes.llm import Failure
+
+        model.script(Failure(401, message="Incorrect API key provided: sk-canary-0123456789"))
+        run = factories.ask("Hi")
+        runs.execute(run.pk)
+
+        response = api.get(f"/api/chat/runs/{run.pk}")
+
+        assert response.json()["run"]["status"] == "failed"
+        assert response.json()["run"]["safeError"] == "The model refused the server's key."
+        assert b"sk-canary" not in response.content
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "code"),
+    [
+        ("GET", "/api/chat/runs/run_unknown", 404),
+        ("GET", "/api/chat/runs/a%00b", 404),
+        ("GET", "/api/chat/threads/thr_unknown/messages", 404),
+        ("GET", "/api/chat/threads/%ff/messages", 404),
+        ("GET", "/api/nothing", 404),
+        ("DELETE", "/api/chat/nothing/here", 404),
+        ("GET", "/api/", 404),
+        ("GET", "/api/chat/messages", 405),
+        ("DELETE", "/api/chat/models", 405),
+        ("POST", "/api", 405),
+        ("BREW", "/api/chat/models", 405),
+    ],
+)
+@pytest.mark.parametrize("debug", [True, False])
+def test_every_wrong_turn_is_told_in_json(
+    api: APIClient, settings: Any, method: str, path: str, code: int, debug: bool
+) -> None:
+    settings.DEBUG = debug
+
+    response = api.generic(method, path)
+
+    assert response.status_code == code
+    assert response["Content-Type"].startswith("application/json")
+    assert response.json()["ok"] is False
+
+
+def test_a_forbidden_host_is_told_in_json(api: APIClient) -> None:
+    response = api.get("/api", headers={"Host": "evil.example"})
+
+    assert response.status_code == 400
+    assert response.json() == {"ok": False, "error": "Bad Request."}
+
+
+def test_a_defect_shows_no_traceback(api: APIClient, monkeypatch: Any, caplog: Any) -> None:
+    def explode(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("canary")
+
+    monkeypatch.setattr("chat.views.run_json", explode)
+    run = factories.ask()
+
+    response = api.get(f"/api/chat/runs/{run.pk}")
+
+    assert response.status_code == 500
+    assert response.json() == {"ok": False, "error": "Something went wrong in the server."}
+    assert "canary" in caplog.text
+    assert Run.objects.exists()

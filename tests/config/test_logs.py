@@ -1,0 +1,82 @@
+import io
+import json
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import structlog
+from django.core.exceptions import ImproperlyConfigured
+
+from config import logs
+
+
+def passes(levels: str, name: str, level: str) -> bool:
+    record = logging.LogRecord(name, getattr(logging, level), "", 0, "", (), None)
+    return logs.LevelFilter(logs.parse_levels(levels)).filter(record)
+
+
+@pytest.mark.parametrize(
+    ("levels", "name", "level", "passed"),
+    [
+        ("*=info", "agents.runs", "INFO", True),
+        ("*=info", "agents.runs", "DEBUG", False),
+        ("*=none,agents*=debug", "agents.runs", "DEBUG", True),
+        ("*=none,agents*=debug", "agents", "DEBUG", True),
+        ("*=none,agents*=debug", "django.request", "ERROR", False),
+        ("agents*=debug", "django.request", "INFO", True),
+        ("*=warn", "chat", "INFO", False),
+        ("*=WARN , chat = debug", "chat", "DEBUG", True),
+        # Said on every request: shown only to who asks for it by name.
+        ("*=info", "httpx2", "INFO", False),
+        ("*=info,httpx2=info", "httpx2", "INFO", True),
+        ("*=info", "celery.app.trace", "INFO", False),
+        ("*=debug", "celery.app.trace", "WARNING", True),
+    ],
+)
+def test_levels(levels: str, name: str, level: str, passed: bool) -> None:
+    assert passes(levels, name, level) is passed
+
+
+@pytest.mark.parametrize("levels", ["info", "*=", "=info", "*=loud", "*=info agents=debug"])
+def test_what_makes_no_sense_is_refused_with_an_example(levels: str) -> None:
+    with pytest.raises(ImproperlyConfigured, match=r"LOG_LEVELS.*Example"):
+        logs.parse_levels(levels)
+
+
+@pytest.fixture
+def line() -> Iterator[Any]:
+    """Log as the JSON configuration says; the line as it was written."""
+    settings = dict(logs.configuration("*=info", "json")["formatters"]["structured"])
+    written = io.StringIO()
+    handler = logging.StreamHandler(written)
+    handler.setFormatter(settings.pop("()")(**settings))
+    logger = logging.getLogger("agents.runs")
+    logger.addHandler(handler)
+
+    def log(write: Any) -> dict[str, Any]:
+        write(logger)
+        return dict(json.loads(written.getvalue()))
+
+    yield log
+    logger.removeHandler(handler)
+
+
+def test_a_line_carries_the_ids_of_its_run(line: Any) -> None:
+    with structlog.contextvars.bound_contextvars(run="run_1", thread="thr_1", correlation_id="c"):
+        told = line(lambda logger: logger.info("Run %s", "completed"))
+
+    assert told["message"] == "Run completed"
+    assert (told["run"], told["thread"], told["correlation_id"]) == ("run_1", "thr_1", "c")
+    assert (told["level"], told["logger"]) == ("info", "agents.runs")
+    assert told["timestamp"].endswith("Z")
+
+
+def test_a_traceback_is_one_field_of_one_line(line: Any) -> None:
+    def fail(logger: logging.Logger) -> None:
+        try:
+            raise RuntimeError("canary")
+        except RuntimeError:
+            logger.exception("It broke")
+
+    assert "RuntimeError: canary" in line(fail)["exception"]

@@ -1,0 +1,118 @@
+"""Settings are read by a process that starts; so the tests start one."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+SHOW = "import sys; from django.conf import settings; print(eval(sys.argv[1]))"
+
+
+def start(expression: str = "None", **environment: str) -> subprocess.CompletedProcess[str]:
+    inherited = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    return subprocess.run(
+        [sys.executable, "-c", SHOW, expression],
+        env=inherited
+        | {"DJANGO_SETTINGS_MODULE": "config.settings", "PYTHONPATH": str(ROOT)}
+        | environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "hint"),
+    [
+        ("DEBUG", "maybe", "use true or false"),
+        ("CHAT_ALLOW_ANONYMOUS", "2", "use true or false"),
+        ("CHAT_MEMORY_RECENT_MESSAGES", "eight", "whole number from 1 to 1000"),
+        ("CHAT_MEMORY_RECENT_MESSAGES", "0", "whole number from 1 to 1000"),
+        ("AGENT_MAX_LOOP_ITERATIONS", "-1", "whole number from 1 to 100"),
+        ("AGENT_LEASE_SECONDS", "soon", "time in seconds"),
+        ("OPENAI_BASE_URL", "localhost:11434", "http:// or https://"),
+        ("REDIS_URL", "localhost:6379", "redis://"),
+        ("REDIS_URL", "redis://localhost:port", "redis://"),
+        ("DATABASE_URL", "mysql://localhost/x", "postgres://"),
+        ("DATABASE_URL", "postgres://localhost", "names no database"),
+        ("LOG_LEVELS", "*=loud", "pattern=level"),
+        ("LOG_LEVELS", "info", "pattern=level"),
+        ("LOG_FORMAT", "xml", "console, json"),
+        ("CHAT_DEFAULT_MODEL", "m" * 101, "100 characters"),
+        ("SENTRY_DSN", "nonsense", "not a Sentry DSN"),
+    ],
+)
+def test_a_wrong_value_stops_the_start_and_names_the_variable(
+    name: str, value: str, hint: str
+) -> None:
+    process = start("settings.DEBUG", **{name: value})
+
+    assert process.returncode != 0
+    last = process.stderr.strip().splitlines()[-1]
+    assert last.startswith("django.core.exceptions.ImproperlyConfigured")
+    assert name in last
+    assert hint in last
+
+
+def test_a_password_in_a_wrong_url_is_not_shown() -> None:
+    process = start("settings.DEBUG", REDIS_URL="http://:canary@localhost")
+
+    assert "REDIS_URL" in process.stderr
+    assert "canary" not in process.stderr
+
+
+def test_the_defaults_are_those_of_the_documents() -> None:
+    names = [
+        "REDIS_URL",
+        "REDIS_STREAM_KEY",
+        "REDIS_CONSUMER_GROUP",
+        "CHAT_DEFAULT_MODEL",
+        "CHAT_ALLOWED_MODELS",
+        "CHAT_MEMORY_RECENT_MESSAGES",
+        "SENTRY_ENVIRONMENT",
+    ]
+    # Set but empty is as good as not set; and a developer's .env must not decide this test.
+    process = start(f"[getattr(settings, n) for n in {names}]", **dict.fromkeys(names, ""))
+
+    assert process.stdout.strip() == str(
+        [
+            "redis://localhost:6379",
+            "agent_events",
+            "agent_runtime",
+            "gpt-4o-mini",
+            [],
+            8,
+            "development",
+        ]
+    )
+
+
+def test_a_default_model_outside_of_the_list_falls_back_to_the_lists_first() -> None:
+    process = start(
+        "settings.CHAT_DEFAULT_MODEL",
+        CHAT_ALLOWED_MODELS="gpt-4o, o3",
+        CHAT_DEFAULT_MODEL="gpt-4o-mini",
+    )
+
+    assert process.stdout.strip() == "gpt-4o"
+
+
+@pytest.mark.parametrize(
+    ("url", "name"),
+    [
+        ("file:./db/other.db", str(ROOT / "db/other.db")),
+        ("file:/tmp/botrealm-x.db", "/tmp/botrealm-x.db"),
+        ("sqlite:////tmp/botrealm-x.db", "/tmp/botrealm-x.db"),
+        ("postgres://u:p@localhost:5432/chat", "chat"),
+        ("postgresql://u@localhost/chat", "chat"),
+    ],
+)
+def test_database_urls(url: str, name: str) -> None:
+    process = start("settings.DATABASES['default']['NAME']", DATABASE_URL=url)
+
+    assert process.stdout.strip() == name

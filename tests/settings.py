@@ -1,0 +1,39 @@
+"""The project's settings, cut off from the developer's environment."""
+
+import os
+import tempfile
+
+_KEEP = {"DATABASE_URL"}
+_OURS = ("CHAT_", "REDIS_", "OPENAI_", "AGENT_", "REALM_", "SENTRY_", "LOG_")
+for _name in list(os.environ):
+    if _name not in _KEEP and (
+        _name.startswith(_OURS) or _name in {"DEBUG", "SECRET_KEY", "ALLOWED_HOSTS"}
+    ):
+        del os.environ[_name]
+# Set, so that a developer's .env does not decide what is tested.
+os.environ |= {
+    "DEBUG": "false",
+    "SECRET_KEY": "tests-only-secret-key-0123456789-0123456789-0123456789",
+    "REALM_SECRET_SEED": "tests-only-realm-seed-0123456789-0123456789-0123456789",
+    "CHAT_ALLOW_ANONYMOUS": "true",
+    "LOG_LEVELS": "*=info",
+    "LOG_FORMAT": "json",
+    "CHAT_DEFAULT_MODEL": "gpt-4o-mini",
+    "CHAT_ALLOWED_MODELS": "",
+    "CHAT_SUMMARY_MODEL": "",
+    "OPENAI_API_KEY": "",
+    "OPENAI_BASE_URL": "",
+    "REDIS_URL": "redis://127.0.0.1:1",
+}
+os.environ.setdefault("DATABASE_URL", "sqlite://:memory:")
+
+from config.settings import *  # noqa: E402, F403
+from config.settings import DATABASES, MIDDLEWARE  # noqa: E402
+
+PASSWORD_HASHERS = ["django.contrib.auth.hashers.MD5PasswordHasher"]
+SESSION_COOKIE_SECURE = CSRF_COOKIE_SECURE = False
+MIDDLEWARE = [name for name in MIDDLEWARE if "whitenoise" not in name]
+if "sqlite" in DATABASES["default"]["ENGINE"]:
+    # A file, as in production: threads of a test have connections of their own.
+    _folder = tempfile.TemporaryDirectory(prefix="botrealm-tests-")
+    DATABASES["default"]["TEST"] = {"NAME": f"{_folder.name}/test.sqlite"}

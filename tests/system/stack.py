@@ -1,0 +1,280 @@
+"""The whole system as real processes, for system tests and benchmarks.
+
+    with FakeLLM() as llm, Stack(llm.url) as stack:
+        requests.post(stack.url + "/api/chat/messages", ...)
+        old = stack.kill("worker")
+        stack.wait_restarted("worker", old)
+
+It starts scripts/stack.py, as `make run` does, in a directory of its own and with nothing of the
+developer's environment. Whatever it started is gone when it stops; a survivor is an error.
+"""
+
+from __future__ import annotations
+
+import configparser
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+import xmlrpc.client
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+import psutil
+import redis
+from supervisor.xmlrpc import SupervisorTransport
+
+BASE_DIR = Path(__file__).resolve().parents[2]
+COMMAND = [sys.executable, "scripts/stack.py"]
+START_SECONDS = 60
+STOP_SECONDS = 30
+
+T = TypeVar("T")
+
+
+class StackError(Exception):
+    """The system did not do what it should in time; the message ends with the end of its log."""
+
+
+class Stack:
+    """A running system.
+
+    `env` adds to the environment; DATABASE_URL and REDIS_URL in it replace the SQLite file and the
+    private Redis that are made otherwise.
+    """
+
+    def __init__(self, llm_url: str = "", **env: str) -> None:
+        self.directory = Path(tempfile.mkdtemp(prefix="stack-"))
+        self.port = _free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.env = _clean_environment() | {
+            "PORT": str(self.port),
+            "STACK_DIR": str(self.directory),
+            "DATABASE_URL": f"sqlite:///{self.directory}/db.sqlite",
+            "SECRET_KEY": secrets.token_urlsafe(50),
+            "REALM_SECRET_SEED": secrets.token_urlsafe(50),
+            "DEBUG": "false",
+            "CHAT_ALLOW_ANONYMOUS": "true",
+            "OPENAI_API_KEY": "sk-test" if llm_url else "",
+            "OPENAI_BASE_URL": llm_url,
+            **env,
+        }
+        self._log = self.directory / "output.log"
+        self._runner: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        try:
+            self.stop()
+        finally:
+            shutil.rmtree(self.directory, ignore_errors=True)
+
+    def start(self) -> None:
+        """Start everything and return when it answers and works."""
+        with self._log.open("ab") as output:
+            self._runner = subprocess.Popen(
+                COMMAND,
+                cwd=BASE_DIR,
+                env=self.env,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C at the tests is theirs; they stop the stack.
+            )
+        try:
+            self.wait_ready()
+        except BaseException:
+            self._kill_survivors()
+            raise
+
+    def wait_ready(self, seconds: float = START_SECONDS) -> None:
+        """Wait until the web answers and a worker of this stack reads the stream."""
+        self.wait("the web server to answer", self._web_answers, seconds)
+        self.wait("a worker to read the stream", self._worker_reads, seconds)
+
+    def stop(self) -> None:
+        """End everything as an operator does, by one SIGTERM. Survivors are killed and reported."""
+        assert self._runner
+        self._runner.send_signal(signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            self._runner.wait(STOP_SECONDS)
+        if survivors := self._kill_survivors():
+            raise StackError(f"Left running after the stop: {survivors}\n{self.log()[-5000:]}")
+
+    def log(self) -> str:
+        """What all processes have written so far."""
+        logs = [self._log, *sorted(self.directory.glob("**/*.log"))]
+        return "\n".join(p.read_text(errors="replace") for p in dict.fromkeys(logs))
+
+    def pid(self, name: str) -> int:
+        """The process that the supervisor runs as `name`; 0 while there is none."""
+        with suppress(OSError, xmlrpc.client.Error):
+            info = self._supervisor.getProcessInfo(name)
+            return int(info["pid"])
+        return 0
+
+    def kill(self, name: str, signum: int = signal.SIGKILL) -> int:
+        """Send `signum` to the process `name`; answers its pid, for `wait_restarted`."""
+        pid = self.pid(name)
+        os.kill(pid, signum)
+        return pid
+
+    def wait_restarted(self, name: str, old: int, seconds: float = START_SECONDS) -> int:
+        """Wait until `name` runs as another process than `old`; answers its pid."""
+
+        def successor() -> int:
+            pid = self.pid(name)
+            return pid if pid not in (0, old) else 0
+
+        return self.wait(f"{name} to be restarted", successor, seconds)
+
+    def wait(self, what: str, condition: Callable[[], T], seconds: float = 10) -> T:
+        """The condition's first true value; fails at once when the whole stack has ended."""
+        assert self._runner
+        deadline = time.monotonic() + seconds
+        while not (value := condition()):
+            if self._runner.poll() is not None:
+                raise StackError(f"The stack ended itself.\n{self.log()[-5000:]}")
+            if time.monotonic() > deadline:
+                raise StackError(f"Waited {seconds} s for {what}.\n{self.log()[-5000:]}")
+            time.sleep(0.05)
+        return value
+
+    def processes(self) -> dict[str, list[int]]:
+        """The pids of each program, with their descendants; the supervisor's own under `stack`."""
+        programs: dict[str, list[int]] = {}
+        for info in self._supervisor.getAllProcessInfo():
+            if info["pid"]:
+                programs[info["name"]] = [p.pid for p in _tree(info["pid"])]
+        known = {pid for pids in programs.values() for pid in pids}
+        programs["stack"] = [p.pid for p in self._members() if p.pid not in known]
+        return programs
+
+    def memory(self) -> dict[str, float]:
+        """MB of each program; pages that processes share are counted once (PSS)."""
+        return {
+            name: round(sum(_memory(pid) for pid in pids) / 1e6, 1)
+            for name, pids in self.processes().items()
+        }
+
+    def cpu_seconds(self) -> dict[str, float]:
+        """CPU seconds of each program so far, user and system."""
+        return {
+            name: sum(_cpu_seconds(pid) for pid in pids) for name, pids in self.processes().items()
+        }
+
+    @property
+    def redis(self) -> redis.Redis:
+        """A client of the stack's Redis."""
+        return redis.Redis.from_url(self.redis_url, socket_timeout=10)
+
+    @property
+    def redis_url(self) -> str:
+        """Where the worker finds Redis; the runner chooses it when none was given."""
+        return str(psutil.Process(self.pid("worker")).environ()["REDIS_URL"])
+
+    @property
+    def _supervisor(self) -> Any:
+        config = configparser.RawConfigParser()
+        config.read(self.directory / "supervisord.conf")
+        url = config.get("supervisorctl", "serverurl", fallback="unix:///nowhere")
+        transport = SupervisorTransport(None, None, url.replace("%(here)s", str(self.directory)))
+        return xmlrpc.client.ServerProxy("http://127.0.0.1", transport=transport).supervisor
+
+    def _web_answers(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.url}/api", timeout=5) as response:
+                return bool(response.status == 200)
+        except OSError:
+            return False
+
+    def _worker_reads(self) -> bool:
+        """By what blocks on Redis: the reader of the stream, and the consumer of the tasks. On a
+        Redis that other stacks use too, these may be theirs."""
+        if not self.pid("worker"):
+            return False
+        try:
+            with self.redis as client:
+                commands = {info["cmd"].partition("|")[0] for info in client.client_list()}
+        except (redis.RedisError, psutil.Error, KeyError):
+            return False
+        return {"xreadgroup", "brpop"} <= commands
+
+    def _members(self) -> list[psutil.Process]:
+        """Every process that lives in this stack's environment, whoever its parent is by now."""
+        return [p for p in psutil.process_iter() if _stack_directory(p) == str(self.directory)]
+
+    def _kill_survivors(self) -> list[str]:
+        assert self._runner
+        survivors = self._members()
+        found = []
+        for process in survivors:
+            with suppress(psutil.NoSuchProcess):
+                found.append(f"{process.pid} {' '.join(process.cmdline())}")
+                process.kill()
+        psutil.wait_procs(survivors, timeout=10)
+        self._runner.wait(10)
+        return found
+
+
+def _clean_environment() -> dict[str, str]:
+    """What programs need to run at all. Names in the developer's .env are emptied: the settings
+    read that file, but prefer the environment, where empty means the default."""
+    kept = {
+        name: os.environ[name] for name in ("PATH", "HOME", "LANG", "TMPDIR") if name in os.environ
+    }
+    dotenv = BASE_DIR / ".env"
+    lines = dotenv.read_text().splitlines() if dotenv.exists() else []
+    names = (line.removeprefix("export ").partition("=")[0].strip() for line in lines)
+    return {name: "" for name in names if name.isidentifier()} | kept
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def _tree(pid: int) -> Iterator[psutil.Process]:
+    with suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        yield process
+        yield from process.children(recursive=True)
+
+
+def _stack_directory(process: psutil.Process) -> str:
+    try:
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return ""
+        return str(process.environ().get("STACK_DIR"))
+    except psutil.Error:
+        return ""
+
+
+def _memory(pid: int) -> int:
+    with suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        with suppress(psutil.AccessDenied):
+            # Linux knows the share in pages that several processes map; elsewhere count them whole.
+            return int(getattr(process.memory_full_info(), "pss", 0) or process.memory_info().rss)
+        return int(process.memory_info().rss)
+    return 0
+
+
+def _cpu_seconds(pid: int) -> float:
+    with suppress(psutil.NoSuchProcess):
+        times = psutil.Process(pid).cpu_times()
+        return float(times.user + times.system)
+    return 0
