@@ -73,7 +73,8 @@ class Run(models.Model):
     # Grows with every claim. Whoever writes an outcome must name the number that it claimed with,
     # so a worker that lost its lease can write nothing.
     attempt = models.PositiveSmallIntegerField(default=0)
-    worker = models.CharField(max_length=200, blank=True)
+    worker = models.CharField(max_length=200, blank=True, help_text="The last one to claim it.")
+    claimed_at = models.DateTimeField(null=True, blank=True)
     lease_expires_at = models.DateTimeField(null=True, blank=True)
     due_at = models.DateTimeField(
         null=True,
@@ -134,7 +135,8 @@ class Run(models.Model):
 
 
 class Attempt(models.Model):
-    """One claim of a run by a worker."""
+    """One claim of a run by a worker, written when it has ended. The one that is going on stands in
+    the run itself."""
 
     class Result(models.TextChoices):
         COMPLETED = "completed"
@@ -146,12 +148,12 @@ class Attempt(models.Model):
     run = models.ForeignKey(Run, models.CASCADE, related_name="attempts", db_index=False)
     number = models.PositiveSmallIntegerField()
     worker = models.CharField(max_length=200)
-    result = models.CharField(max_length=9, choices=Result.choices, blank=True)
+    result = models.CharField(max_length=9, choices=Result.choices)
     error = models.TextField(blank=True)
     prompt_tokens = models.PositiveIntegerField(default=0)
     completion_tokens = models.PositiveIntegerField(default=0)
-    started_at = models.DateTimeField(default=timezone.now)
-    ended_at = models.DateTimeField(null=True, blank=True)
+    started_at = models.DateTimeField()
+    ended_at = models.DateTimeField(default=timezone.now)
 
     class Meta:
         ordering = ["run", "number"]

@@ -9,15 +9,14 @@ import logging
 import random
 import time
 from collections.abc import Callable
-from datetime import timedelta
+from datetime import datetime, timedelta
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import structlog
 from django.conf import settings
 from django.db import DatabaseError, connection, transaction
-from django.db.models import F
-from django.db.models.functions import Coalesce, Now
+from django.db.models.functions import Now
 from django.utils import timezone
 
 from agents import leases, llm, loop, memory, stream
@@ -28,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 BACKOFF_SECONDS = 1.0
 MAX_BACKOFF_SECONDS = 60.0
+NOTHING = loop.Transcript()
 # The answer is in memory and paid for: its transaction is tried again over this long.
 RECORD_PATIENCE_SECONDS = 30.0
 
@@ -49,26 +49,30 @@ def execute(run_id: str) -> str | None:
 
 def claim(run_id: str) -> Run | None:
     """Take a run for this worker, or None when it is not to be had."""
-    worker = leases.worker_name()
+    run = Run.objects.select_related("thread").filter(pk=run_id).first()
+    if run is None or run.is_finished:
+        return None
+    worker, now = leases.worker_name(), timezone.now()
     with transaction.atomic():
         taken = (
             Run.objects.claimable()
-            .filter(pk=run_id)
+            .filter(pk=run_id, attempt=run.attempt)
             .update(
                 status=Run.Status.PROCESSING,
-                attempt=F("attempt") + 1,
+                attempt=run.attempt + 1,
                 worker=worker,
+                claimed_at=now,
                 lease_expires_at=Now() + leases.duration(),
-                started_at=Coalesce(F("started_at"), Now()),
-                updated_at=Now(),
+                started_at=run.started_at or now,
+                updated_at=now,
             )
         )
-        if not taken:
-            return None
-        run = Run.objects.select_related("thread").get(pk=run_id)
-        if run.attempt > 1:
-            run.attempts.filter(result="").update(result=Attempt.Result.LOST, ended_at=Now())
-        Attempt.objects.create(run=run, number=run.attempt, worker=worker)
+        if taken and run.status == Run.Status.PROCESSING:
+            _end_attempt(run, Attempt.Result.LOST)
+    if not taken:
+        return None
+    run.attempt += 1
+    run.worker, run.claimed_at, run.started_at = worker, now, run.started_at or now
     return run
 
 
@@ -190,7 +194,7 @@ def _retry(run: Run, error: llm.LLMError, transcript: loop.Transcript, pause: fl
             status=Run.Status.QUEUED,
             due_at=Now() + timedelta(seconds=pause),
             handed_at=None,
-            **_spent(transcript),
+            **_spent(run, transcript),
         ):
             _end_attempt(run, Attempt.Result.RETRIED, transcript, str(error))
     logger.info("Run will be tried again in %.1f s: %s", pause, error)
@@ -212,7 +216,12 @@ def _finish(
     **columns: Any,
 ) -> bool:
     """Write the outcome of an attempt, its event included. False when this worker lost the run."""
-    columns |= {"status": status, "due_at": None, "finished_at": Now(), **_spent(transcript)}
+    columns |= {
+        "status": status,
+        "due_at": None,
+        "finished_at": timezone.now(),
+        **_spent(run, transcript),
+    }
     if not _fenced(run, **columns):
         return False
     _end_attempt(run, Attempt.Result(status.value), transcript, error)
@@ -223,28 +232,38 @@ def _finish(
 def _fenced(run: Run, **columns: Any) -> bool:
     """Change the run if the claim still stands: the attempt's number is the fence."""
     claimed = Run.objects.filter(pk=run.pk, attempt=run.attempt, status=Run.Status.PROCESSING)
-    if claimed.update(lease_expires_at=None, updated_at=Now(), **columns):
+    if claimed.update(lease_expires_at=None, updated_at=timezone.now(), **columns):
         return True
     logger.warning("Outcome thrown away: this worker no longer holds the run (fenced)")
     return False
 
 
-def _spent(transcript: loop.Transcript) -> dict[str, Any]:
+def _spent(run: Run, transcript: loop.Transcript) -> dict[str, int]:
+    """The tokens of all attempts: nobody else has changed them since this one was claimed."""
     usage = transcript.usage
     return {
-        "prompt_tokens": F("prompt_tokens") + usage.prompt_tokens,
-        "completion_tokens": F("completion_tokens") + usage.completion_tokens,
+        "prompt_tokens": run.prompt_tokens + usage.prompt_tokens,
+        "completion_tokens": run.completion_tokens + usage.completion_tokens,
     }
 
 
-def _end_attempt(run: Run, result: Attempt.Result, transcript: loop.Transcript, error: str) -> None:
+def _end_attempt(
+    run: Run,
+    result: Attempt.Result,
+    transcript: loop.Transcript = NOTHING,
+    error: str = "",
+) -> None:
+    """Record the attempt that `run` stands in, with its steps."""
     usage = transcript.usage
-    Attempt.objects.filter(run=run, number=run.attempt).update(
+    Attempt.objects.create(
+        run=run,
+        number=run.attempt,
+        worker=run.worker,
         result=result,
         error=error,
         prompt_tokens=usage.prompt_tokens,
         completion_tokens=usage.completion_tokens,
-        ended_at=Now(),
+        started_at=cast("datetime", run.claimed_at),
     )
     Step.objects.bulk_create(
         Step(
@@ -282,23 +301,24 @@ def announce(run: Run, type: Event.Type, payload: dict[str, Any]) -> None:
 def cancel(run: Run) -> bool:
     """End a run that has not ended. Its worker, if it has one, finds the lease gone and gives up;
     what it brings back is refused. False when the run had ended before."""
-    with transaction.atomic():
-        cancelled = (
-            Run.objects.unfinished()
-            .filter(pk=run.pk)
-            .update(
+    while True:
+        run.refresh_from_db()
+        if run.is_finished:
+            return False
+        with transaction.atomic():
+            as_read = Run.objects.filter(pk=run.pk, status=run.status, attempt=run.attempt)
+            now = timezone.now()
+            if as_read.update(
                 status=Run.Status.CANCELLED,
                 due_at=None,
                 lease_expires_at=None,
-                finished_at=Now(),
-                updated_at=Now(),
-            )
-        )
-        if not cancelled:
-            return False
-        run.attempts.filter(result="").update(result=Attempt.Result.CANCELLED, ended_at=Now())
-        announce(run, Event.Type.CANCELLED, {})
-    return True
+                finished_at=now,
+                updated_at=now,
+            ):
+                if run.status == Run.Status.PROCESSING:
+                    _end_attempt(run, Attempt.Result.CANCELLED)
+                announce(run, Event.Type.CANCELLED, {})
+                return True
 
 
 def _log_outcome(run: Run, outcome: str, code: str = "") -> None:

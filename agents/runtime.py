@@ -132,10 +132,7 @@ class Reader:
             if event.run_id and event.run_id not in known and self._take_in(entry, event):
                 known.add(event.run_id)
         ended = {event.ended_thread for event in told.values() if event.ended_thread}
-        following = (
-            Run.objects.claimable().filter(thread_id__in=ended) if ended else Run.objects.none()
-        )
-        hand_over([*(requested & known), *following.values_list("pk", flat=True)])
+        hand_over([*(requested & known), *self._following(ended)])
         self._seen.extend(event.id for event in told.values())
         stream.acknowledge(entries)
 
@@ -145,6 +142,14 @@ class Reader:
         seen = [self._seen.popleft() for _ in range(len(self._seen))]
         if seen:
             Event.objects.unpublished().filter(pk__in=seen).update(published_at=Now())
+
+    def _following(self, threads: set[str]) -> list[str]:
+        """The next run of each of these threads. Whether it may be claimed is for the claim to tell."""
+        if not threads:
+            return []
+        waiting = Run.objects.filter(thread_id__in=threads, status=Run.Status.QUEUED)
+        ordered = waiting.order_by("-position").values_list("thread_id", "pk")
+        return list(dict(ordered).values())
 
     def _parse(self, entries: list[stream.Entry]) -> Iterator[tuple[stream.Entry, Told]]:
         for entry in entries:

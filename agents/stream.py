@@ -92,13 +92,12 @@ def publish(events: Iterable[dict[str, Any]]) -> bool:
     them, which is logged and no more: the relay adds them later."""
     if _breaker.open():
         return False
+    redis = _publisher()
     try:
-        with _publisher().pipeline(transaction=False) as pipe:
-            for event in events:
-                pipe.xadd(settings.REDIS_STREAM_KEY, {"event": orjson.dumps(event)})
-                if event["type"] != "agent.run.requested":
-                    pipe.publish(_outcome_channel(event["payload"]["runId"]), b"")
-            pipe.execute()
+        for event in events:
+            redis.xadd(settings.REDIS_STREAM_KEY, {"event": orjson.dumps(event)})
+            if event["type"] != "agent.run.requested":
+                redis.publish(_outcome_channel(event["payload"]["runId"]), b"")
     except RedisError as error:
         _breaker.trip()
         logger.warning(

@@ -69,12 +69,22 @@ class AlwaysJSON(BaseContentNegotiation):
         return renderers[0], renderers[0].media_type
 
 
+class LengthRequired(exceptions.APIException):
+    status_code = status.HTTP_411_LENGTH_REQUIRED
+    default_detail = "Send the body with a Content-Length."
+
+
 class PlainAPIView(APIView):
     parser_classes = [PlainJSONParser]
     renderer_classes = [PlainJSONRenderer]
     content_negotiation_class = AlwaysJSON
     # What a domain exception means in HTTP.
     statuses: Mapping[type[Exception], int] = {}
+
+    def initial(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        if request.META.get("HTTP_TRANSFER_ENCODING") and not request.META.get("CONTENT_LENGTH"):
+            raise LengthRequired  # Django would read such a body as an empty one
+        super().initial(request, *args, **kwargs)
 
     def handle_exception(self, exc: Exception) -> Response:
         for kind, code in self.statuses.items():

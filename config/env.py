@@ -93,7 +93,7 @@ def database(name: str, default: str, *, base: Path) -> dict[str, Any]:
     value = text(name, default)
     if value.startswith("file:"):
         path = base / value.removeprefix("file:").split("?")[0]
-        return {"ENGINE": "django.db.backends.sqlite3", "NAME": str(path)}
+        return {"ENGINE": "config.sqlite", "NAME": str(path)}
     if not re.match(r"(sqlite|postgres|postgresql)://", value):
         raise ImproperlyConfigured(
             f"{name} is not a database URL: use file:./db/sqlite.db, sqlite:///absolute/path "
@@ -105,6 +105,8 @@ def database(name: str, default: str, *, base: Path) -> dict[str, Any]:
         raise ImproperlyConfigured(f"{name} cannot be read as a database URL.") from None
     if not config.get("NAME"):
         raise ImproperlyConfigured(f"{name} names no database.")
-    if "sqlite" in config["ENGINE"] and config["NAME"] != ":memory:":
-        config["NAME"] = str(base / config["NAME"])
+    if "sqlite" in config["ENGINE"]:
+        config["ENGINE"] = "config.sqlite"
+        if config["NAME"] != ":memory:":
+            config["NAME"] = str(base / config["NAME"])
     return config

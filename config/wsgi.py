@@ -1,7 +1,28 @@
 import os
+from typing import Any
 
-from django.core.wsgi import get_wsgi_application
+import django
+from django.core.handlers.wsgi import WSGIHandler, WSGIRequest
 
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "config.settings")
 
-application = get_wsgi_application()
+
+class Request(WSGIRequest):
+    _encoding: str | None
+
+    def _set_content_type_params(self, meta: dict[str, Any]) -> None:
+        """Django takes any codec of Python's for a charset, "hex" and "undefined" among them, and
+        breaks on reading the query string with it, before any of its error handling is there."""
+        try:
+            super()._set_content_type_params(meta)  # type: ignore[misc]
+            "".encode(self._encoding or "utf-8").decode(self._encoding or "utf-8")
+        except (LookupError, UnicodeError, TypeError):
+            self._encoding = None
+
+
+class Handler(WSGIHandler):
+    request_class = Request
+
+
+django.setup(set_prefix=False)
+application = Handler()

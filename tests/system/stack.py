@@ -201,20 +201,21 @@ class Stack:
             return False
 
     def _worker_reads(self) -> bool:
-        """By what blocks on Redis: the reader of the stream, and the consumer of the tasks. On a
-        Redis that other stacks use too, these may be theirs."""
+        """Whether somebody waits for entries of the stream; on a Redis that other stacks use too it
+        may be a worker of theirs. The group's list of consumers says less: before version 7, Redis
+        lists one only once it was given something."""
         if not self.pid("worker"):
             return False
         try:
             with self.redis as client:
-                commands = {info["cmd"].partition("|")[0] for info in client.client_list()}
+                return any(info["cmd"].startswith("xreadgroup") for info in client.client_list())
         except (redis.RedisError, psutil.Error, KeyError):
             return False
-        return {"xreadgroup", "brpop"} <= commands
 
     def _members(self) -> list[psutil.Process]:
-        """Every process that lives in this stack's environment, whoever its parent is by now."""
-        return [p for p in psutil.process_iter() if _stack_directory(p) == str(self.directory)]
+        """Every process of the runner's session, whoever its parent is by now."""
+        assert self._runner
+        return [p for p in psutil.process_iter() if _session(p) == self._runner.pid]
 
     def _kill_survivors(self) -> list[str]:
         assert self._runner
@@ -254,13 +255,11 @@ def _tree(pid: int) -> Iterator[psutil.Process]:
         yield from process.children(recursive=True)
 
 
-def _stack_directory(process: psutil.Process) -> str:
-    try:
-        if process.status() == psutil.STATUS_ZOMBIE:
-            return ""
-        return str(process.environ().get("STACK_DIR"))
-    except psutil.Error:
-        return ""
+def _session(process: psutil.Process) -> int:
+    with suppress(OSError, psutil.Error):
+        if process.status() != psutil.STATUS_ZOMBIE:
+            return os.getsid(process.pid)
+    return 0
 
 
 def _memory(pid: int) -> int:
