@@ -76,6 +76,11 @@ class Conflict(Refusal):
     default_code = "conflict"
 
 
+class LengthRequired(Refusal):
+    status_code = status.HTTP_411_LENGTH_REQUIRED
+    default_code = "length_required"
+
+
 class TooLarge(Refusal):
     status_code = status.HTTP_413_REQUEST_ENTITY_TOO_LARGE
     default_code = "too_large"
@@ -175,6 +180,9 @@ class JSONAPIView(GenericAPIView[Any]):
     def initial(self, request: Request, *args: Any, **kwargs: Any) -> None:
         if request.method not in self.allowed_methods:
             raise exceptions.MethodNotAllowed(request.method or "")
+        if "Transfer-Encoding" in request.headers and not request.META.get("CONTENT_LENGTH"):
+            # Django would take such a body for an empty one.
+            raise LengthRequired("Send the body with a Content-Length.")
         self._check_media_type(request)
         super().initial(request, *args, **kwargs)
         self._check_query(request)

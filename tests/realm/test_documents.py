@@ -213,6 +213,12 @@ def test_a_body_that_is_too_large(client: Client) -> None:
     only_error(response, 413)
 
 
+def test_a_body_of_unknown_length_is_not_taken_for_none(client: Client) -> None:
+    for method in ("POST", "DELETE"):
+        response = client.raw(method, "/_bot-registration", HTTP_TRANSFER_ENCODING="chunked")
+        only_error(response, 411)
+
+
 @pytest.mark.parametrize(
     "media_type",
     [
