@@ -27,6 +27,7 @@ INSTALLED_APPS = [
     "agents",
     "config.apps.ConfigConfig",
     "rest_framework",
+    "rest_framework_json_api",
     "django.contrib.admin",
     "django.contrib.auth",
     "django.contrib.contenttypes",
@@ -36,6 +37,7 @@ INSTALLED_APPS = [
 ]
 MIDDLEWARE = [
     "chat.http.PlainErrors",
+    "realm.jsonapi.DocumentErrors",
     "django.middleware.security.SecurityMiddleware",
     "whitenoise.middleware.WhiteNoiseMiddleware",
     "django.contrib.sessions.middleware.SessionMiddleware",
@@ -125,6 +127,7 @@ CACHES = {
 }
 
 # Realm
+MATRIX_URL = env.url("MATRIX_URL", "http://localhost:8008", schemes=("http", "https"))
 REALM_SECRET_SEED = env.text("REALM_SECRET_SEED", DEVELOPMENT_SECRET)
 
 # Chat
@@ -192,6 +195,7 @@ REST_FRAMEWORK = {
     "UNAUTHENTICATED_USER": "django.contrib.auth.models.AnonymousUser",
     "URL_FORMAT_OVERRIDE": None,
 }
+JSON_API_FORMAT_FIELD_NAMES = "camelize"
 
 # Logs and errors
 LOGGING = logs.configuration(

@@ -5,5 +5,6 @@ from django.views.generic import RedirectView
 urlpatterns = [
     path("", RedirectView.as_view(pattern_name="admin:index")),
     path("", include("chat.urls")),
+    path("", include("realm.urls")),
     path("admin/", admin.site.urls),
 ]

@@ -1,12 +1,24 @@
 import re
+import uuid
 from typing import ClassVar
 
+from django.contrib.auth.hashers import make_password
 from django.contrib.auth.models import AbstractUser, UserManager
+from django.core.exceptions import ValidationError
 from django.core.validators import RegexValidator
-from django.db import models
+from django.db import IntegrityError, models
+from django.db.models import Q
+from django.utils import timezone
+
+from realm.filters import EVENT_TYPES, MATRIX_EVENT, Filter, InvalidFilter
 
 # https://spec.matrix.org/v1.11/appendices/#user-identifiers, historical localparts included.
 MATRIX_USER_ID = re.compile(r"@[\x21-\x39\x3b-\x7e]{1,}:[A-Za-z0-9.\-\[\]:]{1,}\Z")
+MAX_MATRIX_ID_LENGTH = 255
+
+
+class NameTaken(Exception):
+    """An account that does not have this Matrix id bears its name; the message is safe to show."""
 
 
 class RealmUserManager(UserManager["User"]):
@@ -14,12 +26,26 @@ class RealmUserManager(UserManager["User"]):
         """A user known by a Matrix id alone: no password, so no way in but a realm token."""
         return self.create_user(username=matrix_user_id, matrix_user_id=matrix_user_id)
 
+    def of_matrix_id(self, matrix_user_id: str) -> "User":
+        """The user with that Matrix id, created at first sight. Raises `NameTaken`."""
+        try:
+            user, _ = self.get_or_create(
+                matrix_user_id=matrix_user_id,
+                defaults={"username": matrix_user_id, "password": make_password(None)},
+            )
+        except IntegrityError:
+            raise NameTaken(
+                f"{matrix_user_id} is the name of an account that does not have this Matrix id."
+            ) from None
+        return user
+
 
 class User(AbstractUser):
-    username = models.CharField(max_length=255, unique=True)  # a Matrix id may be that long
+    # A Matrix id may be that long.
+    username = models.CharField(max_length=MAX_MATRIX_ID_LENGTH, unique=True)
     matrix_user_id = models.CharField(
         "Matrix user id",
-        max_length=255,
+        max_length=MAX_MATRIX_ID_LENGTH,
         unique=True,
         null=True,
         blank=True,
@@ -27,3 +53,79 @@ class User(AbstractUser):
     )
 
     objects: ClassVar[RealmUserManager] = RealmUserManager()
+
+
+class BotRegistrationQuerySet(models.QuerySet["BotRegistration"]):
+    def of(self, user: User) -> "BotRegistrationQuerySet":
+        return self.filter(user_id=user.pk)
+
+
+class BotRegistration(models.Model):
+    """A bot's leave to act for a user. It makes no Matrix account."""
+
+    id = models.UUIDField(primary_key=True, default=uuid.uuid4, editable=False)
+    user = models.ForeignKey(User, models.CASCADE, related_name="bot_registrations")
+    username = models.CharField(
+        "Matrix user id",
+        max_length=MAX_MATRIX_ID_LENGTH,
+        editable=False,
+        help_text="The user's at the time of the registration.",
+    )
+    created_at = models.DateTimeField(default=timezone.now, editable=False)
+
+    objects = BotRegistrationQuerySet.as_manager()
+
+    class Meta:
+        ordering = ["created_at", "id"]
+        constraints = [
+            models.CheckConstraint(
+                condition=Q(username__startswith="@"), name="bot_registration_is_for_a_matrix_id"
+            ),
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.username} ({self.pk})"
+
+
+class BotCommandQuerySet(models.QuerySet["BotCommand"]):
+    def of(self, user: User) -> "BotCommandQuerySet":
+        return self.filter(registration__user_id=user.pk)
+
+
+class BotCommand(models.Model):
+    """What a registered bot does when an event passes the filter."""
+
+    id = models.UUIDField(primary_key=True, default=uuid.uuid4, editable=False)
+    registration = models.ForeignKey(BotRegistration, models.CASCADE, related_name="commands")
+    command = models.CharField(max_length=2000)
+    # Read it through `when`.
+    filter = models.JSONField(
+        help_text=f'{{"type": "{MATRIX_EVENT}", "event_type": "{EVENT_TYPES[0]}" or '
+        f'"{EVENT_TYPES[1]}", "content_type": "..."}}; optional: "prefix", "mention".'
+    )
+    created_at = models.DateTimeField(default=timezone.now, editable=False)
+
+    objects = BotCommandQuerySet.as_manager()
+
+    class Meta:
+        ordering = ["created_at", "id"]
+        constraints = [
+            models.CheckConstraint(condition=~Q(command=""), name="bot_command_fires_something"),
+            models.CheckConstraint(
+                condition=Q(filter__type=MATRIX_EVENT) & Q(filter__event_type__in=EVENT_TYPES),
+                name="bot_command_filter_is_known",
+            ),
+        ]
+
+    def __str__(self) -> str:
+        return self.command
+
+    def clean(self) -> None:
+        try:
+            Filter.parse(self.filter)
+        except InvalidFilter as error:
+            raise ValidationError({"filter": str(error)}) from None
+
+    @property
+    def when(self) -> Filter:
+        return Filter.parse(self.filter)

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import jwt
 from django.conf import settings
 
+from realm.models import MATRIX_USER_ID
+
 MAX_AGE_SECONDS = 7 * 24 * 3600
 MAX_LENGTH = 8192
 LEEWAY_SECONDS = 30
@@ -22,6 +24,7 @@ class InvalidToken(Exception):
 class Claims:
     user: str
     session_room: str | None
+    expires: float  # seconds since 1970
 
 
 def issue(user: str, *, session_room: str | None = None, max_age: int = MAX_AGE_SECONDS) -> str:
@@ -55,11 +58,13 @@ def verify(token: str) -> Claims:
         raise InvalidToken(f"The token lacks the claim {error.claim}.") from None
     except (jwt.PyJWTError, ValueError, TypeError, OverflowError):
         raise InvalidToken("The token is not valid.") from None
-    user, room = claims["user"], claims.get("sessionRoom")
-    if not isinstance(user, str) or not user:
+    user, room, expires = claims["user"], claims.get("sessionRoom"), claims["exp"]
+    if not isinstance(user, str) or not MATRIX_USER_ID.match(user):
         raise InvalidToken("The claim user is not a Matrix id.")
     if room is not None and not isinstance(room, str):
         raise InvalidToken("The claim sessionRoom is not a room id.")
-    if claims["exp"] - time.time() > MAX_AGE_SECONDS + LEEWAY_SECONDS:
+    if not isinstance(expires, int | float):  # PyJWT reads "123" as a number
+        raise InvalidToken("The claim exp is not a number.")
+    if expires > time.time() + MAX_AGE_SECONDS + LEEWAY_SECONDS:
         raise InvalidToken("The token lives longer than seven days.")
-    return Claims(user=user, session_room=room)
+    return Claims(user=user, session_room=room, expires=expires)

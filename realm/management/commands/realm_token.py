@@ -3,7 +3,7 @@ from typing import Any
 from django.core.management.base import BaseCommand, CommandError, CommandParser
 
 from realm import tokens
-from realm.models import MATRIX_USER_ID, User
+from realm.models import MATRIX_USER_ID, MAX_MATRIX_ID_LENGTH, NameTaken, User
 
 
 class Command(BaseCommand):
@@ -18,12 +18,15 @@ class Command(BaseCommand):
         )
 
     def handle(self, *args: Any, user: str, create: bool, hours: int, **options: Any) -> None:
-        if not MATRIX_USER_ID.match(user):
+        if not MATRIX_USER_ID.match(user) or len(user) > MAX_MATRIX_ID_LENGTH:
             raise CommandError(f"{user!r} is not a Matrix id: write it as @user:server.")
         if not 1 <= hours <= 168:
             raise CommandError("--hours is from 1 to 168.")
         if not User.objects.filter(matrix_user_id=user).exists():
             if not create:
                 raise CommandError(f"{user} is not known here. Add --create to create the user.")
-            User.objects.create_matrix_user(user)
+            try:
+                User.objects.of_matrix_id(user)
+            except NameTaken as error:
+                raise CommandError(str(error)) from None
         self.stdout.write(tokens.issue(user, max_age=hours * 3600))

@@ -1,0 +1,116 @@
+"""The realm server's documents: shapes, and what may be told only to their owner."""
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+from uuid import UUID
+
+from rest_framework.fields import Field, UUIDField
+from rest_framework_json_api import serializers
+
+from agents import commands
+from realm import openid, tokens
+from realm.filters import Filter, InvalidFilter
+from realm.jsonapi import Forbidden, Missing, StringField
+from realm.models import BotCommand, BotRegistration, User
+
+
+@dataclass(frozen=True)
+class Session:
+    """A realm-server JWT and what it stands for. It is not stored."""
+
+    pk: str
+    user: str
+    token: str
+    expires_at: datetime
+
+    @classmethod
+    def of(cls, user: str) -> "Session":
+        token = tokens.issue(user)
+        expires = datetime.fromtimestamp(tokens.verify(token).expires, UTC)
+        return cls(pk=user, user=user, token=token, expires_at=expires)
+
+
+class ServerSessionSerializer(serializers.Serializer):
+    access_token = StringField(write_only=True, max_length=openid.MAX_TOKEN_LENGTH)
+    user = serializers.CharField(read_only=True)
+    token = serializers.CharField(read_only=True)
+    expires_at = serializers.DateTimeField(read_only=True)
+
+    class Meta:
+        resource_name = "server-session"
+
+
+class BotRegistrationSerializer(serializers.ModelSerializer):
+    username = StringField()
+
+    class Meta:
+        model = BotRegistration
+        resource_name = "bot-registration"
+        fields = ["username", "created_at"]
+
+    def validate_username(self, username: str) -> str:
+        if username != self.context["request"].user.matrix_user_id:
+            raise Forbidden(
+                "The username must be the Matrix id of the token's user.",
+                pointer="/data/attributes/username",
+            )
+        return username
+
+
+class IdField(UUIDField):
+    """A UUID in a string: DRF takes a number for one, too."""
+
+    def to_internal_value(self, data: Any) -> UUID:
+        if not isinstance(data, str):
+            self.fail("invalid")
+        return super().to_internal_value(data)
+
+
+class FilterField(Field[Any, Any, Any, Any]):
+    """Checked as a whole, kept as it was sent."""
+
+    def to_internal_value(self, data: Any) -> Any:
+        try:
+            Filter.parse(data)
+        except InvalidFilter as error:
+            message = error.message
+            raise serializers.ValidationError(
+                {error.key: message} if error.key else message
+            ) from None
+        return data
+
+    def to_representation(self, value: Any) -> Any:
+        return value
+
+
+class BotCommandSerializer(serializers.ModelSerializer):
+    bot_id = IdField(source="registration_id")
+    command = StringField(max_length=BotCommand._meta.get_field("command").max_length)
+    filter = FilterField()
+
+    class Meta:
+        model = BotCommand
+        resource_name = "bot-command"
+        fields = ["bot_id", "command", "filter", "created_at"]
+
+    def validate_command(self, command: str) -> str:
+        try:
+            commands.check(command)
+        except commands.UnknownCommand as error:
+            raise serializers.ValidationError(str(error), "unknown_command") from None
+        return command
+
+    def validate_bot_id(self, bot_id: UUID) -> UUID:
+        check_owner(bot_id, self.context["request"].user, pointer="/data/attributes/botId")
+        return bot_id
+
+
+def check_owner(bot_id: UUID, user: User, **source: str) -> None:
+    """Raises 404 where there is no such bot, 403 where it is another's; `source` says where its id
+    stood."""
+    owner = BotRegistration.objects.filter(pk=bot_id).values_list("user_id", flat=True).first()
+    if owner is None:
+        raise Missing("There is no registered bot with this id.", **source)
+    if owner != user.pk:
+        raise Forbidden("This bot is registered by somebody else.", **source)

@@ -1,0 +1,66 @@
+import io
+import time
+from typing import Any
+
+import pytest
+from django.core.management import CommandError, call_command
+
+from realm import tokens
+from realm.models import User
+from tests.realm.conftest import Client
+
+pytestmark = pytest.mark.django_db
+
+
+def printed(*arguments: str) -> str:
+    out = io.StringIO()
+    call_command("realm_token", *arguments, stdout=out)
+    return out.getvalue()
+
+
+def test_it_prints_a_token_and_nothing_else(alice: User) -> None:
+    line = printed("@alice:localhost")
+    assert line.count("\n") == 1
+    claims = tokens.verify(line.strip())
+    assert claims.user == "@alice:localhost"
+    assert abs(claims.expires - time.time() - tokens.MAX_AGE_SECONDS) < 60
+    client = Client()
+    client.credentials(HTTP_AUTHORIZATION=f"Bearer {line.strip()}")
+    assert client.get("/_bot-registrations").status_code == 200
+
+
+def test_it_prints_one_for_a_few_hours(alice: User) -> None:
+    claims = tokens.verify(printed("@alice:localhost", "--hours", "2").strip())
+    assert abs(claims.expires - time.time() - 7200) < 60
+
+
+def test_it_creates_the_user_when_told_to() -> None:
+    assert tokens.verify(printed("@dora:localhost", "--create").strip()).user == "@dora:localhost"
+    user = User.objects.get(matrix_user_id="@dora:localhost")
+    assert not user.has_usable_password()
+    assert not user.is_staff
+    printed("@dora:localhost", "--create")
+    assert User.objects.filter(matrix_user_id="@dora:localhost").count() == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["@dora:localhost"], "not known here"),
+        (["dora"], "not a Matrix id"),
+        (["@dora"], "not a Matrix id"),
+        (["@" + "d" * 300 + ":localhost", "--create"], "not a Matrix id"),
+        (["@dora:localhost", "--hours", "0"], "from 1 to 168"),
+        (["@dora:localhost", "--hours", "169"], "from 1 to 168"),
+    ],
+)
+def test_it_says_what_is_wrong(arguments: list[str], says: str) -> None:
+    with pytest.raises(CommandError, match=says):
+        printed(*arguments)
+    assert not User.objects.exists()
+
+
+def test_it_does_not_take_over_an_account_by_its_name(django_user_model: Any) -> None:
+    django_user_model.objects.create_superuser("@dora:localhost", password="secret")
+    with pytest.raises(CommandError, match="does not have this Matrix id"):
+        printed("@dora:localhost", "--create")

@@ -1,0 +1,223 @@
+"""What proves who somebody is, and what does not."""
+
+import base64
+import hashlib
+import hmac
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jwt
+import pytest
+
+from realm import tokens
+from realm.models import User
+from tests.realm.conftest import Client
+
+pytestmark = pytest.mark.django_db
+DAY = 24 * 3600
+
+
+def claims(**changes: Any) -> dict[str, Any]:
+    """Good ones but for the changes: None takes a claim away, a function gets the time."""
+    now = int(time.time())
+    told = {"user": "@alice:localhost", "iat": now, "exp": now + DAY} | changes
+    told = {name: value(now) if callable(value) else value for name, value in told.items()}
+    return {name: value for name, value in told.items() if value is not None}
+
+
+def token(seed: str, header: dict[str, Any] | None = None, **changes: Any) -> str:
+    """HMAC-SHA256 with the seed whatever the header says, as a forger would."""
+    parts = [json.dumps(part).encode() for part in (header or {"alg": "HS256"}, claims(**changes))]
+    signed = b".".join(base64.urlsafe_b64encode(part).rstrip(b"=") for part in parts)
+    signature = hmac.new(seed.encode(), signed, hashlib.sha256).digest()
+    return (signed + b"." + base64.urlsafe_b64encode(signature).rstrip(b"=")).decode()
+
+
+@pytest.fixture
+def seed(settings: Any) -> str:
+    return settings.REALM_SECRET_SEED
+
+
+def status(authorization: str) -> int:
+    response = Client().get("/_bot-registrations", HTTP_AUTHORIZATION=authorization)
+    assert response.headers["Content-Type"] == "application/vnd.api+json"
+    if response.status_code == 401:
+        assert response.headers["WWW-Authenticate"] == 'Bearer realm="realm-server"'
+        [error] = response.json()["errors"]
+        assert error["status"] == "401"
+        assert error["code"] in ("authentication_failed", "not_authenticated")
+        assert error["detail"]
+    return response.status_code
+
+
+def test_a_token_of_ours_is_good(alice: User) -> None:
+    assert status(f"Bearer {tokens.issue('@alice:localhost')}") == 200
+
+
+@pytest.mark.parametrize("scheme", ["bearer", "BEARER", "Bearer "])
+def test_the_scheme_is_read_as_rfc_7235_says(alice: User, scheme: str, seed: str) -> None:
+    assert status(f"{scheme} {token(seed)}") == 200
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"exp": lambda now: now + DAY + 0.5},
+        {"exp": lambda now: now - 10},  # within the leeway
+        {"iat": lambda now: now + 10},
+        {"sessionRoom": "!room:localhost"},
+        {"admin": True},
+    ],
+)
+def test_unusual_but_good_claims(alice: User, seed: str, changes: dict[str, Any]) -> None:
+    assert status(f"Bearer {token(seed, **changes)}") == 200
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"exp": None},
+        {"exp": lambda now: now - 60},
+        {"exp": -1},
+        {"exp": 0},
+        {"exp": True},
+        {"exp": lambda now: str(now + DAY)},
+        {"exp": "soon"},
+        {"exp": lambda now: [now + DAY]},
+        {"exp": float("inf")},
+        {"exp": float("nan")},
+        {"exp": 1e308},
+        {"exp": 10**400},
+        {"exp": lambda now: now + 8 * DAY},
+        {"exp": 253402300799},
+        {"iat": None},
+        {"iat": lambda now: now + 120},
+        {"iat": "now"},
+        {"nbf": lambda now: now + 120},
+        {"aud": "somebody-else"},
+        {"user": None},
+        {"user": ""},
+        {"user": 7},
+        {"user": ["@alice:localhost"]},
+        {"user": {"id": "@alice:localhost"}},
+        {"user": "alice"},
+        {"user": "@alice:localhost\n"},
+        {"user": "@alice:localhost\x00"},
+        {"user": "@alicе:localhost"},  # noqa: RUF001  (a Cyrillic letter)
+        {"sessionRoom": 7},
+        {"padding": "x" * 9000},
+    ],
+)
+def test_claims_that_prove_nothing(alice: User, seed: str, changes: dict[str, Any]) -> None:
+    assert status(f"Bearer {token(seed, **changes)}") == 401
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"alg": "none"},
+        {"alg": "None"},
+        {"alg": "HS384"},
+        {"alg": "HS512"},
+        {"alg": "RS256"},
+        {"alg": "ES256"},
+        {"alg": "hs256"},
+        {"alg": None},
+        {"alg": ["HS256"]},
+        {"typ": "JWT"},
+        {"alg": "HS256", "crit": ["x"], "x": 1},
+        {"alg": "HS256", "b64": False, "crit": ["b64"]},
+    ],
+)
+def test_headers_that_are_refused(alice: User, seed: str, header: dict[str, Any]) -> None:
+    assert status(f"Bearer {token(seed, header)}") == 401
+
+
+def test_a_key_that_the_header_brings_is_not_used(alice: User, seed: str) -> None:
+    theirs = "the-forgers-own-seed-0123456789-0123456789"
+    header = {
+        "alg": "HS256",
+        "kid": "../../dev/null' OR 1=1",
+        "jku": "http://127.0.0.1:1/keys",
+        "jwk": {"kty": "oct", "k": base64.urlsafe_b64encode(theirs.encode()).decode()},
+    }
+    assert status(f"Bearer {token(theirs, header)}") == 401
+    assert status(f"Bearer {token(theirs)}") == 401
+
+
+def test_tokens_without_a_signature_are_refused(alice: User, seed: str) -> None:
+    assert status(f"Bearer {jwt.encode(claims(), None, algorithm='none')}") == 401
+    assert status(f"Bearer {token(seed).rpartition('.')[0]}.") == 401
+
+
+def test_every_tampered_character_is_noticed(alice: User, seed: str) -> None:
+    good = token(seed)
+    payload = good.split(".")[1]
+    for at in range(len(payload)):
+        changed = payload[:at] + ("A" if payload[at] != "A" else "B") + payload[at + 1 :]
+        with pytest.raises(tokens.InvalidToken):
+            tokens.verify(good.replace(payload, changed))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda good: "",
+        lambda good: ".",
+        lambda good: "..",
+        lambda good: "...",
+        lambda good: good[:-1],
+        lambda good: good[: len(good) // 2],
+        lambda good: good + ".",
+        lambda good: "." + good,
+        lambda good: good.replace(".", ".."),
+        lambda good: good.replace(".", ". "),
+        lambda good: good + ", Bearer " + good,  # two headers, as a server joins them
+        lambda good: good + "é",
+        lambda good: "x" * 100_000,
+        lambda good: base64.b64encode(b'{"alg":"HS256"}' * 3).decode(),
+    ],
+)
+def test_what_is_no_token(alice: User, seed: str, damage: Callable[[str], str]) -> None:
+    assert status(f"Bearer {damage(token(seed))}") == 401
+
+
+@pytest.mark.parametrize("scheme", ["", "Basic ", "JWT ", "Bearer\t", "Token "])
+def test_other_schemes_prove_nothing(alice: User, seed: str, scheme: str) -> None:
+    assert status(f"{scheme}{token(seed)}") == 401
+
+
+def test_no_header_at_all(nobody: Client) -> None:
+    response = nobody.get("/_bot-registrations")
+    assert response.status_code == 401
+    assert response.headers["WWW-Authenticate"] == 'Bearer realm="realm-server"'
+
+
+def test_a_user_that_is_not_here_is_not_found(alice: User, seed: str, charlie: str) -> None:
+    assert status(f"Bearer {token(seed, user=charlie)}") == 404
+    assert status(f"Bearer {token(seed, user='@ALICE:localhost')}") == 404
+    assert status(f"Bearer {token(seed, user='@alice:elsewhere')}") == 404
+    alice.delete()
+    assert status(f"Bearer {token(seed)}") == 404
+
+
+def test_a_deactivated_user_is_refused(alice: User, seed: str) -> None:
+    alice.is_active = False
+    alice.save()
+    assert status(f"Bearer {token(seed)}") == 401
+
+
+def test_a_session_of_the_admin_does_not_count(alice: User, nobody: Client) -> None:
+    nobody.force_login(alice)
+    assert nobody.get("/_bot-registrations").status_code == 401
+
+
+@pytest.mark.parametrize("method", ["get", "post", "delete"])
+@pytest.mark.parametrize(
+    "path",
+    ["/_bot-registrations", "/_bot-registration", "/_bot-commands", "/_bot-commands/x"],
+)
+def test_every_address_wants_a_token(nobody: Client, path: str, method: str) -> None:
+    assert getattr(nobody, method)(path).status_code in (401, 405)
