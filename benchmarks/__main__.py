@@ -1,0 +1,114 @@
+"""Measure the whole system on this machine: `python -m benchmarks [case ...]`.
+
+One line of JSON for each measurement on stdout, a table for people on stderr at the end. The model
+is a fake that answers after a fixed time; load generator, fake and system share the processors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import platform
+import signal
+import sys
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from benchmarks.footprint import cpu, memory
+from benchmarks.history import history
+from benchmarks.ingest import ingest
+from benchmarks.runs import latency, throughput
+from benchmarks.system import Result, System
+from tests.fakes.llm import LLMProcess
+from tests.system.stack import Stack
+
+CASES: dict[str, Callable[[System], AsyncIterator[Result]]] = {
+    "ingest": ingest,
+    "latency": latency,
+    "throughput": throughput,
+    "history": history,
+    "cpu": cpu,
+}
+
+
+def main() -> None:
+    options = _options()
+    env = {"DATABASE_URL": options.database_url} if options.database_url else {}
+    # As Ctrl-C does, so that nothing is left running.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    _show({"case": "machine", **_machine(options.database_url)})
+    with LLMProcess() as llm, Stack(llm.url, **env) as stack:
+        try:
+            results = asyncio.run(_measure(System(stack, llm, options.quick), options.cases))
+        except Exception:
+            print(stack.log()[-10_000:], file=sys.stderr)
+            raise
+    print(_table(results, _earlier(options.compare)), file=sys.stderr)
+
+
+async def _measure(system: System, cases: list[str]) -> list[Result]:
+    results = [memory(system, "after the start")]
+    _show(results[0].as_json())
+    for case in cases:
+        async for result in CASES[case](system):
+            _show(result.as_json())
+            results.append(result)
+    results.append(memory(system, "after " + ", ".join(cases)))
+    _show(results[-1].as_json())
+    return results
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("cases", nargs="*", metavar="case", help=", ".join(CASES))
+    parser.add_argument("--quick", action="store_true", help="few repetitions: does it run at all?")
+    parser.add_argument("--database-url", default="", help="an empty database; default: SQLite")
+    parser.add_argument("--compare", type=Path, help="the JSON lines of an earlier time")
+    options = parser.parse_args()
+    if unknown := set(options.cases) - set(CASES):
+        parser.error(f"no such case: {', '.join(sorted(unknown))}")
+    options.cases = options.cases or list(CASES)
+    return options
+
+
+def _machine(database_url: str) -> dict[str, Any]:
+    return {
+        "cores": len(os.sched_getaffinity(0)),
+        "load": round(os.getloadavg()[0], 2),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "database": database_url.partition(":")[0] or "sqlite",
+    }
+
+
+def _earlier(path: Path | None) -> dict[tuple[str, str], dict[str, float]]:
+    if path is None:
+        return {}
+    lines = [line for line in path.read_text().splitlines() if line.startswith("{")]
+    results = [orjson.loads(line) for line in lines]
+    return {(r["case"], r["of"]): r for r in results if "of" in r}
+
+
+def _table(results: list[Result], earlier: dict[tuple[str, str], dict[str, float]]) -> str:
+    """One line for each measurement; in brackets how many times the earlier figure it is."""
+    lines = []
+    for result in results:
+        before = earlier.get((result.case, result.of), {})
+        figures = (
+            f"{name} {value:g}" + (f" (x{value / before[name]:.2f})" if before.get(name) else "")
+            for name, value in result.figures.items()
+        )
+        lines.append(f"{result.case:11}{result.of:32}{'  '.join(figures)}")
+    return "\n".join(lines)
+
+
+def _show(line: str | dict[str, Any]) -> None:
+    print(line if isinstance(line, str) else orjson.dumps(line).decode(), flush=True)
+
+
+if __name__ == "__main__":
+    main()

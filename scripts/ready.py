@@ -1,0 +1,116 @@
+"""Wait until the local stack answers, then say what to do with it.
+
+Run by the stack itself, once per start. What is missing after a minute is named; the processes go on
+being restarted meanwhile, so the wait goes on as well.
+"""
+
+import http
+import http.client
+import os
+import sys
+import time
+from pathlib import Path
+
+from redis import Redis
+from redis.exceptions import RedisError
+
+PATIENCE_SECONDS = 60
+
+PORT = os.environ["PORT"]
+URL = f"http://localhost:{PORT}"
+STREAM = os.environ.get("REDIS_STREAM_KEY", "").strip() or "agent_events"
+
+
+def web_problem() -> str | None:
+    """What keeps the HTTP API from being used, if anything."""
+    # Neither by name, which may lead to ::1 and somebody else, nor through a proxy, as urllib would.
+    web = http.client.HTTPConnection("127.0.0.1", int(PORT), timeout=5)
+    try:
+        web.request("GET", "/api")
+        status = web.getresponse().status
+    except (OSError, http.client.HTTPException) as error:
+        return f"GET {URL}/api does not answer ({error})"
+    finally:
+        web.close()
+    return None if status == http.HTTPStatus.OK else f"GET {URL}/api answers {status}"
+
+
+def worker_problem(redis: Redis) -> str | None:
+    """What keeps runs from being carried out, if anything."""
+    try:
+        # The key that workers hold among themselves (agents.stream.keep). The group's consumers say
+        # less: before version 7, Redis lists one only once it was given something to do.
+        if redis.exists(f"{STREAM}:keeper"):
+            return None
+    except RedisError as error:
+        return f"Redis does not answer ({error})"
+    return f"no worker reads the stream {STREAM}"
+
+
+def problems(redis: Redis) -> list[str]:
+    return [problem for problem in (web_problem(), worker_problem(redis)) if problem]
+
+
+def wait() -> None:
+    redis = Redis.from_url(os.environ["REDIS_URL"], socket_timeout=2, socket_connect_timeout=2)
+    patience_ends: float | None = time.monotonic() + PATIENCE_SECONDS
+    while missing := problems(redis):
+        if patience_ends is not None and time.monotonic() > patience_ends:
+            patience_ends = None
+            print(f"Not ready after {PATIENCE_SECONDS} s: {'; '.join(missing)}.")
+            print("The lines above say why. Whatever dies is started again, so it may still come.")
+            sys.stdout.flush()
+        time.sleep(0.2 if patience_ends else 1)
+
+
+def account() -> str:
+    password = Path(os.environ["STACK_DIR"]) / "admin-password"
+    if password.exists():
+        return f"user admin, password {password.read_text().strip()}"
+    return "with the account that you made (or: .venv/bin/python manage.py createsuperuser)"
+
+
+def default_model() -> str:
+    """The model of a message that names none, as config.settings has it."""
+    default = os.environ.get("CHAT_DEFAULT_MODEL", "").strip() or "gpt-4o-mini"
+    names = os.environ.get("CHAT_ALLOWED_MODELS", "").split(",")
+    allowed = [name.strip() for name in names if name.strip()]
+    return default if not allowed or default in allowed else allowed[0]
+
+
+def model() -> str:
+    """Who answers the questions, in one line or two."""
+    if any(os.environ.get(name, "").strip() for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL")):
+        return f"{default_model()}, where a message names none"
+    return (
+        "none: every answer is an echo of its question. For a real one set OPENAI_API_KEY, or\n"
+        "         OPENAI_BASE_URL for another compatible endpoint, here or in .env, and start again."
+    )
+
+
+def main() -> None:
+    wait()
+    print(f"""
+Botrealm is ready.
+
+  Open   {URL}/
+  Admin  {URL}/admin/  {account()}
+  API    {URL}/api
+  Model  {model()}
+
+Ask something:
+
+curl -X POST {URL}/api/chat/messages \\
+  -H "content-type: application/json" \\
+  -d '{{"content":"Summarize current state", "model":"{default_model()}"}}'
+
+Read the answer, with the runId that came back:
+
+curl {URL}/api/chat/runs/RUN_ID
+
+Ctrl-C stops everything.
+""")
+
+
+if __name__ == "__main__":
+    main()

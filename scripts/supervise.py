@@ -1,0 +1,182 @@
+"""supervisord with output that people can read; scripts/stack.py turns into it.
+
+Each line of each program is printed under the program's name. Supervisor has no setting for that,
+and its event listeners, the documented way, are worse than a subclass: they tear characters at the
+borders of its reads, and drop lines in a burst unless their buffer is unbounded.
+"""
+
+import contextlib
+import ctypes
+import os
+import queue
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+from supervisor import dispatchers, events, loggers, supervisord
+from supervisor.options import ServerOptions
+
+COLOURS = (36, 33, 35, 32, 34)
+OWN_NAME = "stack"
+# The block of scripts/ready.py is there to be copied from.
+WITHOUT_NAME = {"ready"}
+LONGEST_LINE = 1024 * 1024
+POLL_SECONDS = 0.1
+PR_SET_PDEATHSIG = 1
+
+
+class Terminal(threading.Thread):
+    """Prints whole lines on stdout without making anybody wait.
+
+    A terminal may stand still (Ctrl-S, a pager). If supervisord waited for it, the pipes of its
+    children would fill up and the children would stop as well; so this thread waits, and what does
+    not fit into `limit` bytes meanwhile is dropped and counted.
+    """
+
+    def __init__(self, limit: int = 16 * 1024 * 1024) -> None:
+        super().__init__(name="terminal", daemon=True)
+        self.limit = limit
+        self.width = len(OWN_NAME)
+        self.coloured = os.isatty(1) and not os.environ.get("NO_COLOR")
+        self._labels: dict[str, bytes] = {}
+        self._queue: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        # One thread writes each of these, so they need no lock.
+        self._accepted = self._printed = self._dropped = 0
+
+    def show(self, name: str, lines: list[bytes]) -> None:
+        if self._accepted - self._printed > self.limit:
+            self._dropped += len(lines)
+            return
+        if self._dropped:
+            dropped, self._dropped = self._dropped, 0
+            self.show(OWN_NAME, [b"%d lines were not printed: stdout stood still" % dropped])
+        label = self._label(name)
+        data = b"".join(b"%s%s\n" % (label, line) for line in lines)
+        self._accepted += len(data)
+        self._queue.put(data)
+
+    def _label(self, name: str) -> bytes:
+        if name not in self._labels:
+            label = "" if name in WITHOUT_NAME else f"{name:<{self.width}} | "
+            if label and self.coloured:
+                label = f"\033[{COLOURS[len(self._labels) % len(COLOURS)]}m{label}\033[0m"
+            self._labels[name] = label.encode()
+        return self._labels[name]
+
+    def run(self) -> None:
+        try:
+            while data := self._queue.get():
+                view = memoryview(data)
+                while view:
+                    view = view[os.write(1, view) :]
+                self._printed += len(data)
+        except OSError:
+            # The window was closed, or the other end of the pipe: nobody is left to stop the stack.
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def finish(self, timeout: float) -> None:
+        self._queue.put(b"")
+        self.join(timeout)
+
+
+terminal = Terminal()
+
+
+class LineDispatcher(dispatchers.POutputDispatcher):
+    """Hands on the output of one program line by line."""
+
+    rest = b""
+
+    def _log(self, data: bytes) -> None:
+        *lines, self.rest = (self.rest + data).split(b"\n")
+        if len(self.rest) > LONGEST_LINE:
+            lines.append(self.rest)
+            self.rest = b""
+        if lines:
+            terminal.show(self.process.config.name, lines)
+
+    def finish(self) -> None:
+        if self.rest:
+            self._log(b"\n")
+
+
+class OwnLog(loggers.Handler):
+    """Prints what supervisord says: who was started, who died and how."""
+
+    def emit(self, record: Any) -> None:
+        message = record.asdict()["message"]
+        # That startsecs have passed is no news.
+        if not message.startswith("success: "):
+            terminal.show(OWN_NAME, [message.encode()])
+
+    def close(self) -> None:
+        """There is no file to close."""
+
+
+class Options(ServerOptions):
+    """supervisord's options, with its hooks for signals and for a child's first moments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        # supervisord looks at signals and at what to start or stop next once per poll. Each of these
+        # would take the full second that it polls for, so that a start or a stop took several.
+        poll = self.poller.poll
+        self.poller.poll = lambda timeout: poll(min(timeout, POLL_SECONDS))
+
+    def setsignals(self) -> None:
+        """The last call before the programs are started."""
+        super().setsignals()
+        # supervisord reloads on a hang-up; here it means that the window was closed.
+        signal.signal(signal.SIGHUP, lambda *_: self.signal_receiver.receive(signal.SIGTERM, None))
+        events.subscribe(events.ProcessStateEvent, clean_up_after)
+        self.logger.addHandler(OwnLog())
+
+    def cleanup_fds(self) -> None:
+        """Keep what is open: the lock on the stack's folder. Children close it before they start."""
+
+    def setpgrp(self) -> None:
+        """Runs in the child. On Linux it is told to stop if supervisord is killed outright."""
+        super().setpgrp()
+        with contextlib.suppress(AttributeError):
+            LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+LIBC = ctypes.CDLL(None)
+ENDS = (
+    events.ProcessStateExitedEvent,
+    events.ProcessStateBackoffEvent,
+    events.ProcessStateStoppedEvent,
+)
+
+
+def clean_up_after(event: Any) -> None:
+    """Print a dead process's last, unfinished line, and end the children that it left behind.
+
+    The server's own worker survives a SIGKILL of its parent, and would keep the port from the next.
+    """
+    process = event.process
+    if not isinstance(event, ENDS) or not process.pid:
+        return
+    for dispatcher in process.dispatchers.values():
+        if isinstance(dispatcher, LineDispatcher):
+            dispatcher.finish()
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def run(config: Path) -> None:
+    """Run supervisord in this process until a signal ends it and all children are gone."""
+    dispatchers.POutputDispatcher = LineDispatcher
+    options = Options()
+    options.realize(["--nodaemon", "--configuration", str(config)], doc=__doc__)
+    options.first, options.test = True, False
+    names = [group.name for group in options.process_group_configs]
+    terminal.width = max(len(name) for name in [OWN_NAME, *names])
+    terminal.start()
+    try:
+        supervisord.go(options)
+    finally:
+        options.close_httpservers()
+        options.close_logger()
+        terminal.finish(timeout=2)

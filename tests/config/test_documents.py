@@ -1,0 +1,25 @@
+"""What README.md and .env.example say of the environment is what the settings read."""
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+# Read by the local stack and by the register script, not by the settings.
+ELSEWHERE = {"PORT", "STACK_DIR"}
+
+
+def read_by_settings() -> set[str]:
+    source = (ROOT / "config/settings.py").read_text()
+    return set(re.findall(r'env\.\w+\(\s*"([A-Z_]+)"', source))
+
+
+def test_the_readme_tells_about_every_variable() -> None:
+    table = set(re.findall(r"^\| `([A-Z_]+)` \|", (ROOT / "README.md").read_text(), re.M))
+
+    assert table == read_by_settings() | ELSEWHERE
+
+
+def test_the_template_has_every_variable() -> None:
+    template = set(re.findall(r"^#?([A-Z_]+)=", (ROOT / ".env.example").read_text(), re.M))
+
+    assert template == read_by_settings() | ELSEWHERE - {"STACK_DIR"}

@@ -1,0 +1,335 @@
+"""The second document's path on the real processes: web server, Redis, worker, model endpoint."""
+
+import http.client
+import json
+import os
+import signal
+import subprocess
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from http.cookiejar import CookieJar
+from typing import Any
+from urllib.parse import urlencode
+from urllib.request import HTTPCookieProcessor, Request, build_opener
+
+import pytest
+
+from tests.fakes.llm import Call, Failure, FakeLLM, Reply
+from tests.system.stack import Stack
+
+pytestmark = pytest.mark.system
+
+
+@pytest.fixture(scope="module")
+def llm() -> Iterator[FakeLLM]:
+    with FakeLLM() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def running(llm: FakeLLM, database: dict[str, str]) -> Iterator[Stack]:
+    with Stack(llm.url, AGENT_LEASE_SECONDS="3", **database) as stack:
+        yield stack
+
+
+@pytest.fixture
+def stack(running: Stack, llm: FakeLLM) -> Stack:
+    llm.reset()
+    running.wait_ready()
+    return running
+
+
+def call(stack: Stack, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, Any]:
+    connection = http.client.HTTPConnection("127.0.0.1", stack.port, timeout=60)
+    try:
+        raw = None if body is None else json.dumps(body)
+        connection.request(method, path, raw, headers)
+        response = connection.getresponse()
+        return response.status, json.loads(response.read())
+    finally:
+        connection.close()
+
+
+def ask(stack: Stack, content: str, **extra: str) -> dict[str, Any]:
+    status, told = call(stack, "POST", "/api/chat/messages", {"content": content, **extra})
+    assert status == 202, told
+    return dict(told)
+
+
+def run_of(stack: Stack, run_id: str) -> dict[str, Any]:
+    return dict(call(stack, "GET", f"/api/chat/runs/{run_id}")[1]["run"])
+
+
+def finished(stack: Stack, run_id: str, seconds: float = 60) -> dict[str, Any]:
+    def look() -> dict[str, Any] | None:
+        run = run_of(stack, run_id)
+        return run if run["status"] in {"completed", "failed", "cancelled"} else None
+
+    run = stack.wait(f"{run_id} to end", look, seconds)
+    assert run
+    return run
+
+
+def history(stack: Stack, thread_id: str) -> list[str]:
+    _, told = call(stack, "GET", f"/api/chat/threads/{thread_id}/messages")
+    return [message["content"] for message in told["messages"]]
+
+
+def told_on_stream(stack: Stack, run_id: str) -> list[str]:
+    """The types of the events of a run, in their order."""
+    with stack.redis as redis:
+        entries = [fields[b"event"] for _, fields in redis.xrange("agent_events")]
+    events = [json.loads(raw) for raw in entries if raw.startswith(b"{")]
+    return [event["type"] for event in events if event["payload"].get("runId") == run_id]
+
+
+def test_the_documents_curl_word_for_word(stack: Stack) -> None:
+    command = f"""
+curl -X POST http://localhost:{stack.port}/api/chat/messages \\
+  -H "content-type: application/json" \\
+  -d '{{"content":"Summarize current state", "model":"gpt-4o-mini"}}'
+"""
+    output = subprocess.run(
+        command, shell=True, capture_output=True, text=True, timeout=30, check=True
+    ).stdout
+    told = json.loads(output)
+
+    assert told["status"] == "accepted"
+    run = finished(stack, told["runId"])
+    assert run["status"] == "completed"
+    assert run["output"] == "Answer to: Summarize current state"
+    assert run["usage"]["totalTokens"] > 0
+    assert history(stack, told["threadId"]) == ["Summarize current state", run["output"]]
+    assert told_on_stream(stack, told["runId"]) == ["agent.run.requested", "agent.run.completed"]
+
+
+def test_waiting_for_the_outcome(stack: Stack) -> None:
+    status, told = call(stack, "POST", "/api/chat/messages", {"content": "Hi"}, Prefer="wait=30")
+
+    assert status == 200
+    assert told["status"] == told["run"]["status"] == "completed"
+    assert told["run"]["output"] == "Answer to: Hi"
+
+
+def test_a_wait_that_is_too_short_is_no_error(stack: Stack, llm: FakeLLM) -> None:
+    llm.script(Reply("Late", latency=2))
+
+    status, told = call(stack, "POST", "/api/chat/messages", {"content": "Hi"}, Prefer="wait=1")
+
+    assert (status, told["status"]) == (202, "accepted")
+    assert finished(stack, told["runId"])["output"] == "Late"
+
+
+def test_quick_messages_are_answered_one_by_one_each_with_its_own_answer(
+    stack: Stack, llm: FakeLLM
+) -> None:
+    llm.default = lambda call: Reply(f"Answer to: {call.last_user}", latency=0.1)
+    first = ask(stack, "message 0")
+    told = [first] + [ask(stack, f"message {n}", threadId=first["threadId"]) for n in range(1, 5)]
+    for one in told:
+        finished(stack, one["runId"])
+
+    expected = [text for n in range(5) for text in (f"message {n}", f"Answer to: message {n}")]
+    assert history(stack, first["threadId"]) == expected
+    asked = [c for c in llm.requests if c.last_user.startswith("message")]
+    # The ninth message is told by the summary, or sent as it is where there is none yet.
+    assert [len(c.messages) for c in asked] == [1, 3, 5, 7, 9]
+
+
+def test_an_attempt_that_fails_is_repeated(stack: Stack, llm: FakeLLM) -> None:
+    llm.script(Failure(429, retry_after=1), Failure(500))
+
+    run = finished(stack, ask(stack, "Hi")["runId"])
+
+    assert run["output"] == "Answer to: Hi"
+    assert len(llm.requests) == 3
+
+
+def test_a_request_of_another_program_is_answered(stack: Stack) -> None:
+    run_id = f"other-{uuid.uuid4()}"
+    event = {
+        "id": str(uuid.uuid4()),
+        "type": "agent.run.requested",
+        "timestamp": "2026-01-01T00:00:00Z",
+        "correlationId": "other-1",
+        "payload": {"runId": run_id, "prompt": "Hi from outside"},
+    }
+    with stack.redis as redis:
+        redis.xadd("agent_events", {"event": json.dumps(event)})
+        redis.xadd("agent_events", {"event": "nonsense"})
+        stack.wait(
+            "its outcome", lambda: "agent.run.completed" in told_on_stream(stack, run_id), 30
+        )
+        assert redis.xrevrange("agent_events:dead", count=1)[0][1][b"event"] == b"nonsense"
+    assert finished(stack, run_id)["output"] == "Answer to: Hi from outside"
+
+
+def test_a_killed_workers_run_is_completed_once(stack: Stack, llm: FakeLLM) -> None:
+    llm.script(Reply("never finished", latency=60))
+    told = ask(stack, "Hi")
+    llm.wait_for_requests(seconds=20)
+    started = time.monotonic()
+    stack.kill("worker")
+
+    run = finished(stack, told["runId"])
+
+    assert run["output"] == "Answer to: Hi"
+    assert history(stack, told["threadId"]) == ["Hi", "Answer to: Hi"]
+    assert told_on_stream(stack, told["runId"]).count("agent.run.completed") == 1
+    assert time.monotonic() - started < 40
+    assert len(llm.requests) == 2
+
+
+def test_a_worker_that_stood_still_writes_nothing_late(stack: Stack, llm: FakeLLM) -> None:
+    llm.script(Reply("too late", latency=1))
+    told = ask(stack, "Hi")
+    llm.wait_for_requests(seconds=20)
+    frozen = stack.kill("worker", signal.SIGSTOP)
+    second = start_worker(stack)
+    try:
+        run = finished(stack, told["runId"])
+        os.kill(frozen, signal.SIGCONT)
+        stack.wait("the late outcome to be refused", lambda: "(fenced)" in stack.log(), 20)
+    finally:
+        os.kill(frozen, signal.SIGCONT)
+        second.terminate()
+        second.wait(timeout=30)
+
+    assert run["output"] == "Answer to: Hi"
+    assert history(stack, told["threadId"]) == ["Hi", "Answer to: Hi"]
+    assert told_on_stream(stack, told["runId"]).count("agent.run.completed") == 1
+
+
+def start_worker(stack: Stack) -> subprocess.Popen[bytes]:
+    import sys
+
+    return subprocess.Popen(
+        [sys.executable, "-m", "celery", "--quiet", "-A", "config", "worker"],
+        env=stack.env | {"REDIS_URL": stack.redis_url},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+
+def test_redis_may_be_wiped_at_any_moment(stack: Stack, llm: FakeLLM) -> None:
+    llm.default = lambda call: Reply(f"Answer to: {call.last_user}", latency=0.3)
+    with stack.redis as redis:
+        told = []
+        for number in range(12):
+            told.append(ask(stack, f"message {number}"))
+            if number % 3 == 0:
+                redis.flushall()
+    for one in told:
+        assert finished(stack, one["runId"])["status"] == "completed"
+
+
+def test_redis_may_be_killed(stack: Stack) -> None:
+    old = stack.kill("redis")
+    during = [ask(stack, f"message {number}") for number in range(3)]
+    stack.wait_restarted("redis", old)
+
+    for one in during:
+        assert finished(stack, one["runId"], 90)["status"] == "completed"
+
+
+def test_a_redis_that_swallows_everything_does_not_slow_the_asker(stack: Stack) -> None:
+    ask(stack, "warm up")
+    redis_pid = stack.kill("redis", signal.SIGSTOP)
+    try:
+        took = []
+        for _ in range(5):
+            started = time.monotonic()
+            told = ask(stack, "Is anybody there?")
+            took.append(time.monotonic() - started)
+    finally:
+        os.kill(redis_pid, signal.SIGCONT)
+
+    assert max(took) < 1.5
+    assert sorted(took)[2] < 0.5
+    assert finished(stack, told["runId"], 90)["status"] == "completed"
+
+
+def test_many_at_once_are_all_answered(stack: Stack, llm: FakeLLM) -> None:
+    told: list[dict[str, Any]] = []
+
+    def client() -> None:
+        told.extend(ask(stack, f"message {n}") for n in range(10))
+
+    clients = [threading.Thread(target=client) for _ in range(8)]
+    for one in clients:
+        one.start()
+    for one in clients:
+        one.join(timeout=60)
+
+    assert len(told) == 80
+    for one in told:
+        assert finished(stack, one["runId"])["status"] == "completed"
+    assert len(llm.requests) == 80
+
+
+def test_the_admin_shows_the_run(stack: Stack, llm: FakeLLM) -> None:
+    told = ask(stack, "Can you be seen?")
+    finished(stack, told["runId"])
+    password = (stack.directory / "admin-password").read_text().strip()
+    browser = build_opener(HTTPCookieProcessor(jar := CookieJar()))
+    login = f"{stack.url}/admin/login/"
+    browser.open(login, timeout=20)
+    token = next(c.value for c in jar if c.name == "csrftoken")
+    form = {"username": "admin", "password": password, "csrfmiddlewaretoken": token}
+    browser.open(Request(login, urlencode(form).encode(), {"Referer": login}), timeout=20)
+
+    page = browser.open(f"{stack.url}/admin/agents/run/{told['runId']}/change/", timeout=20)
+    text = page.read().decode()
+
+    assert "Can you be seen?" in text
+    assert "Answer to: Can you be seen?" in text
+    assert "agent.run.completed" in text
+
+
+def test_what_dies_is_started_again(stack: Stack) -> None:
+    for name in ("web", "worker", "redis"):
+        old = stack.kill(name)
+        stack.wait_restarted(name, old)
+    stack.wait_ready()
+
+    assert finished(stack, ask(stack, "Still there?")["runId"])["status"] == "completed"
+
+
+def test_secrets_and_words_do_not_reach_the_log(stack: Stack, llm: FakeLLM) -> None:
+    llm.script(Failure(401, message="Incorrect API key provided: sk-test"), Reply("canary-answer"))
+    finished(stack, ask(stack, "canary-question")["runId"])
+    finished(stack, ask(stack, "canary-question")["runId"])
+    log = stack.log()
+
+    for secret in ("sk-test", "canary-question", "canary-answer", stack.env["SECRET_KEY"]):
+        assert secret not in log
+
+
+def test_each_line_about_a_run_carries_its_ids(stack: Stack) -> None:
+    told = ask(stack, "Hi", correlationId="find-me-4711")
+    finished(stack, told["runId"])
+    lines = stack.wait(
+        "the line", lambda: [n for n in stack.log().splitlines() if "find-me-4711" in n]
+    )
+
+    line = json.loads(lines[0].partition(" | ")[2])
+    assert (line["run"], line["thread"]) == (told["runId"], told["threadId"])
+
+
+def test_summaries_are_made_behind_the_answers(stack: Stack, llm: FakeLLM) -> None:
+    def talk(call: Call) -> Reply:
+        return Reply("They talked.") if "You keep the memory" in call.last_user else Reply()
+
+    llm.default = talk
+    thread_id = ask(stack, "message 0")["threadId"]
+    for number in range(1, 7):
+        run_id = ask(stack, f"message {number}", threadId=thread_id)["runId"]
+        finished(stack, run_id)
+
+    def told_in_short() -> bool:
+        last = [c for c in llm.requests if "You keep the memory" not in c.last_user][-1]
+        return "They talked." in last.messages[0]["content"]
+
+    assert stack.wait("a summary to be sent", told_in_short)

@@ -1,0 +1,79 @@
+import os
+import signal
+import socket
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.system.stack import COMMAND, Stack
+
+pytestmark = pytest.mark.system
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def start(stack: Stack, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        COMMAND,
+        env=stack.env | env,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_it_says_what_to_open_and_a_second_start_works_as_well() -> None:
+    with Stack() as stack:
+        stack.wait("the last block", lambda: "Botrealm is ready." in stack.log(), 30)
+        log = stack.log()
+        assert f"http://localhost:{stack.port}/admin/  user admin, password " in log
+        assert f"curl -X POST http://localhost:{stack.port}/api/chat/messages" in log
+        assert "every answer is an echo" in log
+        stack.stop()  # an error if anything is left running
+        stack.start()
+
+
+def test_ctrl_c_ends_everything() -> None:
+    with Stack() as stack:
+        assert stack._runner
+        stack._runner.send_signal(signal.SIGINT)
+        stack._runner.wait(timeout=30)
+
+        assert stack._members() == []
+
+
+def test_a_port_that_is_taken_is_named_with_its_variable() -> None:
+    stack = Stack()
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", stack.port))
+        other.listen()
+        process = start(stack)
+
+    assert process.returncode == 1
+    assert f"Port {stack.port} (PORT) is taken by another program." in process.stderr
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [("PORT", "http"), ("CHAT_MEMORY_RECENT_MESSAGES", "many"), ("REALM_SECRET_SEED", "short")],
+)
+def test_a_wrong_value_stops_the_start_and_names_the_variable(variable: str, value: str) -> None:
+    process = start(Stack(), **{variable: value})
+
+    assert process.returncode != 0
+    assert variable in process.stderr
+    assert "Traceback" not in process.stderr
+
+
+def test_a_redis_that_is_given_is_used(redis_server: str) -> None:
+    with Stack(REDIS_URL=redis_server) as stack:
+        assert stack.pid("redis") == 0
+        assert psutil_environment(stack)["REDIS_URL"] == redis_server
+
+
+def psutil_environment(stack: Stack) -> dict[str, str]:
+    raw = Path(f"/proc/{stack.pid('worker')}/environ").read_bytes()
+    pairs = (item.split(b"=", 1) for item in raw.split(b"\0") if b"=" in item)
+    return {os.fsdecode(name): os.fsdecode(value) for name, value in pairs}
