@@ -30,7 +30,7 @@ def llm() -> Iterator[FakeLLM]:
 
 @pytest.fixture(scope="module")
 def running(llm: FakeLLM, database: dict[str, str]) -> Iterator[Stack]:
-    with Stack(llm.url, AGENT_LEASE_SECONDS="3", **database) as stack:
+    with Stack(llm.url, DEBUG="true", AGENT_LEASE_SECONDS="3", **database) as stack:
         yield stack
 
 
@@ -274,7 +274,7 @@ def test_the_admin_shows_the_run(stack: Stack, llm: FakeLLM) -> None:
     finished(stack, told["runId"])
     password = (stack.directory / "admin-password").read_text().strip()
     browser = build_opener(HTTPCookieProcessor(jar := CookieJar()))
-    login = f"{stack.url}/admin/login/"
+    login = f"{stack.url}/admin/login/?next=/admin/"
     browser.open(login, timeout=20)
     token = next(c.value for c in jar if c.name == "csrftoken")
     form = {"username": "admin", "password": password, "csrfmiddlewaretoken": token}
