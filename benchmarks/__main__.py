@@ -12,11 +12,13 @@ import os
 import platform
 import signal
 import sys
+import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
 import orjson
+import psutil
 
 from benchmarks.footprint import cpu, memory
 from benchmarks.history import history
@@ -24,7 +26,7 @@ from benchmarks.ingest import ingest
 from benchmarks.runs import latency, throughput
 from benchmarks.system import Result, System
 from tests.fakes.llm import LLMProcess
-from tests.system.stack import Stack
+from tests.system.stack import Stack, process_cpu_seconds
 
 CASES: dict[str, Callable[[System], AsyncIterator[Result]]] = {
     "ingest": ingest,
@@ -54,12 +56,35 @@ async def _measure(system: System, cases: list[str]) -> list[Result]:
     results = [memory(system, "after the start")]
     _show(results[0].as_json())
     for case in cases:
+        before = _busy()
         async for result in CASES[case](system):
             _show(result.as_json())
             results.append(result)
+        results.append(_others(case, before, _busy()))
+        _show(results[-1].as_json())
     results.append(memory(system, "after " + ", ".join(cases)))
     _show(results[-1].as_json())
     return results
+
+
+def _busy() -> tuple[float, float, float]:
+    """The clock, and CPU seconds so far: of the whole machine, and of what belongs to us."""
+    machine = psutil.cpu_times()
+    ours = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    return (
+        time.perf_counter(),
+        sum(machine) - machine.idle - getattr(machine, "iowait", 0),
+        sum(process_cpu_seconds(process.pid) for process in ours),
+    )
+
+
+def _others(case: str, before: tuple[float, ...], after: tuple[float, ...]) -> Result:
+    """How much of the machine others took meanwhile: figures with much of it are not to be compared
+    with figures with little."""
+    seconds, machine, ours = (b - a for a, b in zip(before, after, strict=True))
+    return Result(
+        "machine", f"others during {case}", {"cores": round((machine - ours) / seconds, 2)}
+    )
 
 
 def _options() -> argparse.Namespace:
@@ -77,7 +102,7 @@ def _options() -> argparse.Namespace:
 
 def _machine(database_url: str) -> dict[str, Any]:
     return {
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": psutil.cpu_count(),
         "load": round(os.getloadavg()[0], 2),
         "system": platform.platform(),
         "python": platform.python_version(),

@@ -14,3 +14,7 @@ class ReadOnly:
 
     def has_delete_permission(self, request: HttpRequest, obj: Any = None) -> bool:
         return False
+
+    def get_readonly_fields(self, request: HttpRequest, obj: Any = None) -> list[Any]:
+        # Django builds a form even where nothing may be changed, and cannot put every field in one.
+        return list(getattr(self, "fields", None) or ())

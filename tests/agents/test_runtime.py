@@ -33,7 +33,7 @@ class Broker:
 
     def handed(self) -> list[str]:
         """The runs in Celery's queue, which is emptied."""
-        key = "agent_events:celery:celery"
+        key = "agent_events:celery"
         messages = self.redis.lrange(key, 0, -1)
         self.redis.delete(key)
         bodies = [json.loads(base64.b64decode(json.loads(m)["body"])) for m in reversed(messages)]

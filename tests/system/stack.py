@@ -174,7 +174,8 @@ class Stack:
     def cpu_seconds(self) -> dict[str, float]:
         """CPU seconds of each program so far, user and system."""
         return {
-            name: sum(_cpu_seconds(pid) for pid in pids) for name, pids in self.processes().items()
+            name: sum(process_cpu_seconds(pid) for pid in pids)
+            for name, pids in self.processes().items()
         }
 
     @property
@@ -275,7 +276,7 @@ def _memory(pid: int) -> int:
     return 0
 
 
-def _cpu_seconds(pid: int) -> float:
+def process_cpu_seconds(pid: int) -> float:
     with suppress(psutil.NoSuchProcess):
         times = psutil.Process(pid).cpu_times()
         return float(times.user + times.system)
