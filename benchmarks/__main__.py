@@ -62,7 +62,7 @@ async def _measure(system: System, cases: list[str]) -> list[Result]:
             results.append(result)
         results.append(_others(case, before, _busy()))
         _show(results[-1].as_json())
-    results.append(memory(system, "after " + ", ".join(cases)))
+    results.append(memory(system, "at the end"))
     _show(results[-1].as_json())
     return results
 

@@ -1,11 +1,12 @@
-"""Django's SQLite backend, with a queue for the writers of a process.
+"""Django's SQLite backend, with a queue for the writers.
 
-SQLite lets one writer in at a time; the others sleep and ask again, for ever longer, and come in
-whatever order. With many threads that wastes the database's time and starves some of them for
-seconds. Here the threads of a process wait on a lock, so that the next one is let in at once, and
-only the few processes ask again.
+SQLite lets one writer in at a time. The others sleep and ask again, for longer and longer, and come
+in whatever order: the database idles while they sleep, and some starve for seconds. Here a
+transaction waits on locks before it begins, so that the next one is woken at once: the threads of a
+process on one of their own, then the processes on a file beside the database.
 """
 
+import fcntl
 import os
 import threading
 from typing import Any
@@ -28,13 +29,11 @@ os.register_at_fork(after_in_child=_forget_turn)
 class DatabaseWrapper(base.DatabaseWrapper):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._has_turn: threading.Lock | None = None
+        self._turn: threading.Lock | None = None
+        self._file: int | None = None
 
     def _start_transaction_under_autocommit(self) -> None:
-        turn = _turn
-        if not turn.acquire(timeout=self.settings_dict["OPTIONS"].get("timeout", 5)):
-            raise OperationalError("database is locked")
-        self._has_turn = turn
+        self._take_turn()
         try:
             super()._start_transaction_under_autocommit()  # type: ignore[misc]
         except BaseException:
@@ -56,8 +55,27 @@ class DatabaseWrapper(base.DatabaseWrapper):
             super()._close()  # type: ignore[misc]
         finally:
             self._give_turn()
+            if self._file is not None:
+                os.close(self._file)
+                self._file = None
+
+    def _take_turn(self) -> None:
+        turn = _turn
+        if not turn.acquire(timeout=self.settings_dict["OPTIONS"].get("timeout", 5)):
+            raise OperationalError("database is locked")
+        self._turn = turn
+        if self._file is None and not self.is_in_memory_db():
+            path = f"{self.settings_dict['NAME']}.lock"
+            self._file = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        if self._file is not None:
+            # Without a limit, but at most one thread of a process waits here: the others give up
+            # above. The lock of a process that dies is free.
+            fcntl.flock(self._file, fcntl.LOCK_EX)
 
     def _give_turn(self) -> None:
-        turn, self._has_turn = self._has_turn, None
-        if turn is not None:
-            turn.release()
+        turn, self._turn = self._turn, None
+        if turn is None:
+            return
+        if self._file is not None:
+            fcntl.flock(self._file, fcntl.LOCK_UN)
+        turn.release()
