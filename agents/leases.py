@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 
 from django.conf import settings
-from django.db import DatabaseError, connection
+from django.db import DatabaseError, connection, transaction
 from django.db.models.functions import Now
 
 from agents.models import Run
@@ -87,7 +87,9 @@ class Heartbeat:
                 self._wanted.clear()
                 return
         held = Run.objects.held_by(worker_name()).filter(pk__in={lease.run_id for lease in leases})
-        if held.update(lease_expires_at=Now() + duration()) < len(leases):
+        with transaction.atomic():
+            renewed = held.update(lease_expires_at=Now() + duration())
+        if renewed < len(leases):
             still = set(held.values_list("pk", "attempt"))
             for lease in leases:
                 if (lease.run_id, lease.attempt) not in still:

@@ -85,9 +85,9 @@ def summarise(thread_id: str) -> Summary | None:
     or somebody else is at it, or the model failed (then it is tried again later)."""
     now = timezone.now()
     lease = now + SUMMARY_LEASE
-    taken = Thread.objects.filter(pk=thread_id, summary_due_at__lte=now).update(
-        summary_due_at=lease
-    )
+    with transaction.atomic():
+        due = Thread.objects.filter(pk=thread_id, summary_due_at__lte=now)
+        taken = due.update(summary_due_at=lease)
     if not taken:
         return None
     thread = Thread.objects.get(pk=thread_id)

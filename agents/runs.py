@@ -189,15 +189,17 @@ def _fail_or_retry(run: Run, error: llm.LLMError, transcript: loop.Transcript) -
 def _retry(run: Run, error: llm.LLMError, transcript: loop.Transcript, pause: float) -> bool:
     """Put the run back; the sweep hands it over again when it is due."""
     with transaction.atomic():
-        if _fenced(
+        won = _fenced(
             run,
             status=Run.Status.QUEUED,
             due_at=Now() + timedelta(seconds=pause),
             handed_at=None,
             **_spent(run, transcript),
-        ):
+        )
+        if won:
             _end_attempt(run, Attempt.Result.RETRIED, transcript, str(error))
-    logger.info("Run will be tried again in %.1f s: %s", pause, error)
+    if won:
+        logger.info("Run will be tried again in %.1f s: %s", pause, error)
     return False
 
 

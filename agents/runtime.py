@@ -21,7 +21,15 @@ import orjson
 from celery import bootsteps, current_app
 from celery.worker import state
 from django.conf import settings
-from django.db import DatabaseError, IntegrityError, close_old_connections, connection
+from django.db import (
+    DatabaseError,
+    DataError,
+    IntegrityError,
+    close_old_connections,
+    connection,
+    transaction,
+)
+from django.db.models import OuterRef, Subquery
 from django.db.models.functions import Now
 from django.utils import timezone
 from kombu.exceptions import OperationalError as BrokerError
@@ -141,15 +149,18 @@ class Reader:
         of the runs. Dying before it makes the relay add them once more."""
         seen = [self._seen.popleft() for _ in range(len(self._seen))]
         if seen:
-            Event.objects.unpublished().filter(pk__in=seen).update(published_at=Now())
+            with transaction.atomic():
+                Event.objects.unpublished().filter(pk__in=seen).update(published_at=Now())
 
     def _following(self, threads: set[str]) -> list[str]:
         """The next run of each of these threads. Whether it may be claimed is for the claim to tell."""
         if not threads:
             return []
-        waiting = Run.objects.filter(thread_id__in=threads, status=Run.Status.QUEUED)
-        ordered = waiting.order_by("-position").values_list("thread_id", "pk")
-        return list(dict(ordered).values())
+        unfinished = Run.objects.unfinished().filter(thread=OuterRef("pk")).order_by("position")
+        following = Thread.objects.filter(pk__in=threads).annotate(
+            run_id=Subquery(unfinished.values("pk")[:1])
+        )
+        return list(following.exclude(run_id=None).values_list("run_id", flat=True))
 
     def _parse(self, entries: list[stream.Entry]) -> Iterator[tuple[stream.Entry, Told]]:
         for entry in entries:
@@ -178,6 +189,11 @@ class Reader:
             if not Run.objects.filter(pk=event.run_id).exists():
                 stream.bury(entry, "its 'id' is that of another event")
                 return False
+        except (DataError, ValueError) as error:
+            # The database refuses it, and would refuse it for ever.
+            logger.exception("A request on the stream cannot be recorded")
+            stream.bury(entry, f"it cannot be recorded ({type(error).__name__})")
+            return False
         return True
 
 
@@ -219,12 +235,19 @@ class Keeper:
 
 
 def sweep_runs() -> int:
-    """Hand over the runs that are due and that nobody works on. How many."""
+    """Hand over the runs that are due and that nobody works on. How many.
+
+    Not while Celery's queue is long: then they wait for their turn there, and to hand them over
+    again and again would make it longer still.
+    """
+    if stream.consumer().llen(settings.CELERY_TASK_DEFAULT_QUEUE) >= SWEEP_BATCH:
+        return 0
     overlooked = Run.objects.overlooked(after=HANDOVER_PATIENCE)
     run_ids = list(overlooked.order_by("due_at").values_list("pk", flat=True)[:SWEEP_BATCH])
     if run_ids:
         hand_over(run_ids)
-        Run.objects.filter(pk__in=run_ids).update(handed_at=Now())
+        with transaction.atomic():
+            Run.objects.filter(pk__in=run_ids).update(handed_at=Now())
         logger.info("Handed over %d runs that were due and not being worked on", len(run_ids))
     return len(run_ids)
 

@@ -3,7 +3,8 @@
 SQLite lets one writer in at a time. The others sleep and ask again, for longer and longer, and come
 in whatever order: the database idles while they sleep, and some starve for seconds. Here a
 transaction waits on locks before it begins, so that the next one is woken at once: the threads of a
-process on one of their own, then the processes on a file beside the database.
+process on one of their own, then the processes on a file beside the database. What writes often
+does so in a transaction, be it of one statement: a bare statement asks without queueing.
 """
 
 import fcntl

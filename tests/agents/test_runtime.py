@@ -141,6 +141,18 @@ class TestReader:
         reader.read()
         assert broker.handed() == [second.pk]
 
+    def test_of_a_long_queue_in_a_thread_only_the_next_is_handed_over(
+        self, reader: runtime.Reader, broker: Broker
+    ) -> None:
+        first = factories.ask("one")
+        later = [factories.ask(f"{n}", thread_id=first.thread_id) for n in range(5)]
+        reader.read()
+        broker.handed()
+        runs.cancel(first)
+        reader.read()
+
+        assert broker.handed() == [later[0].pk]
+
     def test_a_wiped_redis_gets_its_group_back(
         self, reader: runtime.Reader, redis: Redis, broker: Broker
     ) -> None:
@@ -321,6 +333,17 @@ class TestSweep:
 
         runtime.sweep_runs()
         assert broker.handed() == [first.pk]
+
+    def test_nothing_is_added_to_a_queue_that_is_long_already(
+        self, reader: runtime.Reader, redis: Redis, broker: Broker
+    ) -> None:
+        factories.ask()
+        Run.objects.update(handed_at=None)
+        redis.rpush("agent_events:celery", *[b"{}"] * runtime.SWEEP_BATCH)
+        assert runtime.sweep_runs() == 0
+
+        redis.lpop("agent_events:celery")
+        assert runtime.sweep_runs() == 1
 
     def test_the_keeper_is_one_worker(self, reader: runtime.Reader, broker: Broker) -> None:
         factories.ask()
