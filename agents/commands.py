@@ -1,19 +1,149 @@
-"""What a bot command may fire."""
+"""What a bot command may fire: the table of commands, and webhooks for what other programs do.
 
-COMMANDS = ("chat.reply", "chat.summarize", "ping")
+An app adds to the table by a `commands.py` with functions under `@command("name")`; it is found by
+itself. A command is carried out by a worker, as a run, with all that a run promises: so it may be
+carried out again after a crash, and its answer is recorded once.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from django.conf import settings
+from django.db import connection
+from django.template.loader import render_to_string
+
+from agents import llm, loop, memory, webhooks
+from agents.models import CHAT_REPLY, Run
+from chat.models import Message
 
 
 class UnknownCommand(Exception):
     """There is no such command; the message lists the known ones and is safe to show."""
 
 
+@dataclass(frozen=True)
+class Call:
+    """One carrying out of a command. Steps that are worth seeing go into the transcript."""
+
+    run: Run
+    control: llm.Control
+    transcript: loop.Transcript
+
+
+# The answer of a call, as Markdown. Raises `llm.LLMError`.
+Function = Callable[[Call], str]
+COMMANDS: dict[str, Function] = {}
+
+
+def command(name: str) -> Callable[[Function], Function]:
+    """Register a function as the command `name`."""
+
+    def register(function: Function) -> Function:
+        COMMANDS[name] = function
+        return function
+
+    return register
+
+
 def known() -> list[str]:
-    return sorted(COMMANDS)
+    """The names that a bot command may fire; `https://HOST/...` where webhooks are allowed."""
+    hosts = [f"https://{host}/..." for host in settings.AGENT_WEBHOOK_HOSTS]
+    return [*sorted(COMMANDS), *hosts]
 
 
 def check(command: str) -> None:
-    """Raises `UnknownCommand`."""
-    if command not in COMMANDS:
+    """Raises `UnknownCommand` for what could not be carried out."""
+    if command not in COMMANDS and not webhooks.allowed(command):
         raise UnknownCommand(
             f"There is no command {command[:200]!r}. Known commands: {', '.join(known())}."
         )
+
+
+def carry_out(run: Run, *, control: llm.Control, transcript: loop.Transcript) -> str:
+    """The answer of a run's command. Raises `llm.LLMError`, or `llm.Stopped` when `control` says so."""
+    call = Call(run, control, transcript)
+    if function := COMMANDS.get(run.command):
+        return function(call)
+    if webhooks.allowed(run.command):
+        return _post(call)
+    raise llm.LLMError(
+        f"There is no command {run.command[:200]!r} any more.",
+        code="unknown_command",
+        permanent=True,
+    )
+
+
+@command(CHAT_REPLY)
+def chat_reply(call: Call) -> str:
+    """The agent answers, with the thread as its memory."""
+    context = memory.context(call.run)
+    _give_back_connection()
+    return loop.run(
+        context.messages,
+        model=call.run.model,
+        sent=context.sent,
+        max_iterations=settings.AGENT_MAX_LOOP_ITERATIONS,
+        control=call.control,
+        transcript=call.transcript,
+    )
+
+
+@command("chat.summarize")
+def chat_summarize(call: Call) -> str:
+    """Tell in short what was said in the thread so far."""
+    run = call.run
+    said = Message.objects.filter(thread_id=run.thread_id, position__lt=run.position)
+    untold = list(
+        said.filter(position__gt=run.thread.summary_reach).order_by("-position")[
+            : memory.CHUNK_MESSAGES
+        ]
+    )[::-1]
+    if not untold and not run.thread.summary:
+        return "Nothing has been said here yet."
+    prompt = render_to_string(
+        "agents/summarise.txt", {"summary": run.thread.summary, "messages": untold}
+    )
+    _give_back_connection()
+    return loop.run(
+        [{"role": "user", "content": prompt}],
+        model=settings.CHAT_SUMMARY_MODEL or run.model,
+        sent={"messages": [str(message.pk) for message in untold]},
+        max_iterations=settings.AGENT_MAX_LOOP_ITERATIONS,
+        control=call.control,
+        transcript=call.transcript,
+    )
+
+
+@command("ping")
+def ping(call: Call) -> str:
+    """Answers without asking a model: shows that room, worker and way back work."""
+    return "pong"
+
+
+def _post(call: Call) -> str:
+    run = call.run
+    body = {
+        "runId": run.pk,
+        "threadId": run.thread_id,
+        "correlationId": run.correlation_id,
+        "input": run.input,
+    }
+    _give_back_connection()
+    step = loop.StepRecord("tool", run.command[:100], body)
+    call.transcript.steps.append(step)
+    started = time.monotonic()
+    try:
+        step.output = webhooks.post(run.command, body, key=run.pk, control=call.control)
+    except llm.LLMError as error:
+        step.error = str(error)
+        raise
+    finally:
+        step.duration_ms = int((time.monotonic() - started) * 1000)
+    return step.output
+
+
+def _give_back_connection() -> None:
+    """Return the connection to its pool while something slow is waited for."""
+    if not connection.in_atomic_block:
+        connection.close_if_unusable_or_obsolete()

@@ -5,6 +5,7 @@ import re
 import uuid
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import orjson
 from django.conf import settings
@@ -13,7 +14,7 @@ from django.db.models import F
 from django.utils import timezone
 
 from agents import stream
-from agents.models import Event, IdempotencyKey, Run, new_run_id
+from agents.models import CHAT_REPLY, Event, IdempotencyKey, Run, new_run_id
 from chat.models import CHOSEN_ID, Message, Thread, ThreadQuerySet, new_thread_id
 from realm.models import User
 
@@ -68,6 +69,8 @@ def ask(
     owner: User | None = None,
     thread_id: str | None = None,
     model: str | None = None,
+    command: str = CHAT_REPLY,
+    input: dict[str, Any] | None = None,
     correlation_id: str | None = None,
     idempotency: Idempotency | None = None,
     run_id: str | None = None,
@@ -78,7 +81,7 @@ def ask(
 
     `threads` are those that the asker may write to. A `thread_id` that nobody has yet makes a new
     thread of that name, owned by `owner`. `event_id` is given by whoever has read the event from the
-    stream already. Raises `Refused`.
+    stream already. `command`, with its `input`, is what the run carries out. Raises `Refused`.
     """
     content = clean_content(content)
     model = choose_model(model)
@@ -101,7 +104,14 @@ def ask(
             if idempotency:
                 _keep(idempotency, fingerprint, asked)
             _write(
-                asked, content, source, threads, owner, event_id, is_new_thread=thread_id is None
+                asked,
+                content,
+                source,
+                threads,
+                owner,
+                event_id,
+                command={"command": command, "input": input or {}},
+                is_new_thread=thread_id is None,
             )
     except IntegrityError:
         # Another request with the same key was first by a hair.
@@ -109,6 +119,19 @@ def ask(
             return earlier
         raise
     return asked
+
+
+def amend(run_id: str, *, content: str) -> bool:
+    """Put other words to a question whose run has not begun. False when it has: then it answers the
+    words that it began with. Raises `Invalid`."""
+    content = clean_content(content)
+    with transaction.atomic():
+        # Whoever would claim the run now waits for this transaction, and reads the new words.
+        waiting = Run.objects.filter(pk=run_id, status=Run.Status.QUEUED, attempt=0)
+        if not waiting.update(updated_at=timezone.now()):
+            return False
+        Message.objects.filter(run=run_id).update(content=content)
+    return True
 
 
 def clean_content(content: str) -> str:
@@ -150,6 +173,7 @@ def _write(
     owner: User | None,
     event_id: uuid.UUID | None,
     *,
+    command: dict[str, Any],
     is_new_thread: bool,
 ) -> None:
     turn = 0 if is_new_thread else _next_turn(asked.thread_id, threads)
@@ -173,6 +197,7 @@ def _write(
         source=source,
         model=asked.model,
         request_event_id=event_id or uuid.uuid4(),
+        **command,
     )
     event = Event.objects.create(
         id=run.request_event_id,

@@ -11,6 +11,8 @@ from django.utils import timezone
 
 from chat.models import Message, Thread
 
+CHAT_REPLY = "chat.reply"
+
 
 def new_run_id() -> str:
     return f"run_{cuid2.create_id()}"
@@ -69,6 +71,9 @@ class Run(models.Model):
     # The event that asked; each outcome names it. No foreign key: the event needs the run first.
     request_event_id = models.UUIDField(default=uuid.uuid4, editable=False)
     source = models.CharField(max_length=6, choices=Source.choices)
+    # What is carried out, as agents.commands names it, and what it was fired with.
+    command = models.CharField(max_length=2000, default=CHAT_REPLY)
+    input = models.JSONField(default=dict, blank=True)
     model = models.CharField(max_length=100)
     status = models.CharField(max_length=10, choices=Status.choices, default=Status.QUEUED)
     # Grows with every claim. Whoever writes an outcome must name the number that it claimed with,

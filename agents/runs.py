@@ -1,4 +1,4 @@
-"""Carry out one run: claim it, call the model, record the outcome.
+"""Carry out one run: claim it, carry out its command, record the outcome.
 
 The life of a run: `queued -> processing -> completed | failed | cancelled`, and back to `queued`
 when an attempt failed in a way that another may mend. Every change is one conditional UPDATE that
@@ -19,7 +19,7 @@ from django.db import DatabaseError, connection, transaction
 from django.db.models.functions import Now
 from django.utils import timezone
 
-from agents import leases, llm, loop, memory, stream
+from agents import commands, leases, llm, loop, memory, stream
 from agents.models import Attempt, Event, Run, Step
 from chat.models import Message
 
@@ -85,16 +85,8 @@ def _attempt(run: Run, lease: leases.Lease) -> bool:
                 code="workers_lost",
                 permanent=True,
             )
-        context = memory.context(run)
-        _give_back_connection()
-        answer = loop.run(
-            context.messages,
-            model=run.model,
-            sent=context.sent,
-            max_iterations=settings.AGENT_MAX_LOOP_ITERATIONS,
-            control=llm.Control(deadline=_deadline(run), stopped=lease.lost),
-            transcript=transcript,
-        )
+        control = llm.Control(deadline=_deadline(run), stopped=lease.lost)
+        answer = commands.carry_out(run, control=control, transcript=transcript)
     except llm.Stopped:
         logger.info("Run given up: it is no longer held by this worker")
         return False
@@ -113,12 +105,6 @@ def _attempt(run: Run, lease: leases.Lease) -> bool:
         _persist(partial(_fail_or_retry, run, unexpected, transcript))
         return False
     return _persist(partial(_complete, run, answer, transcript))
-
-
-def _give_back_connection() -> None:
-    """Return the connection to its pool while the model is waited for."""
-    if not connection.in_atomic_block:
-        connection.close_if_unusable_or_obsolete()
 
 
 def _deadline(run: Run) -> float:

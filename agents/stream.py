@@ -9,7 +9,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, cast
@@ -192,6 +192,30 @@ def claim_stale(name: str, *, idle: timedelta) -> list[Entry]:
 def acknowledge(entries: Iterable[Entry]) -> None:
     if ids := [entry.id for entry in entries]:
         consumer().xack(settings.REDIS_STREAM_KEY, settings.REDIS_CONSUMER_GROUP, *ids)
+
+
+def follow(group: str, name: str) -> list[Entry]:
+    """What is new for a `group` beside the workers', after a second at the most; from now on, where
+    there is no such group yet. Nothing is to be acknowledged: whoever follows has the database for
+    what it missed. Raises `RedisError`."""
+    key = settings.REDIS_STREAM_KEY
+    try:
+        found = consumer().xreadgroup(
+            group, name, {key: ">"}, count=BATCH, block=BLOCK_MS, noack=True
+        )
+    except ResponseError as error:
+        if "NOGROUP" not in str(error) and "UNBLOCKED" not in str(error):
+            raise
+        with suppress(ResponseError):  # it was made by another process meanwhile
+            consumer().xgroup_create(key, group, id="$", mkstream=True)
+        return []
+    return [entry for _, entries in _pairs(found) for entry in _entries(entries)]
+
+
+def unfollow(group: str) -> None:
+    """Drop the group, which trimming would wait for. Raises `RedisError`."""
+    with suppress(ResponseError):  # there is no stream
+        consumer().xgroup_destroy(settings.REDIS_STREAM_KEY, group)
 
 
 def bury(entry: Entry, reason: str) -> None:

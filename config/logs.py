@@ -34,6 +34,7 @@ QUIET = {
     "asyncio": logging.WARNING,
     "kombu": logging.WARNING,
     "amqp": logging.WARNING,
+    "nio": logging.WARNING,
 }
 
 

@@ -25,6 +25,7 @@ INSTALLED_APPS = [
     "realm",
     "chat",
     "agents",
+    "botrunner",
     "config.apps.ConfigConfig",
     "rest_framework",
     "rest_framework_json_api",
@@ -127,7 +128,7 @@ CACHES = {
 }
 
 # Realm
-MATRIX_URL = env.url("MATRIX_URL", "http://localhost:8008", schemes=("http", "https"))
+MATRIX_URL = env.url("MATRIX_URL", "http://localhost:8008", schemes=("http", "https")).rstrip("/")
 REALM_SECRET_SEED = env.text("REALM_SECRET_SEED", DEVELOPMENT_SECRET)
 
 # Chat
@@ -157,6 +158,28 @@ AGENT_TOOLS = env.words("AGENT_TOOLS")
 AGENT_MAX_ATTEMPTS = env.integer("AGENT_MAX_ATTEMPTS", 5, least=1, most=100)
 AGENT_LEASE_SECONDS = env.seconds("AGENT_LEASE_SECONDS", 10, least=1)
 AGENT_DEADLINE_SECONDS = env.seconds("AGENT_DEADLINE_SECONDS", 600, least=1)
+
+# Webhooks: the hosts that a bot command may call, such as hooks.example.org or *.example.com.
+AGENT_WEBHOOK_HOSTS = env.words("AGENT_WEBHOOK_HOSTS")
+AGENT_WEBHOOK_SECRET = env.text("AGENT_WEBHOOK_SECRET")
+AGENT_WEBHOOK_TIMEOUT_SECONDS = env.seconds("AGENT_WEBHOOK_TIMEOUT_SECONDS", 30)
+if AGENT_WEBHOOK_HOSTS and len(AGENT_WEBHOOK_SECRET) < 32:
+    raise ImproperlyConfigured(
+        "AGENT_WEBHOOK_SECRET: with AGENT_WEBHOOK_HOSTS set it needs 32 characters or more."
+    )
+
+# Bot runner
+BOT_RUNNER_USERNAME = env.text("BOT_RUNNER_USERNAME", "bot-runner")
+BOT_RUNNER_PASSWORD = env.text("BOT_RUNNER_PASSWORD", "password")
+# Who may invite the bot, and whose messages it leaves alone: patterns such as @*:example.org
+BOT_RUNNER_ALLOWED_INVITERS = env.words("BOT_RUNNER_ALLOWED_INVITERS", "*")
+BOT_RUNNER_IGNORED_SENDERS = env.words("BOT_RUNNER_IGNORED_SENDERS")
+# What was said longer ago than this while the bot was away stays unanswered.
+BOT_RUNNER_MAX_EVENT_AGE = env.seconds("BOT_RUNNER_MAX_EVENT_AGE", 24 * 3600, least=1)
+BOT_RUNNER_LEASE_SECONDS = env.seconds("BOT_RUNNER_LEASE_SECONDS", 6, least=1)
+# The keys of encrypted rooms. Every host that runs a bot runner must see the same directory.
+BOT_RUNNER_STORE = BASE_DIR / env.text("BOT_RUNNER_STORE", "db/botrunner")
+BOT_RUNNER_CONSUMER_GROUP = env.text("BOT_RUNNER_CONSUMER_GROUP", "bot_runner")
 
 # Celery. The database is the queue of record, so a task is no more than a wake-up: nothing waits for
 # Celery's own redelivery, which takes minutes, and nothing is scheduled with its countdown or eta.

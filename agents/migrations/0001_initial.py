@@ -42,6 +42,8 @@ class Migration(migrations.Migration):
                 ('correlation_id', models.CharField(db_index=True, max_length=200)),
                 ('request_event_id', models.UUIDField(default=uuid.uuid4, editable=False)),
                 ('source', models.CharField(choices=[('http', 'Http'), ('matrix', 'Matrix'), ('stream', 'Stream')], max_length=6)),
+                ('command', models.CharField(default='chat.reply', max_length=2000)),
+                ('input', models.JSONField(blank=True, default=dict)),
                 ('model', models.CharField(max_length=100)),
                 ('status', models.CharField(choices=[('queued', 'Queued'), ('processing', 'Processing'), ('completed', 'Completed'), ('failed', 'Failed'), ('cancelled', 'Cancelled')], default='queued', max_length=10)),
                 ('attempt', models.PositiveSmallIntegerField(default=0)),
