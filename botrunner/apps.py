@@ -1,0 +1,6 @@
+from django.apps import AppConfig
+
+
+class BotRunnerConfig(AppConfig):
+    name = "botrunner"
+    verbose_name = "Bot runner"

@@ -1,0 +1,215 @@
+"""The bot at work: it syncs, and looks after what a sync leaves to be done."""
+
+import asyncio
+import contextlib
+import logging
+import random
+from collections.abc import Awaitable, Callable
+
+from django.conf import settings
+from django.db import DatabaseError, InterfaceError
+from redis.exceptions import RedisError
+
+from agents import stream
+from agents.runtime import Malformed, Told
+from botrunner import accounts, membership, timeline
+from botrunner.client import Homeserver, LoginRefused, MatrixError, TokenRefused
+from botrunner.gaps import batch_of
+from botrunner.models import Session
+from botrunner.replies import Sender
+from botrunner.timeline import Batch
+from botrunner.units import pause, unit, unless
+
+logger = logging.getLogger(__name__)
+
+SYNC_SECONDS = 20.0
+SWEEP_SECONDS = 1.0
+MAX_PAUSE_SECONDS = 30.0
+# Trouble that passes: whatever was being done is done again.
+PASSING = (MatrixError, DatabaseError, InterfaceError, RedisError, OSError)
+
+
+class Bot:
+    def __init__(self, session: Session, holder: str, stopping: asyncio.Event) -> None:
+        self.session = session
+        self.session.connected_since = None  # that was another process
+        self.holder = holder
+        self.stopping = stopping
+        self.homeserver = Homeserver(
+            settings.MATRIX_URL, settings.BOT_RUNNER_USERNAME, settings.BOT_RUNNER_STORE
+        )
+        self.sender = Sender(self.homeserver, session)
+        self._rooms: set[str] = set()  # that the bot is in
+        self._batch: Batch | None = None
+        # Left over by the process before this one.
+        self._has_pending = self._has_keys = True
+        self._invited = asyncio.Event()
+
+    async def run(self) -> None:
+        """Work until told to stop. Raises `LoginRefused`, `LeaseLost`, and what nobody foresaw."""
+        try:
+            await self._connect()
+            await self._work()
+        finally:
+            with contextlib.suppress(RedisError):
+                # The stream keeps what a group has not read.
+                await asyncio.to_thread(stream.unfollow, settings.BOT_RUNNER_CONSUMER_GROUP)
+            await self.sender.close()
+            await self.homeserver.close()
+
+    async def _connect(self) -> None:
+        failures = 0
+        while not self.stopping.is_set():
+            try:
+                await accounts.connect(self.homeserver, self.session)
+                self._rooms = await unit(accounts.rooms)(self.session, self.homeserver)
+                return
+            except LoginRefused as error:
+                await self._note(error)
+                raise
+            except MatrixError as error:
+                await self._note(error)
+                if not failures:
+                    logger.warning(
+                        "Waiting for the homeserver at %s: %s", settings.MATRIX_URL, error
+                    )
+                failures += 1
+                await pause(_backoff(failures, error), self.stopping)
+
+    async def _work(self) -> None:
+        """Everything side by side. The first to break ends the others."""
+        tasks = [
+            asyncio.create_task(self._repeat(name, step, every))
+            for name, step, every in (
+                ("sync", self.sync, 0),
+                ("outcomes", self._outcomes, 0),
+                ("sweep", self.sender.compose, SWEEP_SECONDS),
+                ("typing", self.sender.show_typing, SWEEP_SECONDS / 2),
+                ("joins", self._joins, SWEEP_SECONDS),
+            )
+        ]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+        finally:
+            for task in tasks:
+                task.cancel()
+            ends = await asyncio.gather(*tasks, return_exceptions=True)
+        for end in ends:
+            if isinstance(end, Exception):
+                raise end
+
+    async def sync(self) -> None:
+        """Fetch what is new, write it down, act upon it. What was fetched is kept until it is written
+        down: the homeserver does not send keys twice."""
+        session = self.session
+        if self._batch is None:
+            await self._act()
+            self._batch = await self._fetch()
+        if self._batch is None:
+            return
+        batch = self._batch
+        self._has_pending |= bool(await unit(timeline.write_down)(session, self.holder, batch))
+        self._batch, session.since = None, batch.next_batch
+        self._rooms = self._rooms.union(news.room_id for news in batch.joined) - set(batch.left)
+        if not session.connected_since:
+            await unit(accounts.connected)(session)
+        if batch.invites:
+            self._invited.set()
+        await self._act()
+        await self.homeserver.tend_keys()
+
+    async def _fetch(self) -> Batch | None:
+        """None when told to stop meanwhile. Raises `MatrixError`."""
+        since = self.session.since
+        wanted = accounts.sync_filter(is_first=not since)
+        refused = self.homeserver.token_refused
+        # The first one after a failure or a start tells at once that all is well.
+        seconds = SYNC_SECONDS if self.session.connected_since else 0
+        news = await unless(
+            self.homeserver.sync(since, seconds=seconds, wanted=wanted), self.stopping, refused
+        )
+        if news is None:
+            if refused.is_set():
+                raise TokenRefused("M_UNKNOWN_TOKEN", "The token was refused.", status=401)
+            return None
+        self._has_keys |= news.brought_keys
+        return await batch_of(news, since, self.homeserver, self._rooms)
+
+    async def _act(self) -> None:
+        """Act on what has been written down; open what its key has come for first."""
+        me = self.homeserver.user_id
+        if self._has_keys:
+            for pk, room_id, source in await unit(timeline.sealed)():
+                if opened := self.homeserver.decrypt(room_id, source):
+                    await unit(timeline.unseal)(pk, opened, me)
+                    self._has_pending = True
+            self._has_keys = False
+        while self._has_pending and (rows := await unit(timeline.pending)()):
+            for pk in rows:
+                try:
+                    await unit(timeline.act)(pk, me)
+                except PASSING:
+                    raise
+                except Exception:
+                    logger.exception("Event %d could not be handled", pk)
+                    await unit(timeline.give_up)(pk)
+        self._has_pending = False
+
+    async def _outcomes(self) -> None:
+        """Send the replies whose outcomes are told on the stream. Raises `RedisError`."""
+        group = settings.BOT_RUNNER_CONSUMER_GROUP
+        run_ids = []
+        for entry in await asyncio.to_thread(stream.follow, group, self.holder):
+            with contextlib.suppress(Malformed):
+                told = Told.parse(entry.raw)
+                if told.ended_thread and (run_id := told.optional_text("runId")):
+                    run_ids.append(run_id)
+        if run_ids:
+            await self.sender.compose(run_ids)
+
+    async def _joins(self) -> None:
+        self._invited.clear()
+        await membership.join_due(self.homeserver, self.session)
+
+    async def _repeat(self, name: str, step: Callable[[], Awaitable[None]], every: float) -> None:
+        """Do a step again and again, with a pause that grows while it fails; said once."""
+        failures = 0
+        while not self.stopping.is_set():
+            wait = every
+            try:
+                await step()
+                if failures:
+                    logger.info("The %s works again", name)
+                failures = 0
+            except LoginRefused:
+                raise
+            except PASSING as error:
+                if not failures:
+                    logger.warning("The %s has to wait: %s", name, error)
+                failures += 1
+                wait = _backoff(failures, error)
+                if name == "sync":
+                    await self._lost_contact(error)
+            wakers = [self._invited] if name == "joins" and not failures else []
+            await pause(wait, self.stopping, *wakers)
+
+    async def _lost_contact(self, error: Exception) -> None:
+        self.session.connected_since = None
+        self.homeserver.distrust_plain()
+        await self._note(error)
+        if isinstance(error, TokenRefused):
+            try:
+                await accounts.log_in_again(self.homeserver, self.session)
+            except LoginRefused:
+                raise
+            except PASSING as refusal:
+                logger.warning("Could not log in again: %s", refusal)
+
+    async def _note(self, error: Exception) -> None:
+        with contextlib.suppress(DatabaseError, InterfaceError):
+            await unit(self.session.note_error)(str(error))
+
+
+def _backoff(failures: int, error: Exception) -> float:
+    asked = error.retry_after if isinstance(error, MatrixError) else None
+    return asked or random.uniform(0.2, min(MAX_PAUSE_SECONDS, 0.5 * 2.0 ** min(failures, 10)))  # noqa: S311

@@ -1,0 +1,395 @@
+"""The Matrix client: nio for HTTP, parsing and crypto; what it answers is checked here.
+
+nio is never left alone with a failure: by itself it repeats refused requests without end, sleeps
+through rate limits within the call, and sends plain text into encrypted rooms when its keys are not
+loaded.
+"""
+
+import asyncio
+import json
+import logging
+from collections.abc import Awaitable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, urlencode
+
+import aiohttp
+import orjson
+from nio import (
+    AsyncClient,
+    AsyncClientConfig,
+    ErrorResponse,
+    Event,
+    MatrixRoom,
+    MegolmEvent,
+    SyncResponse,
+)
+from nio.exceptions import EncryptionError, LocalProtocolError, OlmUnverifiedDeviceError
+from nio.store import SqliteStore
+
+from botrunner.models import Session
+
+logger = logging.getLogger(__name__)
+
+API = "/_matrix/client/v3"
+DEVICE_NAME = "Botrealm"
+REQUEST_SECONDS = 30
+MAX_RETRY_AFTER_SECONDS = 15 * 60
+
+
+class MatrixError(Exception):
+    """The homeserver refused or was not there. `retry_after`: seconds that it asked for."""
+
+    def __init__(
+        self,
+        code: str,
+        message: str = "",
+        *,
+        status: int = 0,
+        retry_after: float | None = None,
+        session: str = "",  # of a call that wants the password as well
+    ) -> None:
+        super().__init__(f"{code}: {message}" if message else code)
+        self.session = session
+        self.code = code
+        self.status = status
+        self.retry_after = retry_after
+
+    @property
+    def permanent(self) -> bool:
+        """Another try cannot succeed."""
+        return 400 <= self.status < 500 and self.status not in (401, 408, 429)
+
+
+class TokenRefused(MatrixError):
+    """The access token is no longer good: log in again."""
+
+
+class LoginRefused(MatrixError):
+    """Name or password is wrong, or the account is closed."""
+
+
+@dataclass(frozen=True)
+class News:
+    """One answer of /sync: as the server gave it, and what nio could decrypt of it, by event id."""
+
+    data: dict[str, Any]
+    decrypted: dict[str, dict[str, Any]]
+
+    @property
+    def next_batch(self) -> str:
+        return str(self.data["next_batch"])
+
+    def rooms(self, membership: str) -> dict[str, Any]:
+        found = (self.data.get("rooms") or {}).get(membership)
+        return found if isinstance(found, dict) else {}
+
+    @property
+    def brought_keys(self) -> bool:
+        return bool((self.data.get("to_device") or {}).get("events"))
+
+
+class Homeserver:
+    """The bot's account as it is used: every method raises `MatrixError`."""
+
+    def __init__(self, url: str, username: str, store: Path) -> None:
+        store.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.store = store
+        self.nio = AsyncClient(
+            url,
+            username,
+            store_path=str(store),
+            config=AsyncClientConfig(
+                store=SqliteStore,
+                encryption_enabled=True,
+                max_limit_exceeded=0,
+                max_timeouts=0,
+                request_timeout=REQUEST_SECONDS,
+            ),
+        )
+        self._checked_plain: set[str] = set()
+        # Set by any call that was refused for its token, until the next login.
+        self.token_refused = asyncio.Event()
+
+    @property
+    def user_id(self) -> str:
+        return str(self.nio.user_id)
+
+    @property
+    def device_id(self) -> str:
+        return str(self.nio.device_id)
+
+    async def close(self) -> None:
+        await self.nio.close()
+        if self.nio.store is not None:
+            self.nio.store.database.close()
+
+    async def login(self, password: str, device_id: str) -> None:
+        """A new token, for the same device where there is one."""
+        self.nio.access_token = ""
+        self.nio.device_id = device_id
+        try:
+            await self._call(self.nio.login(password, device_name=DEVICE_NAME))
+            self.token_refused.clear()
+        except MatrixError as error:
+            if error.status in (400, 401, 403):
+                raise LoginRefused(error.code, str(error), status=error.status) from None
+            raise
+
+    def restore(self, session: Session) -> None:
+        self.nio.restore_login(session.user_id, session.device_id, session.access_token)
+
+    def has_keys_of(self, session: Session) -> bool:
+        """Whether the keys of the session's device are in the store. Without them the device is deaf
+        for good: the server has its old keys and takes no others."""
+        return (self.store / f"{session.user_id}_{session.device_id}.db").exists()
+
+    def know_room(self, room_id: str, *, encrypted: bool) -> None:
+        """nio learns rooms only from a sync that brings their state, which a later one does not."""
+        if room_id not in self.nio.rooms:
+            encrypted = encrypted or room_id in self.nio.encrypted_rooms
+            self.nio.rooms[room_id] = MatrixRoom(room_id, self.user_id, encrypted)
+            if encrypted:
+                self.nio.encrypted_rooms.add(room_id)
+
+    def forget_members(self, room_id: str) -> None:
+        """After a gap the known members may be wrong: ask again before the next encryption."""
+        if room := self.nio.rooms.get(room_id):
+            room.members_synced = False
+            self.nio.invalidate_outbound_session(room_id)
+
+    def is_encrypted(self, room_id: str) -> bool:
+        room = self.nio.rooms.get(room_id)
+        return room is not None and bool(room.encrypted)
+
+    async def sync(self, since: str, *, seconds: float, wanted: dict[str, Any]) -> News:
+        """What is new since `since`, of what the filter `wanted` names, within `seconds`."""
+        query = {"timeout": str(int(seconds * 1000)), "filter": orjson.dumps(wanted).decode()}
+        if since:
+            query["since"] = since
+        path = f"{API}/sync?{urlencode(query)}"
+        body = await self.request("GET", path, seconds=seconds + REQUEST_SECONDS)
+        if not isinstance(body.get("next_batch"), str):
+            raise MatrixError("NO_NEXT_BATCH", "The homeserver's answer is not that of /sync.")
+        response = _parsed(self._of_crypto(body))
+        if response is None:
+            return News(body, {})
+        # nio ignores an answer that ends where the one before it did, even if that was not kept.
+        self.nio.next_batch = ""
+        await self.nio.receive_response(response)
+        self._refill_keys(response)
+        return News(body, _decrypted(response))
+
+    def _of_crypto(self, body: dict[str, Any]) -> dict[str, Any]:
+        """What nio has to see of an answer: the keys, and the rooms that are encrypted. It checks all
+        that it is given against schemas, which costs more than everything else that is done here."""
+        kept = ("next_batch", "to_device", "device_lists", "device_one_time_keys_count")
+        joined = (body.get("rooms") or {}).get("join") or {}
+        rooms = {
+            room_id: room
+            for room_id, room in joined.items()
+            if self.is_encrypted(room_id) or _is_about_encryption(room)
+        }
+        found = {key: body[key] for key in kept if key in body}
+        return found | ({"rooms": {"join": rooms}} if rooms else {})
+
+    def _refill_keys(self, response: SyncResponse) -> None:
+        """nio takes a count of 0 for none given, and would never upload one-time keys again."""
+        if self.nio.olm and response.device_key_count.signed_curve25519 == 0:
+            self.nio.olm.uploaded_key_count = 0
+
+    async def tend_keys(self) -> None:
+        """What crypto needs between syncs: keys to upload, to ask for and to pass on."""
+        nio = self.nio
+        if nio.should_upload_keys:
+            await self._call(nio.keys_upload())
+        if nio.should_query_keys:
+            await self._call(nio.keys_query())
+        if nio.should_claim_keys:
+            await self._call(nio.keys_claim(nio.get_users_for_key_claiming()))
+        if nio.outgoing_to_device_messages:
+            await nio.send_to_device_messages()
+
+    def decrypt(self, room_id: str, source: dict[str, Any]) -> dict[str, Any] | None:
+        """The event within an encrypted one; None while its key is missing."""
+        event = Event.parse_event(json.loads(json.dumps(source)))
+        if not isinstance(event, MegolmEvent):
+            return None
+        event.room_id = room_id
+        try:
+            return dict(self.nio.decrypt_event(event).source)
+        except EncryptionError:
+            return None
+
+    async def messages(
+        self, room_id: str, start: str, end: str | None
+    ) -> tuple[list[dict[str, Any]], str]:
+        """Up to a hundred events before `start` (before now where it is empty) and after `end`, newest
+        first, and where the next page begins."""
+        query = {"dir": "b", "limit": "100"}
+        query |= {"from": start} if start else {}
+        query |= {"to": end} if end else {}
+        path = f"{API}/rooms/{quote(room_id, safe='')}/messages?{urlencode(query)}"
+        body = await self.request("GET", path)
+        chunk = body.get("chunk")
+        return chunk if isinstance(chunk, list) else [], str(body.get("end") or "")
+
+    async def join(self, room_id: str) -> None:
+        await self._call(self.nio.join(room_id))
+
+    async def typing(self, room_id: str, is_typing: bool, seconds: float) -> None:
+        await self._call(self.nio.room_typing(room_id, is_typing, int(seconds * 1000)))
+
+    async def send(self, room_id: str, content: dict[str, Any], transaction: str) -> str:
+        """Send a message, encrypted where the room is; the id of its event."""
+        self.know_room(room_id, encrypted=False)
+        if not self.is_encrypted(room_id):
+            await self._make_sure_plain(room_id)
+        if self.is_encrypted(room_id):
+            await self._know_members(room_id)
+        response = await self._call(
+            self.nio.room_send(
+                room_id, "m.room.message", content, transaction, ignore_unverified_devices=True
+            )
+        )
+        return str(response.event_id)
+
+    def distrust_plain(self) -> None:
+        """Encryption may have been switched on while no sync came through."""
+        self._checked_plain.clear()
+
+    async def _make_sure_plain(self, room_id: str) -> None:
+        if room_id in self._checked_plain:
+            return
+        path = f"{API}/rooms/{quote(room_id, safe='')}/state/m.room.encryption/"
+        try:
+            await self.request("GET", path)
+        except MatrixError as error:
+            if error.code != "M_NOT_FOUND":
+                raise
+            self._checked_plain.add(room_id)
+        else:
+            self.nio.rooms[room_id].encrypted = True
+            self.nio.encrypted_rooms.add(room_id)
+
+    async def _know_members(self, room_id: str) -> None:
+        """Without the members, the keys would go to nobody, and nobody could read the message."""
+        if not self.nio.rooms[room_id].members_synced:
+            await self._call(self.nio.joined_members(room_id))
+        if self.nio.should_query_keys:
+            await self._call(self.nio.keys_query())
+
+    async def request(
+        self, method: str, path: str, body: Any = None, *, seconds: float = REQUEST_SECONDS
+    ) -> dict[str, Any]:
+        """The JSON object that the homeserver answers with; `path` begins with /_matrix."""
+        headers = {"Authorization": f"Bearer {self.nio.access_token}"}
+        data = None
+        if body is not None:
+            data = orjson.dumps(body).decode()
+            headers["Content-Type"] = "application/json"
+        limit = aiohttp.ClientTimeout(total=seconds)
+        try:
+            async with await self.nio.send(method, path, data, headers, timeout=limit) as answer:
+                text = await answer.read()
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise MatrixError("UNREACHABLE", _words(error)) from error
+        try:
+            told = orjson.loads(text)
+        except orjson.JSONDecodeError:
+            told = None
+        if not isinstance(told, dict):
+            raise MatrixError("UNREADABLE", "The answer is not JSON.", status=answer.status)
+        if answer.status >= 300:
+            raise self._refusal(
+                str(told.get("errcode") or "M_UNKNOWN"),
+                str(told.get("error") or ""),
+                status=answer.status,
+                retry_after_ms=told.get("retry_after_ms"),
+                session=str(told.get("session") or ""),
+            )
+        return told
+
+    async def _call(self, call: Awaitable[Any]) -> Any:
+        """nio's answer, when it is no error."""
+        try:
+            response = await call
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise MatrixError("UNREACHABLE", _words(error)) from error
+        except (EncryptionError, LocalProtocolError, OlmUnverifiedDeviceError) as error:
+            raise MatrixError("CRYPTO", _words(error)) from error
+        if isinstance(response, ErrorResponse):
+            transport = response.transport_response
+            raise self._refusal(
+                str(response.status_code or "M_UNKNOWN"),
+                str(response.message),
+                status=transport.status if transport is not None else 0,
+                retry_after_ms=response.retry_after_ms,
+            )
+        return response
+
+    def _refusal(
+        self, code: str, message: str, *, status: int, retry_after_ms: Any, session: str = ""
+    ) -> MatrixError:
+        wait = None
+        if isinstance(retry_after_ms, int | float):
+            wait = min(max(retry_after_ms / 1000, 0.1), MAX_RETRY_AFTER_SECONDS)
+        if code in ("M_UNKNOWN_TOKEN", "M_MISSING_TOKEN"):
+            self.token_refused.set()
+            return TokenRefused(code, message, status=status, retry_after=wait)
+        return MatrixError(code, message, status=status, retry_after=wait, session=session)
+
+
+def _words(error: BaseException) -> str:
+    return str(error) or type(error).__name__
+
+
+def _is_about_encryption(room: Any) -> bool:
+    """Whether the news of a room tell that it is, or becomes, an encrypted one."""
+    if not isinstance(room, dict):
+        return False
+    for part in ("state", "timeline"):
+        events = (room.get(part) or {}).get("events") or []
+        for event in events:
+            kind = event.get("type") if isinstance(event, dict) else None
+            if kind in ("m.room.encryption", "m.room.encrypted"):
+                return True
+    return False
+
+
+def _parsed(body: dict[str, Any]) -> SyncResponse | None:
+    """nio's view of an answer. What nio cannot parse is left out, room by room: one odd event must
+    not stop the bot for good."""
+    response = _parse(body)
+    if response is not None:
+        return response
+    sound: dict[str, Any] = {}
+    for room_id, room in (body.get("rooms") or {}).get("join", {}).items():
+        if _parse({"next_batch": "x", "rooms": {"join": {room_id: room}}}) is not None:
+            sound[room_id] = room
+        else:
+            logger.warning("nio cannot read what is new in room %s", room_id)
+    response = _parse({**body, "rooms": {"join": sound}})
+    if response is None:
+        logger.error("nio cannot read the homeserver's answer: keys in it are lost")
+    return response
+
+
+def _parse(body: dict[str, Any]) -> SyncResponse | None:
+    # nio changes what it parses.
+    copy = orjson.loads(orjson.dumps(body))
+    try:
+        response = SyncResponse.from_dict(copy)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return None
+    return response if isinstance(response, SyncResponse) else None
+
+
+def _decrypted(response: SyncResponse) -> dict[str, dict[str, Any]]:
+    return {
+        event.event_id: dict(event.source)
+        for room in response.rooms.join.values()
+        for event in room.timeline.events
+        if getattr(event, "decrypted", False) and hasattr(event, "event_id")
+    }

@@ -1,0 +1,96 @@
+"""Of all processes of the bot runner one leads, by a lease in the database; the others stand by."""
+
+import asyncio
+import contextlib
+import logging
+import os
+import secrets
+import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+
+from django.conf import settings
+from django.db import DatabaseError, InterfaceError, connection
+
+from botrunner import accounts
+from botrunner.bot import Bot
+from botrunner.models import Session
+from botrunner.timeline import LeaseLost
+from botrunner.units import pause, unit
+
+logger = logging.getLogger(__name__)
+
+STANDBY_SECONDS = 1.0
+
+
+class Leader:
+    def __init__(self, stopping: asyncio.Event) -> None:
+        self.stopping = stopping
+        self.holder = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
+        self._lease = ThreadPoolExecutor(1, thread_name_prefix="lease")
+        self._told = ""
+
+    async def run(self) -> None:
+        """Lead or stand by until told to stop. Raises `LoginRefused`, and whatever nobody foresaw."""
+        while not self.stopping.is_set():
+            try:
+                session = await unit(accounts.session)()
+                if await unit(session.acquire)(self.holder, _duration()):
+                    self._told = ""
+                    await self._lead(session)
+                    continue
+                self._tell(f"Another bot runner works with {session}; standing by")
+            except LeaseLost:
+                self._tell("Another bot runner has taken over")
+            except (DatabaseError, InterfaceError) as error:
+                self._tell(f"The database is away: {error}")
+            await pause(STANDBY_SECONDS, self.stopping)
+
+    def _tell(self, news: str) -> None:
+        if news != self._told:
+            logger.warning(news)
+        self._told = news
+
+    async def _lead(self, session: Session) -> None:
+        """Work for as long as the lease is kept."""
+        bot = Bot(session, self.holder, self.stopping)
+        tasks = [asyncio.create_task(self._keep(session)), asyncio.create_task(bot.run())]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in tasks:
+                task.cancel()
+            ends = await asyncio.gather(*tasks, return_exceptions=True)
+            with contextlib.suppress(DatabaseError, InterfaceError):
+                await unit(session.release)(self.holder)
+        for end in ends:
+            if isinstance(end, Exception):
+                raise end
+
+    async def _keep(self, session: Session) -> None:
+        """Renew the lease, in a thread of its own: no unit of work can be in its way."""
+        loop = asyncio.get_running_loop()
+        good_until = time.monotonic() + settings.BOT_RUNNER_LEASE_SECONDS
+        while True:
+            await asyncio.sleep(settings.BOT_RUNNER_LEASE_SECONDS / 3)
+            asked = time.monotonic()
+            try:
+                if not await loop.run_in_executor(self._lease, self._renew, session):
+                    raise LeaseLost
+                good_until = asked + settings.BOT_RUNNER_LEASE_SECONDS
+            except (DatabaseError, InterfaceError) as error:
+                logger.warning("The lease was not renewed: %s", error)
+                if time.monotonic() > good_until:
+                    raise LeaseLost from error
+
+    def _renew(self, session: Session) -> bool:
+        try:
+            return session.acquire(self.holder, _duration())
+        except (DatabaseError, InterfaceError):
+            connection.close()
+            raise
+
+
+def _duration() -> timedelta:
+    return timedelta(seconds=settings.BOT_RUNNER_LEASE_SECONDS)

@@ -1,0 +1,39 @@
+import asyncio
+import logging
+import signal
+from typing import Any
+
+from django.core.management.base import BaseCommand, CommandError
+
+from botrunner.client import LoginRefused
+from botrunner.leader import Leader
+
+logger = logging.getLogger(__name__)
+
+
+class Command(BaseCommand):
+    help = (
+        "Listen to the bot's Matrix rooms and reply. Start as many as you like: one works, the others "
+        "stand by."
+    )
+
+    def handle(self, *args: Any, **options: Any) -> None:
+        try:
+            asyncio.run(self._run())
+        except LoginRefused as error:
+            raise CommandError(
+                f"The homeserver refuses BOT_RUNNER_USERNAME and BOT_RUNNER_PASSWORD ({error})."
+            ) from None
+        logger.info("Bot runner stopped")
+
+    async def _run(self) -> None:
+        stopping = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop, number, stopping)
+        await Leader(stopping).run()
+
+    def _stop(self, number: signal.Signals, stopping: asyncio.Event) -> None:
+        """The first signal lets the current unit finish; the second ends the process at once."""
+        stopping.set()
+        asyncio.get_running_loop().remove_signal_handler(number)

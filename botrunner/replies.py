@@ -1,0 +1,330 @@
+"""The way back: the outcome of a run becomes a reply, which is kept until the room has it.
+
+A reply is frozen before it is sent and sent under a transaction id of its own, so whatever is
+repeated after a crash is the same event to the homeserver. Within a room replies go out in the order
+of their outcomes; rooms do not wait for each other.
+"""
+
+import asyncio
+import html
+import json
+import logging
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+from django.db.models import Q
+from django.utils import timezone
+
+from agents.models import Run
+from botrunner.client import Homeserver, MatrixError, TokenRefused
+from botrunner.models import Reply, Room, Session
+from botrunner.timeline import MARK, Said
+from botrunner.units import tagged, unit
+from chat.markdown import to_html
+
+logger = logging.getLogger(__name__)
+
+# An event may have 64 KiB; encryption and what the server adds take their share.
+MAX_CONTENT_BYTES = 40_000
+MAX_PARTS = 50
+ROOMS_AT_ONCE = 8
+MAX_PAUSE_SECONDS = 60.0
+TYPING_SECONDS = 30.0
+TYPING_PATIENCE = timedelta(milliseconds=700)
+TYPING_LIMIT = timedelta(hours=1)
+RECONCILE_PAGES = 20
+FINISHED = (Run.Status.COMPLETED, Run.Status.FAILED, Run.Status.CANCELLED)
+
+
+def compose(session: Session, run_ids: Iterable[str] | None = None) -> int:
+    """Make the replies whose runs have ended ready to be sent; all of them, or those of `run_ids`.
+    How many."""
+    replies = Reply.objects.waiting().filter(room__session=session)
+    if run_ids is None:
+        replies = replies.filter(Q(run=None) | Q(run__status__in=FINISHED))
+    else:
+        replies = replies.filter(run_id__in=list(run_ids), run__status__in=FINISHED)
+    replies = replies.select_related("run__answer", "question", "room")
+    ready = 0
+    for reply in replies.order_by("run__finished_at", "id")[:200]:
+        # Whoever took the question back meanwhile has the last word.
+        ready += (
+            Reply.objects.waiting()
+            .filter(pk=reply.pk)
+            .update(status=Reply.Status.READY, parts=contents(reply), ready_at=timezone.now())
+        )
+    return ready
+
+
+def contents(reply: Reply) -> list[dict[str, Any]]:
+    """The contents of the events that tell a reply."""
+    text, msgtype = _words(reply)
+    said = Said.parse(reply.question.source)
+    root = said.thread_root if said else ""
+    relation: dict[str, Any] = {"m.in_reply_to": {"event_id": reply.question.event_id}}
+    if root:
+        relation |= {"rel_type": "m.thread", "event_id": root, "is_falling_back": False}
+    pieces = split(text, MAX_CONTENT_BYTES)
+    if len(pieces) > MAX_PARTS:
+        pieces = [*pieces[: MAX_PARTS - 1], "(The rest of this answer is too long for a room.)"]
+    return [
+        {
+            **_message(piece, msgtype),
+            "m.mentions": {},
+            "m.relates_to": relation,
+            MARK: {"key": reply.key, "part": number},
+        }
+        for number, piece in enumerate(pieces)
+    ]
+
+
+def _words(reply: Reply) -> tuple[str, str]:
+    """What is said, and as what type of message."""
+    run = reply.run
+    if run is None:
+        return f"Sorry, this cannot be done. {reply.error}", "m.notice"
+    if run.status == Run.Status.COMPLETED and run.answer:
+        return run.answer.content, "m.text"
+    if run.status == Run.Status.CANCELLED:
+        return "This was cancelled.", "m.notice"
+    return f"Sorry, this did not work. {run.safe_error}".strip(), "m.notice"
+
+
+def _message(text: str, msgtype: str) -> dict[str, Any]:
+    return {
+        "msgtype": msgtype,
+        "body": text,
+        "format": "org.matrix.custom.html",
+        "formatted_body": to_html(text),
+    }
+
+
+def split(text: str, limit: int) -> list[str]:
+    """Pieces of a Markdown text whose messages have up to `limit` bytes each: cut between lines where
+    that is possible; a block of code goes on as one."""
+    if _size(text) <= limit:
+        return [text]
+    pieces: list[str] = []
+    lines: list[str] = []
+    fence = ""
+    size = 0
+    for line in _short_lines(text, limit // 12):
+        cost = _cost(line)
+        if lines and size + cost > limit - 1000:
+            pieces.append("\n".join([*lines, *(["```"] if fence else [])]))
+            lines, size = ([fence] if fence else []), 0
+        lines.append(line)
+        size += cost
+        if line.lstrip().startswith("```"):
+            fence = "" if fence else line.strip()
+    return [*pieces, "\n".join(lines)]
+
+
+def _cost(line: str) -> int:
+    """What a line adds to a message at the most: it stands there as it is and as HTML."""
+    return len(json.dumps([line, html.escape(line)], ensure_ascii=False).encode()) + 12
+
+
+def _short_lines(text: str, limit: int) -> Iterable[str]:
+    for line in text.split("\n"):
+        yield from (line[start : start + limit] for start in range(0, max(len(line), 1), limit))
+
+
+def _size(text: str) -> int:
+    """Of the message that tells `text`, as JSON, both bodies together."""
+    return len(json.dumps(_message(text, "m.text"), ensure_ascii=False).encode())
+
+
+@dataclass(frozen=True)
+class Outgoing:
+    reply: Reply
+    room_id: str
+    moved: bool  # it was first tried by another device, whose transaction ids mean nothing now
+
+
+def rooms_to_serve(session: Session) -> list[int]:
+    """Rooms with something to say that may be tried now."""
+    ready = Reply.objects.ready().filter(room__session=session)
+    due = ready.filter(Q(due_at=None) | Q(due_at__lte=timezone.now()))
+    return list(due.values_list("room_id", flat=True).distinct().order_by("room_id"))
+
+
+def next_of(room: int, device_id: str) -> Outgoing | None:
+    """The reply that is next in its room; None when there is none, or it has to wait."""
+    reply = (
+        Reply.objects.ready()
+        .filter(room=room)
+        .select_related("room", "question")
+        .order_by("ready_at", "id")
+        .first()
+    )
+    if reply is None or (reply.due_at and reply.due_at > timezone.now()):
+        return None
+    if reply.room.membership == Room.Membership.LEFT:
+        _drop(reply, "The bot is no longer in the room.")
+        return next_of(room, device_id)
+    moved = bool(reply.device_id) and reply.device_id != device_id
+    if not reply.device_id:
+        reply.device_id = device_id
+        reply.save(update_fields=["device_id"])
+    return Outgoing(reply, reply.room.room_id, moved)
+
+
+def part_sent(reply: Reply, event_id: str) -> None:
+    reply.event_ids = [*reply.event_ids, event_id]
+    if len(reply.event_ids) >= len(reply.parts):
+        reply.status, reply.sent_at, reply.error = Reply.Status.SENT, timezone.now(), ""
+    reply.save(update_fields=["event_ids", "status", "sent_at", "error"])
+
+
+def set_found(reply: Reply, event_ids: list[str], device_id: str) -> None:
+    """What another device has sent of a reply is sent."""
+    reply.device_id, reply.event_ids = device_id, event_ids[: len(reply.parts)]
+    if len(reply.event_ids) >= len(reply.parts):
+        reply.status, reply.sent_at = Reply.Status.SENT, timezone.now()
+    reply.save(update_fields=["device_id", "event_ids", "status", "sent_at"])
+
+
+def not_sent(reply: Reply, error: MatrixError) -> None:
+    if error.code in ("M_FORBIDDEN", "M_NOT_FOUND") or (error.permanent and reply.attempts >= 5):
+        _drop(reply, str(error))
+        logger.warning("A reply was dropped: %s", error)
+        return
+    if error.code == "M_TOO_LARGE":
+        reply.parts = [
+            {**part, **_message("Sorry, this answer is too long for the room.", "m.notice")}
+            for part in reply.parts[len(reply.event_ids) :][:1]
+        ]
+        reply.parts = [*reply.event_ids, *reply.parts]
+    reply.attempts += 1
+    pause = random.uniform(0.5, 1) * min(MAX_PAUSE_SECONDS, 0.5 * 2.0 ** min(reply.attempts, 10))  # noqa: S311
+    reply.due_at = timezone.now() + timedelta(seconds=error.retry_after or pause)
+    reply.error = str(error)
+    reply.save(update_fields=["parts", "attempts", "due_at", "error"])
+    level = logging.INFO if error.status == 429 else logging.WARNING
+    logger.log(level, "A reply has to wait: %s", error)
+
+
+def _drop(reply: Reply, reason: str) -> None:
+    reply.status, reply.error = Reply.Status.DROPPED, reason
+    reply.save(update_fields=["status", "error"])
+
+
+def typing_rooms(session: Session) -> set[str]:
+    """Rooms whose question has been worked on for long enough to show it."""
+    now = timezone.now()
+    waiting = Reply.objects.waiting().filter(
+        room__session=session,
+        room__membership=Room.Membership.JOINED,
+        run__status__in=Run.UNFINISHED,
+        created_at__lt=now - TYPING_PATIENCE,
+        created_at__gt=now - TYPING_LIMIT,
+    )
+    return set(waiting.values_list("room__room_id", flat=True))
+
+
+class Sender:
+    """Sends what is ready: one task for each room that has something."""
+
+    def __init__(self, homeserver: Homeserver, session: Session) -> None:
+        self.homeserver = homeserver
+        self.session = session
+        self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._slots = asyncio.Semaphore(ROOMS_AT_ONCE)
+        self._typing: dict[str, datetime] = {}
+        self._broken: Exception | None = None
+
+    async def compose(self, run_ids: Iterable[str] | None = None) -> None:
+        """Make ready what has its outcome, and send. Raises what a room's task died of."""
+        if self._broken:
+            broken, self._broken = self._broken, None
+            raise broken
+        ready = await unit(compose)(self.session, run_ids)
+        if ready or run_ids is None:
+            for room in await unit(rooms_to_serve)(self.session):
+                if room not in self._tasks:
+                    self._tasks[room] = asyncio.create_task(self._serve(room))
+
+    async def close(self) -> None:
+        """Let what is being sent come to its end."""
+        if tasks := list(self._tasks.values()):
+            _, unfinished = await asyncio.wait(tasks, timeout=10)
+            for task in unfinished:
+                task.cancel()
+
+    async def show_typing(self) -> None:
+        wanted = await unit(typing_rooms)(self.session)
+        stale = timezone.now() - timedelta(seconds=TYPING_SECONDS * 2 / 3)
+        for room_id in wanted:
+            if self._typing.get(room_id, stale) <= stale:
+                self._typing[room_id] = timezone.now()
+                await self._type(room_id, is_typing=True)
+        for room_id in self._typing.keys() - wanted:
+            del self._typing[room_id]
+            await self._type(room_id, is_typing=False)
+
+    async def _type(self, room_id: str, *, is_typing: bool) -> None:
+        try:
+            await self.homeserver.typing(room_id, is_typing, TYPING_SECONDS)
+        except TokenRefused:
+            raise
+        except MatrixError as error:
+            logger.debug("Typing was not shown in room %s: %s", room_id, error)
+
+    async def _serve(self, room: int) -> None:
+        try:
+            async with self._slots:
+                while outgoing := await unit(next_of)(room, self.homeserver.device_id):
+                    await self._send(outgoing)
+        except Exception as error:  # told to whoever looks after this process
+            self._broken = error
+        finally:
+            del self._tasks[room]
+
+    async def _send(self, outgoing: Outgoing) -> None:
+        reply = outgoing.reply
+        event_id, registration = reply.question.event_id, str(reply.registration_id or "")
+        with tagged(
+            room=outgoing.room_id, event_id=event_id, registration=registration, run=reply.run_id
+        ):
+            try:
+                if outgoing.moved:
+                    found = await self._find(outgoing)
+                    await unit(set_found)(reply, found, self.homeserver.device_id)
+                for number in range(len(reply.event_ids), len(reply.parts)):
+                    sent = await self.homeserver.send(
+                        outgoing.room_id, reply.parts[number], f"{reply.key}.{number}"
+                    )
+                    await unit(part_sent)(reply, sent)
+            except MatrixError as error:
+                await unit(not_sent)(reply, error)
+            else:
+                logger.info("Replied")
+
+    async def _find(self, outgoing: Outgoing) -> list[str]:
+        """The events by which another device of the bot told (a part of) this reply."""
+        question = outgoing.reply.question
+        found: list[str] = []
+        start = ""
+        for _ in range(RECONCILE_PAGES):
+            events, start = await self.homeserver.messages(outgoing.room_id, start, None)
+            for event in events:
+                if event.get("event_id") == question.event_id:
+                    return found[::-1]
+                if event.get("sender") == self.homeserver.user_id and _replies_to(
+                    event, question.event_id
+                ):
+                    found.append(event["event_id"])
+            if not start or not events:
+                break
+        return found[::-1]
+
+
+def _replies_to(event: dict[str, Any], event_id: str) -> bool:
+    """The relation of an encrypted event stands in clear text."""
+    said = Said.parse(event)
+    told = said.relation.get("m.in_reply_to") if said else None
+    return isinstance(told, dict) and told.get("event_id") == event_id

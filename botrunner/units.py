@@ -1,0 +1,60 @@
+"""The border between the event loop and the database, and waiting that can be ended."""
+
+import asyncio
+import functools
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from typing import Any, ParamSpec, TypeVar
+
+import sentry_sdk
+import structlog
+from asgiref.sync import sync_to_async
+from django.db import close_old_connections
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def unit(function: Callable[P, T]) -> Callable[P, Awaitable[T]]:
+    """A unit of database work, to be awaited. All run in one thread, one after another: on one
+    connection, which is looked at before each."""
+
+    @functools.wraps(function)
+    def fresh(*args: P.args, **kwargs: P.kwargs) -> T:
+        close_old_connections()
+        return function(*args, **kwargs)
+
+    return sync_to_async(fresh, thread_sensitive=True)
+
+
+@contextmanager
+def tagged(**tags: str | None) -> Iterator[None]:
+    """What is logged within, here or to Sentry, says which room, event or run it is about."""
+    told = {name: value for name, value in tags.items() if value}
+    with structlog.contextvars.bound_contextvars(**told), sentry_sdk.new_scope() as scope:
+        scope.set_tags(told)
+        yield
+
+
+async def pause(seconds: float, *until: asyncio.Event) -> None:
+    """Wait, but no longer than until one of the events."""
+    if seconds <= 0:
+        return
+    waits = [asyncio.create_task(event.wait()) for event in until]
+    try:
+        await asyncio.wait(waits, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for wait in waits:
+            wait.cancel()
+
+
+async def unless(waiting: Coroutine[Any, Any, T], *until: asyncio.Event) -> T | None:
+    """What is waited for; None when one of the events is first."""
+    task = asyncio.create_task(waiting)
+    waits = [asyncio.create_task(event.wait()) for event in until]
+    try:
+        await asyncio.wait([task, *waits], return_when=asyncio.FIRST_COMPLETED)
+        return task.result() if task.done() else None
+    finally:
+        for each in (task, *waits):
+            each.cancel()

@@ -1,0 +1,69 @@
+"""Rows and events for the fast tests; nobody here talks to a homeserver."""
+
+import itertools
+import time
+from datetime import timedelta
+from typing import Any
+
+from botrunner import timeline
+from botrunner.models import Room, Session
+from botrunner.timeline import Batch, RoomNews
+from realm.models import BotCommand, BotRegistration, User
+
+ME = "@bot-runner:localhost"
+ALICE = "@alice:localhost"
+BOB = "@bob:localhost"
+HOLDER = "host:1:a"
+ROOM = "!room"
+MESSAGE = {"type": "matrix-event", "event_type": "m.room.message", "content_type": "m.text"}
+TRIGGER = {"type": "matrix-event", "event_type": "app.boxel.bot-trigger", "content_type": "ping"}
+
+_ids = itertools.count()
+
+
+def session() -> Session:
+    """One whose lease is held and that has synced before."""
+    found = Session.objects.create(
+        homeserver="http://hs", username="bot-runner", user_id=ME, device_id="DEVICE", since="s0"
+    )
+    assert found.acquire(HOLDER, timedelta(minutes=1))
+    Room.objects.create(session=found, room_id=ROOM, membership=Room.Membership.JOINED)
+    return found
+
+
+def command(user_id: str = ALICE, fires: str = "chat.reply", **filter_: Any) -> BotCommand:
+    user = User.objects.of_matrix_id(user_id)
+    registration, _ = BotRegistration.objects.get_or_create(user=user, username=user_id)
+    return BotCommand.objects.create(
+        registration=registration, command=fires, filter={**MESSAGE, **filter_}
+    )
+
+
+def event(
+    content: dict[str, Any] | str = "Hello",
+    sender: str = ALICE,
+    *,
+    type: str = "m.room.message",
+    age: float = 0,
+    **extra: Any,
+) -> dict[str, Any]:
+    if isinstance(content, str):
+        content = {"msgtype": "m.text", "body": content}
+    return {
+        "type": type,
+        "sender": sender,
+        "event_id": f"$event{next(_ids)}",
+        "origin_server_ts": int((time.time() + 0.1 - age) * 1000),
+        "content": content,
+        **extra,
+    }
+
+
+def take_in(session: Session, *events: dict[str, Any]) -> int:
+    """Write events of the room down as a sync brings them, and act upon them."""
+    batch = Batch(session.since, f"{session.since}+", [RoomNews(ROOM, list(events), False)])
+    new = timeline.write_down(session, HOLDER, batch)
+    session.since = batch.next_batch
+    for pk in timeline.pending():
+        timeline.act(pk, ME)
+    return new

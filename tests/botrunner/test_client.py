@@ -1,0 +1,243 @@
+"""What nio makes of odd answers, and what is made of nio. Against a scripted homeserver."""
+
+import asyncio
+import http.server
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from botrunner.client import Homeserver, LoginRefused, MatrixError, TokenRefused
+from tests.botrunner.scenes import ALICE, ME, event
+
+
+class Scripted(http.server.ThreadingHTTPServer):
+    """Answers as `answers` says for the last words of a path; keeps what was asked."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.answers: dict[str, tuple[int, Any]] = {}
+        self.asked: list[tuple[str, str, Any]] = []
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    server: Scripted
+
+    def do_GET(self) -> None:
+        path = self.path.partition("?")[0]
+        length = int(self.headers.get("Content-Length") or 0)
+        body = json.loads(self.rfile.read(length) or b"null")
+        self.server.asked.append((self.command, self.path, body))
+        status, answer = next(
+            (answer for words, answer in self.server.answers.items() if words in path),
+            (404, {"errcode": "M_NOT_FOUND", "error": "no"}),
+        )
+        data = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    do_POST = do_PUT = do_GET  # noqa: N815
+
+    def log_message(self, *args: Any) -> None: ...
+
+
+@pytest.fixture
+def server() -> Iterator[Scripted]:
+    server = Scripted()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def use(server: Scripted, tmp_path: Path) -> Callable[..., Any]:
+    """Run a scene with a client that is logged in."""
+
+    def run(scene: Callable[[Homeserver], Any]) -> Any:
+        async def play() -> Any:
+            homeserver = Homeserver(server.url, "bot-runner", tmp_path)
+            homeserver.nio.restore_login(ME, "DEVICE", "token")
+            try:
+                return await scene(homeserver)
+            finally:
+                await homeserver.close()
+
+        return asyncio.run(asyncio.wait_for(play(), 20))
+
+    return run
+
+
+def room(*events: Any, **timeline: Any) -> dict[str, Any]:
+    return {"timeline": {"events": list(events), "limited": False, "prev_batch": "p"} | timeline}
+
+
+async def sync(homeserver: Homeserver) -> Any:
+    return await homeserver.sync("s0", seconds=0, wanted={})
+
+
+def test_one_odd_room_does_not_poison_the_sync(server: Scripted, use: Any) -> None:
+    sealed = event({}, type="m.room.encrypted")
+    odd = room({"content": 1}, sealed) | {"summary": [], "ephemeral": 7, "account_data": "?"}
+    good = event("Hello")
+    rooms = {"join": {"!odd": odd, "!good": room(good), "!sealed": room(sealed)}}
+    server.answers["/sync"] = (200, {"next_batch": "s1", "rooms": rooms, "to_device": {}})
+
+    async def scene(homeserver: Homeserver) -> Any:
+        news = await sync(homeserver)
+        # What is not encrypted is none of nio's business.
+        assert set(homeserver.nio.rooms) == {"!sealed"}
+        return news
+
+    news = use(scene)
+    assert news.next_batch == "s1"
+    assert news.rooms("join")["!good"]["timeline"]["events"] == [good]
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "code"),
+    [
+        (502, b"<html>Bad gateway</html>", "UNREADABLE"),
+        (200, b"<html>Login here</html>", "UNREADABLE"),
+        (200, {}, "NO_NEXT_BATCH"),
+        (500, {"errcode": "M_UNKNOWN", "error": "broken"}, "M_UNKNOWN"),
+        (429, {"errcode": "M_LIMIT_EXCEEDED", "retry_after_ms": 1500}, "M_LIMIT_EXCEEDED"),
+    ],
+)
+def test_a_failed_sync_is_told_at_once(
+    server: Scripted, use: Any, status: int, body: Any, code: str
+) -> None:
+    server.answers["/sync"] = (status, body)
+    with pytest.raises(MatrixError) as caught:
+        use(sync)
+    assert caught.value.code == code
+    assert not caught.value.permanent
+    assert caught.value.retry_after == (1.5 if status == 429 else None)
+    assert len(server.asked) == 1
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_a_revoked_token_is_told_apart(server: Scripted, use: Any, soft: bool) -> None:
+    refusal = {"errcode": "M_UNKNOWN_TOKEN", "error": "revoked", "soft_logout": soft}
+    server.answers["/sync"] = (401, refusal)
+
+    async def scene(homeserver: Homeserver) -> None:
+        with pytest.raises(TokenRefused):
+            await sync(homeserver)
+        assert homeserver.token_refused.is_set()
+
+    use(scene)
+
+
+def test_a_homeserver_that_is_away_is_told_at_once(tmp_path: Path) -> None:
+    async def scene() -> None:
+        homeserver = Homeserver("http://127.0.0.1:1", "bot-runner", tmp_path)
+        with pytest.raises(MatrixError, match="UNREACHABLE"):
+            await homeserver.login("x", "DEVICE")
+        await homeserver.close()
+
+    started = time.monotonic()
+    asyncio.run(scene())
+    assert time.monotonic() - started < 5
+
+
+def test_a_wrong_password_is_told_apart(server: Scripted, use: Any) -> None:
+    server.answers["/login"] = (403, {"errcode": "M_FORBIDDEN", "error": "Invalid password"})
+
+    async def scene(homeserver: Homeserver) -> None:
+        with pytest.raises(LoginRefused):
+            await homeserver.login("wrong", "DEVICE")
+
+    use(scene)
+    # The device is the stored one, so that no login leaves a new one behind.
+    assert server.asked[0][2]["device_id"] == "DEVICE"
+
+
+def test_an_answer_that_ends_where_the_last_one_did_is_read_again(
+    server: Scripted, use: Any
+) -> None:
+    """It was not kept the first time: nio would skip it."""
+    join = {"join": {"!a": room(event({}, type="m.room.encrypted"))}}
+    server.answers["/sync"] = (200, {"next_batch": "s1", "rooms": join})
+
+    async def scene(homeserver: Homeserver) -> set[str]:
+        await sync(homeserver)
+        homeserver.nio.rooms.clear()
+        await sync(homeserver)
+        return set(homeserver.nio.rooms)
+
+    assert use(scene) == {"!a"}
+
+
+def test_one_time_keys_are_refilled_when_none_is_left(server: Scripted, use: Any) -> None:
+    counts = {"signed_curve25519": 0}
+    server.answers["/sync"] = (
+        200,
+        {"next_batch": "s1", "device_one_time_keys_count": counts, "rooms": {}},
+    )
+    counted = {"one_time_key_counts": {"signed_curve25519": 50, "curve25519": 0}}
+    server.answers["/keys/upload"] = (200, counted)
+
+    async def scene(homeserver: Homeserver) -> None:
+        await homeserver.tend_keys()  # the first keys
+        await sync(homeserver)
+        await homeserver.tend_keys()
+
+    use(scene)
+    uploads = [body for _, path, body in server.asked if "/keys/upload" in path]
+    assert len(uploads) == 2
+    assert len(uploads[1]["one_time_keys"]) > 0
+
+
+def test_plain_text_is_sent_only_after_the_room_has_proven_plain(
+    server: Scripted, use: Any
+) -> None:
+    server.answers["/send/"] = (200, {"event_id": "$sent"})
+
+    async def scene(homeserver: Homeserver) -> None:
+        for _ in range(2):
+            await homeserver.send("!plain:x", {"body": "x", "msgtype": "m.text"}, "t1")
+
+    use(scene)
+    kinds = ["encryption" if "m.room.encryption" in path else "send" for _, path, _ in server.asked]
+    assert kinds == ["encryption", "send", "send"]
+
+
+def test_plain_text_never_goes_into_an_encrypted_room(server: Scripted, use: Any) -> None:
+    """The room is encrypted, and the bot does not know."""
+    server.answers["/state/m.room.encryption"] = (200, {"algorithm": "m.megolm.v1.aes-sha2"})
+    server.answers["/joined_members"] = (200, {"joined": {ALICE: {}, ME: {}}})
+    server.answers["/keys/query"] = (200, {"device_keys": {ALICE: {}, ME: {}}, "failures": {}})
+    server.answers["/send/"] = (200, {"event_id": "$sent"})
+
+    async def scene(homeserver: Homeserver) -> None:
+        await homeserver.send("!secret:x", {"body": "secret", "msgtype": "m.text"}, "t1")
+
+    use(scene)
+    [(path, body)] = [(path, body) for _, path, body in server.asked if "/send/" in path]
+    assert "/m.room.encrypted/t1" in path
+    assert "secret" not in json.dumps(body).replace("!secret:x", "")
+
+
+def test_when_it_cannot_be_known_whether_a_room_is_plain_nothing_is_sent(
+    server: Scripted, use: Any
+) -> None:
+    server.answers["/state/m.room.encryption"] = (502, b"")
+
+    async def scene(homeserver: Homeserver) -> None:
+        with pytest.raises(MatrixError):
+            await homeserver.send("!room:x", {"body": "x", "msgtype": "m.text"}, "t1")
+
+    use(scene)
+    assert not [path for _, path, _ in server.asked if "/send/" in path]

@@ -1,0 +1,122 @@
+"""Encrypted rooms of a real homeserver."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from botrunner.models import RoomEvent, Session
+from tests.botrunner.person import Person, run
+from tests.botrunner.world import World, register
+from tests.synapse import Account
+
+pytestmark = pytest.mark.system
+
+ENCRYPTION = {
+    "type": "m.room.encryption",
+    "state_key": "",
+    "content": {"algorithm": "m.megolm.v1.aes-sha2"},
+}
+
+
+def test_answers_in_an_encrypted_room_and_after_a_restart(
+    world: World, alice: Account, tmp_path: Path
+) -> None:
+    register(alice)
+    world.start("worker", "bot")
+    room = world.invite(alice, initial_state=[ENCRYPTION])
+
+    async def scene() -> None:
+        async with Person(world.synapse, alice, tmp_path) as person:
+            answer = await person.answer(await person.say(room, "one"))
+            assert answer.decrypted
+            assert answer.body == "Handled prompt: one"
+
+            world.kill("bot")
+            missed = await person.say(room, "two")
+            world.start("bot")
+            assert (await person.answer(missed)).body == "Handled prompt: two"
+
+    run(scene())
+    assert all(
+        event["type"] == "m.room.encrypted"
+        for event in world.synapse.messages(alice, room)
+        if event["sender"] == world.bot_id and "state_key" not in event
+    )
+
+
+def test_encryption_switched_on_later_is_respected(
+    world: World, alice: Account, tmp_path: Path
+) -> None:
+    register(alice)
+    world.start("worker", "bot")
+    room = world.invite(alice)
+    plain = world.synapse.send(alice, room, "plain")
+    world.answer(alice, room, plain)
+    world.kill("bot")
+    path = f"/_matrix/client/v3/rooms/{room}/state/m.room.encryption"
+    world.synapse.call("PUT", path, alice.token, ENCRYPTION["content"])
+    last = world.synapse.send(alice, room, "sent in plain after all")
+    world.start("bot")
+
+    async def scene() -> None:
+        async with Person(world.synapse, alice, tmp_path) as person:
+            assert (await person.answer(last)).decrypted
+
+    run(scene())
+
+
+def test_the_device_is_cross_signed_with_keys_that_stay(world: World, alice: Account) -> None:
+    world.start("bot")
+    world.wait("it to connect", lambda: "Connected" in world.log())
+    path = "/_matrix/client/v3/keys/query"
+    body = {"device_keys": {world.bot_id: []}}
+    first = world.synapse.call("POST", path, alice.token, body)
+    session = Session.objects.get()
+    _assert_signed(first, world.bot_id, session.device_id)
+
+    # The keys of the device are lost, those of the account are not.
+    world.kill("bot")
+    for file in (world.directory / "store").glob("*.db*"):
+        file.unlink()
+    world.start("bot")
+    world.wait("it to connect", lambda: world.log().count("Connected") == 2)
+    second = world.synapse.call("POST", path, alice.token, body)
+    device = Session.objects.get().device_id
+    assert device != session.device_id
+    assert list(second["device_keys"][world.bot_id].keys() - {world.bot.device_id}) == [device]
+    _assert_signed(second, world.bot_id, device)
+    assert second["master_keys"][world.bot_id]["keys"] == first["master_keys"][world.bot_id]["keys"]
+
+    # All is lost: the password proves that the new identity is the bot's.
+    world.kill("bot")
+    shutil.rmtree(world.directory / "store")
+    world.start("bot")
+    world.wait("it to connect", lambda: world.log().count("Connected") == 3)
+    third = world.synapse.call("POST", path, alice.token, body)
+    _assert_signed(third, world.bot_id, Session.objects.get().device_id)
+
+
+def _assert_signed(known: dict, user_id: str, device_id: str) -> None:
+    signers = known["self_signing_keys"][user_id]["keys"]
+    signatures = known["device_keys"][user_id][device_id]["signatures"][user_id]
+    assert signers.keys() <= signatures.keys()
+
+
+def test_what_cannot_be_decrypted_is_answered_when_its_key_comes(
+    world: World, alice: Account, tmp_path: Path
+) -> None:
+    register(alice)
+    world.start("worker", "bot")
+    room = world.invite(alice, initial_state=[ENCRYPTION])
+
+    async def scene() -> None:
+        async with Person(world.synapse, alice, tmp_path) as person:
+            kept = person.hold_back_keys()
+            question = await person.say(room, "sealed")
+            await person.until(lambda: "cannot be decrypted yet" in world.log())
+            await person.release_keys(kept)
+            assert (await person.answer(question)).body == "Handled prompt: sealed"
+
+    run(scene())
+    assert RoomEvent.objects.get().kind == RoomEvent.Kind.QUESTION

@@ -1,0 +1,106 @@
+"""How the bot behaves while it works, in rooms of a real homeserver."""
+
+from typing import Any
+
+import pytest
+
+from agents.models import Run
+from botrunner.models import Reply
+from tests.botrunner.test_client import Scripted, server  # noqa: F401  (a fixture)
+from tests.botrunner.world import World, register
+from tests.fakes.llm import Failure
+from tests.fakes.llm import Reply as Answer
+from tests.synapse import CLIENT, Account
+
+pytestmark = pytest.mark.system
+
+
+@pytest.fixture
+def talking(world: World, model: Any) -> Any:
+    """The world's model, scripted."""
+    world.env |= {"OPENAI_BASE_URL": model.url, "OPENAI_API_KEY": "sk-test"}
+    return model
+
+
+def test_typing_shows_and_questions_that_wait_can_be_changed_and_taken_back(
+    world: World, alice: Account, talking: Any
+) -> None:
+    talking.script(Answer("**one**", latency=3), Answer("two"))
+    register(alice)
+    world.start("worker", "bot")
+    room = world.invite(alice)
+    first = world.synapse.send(alice, room, "first")
+    second = world.synapse.send(alice, room, "secnod")
+    third = world.synapse.send(alice, room, "third")
+    new = {"msgtype": "m.text", "body": "second"}
+    relation = {"rel_type": "m.replace", "event_id": second}
+    edit = {**new, "m.new_content": new, "m.relates_to": relation}
+    world.synapse.send(alice, room, edit)
+    world.synapse.call("PUT", f"{CLIENT}/rooms/{room}/redact/{third}/t1", alice.token, {})
+
+    world.wait("typing to show", lambda: world.bot_id in typing(world, alice, room))
+    assert world.answer(alice, room, first)["formatted_body"] == "<p><strong>one</strong></p>"
+    assert world.answer(alice, room, second)["body"] == "two"
+    world.wait("typing to end", lambda: not typing(world, alice, room))
+    assert [request.last_user for request in talking.requests] == ["first", "second"]
+    assert world.answers(alice, room, third) == []
+    assert Run.objects.get(correlation_id=third).status == Run.Status.CANCELLED
+
+
+def typing(world: World, account: Account, room_id: str) -> list[str]:
+    answer = world.synapse.call("GET", f"{CLIENT}/sync?timeout=0", account.token)
+    events = answer["rooms"]["join"][room_id]["ephemeral"]["events"]
+    return [
+        user
+        for event in events
+        if event["type"] == "m.typing"
+        for user in event["content"]["user_ids"]
+    ]
+
+
+def test_a_failure_and_a_long_answer_reach_the_room(
+    world: World, alice: Account, talking: Any
+) -> None:
+    talking.script(Failure(401), Answer("line\n\n" * 15_000))
+    register(alice)
+    world.start("worker", "bot")
+    room = world.invite(alice)
+    failed = world.answer(alice, room, world.synapse.send(alice, room, "fail"))
+    assert failed["msgtype"] == "m.notice"
+    assert failed["body"] == "Sorry, this did not work. The model refused the server's key."
+
+    world.synapse.send(alice, room, "long")
+    world.wait("the whole answer", lambda: Reply.objects.filter(status="sent").count() == 2)
+    parts = [event["content"]["body"] for event in world.said_by_bot(alice, room)][1:]
+    assert len(parts) > 1
+    assert "".join(parts).count("line") == 15_000
+
+
+def test_a_broken_homeserver_is_not_hammered(world: World, server: Scripted) -> None:  # noqa: F811
+    """It logs in, and then every sync fails."""
+    server.answers |= {
+        "/login": (200, {"user_id": world.bot_id, "device_id": "D", "access_token": "token"}),
+        "/keys/upload": (200, {"one_time_key_counts": {"signed_curve25519": 50}}),
+        "/sync": (502, b"<html>"),
+    }
+    world.env["MATRIX_URL"] = server.url
+
+    def syncs() -> int:
+        return sum("/sync" in path for _, path, _ in server.asked)
+
+    world.start("bot")
+    world.wait("three tries", lambda: syncs() >= 3)
+    assert len(server.asked) < 20
+    assert world.log().count("The sync has to wait") == 1
+
+    server.answers["/sync"] = (200, {"next_batch": "s1", "rooms": {}})
+    world.wait("it to work again", lambda: "The sync works again" in world.log(), seconds=60)
+
+
+def test_it_waits_for_a_homeserver_that_is_not_up_yet(world: World, alice: Account) -> None:
+    world.synapse.stop()
+    world.start("bot")
+    world.wait("it to say so", lambda: "Waiting for the homeserver" in world.log())
+    world.synapse.start()
+    world.wait("it to connect", lambda: "Connected" in world.log(), seconds=60)
+    assert world.log().count("Waiting for the homeserver") == 1

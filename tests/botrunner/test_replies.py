@@ -1,0 +1,197 @@
+"""From the outcome of a run to the contents that tell it. Without a homeserver."""
+
+import json
+from typing import Any
+
+import pytest
+from django.utils import timezone
+
+from agents import runs
+from agents.models import Run
+from botrunner import replies
+from botrunner.client import MatrixError
+from botrunner.models import Reply, Room
+from botrunner.replies import MAX_CONTENT_BYTES, split
+from chat.markdown import to_html
+from tests.botrunner.scenes import ROOM, command, event, session, take_in
+from tests.factories import conversation
+
+pytestmark = pytest.mark.django_db
+
+
+def ready(*texts: str, content: Any = "Hello") -> list[Reply]:
+    """Replies in the order of their outcomes."""
+    command()
+    row = session()
+    for text in texts:
+        take_in(row, event(content if content != "Hello" else text))
+        runs.execute(Run.objects.latest("position").pk)
+    replies.compose(row)
+    return list(Reply.objects.order_by("id"))
+
+
+def test_a_reply_relates_to_its_question_and_names_nobody() -> None:
+    [reply] = ready("Hi")
+    [content] = reply.parts
+    assert content["body"] == "Handled prompt: Hi"
+    assert content["m.relates_to"] == {"m.in_reply_to": {"event_id": reply.question.event_id}}
+    assert content["m.mentions"] == {}
+
+
+def test_a_failure_is_said_in_plain_words() -> None:
+    command()
+    row = session()
+    take_in(row, event())
+    now = timezone.now()
+    error = "The model is overloaded."
+    Run.objects.update(status="failed", safe_error=error, finished_at=now, due_at=None)
+    replies.compose(row)
+    [content] = Reply.objects.get().parts
+    assert content["body"] == "Sorry, this did not work. The model is overloaded."
+    assert content["msgtype"] == "m.notice"
+
+
+def test_what_was_cancelled_elsewhere_is_said() -> None:
+    command()
+    row = session()
+    take_in(row, event())
+    runs.cancel(Run.objects.get())
+    replies.compose(row)
+    assert Reply.objects.get().parts[0]["body"] == "This was cancelled."
+
+
+def test_a_refused_question_is_answered() -> None:
+    command(prefix="!bot")
+    row = session()
+    take_in(row, event("!bot"))
+    replies.compose(row)
+    body = Reply.objects.get().parts[0]["body"]
+    assert body == "Sorry, this cannot be done. There was no question."
+
+
+def test_a_reply_waits_for_the_one_before_it_in_the_room() -> None:
+    first, second = ready("1", "2")
+    room = first.room_id
+    replies.not_sent(first, MatrixError("M_LIMIT_EXCEEDED", status=429, retry_after=30))
+    assert replies.next_of(room, "DEVICE") is None
+    assert replies.rooms_to_serve(first.room.session) == [room]  # asked, and found to wait
+
+    Reply.objects.update(due_at=None)
+    outgoing = replies.next_of(room, "DEVICE")
+    assert outgoing is not None
+    assert outgoing.reply == first
+    assert not outgoing.moved
+    replies.part_sent(outgoing.reply, "$sent")
+    following = replies.next_of(room, "DEVICE")
+    assert following is not None
+    assert following.reply == second
+
+
+def test_another_device_has_to_look_what_was_sent() -> None:
+    [reply] = ready("1")
+    replies.next_of(reply.room_id, "OLD")
+    outgoing = replies.next_of(reply.room_id, "NEW")
+    assert outgoing is not None
+    assert outgoing.moved
+    replies.set_found(outgoing.reply, ["$there"], "NEW")
+    assert Reply.objects.get().status == Reply.Status.SENT
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (MatrixError("UNREACHABLE"), Reply.Status.READY),
+        (MatrixError("M_UNKNOWN", status=502), Reply.Status.READY),
+        (MatrixError("M_FORBIDDEN", status=403), Reply.Status.DROPPED),
+        (MatrixError("M_UNKNOWN", status=400), Reply.Status.READY),
+    ],
+)
+def test_what_can_be_tried_again_is(error: MatrixError, status: str) -> None:
+    [reply] = ready("1")
+    replies.not_sent(reply, error)
+    reply.refresh_from_db()
+    assert (reply.status, reply.error) == (status, str(error))
+
+
+def test_an_answer_that_the_server_finds_too_large_is_said_to_be() -> None:
+    [reply] = ready("1")
+    replies.not_sent(reply, MatrixError("M_TOO_LARGE", status=413))
+    reply.refresh_from_db()
+    assert reply.status == Reply.Status.READY
+    assert reply.parts[0]["body"] == "Sorry, this answer is too long for the room."
+
+
+def test_a_room_that_was_left_hears_nothing() -> None:
+    [reply] = ready("1")
+    Room.objects.filter(room_id=ROOM).update(membership=Room.Membership.LEFT)
+    assert replies.next_of(reply.room_id, "DEVICE") is None
+    reply.refresh_from_db()
+    assert reply.status == Reply.Status.DROPPED
+
+
+def test_typing_shows_only_while_a_run_takes_its_time(monkeypatch: Any) -> None:
+    command()
+    row = session()
+    take_in(row, event())
+    assert replies.typing_rooms(row) == set()
+    Reply.objects.update(created_at=timezone.now() - 2 * replies.TYPING_PATIENCE)
+    assert replies.typing_rooms(row) == {ROOM}
+    runs.execute(Run.objects.get().pk)
+    assert replies.typing_rooms(row) == set()
+
+
+def test_the_queue_of_replies_is_read_by_its_index() -> None:
+    [reply] = ready("1")
+    queue = Reply.objects.ready().filter(room=reply.room_id).order_by("ready_at", "id")
+    assert "reply_ready" in queue.explain()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "word " * 30_000,
+        "\n".join(f"line {number}" for number in range(9_000)),
+        "ä" * 100_000,
+        "Look:\n```python\n" + "\n".join(f"x = {n}" for n in range(9_000)) + "\n```\nThat is it.",
+        "<b>&\"'" * 10_000,
+    ],
+)
+def test_long_answers_are_split_below_the_limit_of_an_event(text: str) -> None:
+    pieces = split(text, MAX_CONTENT_BYTES)
+    assert len(pieces) > 1
+    for piece in pieces:
+        size = len(json.dumps(replies._message(piece, "m.text"), ensure_ascii=False).encode())
+        assert size <= MAX_CONTENT_BYTES
+        assert piece.count("```") % 2 == 0
+    kept = "".join(pieces).replace("\n", "").replace("```python", "").replace("```", "")
+    assert kept == text.replace("\n", "").replace("```python", "").replace("```", "")
+
+
+@pytest.mark.parametrize(
+    ("text", "html"),
+    [
+        ("**bold** `code`", "<p><strong>bold</strong> <code>code</code></p>"),
+        ("a\nb", "<p>a<br>\nb</p>"),
+        ("<script>alert(1)</script>", "<p>&lt;script&gt;alert(1)&lt;/script&gt;</p>"),
+        ("[x](javascript:alert(1))", "<p>[x](javascript:alert(1))</p>"),
+        ("[x](https://e.org)", '<p><a href="https://e.org">x</a></p>'),
+        ("```python\nx\n```", '<pre><code class="language-python">x\n</code></pre>'),
+        ("![i](https://e.org/i.png)", None),
+    ],
+)
+def test_markdown_becomes_html_that_is_safe(text: str, html: str | None) -> None:
+    if html is None:
+        assert "<img" not in to_html(text)
+    else:
+        assert to_html(text) == html
+
+
+def test_composing_many_takes_few_queries(django_assert_max_num_queries: Any) -> None:
+    conversation(1)
+    command()
+    row = session()
+    take_in(row, *(event(f"{n}") for n in range(5)))
+    for run in Run.objects.filter(source="matrix").order_by("position"):
+        runs.execute(run.pk)
+    with django_assert_max_num_queries(6):
+        assert replies.compose(row) == 5

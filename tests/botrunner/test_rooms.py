@@ -1,0 +1,148 @@
+"""The bot runner in rooms of a real homeserver, with a real worker."""
+
+import signal
+from collections.abc import Callable
+
+import pytest
+
+from botrunner.models import Conversation, Reply, RoomEvent, Session
+from tests.botrunner.world import World, register
+from tests.synapse import Account
+
+pytestmark = pytest.mark.system
+
+
+def test_joins_when_invited_and_answers_messages_and_triggers(world: World, alice: Account) -> None:
+    register(alice)
+    trigger = {"event_type": "app.boxel.bot-trigger", "content_type": "ping"}
+    register(alice, "ping", **trigger)
+    before = world.synapse.create_room(alice, [world.bot_id])
+    world.start("worker", "bot")
+    world.wait_joined(alice, before)
+    room = world.invite(alice)
+
+    question = world.synapse.send(alice, room, "How are **you**?")
+    answer = world.answer(alice, room, question)
+    assert answer["body"] == "Handled prompt: How are **you**?"
+    assert answer["formatted_body"] == "<p>Handled prompt: How are <strong>you</strong>?</p>"
+    assert answer["msgtype"] == "m.text"
+    assert answer["m.mentions"] == {}
+
+    content = {"type": "ping", "input": "x", "realm": "http://r/", "userId": alice.user_id}
+    pinged = world.synapse.send(alice, room, content, "app.boxel.bot-trigger")
+    assert world.answer(alice, room, pinged)["body"] == "pong"
+
+    assert world.kill("bot", signal.SIGTERM) == 0
+    session = Session.objects.get()
+    assert session.lease_expires_at is None
+    assert session.access_token not in world.log()
+
+
+def test_what_is_no_question_gets_no_answer(
+    world: World, alice: Account, account: Callable[[str], Account]
+) -> None:
+    bob = account("bob")
+    room = world.synapse.create_room(alice, [world.bot_id, bob.user_id])
+    world.synapse.call("POST", f"/_matrix/client/v3/join/{room}", bob.token, {})
+    register(alice, prefix="!bot")
+    world.synapse.send(alice, room, "!bot said before the bot came")
+    world.start("worker", "bot")
+    world.wait_joined(alice, room)
+
+    world.synapse.send(alice, room, "no prefix")
+    world.synapse.send(bob, room, "!bot from somebody without a registration")
+    world.synapse.send(alice, room, {"msgtype": "m.notice", "body": "!bot notice"})
+    own = "app.botrealm.reply"
+    world.synapse.send(alice, room, {"msgtype": "m.text", "body": "!bot other bot", own: {}})
+    world.synapse.send(
+        alice, room, {"type": "ping", "input": 1, "realm": 2}, "app.boxel.bot-trigger"
+    )
+    question = world.synapse.send(alice, room, "!bot the question")
+
+    assert world.answer(alice, room, question)["body"] == "Handled prompt: the question"
+    assert len(world.said_by_bot(alice, room)) == 1
+    assert list(RoomEvent.objects.values_list("event_id", flat=True)) == [question]
+
+
+def test_a_matrix_thread_is_a_thread_of_its_own(world: World, alice: Account) -> None:
+    register(alice)
+    world.start("worker", "bot")
+    room = world.invite(alice)
+    root = world.synapse.send(alice, room, "root")
+    world.answer(alice, room, root)
+    relation = {"rel_type": "m.thread", "event_id": root}
+    content = {"msgtype": "m.text", "body": "within", "m.relates_to": relation}
+    within = world.synapse.send(alice, room, content)
+
+    assert world.answer(alice, room, within)["m.relates_to"] == {
+        "rel_type": "m.thread",
+        "event_id": root,
+        "is_falling_back": False,
+        "m.in_reply_to": {"event_id": within},
+    }
+    assert set(Conversation.objects.values_list("root", flat=True)) == {"", root}
+
+
+def test_what_was_said_while_it_was_down_is_answered_once(world: World, alice: Account) -> None:
+    register(alice)
+    world.start("worker", "bot")
+    room = world.invite(alice)
+    first = world.synapse.send(alice, room, "first")
+    world.answer(alice, room, first)
+    device = Session.objects.get().device_id
+    world.kill("bot")
+
+    # More than one sync delivers: the rest has to be asked for.
+    missed = [world.synapse.send(alice, room, f"missed {number}") for number in range(120)]
+    invited = world.synapse.create_room(alice, [world.bot_id])
+    world.start("bot")
+    world.wait_joined(alice, invited)
+    world.wait(
+        "all answers", lambda: len(world.said_by_bot(alice, room)) >= len(missed) + 1, seconds=60
+    )
+
+    said = [event["content"]["body"] for event in world.said_by_bot(alice, room)]
+    assert said == ["Handled prompt: first", *(f"Handled prompt: missed {n}" for n in range(120))]
+    assert Session.objects.get().device_id == device
+    assert not Reply.objects.exclude(status=Reply.Status.SENT).exists()
+
+
+def test_a_second_bot_runner_stands_by_and_takes_over(world: World, alice: Account) -> None:
+    register(alice)
+    world.start("worker", "bot")
+    room = world.invite(alice)
+    world.start("bot2")
+    world.wait("it to stand by", lambda: "standing by" in world.log("bot2"))
+    question = world.synapse.send(alice, room, "one")
+    world.answer(alice, room, question)
+    assert "Replied" not in world.log("bot2")
+
+    world.kill("bot")
+    question = world.synapse.send(alice, room, "two")
+    assert world.answer(alice, room, question)["body"] == "Handled prompt: two"
+    assert "Connected" in world.log("bot2")
+
+
+def test_a_wrong_password_stops_it_with_one_clear_line(world: World) -> None:
+    world.start("bot", BOT_RUNNER_PASSWORD="wrong")
+    assert world.processes["bot"].wait(20) == 1
+    lines = [line for line in world.log().splitlines() if "refuses" in line]
+    assert len(lines) == 1
+    assert "BOT_RUNNER_PASSWORD" in lines[0]
+    assert "Traceback" not in world.log()
+
+
+def test_a_revoked_token_is_replaced_on_the_same_device(world: World, alice: Account) -> None:
+    register(alice)
+    world.start("worker", "bot")
+    room = world.invite(alice)
+    world.answer(alice, room, world.synapse.send(alice, room, "one"))
+    before = Session.objects.get()
+
+    # As an admin of the homeserver does it: every token, but not the devices' names of the bot.
+    world.synapse.call("POST", "/_matrix/client/v3/logout", before.access_token, {})
+    question = world.synapse.send(alice, room, "two")
+    assert world.answer(alice, room, question)["body"] == "Handled prompt: two"
+    after = Session.objects.get()
+    assert after.access_token != before.access_token
+    assert world.log().count("Logged in again") == 1

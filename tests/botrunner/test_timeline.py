@@ -1,0 +1,344 @@
+"""What is said in a room, up to the run that answers it. Without a homeserver."""
+
+from typing import Any
+
+import pytest
+from django.db import IntegrityError
+
+from agents import runs
+from agents.models import Run
+from botrunner import timeline
+from botrunner.models import Conversation, Reply, Room, RoomEvent, Session
+from botrunner.timeline import Batch, Invite, LeaseLost, RoomNews
+from chat.models import Message
+from tests.botrunner.scenes import (
+    ALICE,
+    BOB,
+    HOLDER,
+    ME,
+    ROOM,
+    TRIGGER,
+    command,
+    event,
+    session,
+    take_in,
+)
+
+pytestmark = pytest.mark.django_db
+
+
+def questions() -> list[str]:
+    return list(Message.objects.order_by("created_at").values_list("content", flat=True))
+
+
+def test_a_message_that_passes_a_filter_becomes_a_run() -> None:
+    command()
+    said = event("How are you?")
+    assert take_in(session(), said) == 1
+
+    run = Run.objects.get()
+    assert (run.source, run.command, run.correlation_id) == (
+        "matrix",
+        "chat.reply",
+        said["event_id"],
+    )
+    assert run.input["sender"] == ALICE
+    assert run.input["roomId"] == ROOM
+    assert run.message.content == "How are you?"
+    assert run.reply.status == Reply.Status.WAITING
+    assert run.thread.owner.matrix_user_id == ALICE
+
+
+def test_the_same_event_is_taken_in_once() -> None:
+    command()
+    said = event()
+    row = session()
+    take_in(row, said)
+    take_in(row, said)
+    assert Run.objects.count() == 1
+
+
+def test_events_and_position_are_written_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    command()
+    row = session()
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise IntegrityError
+
+    monkeypatch.setattr(RoomEvent.objects, "bulk_create", fail)
+    with pytest.raises(IntegrityError):
+        take_in(row, event())
+    assert Session.objects.get().since == "s0"
+
+
+def test_whoever_lost_the_lease_writes_nothing() -> None:
+    command()
+    row = session()
+    Session.objects.update(holder="another")
+    with pytest.raises(LeaseLost):
+        take_in(row, event())
+    assert not RoomEvent.objects.exists()
+
+
+def test_whoever_is_behind_writes_nothing() -> None:
+    command()
+    row = session()
+    Session.objects.update(since="s5")
+    with pytest.raises(LeaseLost):
+        take_in(row, event())
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        event(sender=ME),
+        event(sender=BOB),
+        event({"msgtype": "m.notice", "body": "notice"}),
+        event({"msgtype": "m.image", "body": "image.png"}),
+        event({"body": "no msgtype"}),
+        event({"msgtype": "m.text", "body": "a bot", timeline.MARK: {}}),
+        event("a piece of state", state_key=""),
+        event("no sender", sender=None),  # type: ignore[arg-type]
+        event("no time", origin_server_ts="yesterday"),
+        event("time out of range", origin_server_ts=10**18),
+        event() | {"content": None},
+        event(
+            {
+                "msgtype": "m.text",
+                "body": "edit of another message",
+                "m.relates_to": {"rel_type": "m.replace", "event_id": "$x"},
+            }
+        ),
+        event({"redacts": "$x"}, type="m.room.redaction"),
+        {"type": "m.room.message"},
+        "nonsense",
+    ],
+)
+def test_what_is_not_for_the_bot_leaves_no_trace(said: Any) -> None:
+    registration = command().registration
+    registration.created_at = registration.created_at.replace(year=2000)
+    registration.save()
+    assert take_in(session(), said) == 0
+    assert not RoomEvent.objects.exists()
+
+
+def test_what_is_older_than_the_registration_fires_nothing() -> None:
+    command()
+    assert take_in(session(), event(age=5)) == 0
+
+
+def test_what_is_too_old_is_left_unanswered(settings: Any) -> None:
+    found = command()
+    found.registration.created_at = found.created_at.replace(year=2000)
+    found.registration.save()
+    settings.BOT_RUNNER_MAX_EVENT_AGE = 60
+    row = session()
+    take_in(row, event("old", age=120), event("young", age=30))
+    assert questions() == ["young"]
+
+
+def test_ignored_senders_are_ignored(settings: Any) -> None:
+    command("@other-bot:localhost")
+    settings.BOT_RUNNER_IGNORED_SENDERS = ["@*-bot:localhost"]
+    assert take_in(session(), event(sender="@other-bot:localhost")) == 0
+
+
+def test_the_bots_own_registration_counts_for_everybody_once() -> None:
+    command(ME)
+    command(ALICE)
+    command(ALICE)
+    take_in(session(), event(sender=ALICE), event(sender=BOB))
+    owners = Run.objects.order_by("position").values_list(
+        "reply__registration__username", flat=True
+    )
+    assert list(owners) == [ALICE, ME]
+
+
+def test_a_user_who_is_not_active_fires_nothing() -> None:
+    found = command()
+    found.registration.user.is_active = False
+    found.registration.user.save()
+    assert take_in(session(), event()) == 0
+
+
+@pytest.mark.parametrize(
+    ("wanted", "content", "question"),
+    [
+        ({"prefix": "!bot"}, "!bot  what?", "what?"),
+        ({"prefix": "!bot"}, "what?", None),
+        ({"mention": True}, {"m.mentions": {"user_ids": [ME]}, "body": f"{ME}: what?"}, "what?"),
+        ({"mention": True}, {"m.mentions": {"user_ids": [ME]}, "body": "what, bot?"}, "what, bot?"),
+        ({"mention": True}, {"m.mentions": {}, "body": f"{ME}: what?"}, None),
+        ({"mention": True}, "bot-runner: no mention", None),
+        ({}, {"m.relates_to": {"m.in_reply_to": {}}, "body": "> <@a:b> old\n> more\n\nnew"}, "new"),
+    ],
+)
+def test_prefix_and_mention(wanted: Any, content: Any, question: str | None) -> None:
+    command(**wanted)
+    if isinstance(content, dict):
+        content = {"msgtype": "m.text", **content}
+    take_in(session(), event(content))
+    assert questions() == ([question] if question else [])
+
+
+@pytest.mark.parametrize(
+    ("content", "question"),
+    [
+        ({"type": "ping", "input": "x", "realm": "r", "userId": ALICE}, "x"),
+        ({"type": "ping", "input": {"prompt": "p"}, "realm": "r", "userId": ALICE}, "p"),
+        ({"type": "ping", "input": {"a": 1}, "realm": "r", "userId": ALICE}, '{"a":1}'),
+        ({"type": "ping", "input": None, "realm": "r", "userId": ALICE}, "ping"),
+        ({"type": "pong", "input": "x", "realm": "r", "userId": ALICE}, None),
+        ({"type": "ping", "realm": "r", "userId": ALICE}, None),
+        ({"type": "ping", "input": "x", "realm": 1, "userId": ALICE}, None),
+        ({"type": "ping", "input": "x", "realm": "r"}, None),
+    ],
+)
+def test_triggers(content: Any, question: str | None) -> None:
+    command(fires="ping", **TRIGGER)
+    take_in(session(), event(content, type="app.boxel.bot-trigger"))
+    assert questions() == ([question] if question else [])
+
+
+def test_two_commands_make_two_runs() -> None:
+    command(fires="ping")
+    command(fires="chat.reply")
+    take_in(session(), event())
+    assert set(Run.objects.values_list("command", flat=True)) == {"ping", "chat.reply"}
+
+
+def test_an_empty_question_is_refused_in_plain_words() -> None:
+    command(prefix="!bot")
+    take_in(session(), event("!bot"))
+    reply = Reply.objects.get()
+    assert (reply.run, reply.status) == (None, Reply.Status.WAITING)
+    assert reply.error == "There was no question."
+
+
+def test_a_matrix_thread_has_a_thread_of_its_own() -> None:
+    command()
+    row = session()
+    relation = {"m.relates_to": {"rel_type": "m.thread", "event_id": "$root"}}
+    take_in(row, event("1"), event("2"), event({"msgtype": "m.text", "body": "3", **relation}))
+    found = dict(Conversation.objects.values_list("root", "thread__turns"))
+    assert found == {"": 2, "$root": 1}
+
+
+def test_what_no_database_can_hold_is_left_out() -> None:
+    command()
+    take_in(session(), event({"msgtype": "m.text", "body": "a\0b", "x\0": ["\ud800"]}))
+    assert questions() == ["ab"]
+    assert RoomEvent.objects.get().source["content"]["body"] == "ab"
+
+
+def edit(target: dict[str, Any], text: str, sender: str = ALICE) -> dict[str, Any]:
+    new = {"msgtype": "m.text", "body": text}
+    relation = {"rel_type": "m.replace", "event_id": target["event_id"]}
+    return event(
+        {**new, "body": f"* {text}", "m.new_content": new, "m.relates_to": relation}, sender
+    )
+
+
+def test_an_edit_changes_a_question_that_waits() -> None:
+    command(prefix="!bot")
+    row = session()
+    said = event("!bot wrogn")
+    take_in(row, said, edit(said, "!bot wrong"))
+    take_in(row, edit(said, "!bot right"))
+    assert questions() == ["right"]
+    assert Run.objects.count() == 1
+
+
+def test_an_edit_by_somebody_else_changes_nothing() -> None:
+    command()
+    row = session()
+    said = event("mine")
+    take_in(row, said, edit(said, "yours", BOB))
+    assert questions() == ["mine"]
+
+
+def test_an_edit_comes_too_late_once_the_run_has_begun() -> None:
+    command()
+    row = session()
+    said = event("first")
+    take_in(row, said)
+    runs.claim(Run.objects.get().pk)
+    take_in(row, edit(said, "second"))
+    assert questions() == ["first"]
+
+
+def test_a_redaction_cancels() -> None:
+    command()
+    row = session()
+    said = event()
+    take_in(row, said)
+    redaction = event({}, type="m.room.redaction", redacts=said["event_id"])
+    take_in(row, redaction)
+    assert Run.objects.get().status == Run.Status.CANCELLED
+    assert Reply.objects.get().status == Reply.Status.DROPPED
+
+
+def test_a_redaction_in_newer_rooms_names_its_event_in_the_content() -> None:
+    command()
+    row = session()
+    said = event()
+    take_in(row, said, event({"redacts": said["event_id"]}, type="m.room.redaction"))
+    assert Run.objects.get().status == Run.Status.CANCELLED
+
+
+def test_a_sealed_event_waits_for_its_key() -> None:
+    command()
+    row = session()
+    sealed = event({"ciphertext": "..."}, type="m.room.encrypted")
+    take_in(row, sealed)
+    [(pk, room_id, source)] = timeline.sealed()
+    assert (room_id, source["event_id"]) == (ROOM, sealed["event_id"])
+
+    opened = {**event("at last"), "event_id": sealed["event_id"]}
+    timeline.unseal(pk, opened, ME)
+    take_in(row)
+    assert questions() == ["at last"]
+
+
+def test_a_sealed_event_that_fires_nothing_is_forgotten() -> None:
+    row = session()
+    sealed = event({"ciphertext": "..."}, type="m.room.encrypted")
+    take_in(row, sealed)
+    timeline.unseal(timeline.sealed()[0][0], event(), ME)
+    assert timeline.sealed() == []
+
+
+def test_membership_follows_the_sync(settings: Any) -> None:
+    settings.BOT_RUNNER_ALLOWED_INVITERS = ["@*:localhost"]
+    row = session()
+    batch = Batch(
+        "s0",
+        "s1",
+        [RoomNews("!new", [], True)],
+        [Invite("!a", ALICE), Invite("!b", "@eve:evil.example")],
+        [ROOM],
+    )
+    timeline.write_down(row, HOLDER, batch)
+    found = dict(Room.objects.values_list("room_id", "membership"))
+    assert found == {"!new": "joined", "!a": "invited", "!b": "refused", ROOM: "left"}
+    assert Room.objects.get(room_id="!new").is_encrypted
+
+
+def test_encryption_is_never_switched_off() -> None:
+    row = session()
+    Room.objects.update(is_encrypted=True)
+    take_in(row)
+    assert Room.objects.get().is_encrypted
+
+
+def test_only_what_follows_the_own_join_counts() -> None:
+    def member(user_id: str, membership: str, before: str = "") -> dict[str, Any]:
+        unsigned = {"prev_content": {"membership": before}} if before else {}
+        content = {"membership": membership}
+        return event(content, user_id, type="m.room.member", state_key=user_id, unsigned=unsigned)
+
+    join, renamed = member(ME, "join", "invite"), member(ME, "join", "join")
+    old, new, newer = event("old"), event("new"), event("newer")
+    kept = list(timeline.since_own_join([old, join, new, renamed, newer], ME))
+    assert kept == [new, renamed, newer]
+    assert list(timeline.since_own_join([old, member(ALICE, "join"), new], ME)) == []
