@@ -10,13 +10,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import httpx2
-import openai
 import orjson
 from django.conf import settings
-from openai import OpenAI, Stream
+
+if TYPE_CHECKING:
+    # At run time it is loaded by the first call: 30 MB and half a second that only workers need.
+    import openai
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +109,10 @@ def complete(
     }
     if tools:
         body["tools"] = tools
+
+    import httpx2
+    import openai
+
     try:
         with _client().post(
             "/chat/completions",
@@ -120,7 +125,7 @@ def complete(
                 "timeout": _timeout(control),
             },
             stream=True,
-            stream_cls=Stream[object],
+            stream_cls=openai.Stream[object],
         ) as stream:
             return _read(stream.response, control)
     except openai.APIStatusError as error:
@@ -137,10 +142,12 @@ def complete(
 
 
 @functools.cache
-def _client() -> OpenAI:
+def _client() -> "openai.OpenAI":
     """One for the process: a client costs 70 ms, most of it TLS. Retries are agents.runs' affair,
     which waits in the database and not in a worker's slot."""
-    return OpenAI(
+    import openai
+
+    return openai.OpenAI(
         api_key=settings.OPENAI_API_KEY or "none",
         base_url=settings.OPENAI_BASE_URL or None,
         max_retries=0,
@@ -148,6 +155,8 @@ def _client() -> OpenAI:
 
 
 def _timeout(control: Control) -> Any:
+    import openai
+
     read = min(settings.OPENAI_TIMEOUT_SECONDS, max(0.1, control.deadline - time.monotonic()))
     return openai.Timeout(read, connect=min(5.0, read))
 
@@ -228,6 +237,8 @@ def _usage(usage: dict[str, Any]) -> Usage:
 def _data_lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
     """The `data:` lines of server-sent events, up to `[DONE]`. Then the rest is read as well, or the
     connection could not be used again."""
+    import httpx2
+
     rest = b""
     done = False
     try:
@@ -259,7 +270,7 @@ def _storable(text: str) -> str:
     return text.replace("\0", "")
 
 
-def _refusal(error: openai.APIStatusError, model: str) -> LLMError:
+def _refusal(error: "openai.APIStatusError", model: str) -> LLMError:
     """What the endpoint's own text says is logged, not shown: it may quote the key."""
     status = error.status_code
     logger.warning(

@@ -1,4 +1,4 @@
-"""A load generator that leaves the processor to what it measures: about 0.1 ms a request.
+"""A load generator that leaves the processor to what it measures: about 0.05 ms a request.
 
 HTTP/1.1 by hand over kept connections; JSON in and out.
 """

@@ -11,7 +11,7 @@ from django.db import DatabaseError, InterfaceError
 from redis.exceptions import RedisError
 
 from agents import stream
-from agents.runtime import Malformed, Told
+from agents.events import Malformed, Told
 from botrunner import accounts, membership, timeline
 from botrunner.client import Homeserver, LoginRefused, MatrixError, TokenRefused
 from botrunner.gaps import batch_of

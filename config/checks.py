@@ -8,8 +8,11 @@ from django.core.checks import Warning as Caution
 
 from agents.tools import TOOLS
 
+# Of its own, so that a process without URLs can run these and leave out the checks that load them.
+TAG = "botrealm"
 
-@register()
+
+@register(TAG)
 def secrets(**_: Any) -> list[CheckMessage]:
     """Refuse to run with the secrets that everybody can read in the source."""
     if settings.DEBUG:
@@ -45,7 +48,7 @@ def secrets(**_: Any) -> list[CheckMessage]:
     return found
 
 
-@register()
+@register(TAG)
 def model_endpoint(**_: Any) -> list[CheckMessage]:
     if settings.OPENAI_API_KEY or settings.OPENAI_BASE_URL:
         return []
@@ -58,7 +61,7 @@ def model_endpoint(**_: Any) -> list[CheckMessage]:
     ]
 
 
-@register()
+@register(TAG)
 def allowed_models(**_: Any) -> list[CheckMessage]:
     summary, allowed = settings.CHAT_SUMMARY_MODEL, settings.CHAT_ALLOWED_MODELS
     if not summary or not allowed or summary in allowed:
@@ -72,7 +75,7 @@ def allowed_models(**_: Any) -> list[CheckMessage]:
     ]
 
 
-@register()
+@register(TAG)
 def anonymous_chat(**_: Any) -> list[CheckMessage]:
     if settings.DEBUG or not settings.CHAT_ALLOW_ANONYMOUS:
         return []
@@ -85,7 +88,7 @@ def anonymous_chat(**_: Any) -> list[CheckMessage]:
     ]
 
 
-@register()
+@register(TAG)
 def tools(**_: Any) -> list[CheckMessage]:
     return [
         Error(

@@ -16,6 +16,8 @@ class Command(BaseCommand):
         "Listen to the bot's Matrix rooms and reply. Start as many as you like: one works, the others "
         "stand by."
     )
+    # The others load the views, 30 MB that this process has no use for.
+    requires_system_checks = ["botrealm"]
 
     def handle(self, *args: Any, **options: Any) -> None:
         try:
