@@ -141,6 +141,12 @@ def complete(
         ) from error
 
 
+def warm_up() -> None:
+    """Load the SDK, so that the first run of a worker need not wait for it."""
+    if configured():
+        _client()
+
+
 @functools.cache
 def _client() -> "openai.OpenAI":
     """One for the process: a client costs 70 ms, most of it TLS. Retries are agents.runs' affair,
@@ -239,11 +245,15 @@ def _data_lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
     connection could not be used again."""
     import httpx2
 
-    rest = b""
+    rest: list[bytes] = []  # joined once, however many chunks one line comes in
     done = False
     try:
         for chunk in chunks:
-            *lines, rest = (rest + chunk).split(b"\n")
+            if b"\n" not in chunk:
+                rest.append(chunk)
+                continue
+            *lines, left = b"".join([*rest, chunk]).split(b"\n")
+            rest = [left]
             for line in lines:
                 if line.startswith(b"data:") and not done:
                     data = line[5:].strip()

@@ -33,7 +33,7 @@ from django.utils import timezone
 from kombu.exceptions import OperationalError as BrokerError
 from redis.exceptions import RedisError
 
-from agents import inbox, memory, stream, tasks
+from agents import inbox, llm, memory, stream, tasks
 from agents.events import Malformed, Told
 from agents.models import Event, Run
 from chat.models import Thread
@@ -249,6 +249,7 @@ class Runtime(bootsteps.StartStopStep):
         self.loops: list[Loop] = []
 
     def start(self, parent: Any) -> None:
+        llm.warm_up()
         name = settings.REDIS_CONSUMER_NAME or f"worker-{os.getpid()}"
         reader = Reader(name)
         self.loops = [

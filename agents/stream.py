@@ -171,7 +171,7 @@ def read(name: str) -> list[Entry]:
         # The stream or its group is gone: Redis was wiped.
         if "NOGROUP" not in str(error) and "UNBLOCKED" not in str(error):
             raise
-        logger.warning("The consumer group was gone from Redis; making it again")
+        logger.info("Redis has no consumer group for the workers; making it")
         ensure_group()
         return []
     return [entry for _, entries in _pairs(found) for entry in _entries(entries)]

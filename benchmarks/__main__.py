@@ -23,7 +23,7 @@ import psutil
 from benchmarks.footprint import cpu, memory
 from benchmarks.history import history
 from benchmarks.ingest import ingest
-from benchmarks.runs import latency, throughput
+from benchmarks.runs import first_question, latency, throughput
 from benchmarks.system import Result, System
 from tests.fakes.llm import LLMProcess
 from tests.system.stack import Stack, process_cpu_seconds
@@ -53,8 +53,9 @@ def main() -> None:
 
 
 async def _measure(system: System, cases: list[str]) -> list[Result]:
-    results = [memory(system, "after the start")]
-    _show(results[0].as_json())
+    results = [memory(system, "after the start"), await first_question(system)]
+    for result in results:
+        _show(result.as_json())
     for case in cases:
         before = _busy()
         async for result in CASES[case](system):

@@ -13,6 +13,14 @@ from benchmarks.system import Result, System, ask, ask_and_wait
 AT_ONCE = 200
 
 
+async def first_question(system: System) -> Result:
+    """What whoever comes first waits for: processes import and connect when they need to."""
+    system.llm.configure(latency=0)
+    async with system.clients(1) as opened:
+        (seconds,), _ = await closed_loop(opened, ask_and_wait, total=1)
+    return Result("latency", "first question", {"ms": _ms(seconds)})
+
+
 async def latency(system: System) -> AsyncIterator[Result]:
     """One in flight: what the system adds to the time that the model itself saw go by."""
     async with system.clients(1) as opened:

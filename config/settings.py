@@ -184,6 +184,7 @@ BOT_RUNNER_CONSUMER_GROUP = env.text("BOT_RUNNER_CONSUMER_GROUP", "bot_runner")
 # Celery. The database is the queue of record, so a task is no more than a wake-up: nothing waits for
 # Celery's own redelivery, which takes minutes, and nothing is scheduled with its countdown or eta.
 CELERY_BROKER_URL = REDIS_URL.replace("unix://", "redis+socket://")
+CELERY_BROKER_TRANSPORT = "config.broker:Transport"
 CELERY_BROKER_CONNECTION_RETRY_ON_STARTUP = True
 CELERY_BROKER_CONNECTION_MAX_RETRIES = None
 CELERY_BROKER_TRANSPORT_OPTIONS = {
