@@ -5,7 +5,7 @@ from datetime import timedelta
 
 import cuid2
 from django.db import models
-from django.db.models import Exists, OuterRef, Q
+from django.db.models import Exists, F, OuterRef, Q
 from django.db.models.functions import Now
 from django.utils import timezone
 
@@ -38,8 +38,10 @@ class RunQuerySet(models.QuerySet["Run"]):
         return self.filter(waiting | abandoned, due_at__lte=Now()).first_of_thread()
 
     def overlooked(self, *, after: timedelta) -> "RunQuerySet":
-        """Claimable ones that were handed to no worker, or so long ago that the hand-over is lost."""
-        return self.claimable().filter(Q(handed_at=None) | Q(handed_at__lt=Now() - after))
+        """Claimable ones that no worker was told of, or not since the last one was lost, or so long
+        ago that the hand-over must be lost."""
+        untold = Q(handed_at=None) | Q(handed_at__lt=F("lease_expires_at"))
+        return self.claimable().filter(untold | Q(handed_at__lt=Now() - after))
 
     def held_by(self, worker: str) -> "RunQuerySet":
         return self.filter(status=Run.Status.PROCESSING, worker=worker)

@@ -306,12 +306,13 @@ class TestSweep:
     ) -> None:
         run = factories.ask()
         runs.claim(run.pk)
-        Run.objects.update(handed_at=Now() - timedelta(minutes=1))
+        Run.objects.update(handed_at=Now() - timedelta(seconds=2))
         assert runtime.sweep_runs() == 0
 
         Run.objects.update(lease_expires_at=Now() - timedelta(seconds=1))
         assert runtime.sweep_runs() == 1
         assert broker.handed() == [run.pk]
+        assert runtime.sweep_runs() == 0
 
     def test_an_attempt_is_repeated_when_it_is_due(
         self, reader: runtime.Reader, broker: Broker
