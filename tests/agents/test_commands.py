@@ -235,7 +235,9 @@ def test_the_event_is_posted_signed_and_its_answer_is_the_reply(receiver: type[R
     assert json.loads(body) == {"input": 1}
     assert headers["Host"].startswith("hooks.example.org")
     assert headers["Idempotency-Key"] == "run_1"
-    seconds, signature = (part[2:].lstrip("=") for part in headers["X-Botrealm-Signature"].split(","))
+    seconds, signature = (
+        part[2:].lstrip("=") for part in headers["X-Botrealm-Signature"].split(",")
+    )
     message = seconds.encode() + b"." + body
     assert signature == hmac.new(SECRET.encode(), message, hashlib.sha256).hexdigest()
 
@@ -269,9 +271,7 @@ def test_a_webhook_that_trickles_is_given_up(receiver: type[Receiver], settings:
         post()
 
 
-def test_a_certificate_for_another_name_is_refused(
-    receiver: type[Receiver], settings: Any
-) -> None:
+def test_a_certificate_for_another_name_is_refused(receiver: type[Receiver], settings: Any) -> None:
     settings.AGENT_WEBHOOK_HOSTS = ["*"]
     with pytest.raises(llm.LLMError, match="did not answer"):
         webhooks.post("https://other.example.org/", {}, key="x", control=llm.Control())

@@ -4,8 +4,8 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-# Read by the local stack and by the register script, not by the settings.
-ELSEWHERE = {"PORT", "STACK_DIR"}
+# Read by the local stack, not by the settings.
+ELSEWHERE = {"PORT", "REALM_SERVER_PORT", "STACK_DIR", "STACK_MATRIX"}
 
 
 def read_by_settings() -> set[str]:

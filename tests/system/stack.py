@@ -50,15 +50,18 @@ class Stack:
     """A running system.
 
     `env` adds to the environment; DATABASE_URL and REDIS_URL in it replace the SQLite file and the
-    private Redis that are made otherwise.
+    private Redis that are made otherwise. STACK_MATRIX="true" adds a homeserver and the bot runner.
     """
 
     def __init__(self, llm_url: str = "", **env: str) -> None:
         self.directory = Path(tempfile.mkdtemp(prefix="stack-"))
-        self.port = _free_port()
+        self.port, self.realm_port = _free_port(), _free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.env = _clean_environment() | {
             "PORT": str(self.port),
+            "REALM_SERVER_PORT": str(self.realm_port),
+            "STACK_MATRIX": "false",
+            "BOT_RUNNER_STORE": f"{self.directory}/botrunner",
             "STACK_DIR": str(self.directory),
             "DATABASE_URL": f"sqlite:///{self.directory}/db.sqlite",
             "SECRET_KEY": secrets.token_urlsafe(50),

@@ -1,0 +1,216 @@
+import contextlib
+import json
+import os
+import secrets
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import quote
+
+import httpx2
+from django.conf import settings
+from django.core.management.base import BaseCommand, CommandError, CommandParser
+
+CLIENT = "/_matrix/client/v3"
+CALL_SECONDS = 30
+JOIN_SECONDS = 20
+POLL_SECONDS = 0.2
+COMMAND = "chat.reply"
+FILTER = {"type": "matrix-event", "event_type": "m.room.message", "content_type": "m.text"}
+T = TypeVar("T")
+
+
+class Command(BaseCommand):
+    help = (
+        "Play a person who registers a bot command, invites the bot to a room and asks it something. "
+        "Homeserver and account are those of the running local stack, unless you name others."
+    )
+    requires_system_checks: list[str] = []  # they are about the servers
+
+    def add_arguments(self, parser: CommandParser) -> None:
+        parser.add_argument("--user", help="Matrix account of the person")
+        parser.add_argument("--password")
+        parser.add_argument("--matrix-url", help="the homeserver")
+        parser.add_argument("--realm-url", help="the realm server")
+        parser.add_argument("--bot", help="Matrix account of the bot runner")
+        parser.add_argument("--message", default="Summarize current state", help="what is asked")
+        parser.add_argument(
+            "--seconds", type=float, default=120, help="how long to wait for the answer"
+        )
+
+    def handle(self, *args: Any, message: str, seconds: float, **options: Any) -> None:
+        given = told_by_stack() | {name: options[name] for name in options if options[name]}
+        if not given.get("user") or not given.get("password"):
+            raise CommandError(
+                "No demo account is known here: start the local stack (make run), or name one with "
+                "--user and --password."
+            )
+        matrix = Service("The homeserver", given.get("matrix_url") or settings.MATRIX_URL)
+        realm = Service("The realm server", given.get("realm_url") or "http://localhost:4201")
+        bot = given.get("bot") or settings.BOT_RUNNER_USERNAME
+        with matrix.client, realm.client:
+            person = Person(matrix, realm, self.stdout.write)
+            person.log_in(given["user"], given["password"])
+            try:
+                person.get_realm_token()
+                person.add_command(person.register())
+                room_id = person.invite(bot if bot.startswith("@") else f"@{bot}:{person.server}")
+                answer = person.ask(room_id, message, seconds)
+            finally:
+                person.log_out()
+        self.stdout.write(f"\n{answer}")
+
+
+def told_by_stack() -> dict[str, str]:
+    """What the local stack has written down; what the environment says goes before it."""
+    folder = Path(os.environ.get("STACK_DIR", "").strip() or settings.BASE_DIR / ".local")
+    try:
+        told = json.loads((folder / "demo.json").read_text())
+    except FileNotFoundError:
+        told = {}
+    for name, variable in (("matrix_url", "MATRIX_URL"), ("realm_url", "REALM_SERVER_URL")):
+        if value := os.environ.get(variable, "").strip():
+            told[name] = value
+    return dict(told)
+
+
+class Service:
+    """An HTTP server that is spoken to; raises `CommandError` for all that goes wrong."""
+
+    def __init__(self, name: str, url: str) -> None:
+        self.name = name
+        # The stack is on this machine, whatever proxy the environment names.
+        self.client = httpx2.Client(base_url=url.rstrip("/"), timeout=CALL_SECONDS, trust_env=False)
+
+    def call(self, method: str, path: str, body: Any = None, *, jsonapi: bool = False) -> Any:
+        kind = "application/vnd.api+json" if jsonapi else "application/json"
+        content = None if body is None else json.dumps(body)
+        try:
+            answer = self.client.request(
+                method, path, content=content, headers={"Content-Type": kind, "Accept": kind}
+            )
+            document = answer.json()
+        except httpx2.HTTPError as error:
+            raise CommandError(f"{self.name} at {self.client.base_url}: {error}") from None
+        except ValueError:
+            document = answer.text[:200]
+        if answer.is_error:
+            where = f"{method} {path.partition('?')[0]}"
+            raise CommandError(f"{self.name} answers {answer.status_code} to {where}: {document}")
+        return document
+
+    def sign_in(self, token: str) -> None:
+        self.client.headers["Authorization"] = f"Bearer {token}"
+
+
+class Person:
+    """Somebody with a Matrix client. Each step says what it did."""
+
+    def __init__(self, matrix: Service, realm: Service, say: Callable[[str], Any]) -> None:
+        self.matrix = matrix
+        self.realm = realm
+        self.say = say
+        self.user_id = ""
+
+    @property
+    def server(self) -> str:
+        return self.user_id.partition(":")[2]
+
+    def log_in(self, user: str, password: str) -> None:
+        login = {
+            "type": "m.login.password",
+            "identifier": {"type": "m.id.user", "user": user},
+            "password": password,
+            "initial_device_display_name": "matrix_demo",
+        }
+        answer = self.matrix.call("POST", f"{CLIENT}/login", login)
+        self.user_id = answer["user_id"]
+        self.matrix.sign_in(answer["access_token"])
+        self.say(f"Logged in at {self.matrix.client.base_url} as {self.user_id}")
+
+    def log_out(self) -> None:
+        """So that no device stays behind. What went wrong before counts more than a failure here."""
+        with contextlib.suppress(CommandError):
+            self.matrix.call("POST", f"{CLIENT}/logout", {})
+
+    def get_realm_token(self) -> None:
+        path = f"{CLIENT}/user/{quote(self.user_id)}/openid/request_token"
+        openid = self.matrix.call("POST", path, {})
+        session = self.realm.call("POST", "/_server-session", openid)
+        self.realm.sign_in(session["data"]["attributes"]["token"])
+        self.say(f"Got a JWT of the realm server at {self.realm.client.base_url} for it")
+
+    def register(self) -> str:
+        """The id of a registration: that of an earlier time, if there is one."""
+        found = self.realm.call("GET", "/_bot-registrations", jsonapi=True)["data"]
+        if found:
+            self.say(f"Found the bot registration {found[0]['id']}")
+            return str(found[0]["id"])
+        wanted = {"type": "bot-registration", "attributes": {"username": self.user_id}}
+        made = self.realm.call("POST", "/_bot-registration", {"data": wanted}, jsonapi=True)
+        self.say(f"Registered a bot: {made['data']['id']}")
+        return str(made["data"]["id"])
+
+    def add_command(self, bot_id: str) -> None:
+        """See to it that what the person says is answered; once, however often this is played."""
+        found = self.realm.call("GET", f"/_bot-commands?botId={bot_id}", jsonapi=True)["data"]
+        if any(command["attributes"]["filter"] == FILTER for command in found):
+            self.say("Found its command for text messages")
+            return
+        attributes = {"botId": bot_id, "command": COMMAND, "filter": FILTER}
+        wanted = {"data": {"type": "bot-command", "attributes": attributes}}
+        self.realm.call("POST", "/_bot-commands", wanted, jsonapi=True)
+        self.say(f"Registered the command {COMMAND} for text messages")
+
+    def invite(self, bot: str) -> str:
+        """The id of a new room that the bot has joined."""
+        room = {"preset": "private_chat", "name": "Demo", "invite": [bot]}
+        room_id = str(self.matrix.call("POST", f"{CLIENT}/createRoom", room)["room_id"])
+        self.say(f"Created the room {room_id} and invited {bot}")
+        path = f"{CLIENT}/rooms/{quote(room_id)}/joined_members"
+        wait_for(
+            lambda: bot in self.matrix.call("GET", path)["joined"],
+            JOIN_SECONDS,
+            f"{bot} did not join within {JOIN_SECONDS} s: is runbot running?",
+        )
+        self.say(f"{bot} joined")
+        return room_id
+
+    def ask(self, room_id: str, message: str, seconds: float) -> str:
+        """The answer to a message. Raises `CommandError` where it is a refusal."""
+        path = f"{CLIENT}/rooms/{quote(room_id)}"
+        sent = self.matrix.call(
+            "PUT",
+            f"{path}/send/m.room.message/{secrets.token_hex(8)}",
+            {"msgtype": "m.text", "body": message},
+        )
+        self.say(f"Asked: {message}")
+        answer = wait_for(
+            lambda: answer_to(
+                sent["event_id"], self.matrix.call("GET", f"{path}/messages?dir=b&limit=20")
+            ),
+            seconds,
+            f"No answer within {seconds:g} s: does a worker run?",
+        )
+        if answer["msgtype"] == "m.notice":
+            raise CommandError(answer["body"])
+        return str(answer["body"])
+
+
+def answer_to(event_id: str, page: dict[str, Any]) -> dict[str, Any] | None:
+    for event in page["chunk"]:
+        replied = event["content"].get("m.relates_to", {}).get("m.in_reply_to", {})
+        if replied.get("event_id") == event_id:
+            return dict(event["content"])
+    return None
+
+
+def wait_for(look: Callable[[], T | None], seconds: float, problem: str) -> T:
+    """What `look` finds at last. Raises `CommandError`."""
+    deadline = time.monotonic() + seconds
+    while not (found := look()):
+        if time.monotonic() > deadline:
+            raise CommandError(problem)
+        time.sleep(POLL_SECONDS)
+    return found
