@@ -10,12 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from django.conf import settings
-from django.db import connection
 from django.template.loader import render_to_string
 
 from agents import llm, loop, memory, webhooks
 from agents.models import CHAT_REPLY, Run
 from chat.models import Message
+from realm import connections
 
 
 class UnknownCommand(Exception):
@@ -78,7 +78,7 @@ def carry_out(run: Run, *, control: llm.Control, transcript: loop.Transcript) ->
 def chat_reply(call: Call) -> str:
     """The agent answers, with the thread as its memory."""
     context = memory.context(call.run)
-    _give_back_connection()
+    connections.give_back()
     return loop.run(
         context.messages,
         model=call.run.model,
@@ -104,7 +104,7 @@ def chat_summarize(call: Call) -> str:
     prompt = render_to_string(
         "agents/summarise.txt", {"summary": run.thread.summary, "messages": untold}
     )
-    _give_back_connection()
+    connections.give_back()
     return loop.run(
         [{"role": "user", "content": prompt}],
         model=settings.CHAT_SUMMARY_MODEL or run.model,
@@ -129,7 +129,7 @@ def _post(call: Call) -> str:
         "correlationId": run.correlation_id,
         "input": run.input,
     }
-    _give_back_connection()
+    connections.give_back()
     step = loop.StepRecord("tool", run.command[:100], body)
     call.transcript.steps.append(step)
     started = time.monotonic()
@@ -141,9 +141,3 @@ def _post(call: Call) -> str:
     finally:
         step.duration_ms = int((time.monotonic() - started) * 1000)
     return step.output
-
-
-def _give_back_connection() -> None:
-    """Return the connection to its pool while something slow is waited for."""
-    if not connection.in_atomic_block:
-        connection.close_if_unusable_or_obsolete()

@@ -7,6 +7,7 @@ from typing import Any
 import orjson
 
 from agents.models import Event
+from chat.models import CHOSEN_ID
 
 ENDS = {Event.Type.COMPLETED, Event.Type.FAILED, Event.Type.CANCELLED}
 
@@ -48,9 +49,9 @@ class Told:
             raise Malformed("'payload' is not an object")
         told = cls(event_id, kind, correlation_id, payload)
         if told.type == Event.Type.REQUESTED:
-            told.text("runId")
-        elif told.type in ENDS:
-            told.optional_text("threadId")
+            told.chosen_id("runId")
+        elif told.type in ENDS and payload.get("threadId") is not None:
+            told.chosen_id("threadId")
         return told
 
     @property
@@ -67,6 +68,11 @@ class Told:
         value = self.payload.get(key)
         if not isinstance(value, str):
             raise Malformed(f"'payload.{key}' is not a string")
+        return value
+
+    def chosen_id(self, key: str) -> str:
+        if not CHOSEN_ID.match(value := self.text(key)):
+            raise Malformed(f"{key} must be 1 to 64 letters, digits, '_' or '-'")
         return value
 
     def optional_text(self, key: str) -> str | None:

@@ -1,16 +1,17 @@
 """The one door in: whatever is asked, over HTTP, in a room or on the stream, comes through `ask()`."""
 
 import hashlib
+import json
 import re
 import uuid
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import orjson
 from django.conf import settings
 from django.db import IntegrityError, transaction
 from django.db.models import F
+from django.db.models.functions import Now
 from django.utils import timezone
 
 from agents import stream
@@ -84,6 +85,10 @@ def ask(
     stream already. `command`, with its `input`, is what the run carries out. Raises `Refused`.
     """
     content = clean_content(content)
+    # What was sent, before any rule that a setting may change: a repeat gets its answer for good.
+    fingerprint = _fingerprint(content, model, thread_id, correlation_id, command, input)
+    if idempotency and (earlier := _repeat(idempotency, fingerprint)):
+        return earlier
     model = choose_model(model)
     correlation_id = _clean_correlation_id(correlation_id)
     for name, value in (("threadId", thread_id), ("runId", run_id)):
@@ -96,9 +101,6 @@ def ask(
         model=model,
         correlation_id=correlation_id or str(uuid.uuid4()),
     )
-    fingerprint = _fingerprint(content, model, thread_id, correlation_id) if idempotency else ""
-    if idempotency and (earlier := _repeat(idempotency, fingerprint)):
-        return earlier
     try:
         with transaction.atomic():
             if idempotency:
@@ -197,6 +199,9 @@ def _write(
         source=source,
         model=asked.model,
         request_event_id=event_id or uuid.uuid4(),
+        # By the database's clock, which the claim goes by.
+        due_at=Now(),
+        handed_at=Now(),
         **command,
     )
     event = Event.objects.create(
@@ -266,5 +271,6 @@ def _keep(idempotency: Idempotency, fingerprint: str, asked: Accepted) -> None:
     )
 
 
-def _fingerprint(*parts: str | None) -> str:
-    return hashlib.sha256(orjson.dumps(parts)).hexdigest()
+def _fingerprint(*parts: Any) -> str:
+    raw = json.dumps(parts, sort_keys=True)  # takes what orjson would not, such as big numbers
+    return hashlib.sha256(raw.encode()).hexdigest()

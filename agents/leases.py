@@ -8,6 +8,7 @@ chunk of the answer.
 import functools
 import logging
 import os
+import secrets
 import socket
 import threading
 from collections.abc import Iterator
@@ -15,17 +16,20 @@ from contextlib import contextmanager
 from datetime import timedelta
 
 from django.conf import settings
-from django.db import DatabaseError, connection, transaction
+from django.db import connection, transaction
 from django.db.models.functions import Now
 
 from agents.models import Run
 
 logger = logging.getLogger(__name__)
 
+_BIRTH = secrets.token_hex(3)
+
 
 def worker_name() -> str:
-    """Who claims: not the consumer's name, which an operator may give to two processes."""
-    return f"{socket.gethostname()}:{os.getpid()}"
+    """Who claims: not the consumer's name, which an operator may give to two processes. Containers
+    may share a host's name and each have a process 1."""
+    return f"{socket.gethostname()}:{os.getpid()}:{_BIRTH}"
 
 
 def duration() -> timedelta:
@@ -75,9 +79,10 @@ class Heartbeat:
             pause.wait(settings.AGENT_LEASE_SECONDS / 4)
             try:
                 self.renew()
-            except DatabaseError as error:
-                # A lease that lapses meanwhile costs a repeated call, never a second outcome.
-                logger.warning("Leases were not renewed: %s", error)
+            except Exception:
+                # Whatever it is, the next beat may come through. A lease that lapses meanwhile costs
+                # a repeated call, never a second outcome.
+                logger.exception("Leases were not renewed")
                 connection.close()
 
     def renew(self) -> None:

@@ -5,6 +5,7 @@ Without a key and a base URL there is no model, and an echo answers (`configured
 
 import functools
 import logging
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -24,6 +25,9 @@ logger = logging.getLogger(__name__)
 # One answer may not fill the memory of a worker that many runs share.
 MAX_RESPONSE_BYTES = 16 * 1024 * 1024
 MAX_RETRY_AFTER_SECONDS = 15 * 60
+# More than any call takes; what is claimed beyond it must not overflow a column.
+MAX_TOKENS = 50_000_000
+UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
 
 
 class LLMError(Exception):
@@ -199,7 +203,7 @@ def _streamed(chunks: Iterator[dict[str, Any]]) -> Reply:
             finished = finished or bool(choice.get("finish_reason"))
     if not finished:
         raise LLMError("The model broke off its answer.", code="broken", permanent=False)
-    reply.text = _storable("".join(pieces))
+    reply.text = storable("".join(pieces))
     reply.tool_calls = [_tool_call(call) for _, call in sorted(calls.items())]
     return reply
 
@@ -207,7 +211,7 @@ def _streamed(chunks: Iterator[dict[str, Any]]) -> Reply:
 def _whole(body: dict[str, Any]) -> Reply:
     message = body["choices"][0]["message"]
     return Reply(
-        text=_storable(message.get("content") or ""),
+        text=storable(message.get("content") or ""),
         tool_calls=[
             _tool_call({"id": call["id"], **call["function"]})
             for call in message.get("tool_calls") or []
@@ -227,16 +231,16 @@ def _gather(calls: dict[int, dict[str, str]], fragment: dict[str, Any]) -> None:
 
 def _tool_call(call: dict[str, str]) -> ToolCall:
     return ToolCall(
-        id=_storable(call["id"]),
-        name=_storable(call["name"])[:100],
-        arguments=_storable(call["arguments"]),
+        id=storable(call["id"]),
+        name=storable(call["name"])[:100],
+        arguments=storable(call["arguments"]),
     )
 
 
 def _usage(usage: dict[str, Any]) -> Usage:
     return Usage(
-        prompt_tokens=max(0, int(usage.get("prompt_tokens") or 0)),
-        completion_tokens=max(0, int(usage.get("completion_tokens") or 0)),
+        prompt_tokens=min(max(0, int(usage.get("prompt_tokens") or 0)), MAX_TOKENS),
+        completion_tokens=min(max(0, int(usage.get("completion_tokens") or 0)), MAX_TOKENS),
     )
 
 
@@ -275,9 +279,9 @@ def _bounded(chunks: Iterator[bytes], control: Control) -> Iterator[bytes]:
         yield chunk
 
 
-def _storable(text: str) -> str:
-    """PostgreSQL cannot hold NUL."""
-    return text.replace("\0", "")
+def storable(text: str) -> str:
+    """Without what no database can hold: NUL and unpaired surrogates."""
+    return UNSTORABLE.sub("", text)
 
 
 def _refusal(error: "openai.APIStatusError", model: str) -> LLMError:
@@ -320,7 +324,7 @@ def retry_after(value: str) -> float | None:
     except ValueError:
         try:
             date = parsedate_to_datetime(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             return None
         if date.tzinfo is None:
             date = date.replace(tzinfo=UTC)

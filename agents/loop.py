@@ -9,6 +9,9 @@ from agents import llm, tools
 
 logger = logging.getLogger(__name__)
 
+# Of one reply of the model; it may ask for more in the next.
+MAX_TOOL_CALLS = 32
+
 
 @dataclass
 class StepRecord:
@@ -56,8 +59,10 @@ def run(
             raise llm.LLMError("The model gave an empty answer.", code="empty", permanent=False)
         if not reply.tool_calls:
             return reply.text
+        del reply.tool_calls[MAX_TOOL_CALLS:]
         messages.append(_as_message(reply))
         for call in reply.tool_calls:
+            control.check()
             messages.append(_tool_step(call, transcript))
         sent = {"toolResults": [call.id for call in reply.tool_calls]}
     raise llm.LLMError(
@@ -92,7 +97,7 @@ def _tool_step(call: llm.ToolCall, transcript: Transcript) -> dict[str, Any]:
     transcript.steps.append(step)
     started = time.monotonic()
     try:
-        step.output = tools.call(call.name, call.arguments)
+        step.output = llm.storable(tools.call(call.name, call.arguments))
     except tools.ToolError as error:
         step.error = str(error)
     except Exception:

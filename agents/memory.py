@@ -6,6 +6,7 @@ it is.
 """
 
 import logging
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -20,6 +21,7 @@ from django.utils import timezone
 from agents import llm
 from agents.models import Run, Summary
 from chat.models import Message, Thread
+from realm import connections
 
 logger = logging.getLogger(__name__)
 
@@ -97,8 +99,10 @@ def summarise(thread_id: str) -> Summary | None:
         return None
     model = settings.CHAT_SUMMARY_MODEL or _model_of(thread)
     prompt = render_to_string("agents/summarise.txt", {"summary": thread.summary, "messages": left})
+    connections.give_back()
+    control = llm.Control(deadline=time.monotonic() + SUMMARY_LEASE.total_seconds() - 30)
     try:
-        reply = llm.complete([{"role": "user", "content": prompt}], model=model)
+        reply = llm.complete([{"role": "user", "content": prompt}], model=model, control=control)
     except llm.LLMError as error:
         logger.warning("The summary of thread %s was put off: %s", thread_id, error)
         pause = max(SUMMARY_PAUSE, timedelta(seconds=error.retry_after or 0))

@@ -18,6 +18,9 @@ def new_run_id() -> str:
     return f"run_{cuid2.create_id()}"
 
 
+UNTOLD = Q(handed_at=None) | Q(handed_at__lt=F("lease_expires_at"))
+
+
 class RunQuerySet(models.QuerySet["Run"]):
     def unfinished(self) -> "RunQuerySet":
         # As the partial indexes say it; a constraint ties it to the status.
@@ -37,11 +40,13 @@ class RunQuerySet(models.QuerySet["Run"]):
         abandoned = Q(status=Run.Status.PROCESSING, lease_expires_at__lt=Now())
         return self.filter(waiting | abandoned, due_at__lte=Now()).first_of_thread()
 
+    def untold(self) -> "RunQuerySet":
+        """Claimable ones that no worker was told of, or not since the last one was lost."""
+        return self.claimable().filter(UNTOLD)
+
     def overlooked(self, *, after: timedelta) -> "RunQuerySet":
-        """Claimable ones that no worker was told of, or not since the last one was lost, or so long
-        ago that the hand-over must be lost."""
-        untold = Q(handed_at=None) | Q(handed_at__lt=F("lease_expires_at"))
-        return self.claimable().filter(untold | Q(handed_at__lt=Now() - after))
+        """Those, and the ones told so long ago that the hand-over must be lost."""
+        return self.claimable().filter(UNTOLD | Q(handed_at__lt=Now() - after))
 
     def held_by(self, worker: str) -> "RunQuerySet":
         return self.filter(status=Run.Status.PROCESSING, worker=worker)
@@ -189,7 +194,7 @@ class Step(models.Model):
     attempt = models.PositiveSmallIntegerField()
     kind = models.CharField(max_length=5, choices=Kind.choices)
     name = models.CharField(max_length=100, help_text="The model or the tool.")
-    # agents.memory.Sent for the first model call of an attempt, a tool's arguments for a tool.
+    # agents.memory.Context.sent for the first model call of an attempt, a tool's arguments for a tool.
     input = models.JSONField(default=dict)
     output = models.TextField(blank=True)
     error = models.TextField(blank=True)

@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import structlog
 from django.conf import settings
-from django.db import DatabaseError, connection, transaction
+from django.db import InterfaceError, OperationalError, connection, transaction
 from django.db.models.functions import Now
 from django.utils import timezone
 
@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 BACKOFF_SECONDS = 1.0
 MAX_BACKOFF_SECONDS = 60.0
+LATE_ATTEMPT_SECONDS = 30.0
 NOTHING = loop.Transcript()
 # The answer is in memory and paid for: its transaction is tried again over this long.
 RECORD_PATIENCE_SECONDS = 30.0
@@ -87,14 +88,15 @@ def _attempt(run: Run, lease: leases.Lease) -> bool:
             )
         control = llm.Control(deadline=_deadline(run), stopped=lease.lost)
         answer = commands.carry_out(run, control=control, transcript=transcript)
+        return _persist(partial(_complete, run, llm.storable(answer), transcript))
     except llm.Stopped:
         logger.info("Run given up: it is no longer held by this worker")
         return False
     except llm.LLMError as error:
         _persist(partial(_fail_or_retry, run, error, transcript))
         return False
-    except DatabaseError:
-        raise
+    except (OperationalError, InterfaceError):
+        raise  # the lease lapses, and another attempt finds the database back
     except Exception as error:
         # A defect of ours: the run still gets an outcome, and the traceback goes to the log.
         logger.exception("Run failed unexpectedly")
@@ -102,14 +104,17 @@ def _attempt(run: Run, lease: leases.Lease) -> bool:
             "Something went wrong in the server.", code="internal", permanent=True
         )
         unexpected.__cause__ = error
-        _persist(partial(_fail_or_retry, run, unexpected, transcript))
+        # Without the steps: they may be what the database refused.
+        _persist(partial(_fail_or_retry, run, unexpected, NOTHING))
         return False
-    return _persist(partial(_complete, run, answer, transcript))
 
 
 def _deadline(run: Run) -> float:
+    """When the run has had its time, in `time.monotonic()`. An attempt that begins late, because
+    nobody could work for a while, gets a little all the same."""
     spent = (timezone.now() - (run.started_at or timezone.now())).total_seconds()
-    return time.monotonic() + settings.AGENT_DEADLINE_SECONDS - spent
+    whole = settings.AGENT_DEADLINE_SECONDS
+    return time.monotonic() + max(whole - spent, min(whole, LATE_ATTEMPT_SECONDS))
 
 
 def _persist(record: Callable[[], bool]) -> bool:
@@ -119,7 +124,7 @@ def _persist(record: Callable[[], bool]) -> bool:
     while True:
         try:
             return record()
-        except DatabaseError as error:
+        except (OperationalError, InterfaceError) as error:
             if time.monotonic() + pause > give_up or connection.in_atomic_block:
                 raise
             logger.warning("The outcome was not recorded, trying again: %s", error)

@@ -14,6 +14,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 from celery import bootsteps, current_app
@@ -23,6 +24,7 @@ from django.db import (
     DatabaseError,
     DataError,
     IntegrityError,
+    InterfaceError,
     close_old_connections,
     connection,
     transaction,
@@ -44,6 +46,9 @@ SWEEP_SECONDS = 1.0
 HOUSEKEEPING_SECONDS = 60.0
 MAX_PAUSE_SECONDS = 5.0
 SWEEP_BATCH = 500
+SUMMARY_SECONDS = 15.0
+# What passes by itself, when whoever is away comes back.
+TROUBLE = (RedisError, BrokerError, DatabaseError, InterfaceError, OSError)
 # A run that was handed over and not claimed for this long is handed over again.
 HANDOVER_PATIENCE = timedelta(seconds=15)
 # An event that no worker has seen on the stream for this long is added again.
@@ -149,36 +154,51 @@ class Keeper:
 
     def __init__(self, reader: Reader) -> None:
         self.reader = reader
-        self._next_relay = self._next_housekeeping = 0.0
+        # Each chore and how often it is done; what takes long is done less often.
+        self._chores: list[tuple[Callable[[], object], float]] = [
+            (sweep_runs, SWEEP_SECONDS),
+            (self._take_over, SWEEP_SECONDS),
+            (relay, RELAY_PATIENCE.total_seconds()),
+            (sweep_summaries, SUMMARY_SECONDS),
+            (stream.trim, HOUSEKEEPING_SECONDS),
+            (partial(stream.forget_consumers, idle=timedelta(hours=1)), HOUSEKEEPING_SECONDS),
+        ]
+        self._next = [0.0] * len(self._chores)
 
     def tick(self) -> None:
-        """Raises like `Reader.read()`."""
+        """Do what is due. One chore that fails does not keep the others from being done; then it
+        raises like `Reader.read()`."""
         self.reader.mark_published()
         if not stream.keep(self.reader.name):
             return
-        sweep_runs()
-        for thread_id in memory.due():
-            tasks.summarise.delay(thread_id)
+        failure: Exception | None = None
+        for number, (chore, seconds) in enumerate(self._chores):
+            started = time.monotonic()
+            if started < self._next[number]:
+                continue
+            try:
+                chore()
+            except TROUBLE as error:
+                failure = error
+            took = time.monotonic() - started
+            self._next[number] = started + max(seconds * 0.9, 20 * took)
+        if failure:
+            raise failure
+
+    def _take_over(self) -> None:
         self.reader.handle(stream.claim_stale(self.reader.name, idle=ENTRY_PATIENCE))
-        now = time.monotonic()
-        if now >= self._next_relay:
-            relay()
-            self._next_relay = now + RELAY_PATIENCE.total_seconds()
-        if now >= self._next_housekeeping:
-            stream.trim()
-            stream.forget_consumers(idle=timedelta(hours=1))
-            self._next_housekeeping = now + HOUSEKEEPING_SECONDS
 
 
 def sweep_runs() -> int:
     """Hand over the runs that are due and that nobody works on. How many.
 
-    Not while Celery's queue is long: then they wait for their turn there, and to hand them over
-    again and again would make it longer still.
+    While Celery's queue is long, only those that cannot be in it: the others wait for their turn
+    there, and to hand them over again and again would make it longer still.
     """
-    if stream.consumer().llen(settings.CELERY_TASK_DEFAULT_QUEUE) >= SWEEP_BATCH:
-        return 0
-    overlooked = Run.objects.overlooked(after=HANDOVER_PATIENCE)
+    if queue_is_long():
+        overlooked = Run.objects.untold()
+    else:
+        overlooked = Run.objects.overlooked(after=HANDOVER_PATIENCE)
     run_ids = list(overlooked.order_by("due_at").values_list("pk", flat=True)[:SWEEP_BATCH])
     if run_ids:
         hand_over(run_ids)
@@ -188,15 +208,25 @@ def sweep_runs() -> int:
     return len(run_ids)
 
 
+def sweep_summaries() -> None:
+    """Have the summaries made that a worker or the model failed at."""
+    if not queue_is_long():
+        for thread_id in memory.due():
+            tasks.summarise.delay(thread_id)
+
+
+def queue_is_long() -> bool:
+    return int(stream.consumer().llen(settings.CELERY_TASK_DEFAULT_QUEUE)) >= SWEEP_BATCH
+
+
 def relay() -> int:
     """Add the events to the stream again that should be there and that no worker has seen. How many.
 
-    While the workers are behind, only what is older than the entries they have come to: the rest is
-    most likely there and waiting.
+    Not while the workers are behind: then an event that they have not seen is most likely there.
     """
+    if not stream.caught_up():
+        return 0
     cutoff = timezone.now() - RELAY_PATIENCE
-    if (last := stream.last_delivered()) is not None:
-        cutoff = min(cutoff, last - RELAY_PATIENCE)
     missing = Event.objects.unpublished().filter(created_at__lt=cutoff).order_by("created_at")
     entries = [event.as_entry() for event in missing[:SWEEP_BATCH]]
     if entries and stream.publish(entries):
@@ -223,7 +253,7 @@ class Loop(threading.Thread):
                     logger.info("The %s works again", self.name)
                 failures = 0
                 close_old_connections()
-            except (RedisError, BrokerError, DatabaseError, OSError) as error:
+            except TROUBLE as error:
                 if not failures:
                     logger.warning("The %s has to wait: %s", self.name, error)
                 failures += 1

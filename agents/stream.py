@@ -6,17 +6,15 @@ here is added again (agents.runtime).
 
 import functools
 import logging
-import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import timedelta
 from typing import Any, cast
 
 import orjson
 from django.conf import settings
-from django.utils import timezone
 from redis import Redis
 from redis.backoff import NoBackoff
 from redis.client import PubSub
@@ -46,18 +44,16 @@ class Breaker:
     a time-out, not every request."""
 
     def __init__(self) -> None:
-        self._closed_at = 0.0
-        self._lock = threading.Lock()
+        self._open_until = 0.0
 
     def open(self) -> bool:
-        return time.monotonic() < self._closed_at
+        return time.monotonic() < self._open_until
 
     def reset(self) -> None:
-        self._closed_at = 0.0
+        self._open_until = 0.0
 
     def trip(self) -> None:
-        with self._lock:
-            self._closed_at = time.monotonic() + BREAK_SECONDS
+        self._open_until = time.monotonic() + BREAK_SECONDS
 
 
 _breaker = Breaker()
@@ -179,14 +175,23 @@ def read(name: str) -> list[Entry]:
 
 def claim_stale(name: str, *, idle: timedelta) -> list[Entry]:
     """Entries that another consumer took and has not acknowledged for `idle`. Raises `RedisError`."""
-    found = consumer().xautoclaim(
-        settings.REDIS_STREAM_KEY,
+    redis, key = consumer(), settings.REDIS_STREAM_KEY
+    ids = redis.xautoclaim(
+        key,
         settings.REDIS_CONSUMER_GROUP,
         name,
         min_idle_time=int(idle.total_seconds() * 1000),
         count=BATCH,
+        justid=True,
     )
-    return _entries(cast(Any, found)[1])
+    entries = []
+    for entry_id in cast("list[bytes]", ids):
+        found = _entries(redis.xrange(key, entry_id, entry_id))
+        # Somebody has trimmed or deleted it; before version 7, Redis keeps it pending for ever.
+        if not found:
+            redis.xack(key, settings.REDIS_CONSUMER_GROUP, entry_id)
+        entries += found
+    return entries
 
 
 def acknowledge(entries: Iterable[Entry]) -> None:
@@ -230,14 +235,10 @@ def bury(entry: Entry, reason: str) -> None:
     )
 
 
-def last_delivered() -> datetime | None:
-    """When the newest entry that the workers were given was added; None when they have been given
-    all there is."""
+def caught_up() -> bool:
+    """Whether the workers have been given all there is."""
     stream, group = _info()
-    if group is None or group["last-delivered-id"] == stream.get("last-generated-id"):
-        return None
-    milliseconds = int(group["last-delivered-id"].split(b"-")[0])
-    return datetime.fromtimestamp(milliseconds / 1000, tz=timezone.now().tzinfo)
+    return group is None or group["last-delivered-id"] == stream.get("last-generated-id")
 
 
 def forget_consumers(*, idle: timedelta) -> None:
@@ -263,16 +264,17 @@ def keep(name: str) -> bool:
 
 def trim() -> None:
     """Drop what is older than the retention, but nothing that any group has yet to read or to
-    acknowledge: Redis itself would drop that silently."""
+    acknowledge: Redis itself would drop that silently. A group that is seven times as far behind is
+    taken for abandoned; it must not fill the memory."""
     redis, key = consumer(), settings.REDIS_STREAM_KEY
-    cutoff = int((time.time() - settings.REDIS_STREAM_RETENTION_HOURS * 3600) * 1000)
-    keep = [(cutoff, 0)]
+    now, retention = int(time.time() * 1000), settings.REDIS_STREAM_RETENTION_HOURS * 3600 * 1000
+    keep = [(now - retention, 0)]
     for group in redis.xinfo_groups(key):
         keep.append(_numbers(group["last-delivered-id"]))
         pending = redis.xpending(key, group["name"])
         if pending["min"]:
             keep.append(_numbers(pending["min"]))
-    oldest = min(keep)
+    oldest = max(min(keep), (now - 7 * retention, 0))
     redis.xtrim(key, minid=f"{oldest[0]}-{oldest[1]}", approximate=True)
 
 

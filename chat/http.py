@@ -8,7 +8,7 @@ from typing import Any
 
 import orjson
 from django.core.exceptions import RequestDataTooBig
-from django.db import DatabaseError
+from django.db import DatabaseError, DataError
 from django.http import Http404, HttpRequest, HttpResponse, JsonResponse
 from rest_framework import exceptions, status
 from rest_framework.negotiation import BaseContentNegotiation
@@ -116,6 +116,10 @@ def plain_exception_handler(exc: Exception, context: Mapping[str, Any]) -> Respo
         if (wait := getattr(exc, "wait", None)) is not None:
             headers["Retry-After"] = str(int(wait))
         return refusal(exc.status_code, str(exc.detail), headers)
+    if isinstance(exc, DataError):
+        return refusal(
+            status.HTTP_400_BAD_REQUEST, "The request has a value that cannot be stored."
+        )
     if isinstance(exc, DatabaseError):
         logger.exception("The database failed a request")
         return refusal(

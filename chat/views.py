@@ -192,7 +192,9 @@ def _seconds_to_wait(request: Request) -> int:
 def _limit(value: str | None) -> int:
     if value is None:
         return MAX_PAGE
-    if not (value.isascii() and value.isdigit() and 1 <= int(value[:9]) <= MAX_PAGE):
+    if not (
+        value.isascii() and value.isdigit() and len(value) <= 3 and 1 <= int(value) <= MAX_PAGE
+    ):
         raise exceptions.ParseError(f"limit must be a whole number from 1 to {MAX_PAGE}.")
     return int(value)
 

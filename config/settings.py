@@ -14,10 +14,18 @@ BASE_DIR = Path(__file__).resolve().parent.parent
 environ.Env.read_env(BASE_DIR / ".env")
 
 # On by default, so that a fresh clone works with nothing set: the local stack listens on loopback
-# only. config/checks.py refuses the built-in secrets once it is off.
+# only. The built-in secrets are refused once it is off.
 DEBUG = env.flag("DEBUG", True)
 DEVELOPMENT_SECRET = "for-development-only-0123456789-0123456789-0123456789"  # noqa: S105
 SECRET_KEY = env.text("SECRET_KEY", DEVELOPMENT_SECRET)
+REALM_SECRET_SEED = env.text("REALM_SECRET_SEED", DEVELOPMENT_SECRET)
+for _name, _secret in (("SECRET_KEY", SECRET_KEY), ("REALM_SECRET_SEED", REALM_SECRET_SEED)):
+    # Here and not in a system check: neither a web server nor a worker heeds those.
+    if not DEBUG and (_secret == DEVELOPMENT_SECRET or len(_secret) < 32):
+        raise ImproperlyConfigured(
+            f"{_name} is the built-in one or can be guessed, although DEBUG is off: set it to 50 "
+            "random characters or more."
+        )
 ALLOWED_HOSTS = env.words("ALLOWED_HOSTS", "localhost,127.0.0.1,[::1]")
 CSRF_TRUSTED_ORIGINS = env.words("CSRF_TRUSTED_ORIGINS")
 
@@ -104,6 +112,11 @@ else:
     # serves many threads.
     _database["CONN_HEALTH_CHECKS"] = True
     _database["OPTIONS"] = {
+        # A host that vanishes without a word is given up in seconds, not in the kernel's 15 minutes.
+        "connect_timeout": 5,
+        "tcp_user_timeout": 10_000,
+        "keepalives_idle": 10,
+        "keepalives_interval": 3,
         **_database.get("OPTIONS", {}),
         "pool": {"min_size": 1, "max_size": env.integer("DATABASE_POOL_SIZE", 16, least=1)},
     }
@@ -129,7 +142,6 @@ CACHES = {
 
 # Realm
 MATRIX_URL = env.url("MATRIX_URL", "http://localhost:8008", schemes=("http", "https")).rstrip("/")
-REALM_SECRET_SEED = env.text("REALM_SECRET_SEED", DEVELOPMENT_SECRET)
 
 # Chat
 CHAT_ALLOW_ANONYMOUS = env.flag("CHAT_ALLOW_ANONYMOUS", DEBUG)
@@ -216,7 +228,7 @@ CELERY_WORKER_ENABLE_REMOTE_CONTROL = True
 REST_FRAMEWORK = {
     "DEFAULT_AUTHENTICATION_CLASSES": [
         "realm.authentication.RealmTokenAuthentication",
-        "rest_framework.authentication.SessionAuthentication",
+        "realm.authentication.SessionAuthentication",
     ],
     "UNAUTHENTICATED_USER": "django.contrib.auth.models.AnonymousUser",
     "URL_FORMAT_OVERRIDE": None,

@@ -1,5 +1,11 @@
+from rest_framework import authentication
 from rest_framework.authentication import BaseAuthentication, get_authorization_header
-from rest_framework.exceptions import APIException, AuthenticationFailed, NotFound
+from rest_framework.exceptions import (
+    APIException,
+    AuthenticationFailed,
+    NotFound,
+    PermissionDenied,
+)
 from rest_framework.request import Request
 
 from realm import tokens
@@ -36,3 +42,14 @@ class RealmServerAuthentication(RealmTokenAuthentication):
     """To the realm server a good token of a user that it does not have is something not found."""
 
     unknown_user = NotFound
+
+
+class SessionAuthentication(authentication.SessionAuthentication):
+    """A session of the admin or the chat page."""
+
+    def enforce_csrf(self, request: Request) -> None:
+        try:
+            super().enforce_csrf(request)
+        except (AttributeError, TypeError):
+            # Django looks for the token in a form; what came is JSON that has something else there.
+            raise PermissionDenied("CSRF Failed: CSRF token missing.") from None

@@ -34,8 +34,8 @@ class DatabaseWrapper(base.DatabaseWrapper):
         self._file: int | None = None
 
     def _start_transaction_under_autocommit(self) -> None:
-        self._take_turn()
         try:
+            self._take_turn()
             super()._start_transaction_under_autocommit()  # type: ignore[misc]
         except BaseException:
             self._give_turn()
@@ -65,13 +65,19 @@ class DatabaseWrapper(base.DatabaseWrapper):
         if not turn.acquire(timeout=self.settings_dict["OPTIONS"].get("timeout", 5)):
             raise OperationalError("database is locked")
         self._turn = turn
-        if self._file is None and not self.is_in_memory_db():
-            path = f"{self.settings_dict['NAME']}.lock"
-            self._file = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-        if self._file is not None:
+        if self.is_in_memory_db():
+            return
+        try:
+            if self._file is None:
+                path = f"{self.settings_dict['NAME']}.lock"
+                self._file = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
             # Without a limit, but at most one thread of a process waits here: the others give up
             # above. The lock of a process that dies is free.
             fcntl.flock(self._file, fcntl.LOCK_EX)
+        except OSError as error:
+            raise OperationalError(
+                f"the lock beside the database cannot be taken: {error}"
+            ) from error
 
     def _give_turn(self) -> None:
         turn, self._turn = self._turn, None

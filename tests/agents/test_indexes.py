@@ -1,7 +1,6 @@
 """The queries of the hot path read an index, however many finished runs there are."""
 
 from datetime import timedelta
-from typing import Any
 
 import pytest
 from django.db import connection
@@ -10,6 +9,7 @@ from django.utils import timezone
 from agents.models import Event, Run
 from chat.models import Message, Thread
 from tests import factories
+from tests.plans import explain
 
 pytestmark = pytest.mark.django_db
 
@@ -64,13 +64,3 @@ def test_an_index_is_used(name: str) -> None:
 
     for index in indexes:
         assert index in plan, plan
-
-
-def explain(query: Any) -> str:
-    if connection.vendor == "postgresql":
-        # The tables of a test are small enough for any plan to do; the question is what can be used.
-        with connection.cursor() as cursor:
-            cursor.execute("SET LOCAL enable_seqscan = off")
-            cursor.execute("SET LOCAL enable_bitmapscan = off")
-            cursor.execute("SET LOCAL enable_sort = off")
-    return str(query.explain())

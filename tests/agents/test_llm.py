@@ -148,6 +148,7 @@ class TestTrouble:
         ("1e9", 900),
         ("inf", 900),
         ("Sat, 01 Jan 2000 00:00:00 GMT", None),
+        ("Sat, 01 Jan 2000 00:00:00 +999999999999999", None),
     ],
 )
 def test_retry_after(header: str, seconds: float | None) -> None:
@@ -243,6 +244,24 @@ class TestTools:
         assert "canary" not in str(model.requests[1].messages)
         assert "canary" in caplog.text
         assert transcript.steps[1].error == "The tool failed."
+
+    def test_no_tool_is_called_for_a_run_that_was_lost(self, model: FakeLLM) -> None:
+        model.script(Reply(tool_calls=tuple(ToolCall("current_time", {}) for _ in range(40))))
+        transcript = loop.Transcript()
+        # Lost between the answer of the model and the third tool.
+        lost = lambda: len(transcript.steps) > 2  # noqa: E731
+
+        with pytest.raises(llm.Stopped):
+            loop.run(
+                QUESTION,
+                model="gpt-4o-mini",
+                sent={},
+                max_iterations=4,
+                control=llm.Control(stopped=lost),
+                transcript=transcript,
+            )
+
+        assert [step.kind for step in transcript.steps] == ["model", "tool", "tool"]
 
     def test_none_is_offered_unless_it_is_named(self, model: FakeLLM, settings: Any) -> None:
         settings.AGENT_TOOLS = []

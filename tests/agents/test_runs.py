@@ -11,7 +11,7 @@ from django.db import IntegrityError, OperationalError, connection
 from django.db.models.functions import Now
 from django.utils import timezone
 
-from agents import memory, runs
+from agents import commands, memory, runs
 from agents.models import Attempt, Event, Run, Step
 from chat.models import Message
 from tests import factories
@@ -126,6 +126,37 @@ class TestOutcome:
         assert run.status == Run.Status.FAILED
         assert run.safe_error == "Something went wrong in the server."
         assert "canary" in caplog.text
+
+    @pytest.mark.parametrize("answer", ["a\0b", "a\ud800b"], ids=["nul", "surrogate"])
+    def test_what_no_database_can_hold_is_left_out(self, monkeypatch: Any, answer: str) -> None:
+        monkeypatch.setitem(commands.COMMANDS, "odd", lambda call: answer)
+        run = factories.ask(command="odd")
+        runs.execute(run.pk)
+
+        found = reload(run).answer
+        assert found is not None
+        assert found.content == "ab"
+
+    def test_an_answer_that_cannot_be_recorded_ends_the_run_at_once(
+        self, monkeypatch: Any, caplog: Any
+    ) -> None:
+        monkeypatch.setitem(commands.COMMANDS, "odd", lambda call: None)
+        run = factories.ask(command="odd")
+        runs.execute(run.pk)
+
+        assert (reload(run).status, reload(run).error_code) == (Run.Status.FAILED, "internal")
+        assert reload(run).attempt == 1
+
+    def test_an_attempt_that_begins_late_gets_a_little_time(self, model: FakeLLM) -> None:
+        run = factories.ask()
+        runs.claim(run.pk)
+        Run.objects.filter(pk=run.pk).update(
+            lease_expires_at=Now() - timedelta(seconds=1),
+            started_at=timezone.now() - timedelta(hours=1),
+        )
+        runs.execute(run.pk)
+
+        assert reload(run).status == Run.Status.COMPLETED
 
 
 class TestRetry:

@@ -3,6 +3,7 @@ was handed to it is read from its queue."""
 
 import base64
 import json
+import time
 import uuid
 from datetime import timedelta
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 from django.db.models.functions import Now
 from django.utils import timezone
 from redis import Redis
+from redis.exceptions import RedisError
 
 from agents import runs, runtime, stream
 from agents.models import Event, Run
@@ -184,6 +186,19 @@ class TestReader:
         assert broker.handed() == [run.pk]
         assert pending(redis) == 0
 
+    def test_an_entry_that_was_deleted_while_it_was_pending_is_passed_by(
+        self, reader: runtime.Reader, redis: Redis, broker: Broker
+    ) -> None:
+        factories.ask()
+        run = factories.ask()
+        gone, _ = stream.read("worker-0")
+        redis.xdel("agent_events", gone.id)
+
+        reader.handle(stream.claim_stale("worker-1", idle=timedelta(0)))
+
+        assert broker.handed() == [run.pk]
+        assert pending(redis) == 0
+
 
 class TestOtherPrograms:
     def test_a_request_of_another_program_becomes_a_run(
@@ -241,6 +256,11 @@ class TestOtherPrograms:
             (request() | {"payload": []}, "'payload' is not an object"),
             (request(runId=None), "'payload.runId' is not a string"),
             (request(runId="a b"), "runId must be 1 to 64"),
+            (request(runId="\0"), "runId must be 1 to 64"),
+            (
+                request() | {"type": "agent.run.failed", "payload": {"threadId": "\0"}},
+                "threadId must be 1 to 64",
+            ),
             (request(prompt=None), "'payload.prompt' is not a string"),
             (request(prompt=" "), "content must be at least 1 character"),
             (request(prompt="a\0b"), "content must not contain NUL"),
@@ -335,16 +355,48 @@ class TestSweep:
         runtime.sweep_runs()
         assert broker.handed() == [first.pk]
 
-    def test_nothing_is_added_to_a_queue_that_is_long_already(
+    def test_what_may_be_in_a_long_queue_is_not_added_to_it(
         self, reader: runtime.Reader, redis: Redis, broker: Broker
     ) -> None:
         factories.ask()
-        Run.objects.update(handed_at=None)
+        Run.objects.update(handed_at=Now() - timedelta(minutes=1))
         redis.rpush("agent_events:celery", *[b"{}"] * runtime.SWEEP_BATCH)
         assert runtime.sweep_runs() == 0
 
         redis.lpop("agent_events:celery")
         assert runtime.sweep_runs() == 1
+
+    def test_what_cannot_be_in_a_long_queue_is_added_to_it(
+        self, reader: runtime.Reader, redis: Redis, broker: Broker
+    ) -> None:
+        due, lost = factories.ask(), factories.ask()
+        runs.claim(lost.pk)
+        Run.objects.filter(pk=due.pk).update(handed_at=None)
+        Run.objects.filter(pk=lost.pk).update(
+            handed_at=Now() - timedelta(minutes=1), lease_expires_at=Now() - timedelta(seconds=1)
+        )
+        redis.rpush("agent_events:celery", *[b"{}"] * runtime.SWEEP_BATCH)
+
+        assert runtime.sweep_runs() == 2
+        assert runtime.sweep_runs() == 0
+
+    def test_a_chore_that_fails_does_not_keep_the_others_from_being_done(
+        self, reader: runtime.Reader, redis: Redis, broker: Broker
+    ) -> None:
+        run = factories.ask()
+        Run.objects.update(handed_at=None)
+        redis.delete("agent_events")  # there is nothing to take over from, which is an error
+
+        with pytest.raises(RedisError):
+            runtime.Keeper(reader).tick()
+        assert broker.handed() == [run.pk]
+
+    def test_the_clock_of_the_asker_does_not_count(self, monkeypatch: Any) -> None:
+        ahead = timezone.now() + timedelta(minutes=5)
+        monkeypatch.setattr("django.utils.timezone.now", lambda: ahead)
+        run = factories.ask()
+
+        assert runs.claim(run.pk) is not None
 
     def test_the_keeper_is_one_worker(self, reader: runtime.Reader, broker: Broker) -> None:
         factories.ask()
@@ -389,8 +441,11 @@ class TestTrim:
     def test_what_somebody_has_yet_to_read_or_acknowledge_is_kept(
         self, reader: runtime.Reader, redis: Redis, broker: Broker
     ) -> None:
-        old = [redis.xadd("agent_events", {"event": b"{}"}, id=f"{n}-0") for n in range(1, 2001)]
-        redis.xgroup_create("agent_events", "another", id="1500-0")
+        start = int((time.time() - 2 * 24 * 3600) * 1000)
+        old = [
+            redis.xadd("agent_events", {"event": b"{}"}, id=f"{start + n}-0") for n in range(2000)
+        ]
+        redis.xgroup_create("agent_events", "another", id=f"{start + 1500}-0")
         redis.xreadgroup("agent_runtime", "worker-0", {"agent_events": ">"}, count=2000)
         stream.trim()
         assert redis.xlen("agent_events") == 2000
@@ -398,7 +453,17 @@ class TestTrim:
         redis.xack("agent_events", "agent_runtime", *old)
         stream.trim()
         left = redis.xrange("agent_events", count=1)[0][0]
-        assert 1400 < int(left.split(b"-")[0]) <= 1500
+        assert 1400 < int(left.split(b"-")[0]) - start <= 1500
+
+    def test_a_group_that_was_abandoned_long_ago_does_not_fill_the_memory(
+        self, reader: runtime.Reader, redis: Redis, broker: Broker
+    ) -> None:
+        for number in range(1, 501):
+            redis.xadd("agent_events", {"event": b"{}"}, id=f"{number}-0")
+        redis.xgroup_create("agent_events", "abandoned", id="0")
+        stream.trim()
+
+        assert redis.xlen("agent_events") < 500
 
 
 class TestWaiting:

@@ -15,6 +15,7 @@ from botrunner.replies import MAX_CONTENT_BYTES, split
 from chat.markdown import to_html
 from tests.botrunner.scenes import ROOM, command, event, session, take_in
 from tests.factories import conversation
+from tests.plans import explain
 
 pytestmark = pytest.mark.django_db
 
@@ -143,7 +144,7 @@ def test_typing_shows_only_while_a_run_takes_its_time(monkeypatch: Any) -> None:
 def test_the_queue_of_replies_is_read_by_its_index() -> None:
     [reply] = ready("1")
     queue = Reply.objects.ready().filter(room=reply.room_id).order_by("ready_at", "id")
-    assert "reply_ready" in queue.explain()
+    assert "reply_ready" in explain(queue)
 
 
 @pytest.mark.parametrize(

@@ -219,6 +219,13 @@ class TestIdempotency:
         assert response.status_code == 202
         assert Run.objects.count() == 2
 
+    def test_the_key_outlives_a_change_of_the_settings(self, api: APIClient, settings: Any) -> None:
+        first = post(api, {"content": "Hi"}, **{"Idempotency-Key": "k1"}).json()
+        settings.CHAT_DEFAULT_MODEL = "gpt-5"
+        settings.CHAT_ALLOWED_MODELS = ["gpt-5"]
+
+        assert post(api, {"content": "Hi"}, **{"Idempotency-Key": "k1"}).json() == first
+
     def test_the_key_outlives_its_run(self, api: APIClient) -> None:
         first = post(api, {"content": "Hi"}, **{"Idempotency-Key": "k1"}).json()
         Thread.objects.all().delete()
@@ -319,6 +326,18 @@ class TestWhoMayChat:
 
         assert response.status_code == 401
         assert response.json() == {"ok": False, "error": "The token is not valid."}
+
+
+def test_a_session_without_the_token_against_forgery_is_refused(settings: Any) -> None:
+    alice = factories.user("alice")
+    api = APIClient(enforce_csrf_checks=True)
+    api.force_login(alice)
+    for body in (b'{"content": "Hi"}', b'{"csrfmiddlewaretoken": 5}'):
+        form = "application/x-www-form-urlencoded"
+        response = api.generic("POST", URL, body, content_type=form)
+
+        assert response.status_code == 403
+        assert response.json()["error"].startswith("CSRF Failed")
 
 
 def bearer(user: Any) -> str:

@@ -82,6 +82,8 @@ class TestHistory:
         [
             ({"limit": "0"}, 400),
             ({"limit": "201"}, 400),
+            ({"limit": "000000001999"}, 400),
+            ({"limit": "1" * 5000}, 400),
             ({"limit": "many"}, 400),
             ({"limit": "\u0663"}, 400),
             ({"before": "yesterday"}, 400),

@@ -1,6 +1,7 @@
 import io
 import json
 import logging
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -70,6 +71,22 @@ def test_a_line_carries_the_ids_of_its_run(line: Any) -> None:
     assert (told["run"], told["thread"], told["correlation_id"]) == ("run_1", "thr_1", "c")
     assert (told["level"], told["logger"]) == ("info", "agents.runs")
     assert told["timestamp"].endswith("Z")
+
+
+def test_a_traceback_for_a_person_shows_no_local_variables() -> None:
+    settings = dict(logs.configuration("*=info", "console")["formatters"]["structured"])
+    formatter = settings.pop("()")(**settings)
+    try:
+        api_key = "sk-canary"
+        raise RuntimeError(len(api_key))
+    except RuntimeError:
+        record = logging.getLogger("agents").makeRecord(
+            "agents", logging.ERROR, "", 0, "It broke", (), sys.exc_info()
+        )
+
+    text = formatter.format(record)
+    assert "RuntimeError" in text
+    assert "sk-canary" not in text
 
 
 def test_a_traceback_is_one_field_of_one_line(line: Any) -> None:

@@ -59,6 +59,18 @@ def test_a_wrong_value_stops_the_start_and_names_the_variable(
     assert hint in last
 
 
+@pytest.mark.parametrize("name", ["SECRET_KEY", "REALM_SECRET_SEED"])
+@pytest.mark.parametrize("value", ["", "short"])
+def test_what_can_be_guessed_is_no_secret(name: str, value: str) -> None:
+    """Refused by the settings themselves: a server and a worker read those, and run no checks."""
+    secrets = {"SECRET_KEY": "a" * 50, "REALM_SECRET_SEED": "b" * 50} | {name: value}
+    process = start("settings.DEBUG", DEBUG="false", **secrets)
+
+    assert process.returncode != 0
+    assert f"ImproperlyConfigured: {name} is the built-in one" in process.stderr
+    assert start("settings.DEBUG", DEBUG="true", **secrets).stdout.strip() == "True"
+
+
 def test_a_password_in_a_wrong_url_is_not_shown() -> None:
     process = start("settings.DEBUG", REDIS_URL="http://:canary@localhost")
 

@@ -6,6 +6,7 @@ import pytest
 from config.wsgi import application
 
 
+@pytest.mark.django_db
 @pytest.mark.parametrize("charset", ["utf-8", "hex", "bz2_codec", "rot13", "undefined", "nope"])
 def test_a_charset_that_is_none_does_not_break_the_server(charset: str) -> None:
     started: list[str] = []
