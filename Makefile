@@ -39,6 +39,9 @@ format: $(READY) ## Format the code and fix what can be fixed
 bench: $(READY) $(REDIS) $(HOMESERVER) ## Measure; ARGS go to the benchmarks
 	$(BIN)/python -m benchmarks $(ARGS)
 
+screenshots: $(READY) $(REDIS) ## Photograph the admin into docs/images; ARGS name some of the pictures
+	$(BIN)/python -m scripts.screenshots $(ARGS)
+
 $(READY): $(wildcard requirements/*.txt)
 	@command -v $(PYTHON) >/dev/null || \
 		{ echo "There is no $(PYTHON). Name the one to use: make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
@@ -62,4 +65,4 @@ $(HOMESERVER): $(READY)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/homeserver.txt \
 		&& touch $@ || echo "Synapse could not be installed: Matrix rooms need a homeserver of yours, by MATRIX_URL." >&2
 
-.PHONY: help run test lint migrations-check format bench
+.PHONY: help run test lint migrations-check format bench screenshots

@@ -1,4 +1,4 @@
-"""kombu's Redis transport, with one client for each channel.
+"""kombu's Redis transport, with one client for each channel, that outlives the death of Redis.
 
 kombu makes a client for every message that it takes and for every acknowledgement. redis-py fills a
 table of some hundred callbacks for each, which cost a tenth of a worker's time.
@@ -7,6 +7,7 @@ table of some hundred callbacks for each, which cost a tenth of a worker's time.
 from typing import Any
 
 from kombu.transport import redis
+from redis import exceptions
 
 
 class Channel(redis.Channel):
@@ -18,6 +19,13 @@ class Channel(redis.Channel):
         if self._kept is None or self._kept.connection_pool is not self.pool:
             self._kept = super()._create_client()
         return self._kept
+
+    def _connparams(self, asynchronous: bool = False) -> Any:
+        # When Redis dies at a bad moment, a channel is closed after its connection. What it has not
+        # acknowledged it would give back, by an AttributeError that ends the worker.
+        if getattr(self.connection, "client", None) is None:
+            raise exceptions.ConnectionError("The connection to Redis is closed.")
+        return super()._connparams(asynchronous)
 
 
 class Transport(redis.Transport):

@@ -67,6 +67,22 @@ def anonymous_chat(**_: Any) -> list[CheckMessage]:
 
 
 @register(TAG)
+def retention(**_: Any) -> list[CheckMessage]:
+    """What is forgotten while it is young enough to be handled may be handled again."""
+    age = settings.BOT_RUNNER_MAX_EVENT_AGE
+    return [
+        Error(
+            f"{name} is not longer than BOT_RUNNER_MAX_EVENT_AGE: an event could be forgotten and "
+            "then be handled again.",
+            hint=f"BOT_RUNNER_MAX_EVENT_AGE is {age / 86400:.3g} days; keep events for longer.",
+            id="botrealm.E004",
+        )
+        for name in ("BOT_RUNNER_EVENT_RETENTION_DAYS", "BOT_RUNNER_REPLY_RETENTION_DAYS")
+        if getattr(settings, name) * 86400 <= age
+    ]
+
+
+@register(TAG)
 def tools(**_: Any) -> list[CheckMessage]:
     return [
         Error(

@@ -1,5 +1,6 @@
 """Read settings from the environment; a bad value stops the start with the variable's name."""
 
+import ipaddress
 import os
 import re
 from pathlib import Path
@@ -59,6 +60,19 @@ def words(name: str, default: str = "") -> list[str]:
     return [word.strip() for word in text(name, default).split(",") if word.strip()]
 
 
+def networks(name: str, default: str = "") -> list[ipaddress.IPv4Network | ipaddress.IPv6Network]:
+    """Addresses and CIDR blocks, comma-separated."""
+    found = []
+    for word in words(name, default):
+        try:
+            found.append(ipaddress.ip_network(word, strict=False))
+        except ValueError:
+            raise ImproperlyConfigured(
+                f"{name}: {word!r} is not an address or a network such as 10.0.0.0/8."
+            ) from None
+    return found
+
+
 def choice(name: str, default: str, choices: tuple[str, ...]) -> str:
     value = text(name, default)
     if value not in choices:
@@ -82,6 +96,16 @@ def url(name: str, default: str = "", *, schemes: tuple[str, ...]) -> str:
             f"{name} is not a URL that starts with {' or '.join(f'{s}://' for s in schemes)}."
         )
     return value
+
+
+def proxy_header(name: str) -> tuple[str, str] | None:
+    """The header by which a proxy tells that it was asked by HTTPS, as Django wants it."""
+    value = text(name)
+    if not value:
+        return None
+    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9-]*", value):
+        raise ImproperlyConfigured(f"{name}={value!r} is not a header such as X-Forwarded-Proto.")
+    return "HTTP_" + value.upper().replace("-", "_"), "https"
 
 
 def database(name: str, default: str, *, base: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import fnmatch
 import functools
 import logging
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import structlog
@@ -22,7 +23,7 @@ LEVELS = {
     "critical": logging.CRITICAL,
     "none": logging.CRITICAL + 1,
 }
-# What libraries say at INFO on every task or request is noise unless it is asked for by name.
+# What libraries say on every task, request or attempt is noise unless it is asked for by name.
 QUIET = {
     "celery.worker.strategy": logging.WARNING,
     "celery.app.trace": logging.WARNING,
@@ -32,9 +33,11 @@ QUIET = {
     "httpcore": logging.WARNING,
     "openai": logging.WARNING,
     "asyncio": logging.WARNING,
+    "axes": logging.WARNING,
     "kombu": logging.WARNING,
     "amqp": logging.WARNING,
     "nio": logging.WARNING,
+    "psycopg.pool": logging.ERROR,  # whoever needs the connection says that it is missing
 }
 
 
@@ -73,8 +76,16 @@ class LevelFilter(logging.Filter):
         return record.levelno >= self.threshold(record.name)
 
 
-def configuration(levels: str, style: str) -> dict[str, Any]:
-    """Django's LOGGING for a value of `LOG_LEVELS` and a style, `console` or `json`."""
+class OnlyWithTraceback(logging.Filter):
+    """Of what Django says of a request, the defects: how it was answered stands in our own line."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return bool(record.exc_info)
+
+
+def configuration(levels: str, style: str, *, scrub: Callable[[str], str] = str) -> dict[str, Any]:
+    """Django's LOGGING for a value of `LOG_LEVELS` and a style, `console` or `json`. Each line goes
+    through `scrub`."""
     rules = parse_levels(levels)
     shared: list[Any] = [
         structlog.contextvars.merge_contextvars,
@@ -111,13 +122,17 @@ def configuration(levels: str, style: str) -> dict[str, Any]:
     return {
         "version": 1,
         "disable_existing_loggers": False,
-        "filters": {"levels": {"()": LevelFilter, "rules": rules}},
+        "filters": {
+            "levels": {"()": LevelFilter, "rules": rules},
+            "only_with_traceback": {"()": OnlyWithTraceback},
+        },
         "formatters": {
             "structured": {
                 "()": structlog.stdlib.ProcessorFormatter,
                 "processors": [
                     structlog.stdlib.ProcessorFormatter.remove_processors_meta,
                     *last,
+                    lambda logger, method, line: scrub(line),
                 ],
                 "foreign_pre_chain": shared,
             }
@@ -137,5 +152,6 @@ def configuration(levels: str, style: str) -> dict[str, Any]:
         "loggers": {
             "django": {"handlers": [], "propagate": True},
             "django.server": {"handlers": [], "propagate": True},
+            "django.request": {"filters": ["only_with_traceback"], "propagate": True},
         },
     }

@@ -1,16 +1,22 @@
 """All settings, from the environment alone. README.md has the table; `.env` is read where it exists."""
 
+import os
 import sys
+import tomllib
+import warnings
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import environ
-import sentry_sdk
 from django.core.exceptions import ImproperlyConfigured
 
-from config import env, logs
+from config import env, errors, logs
+from config.scrub import Scrubber
+from console import navigation
 
 BASE_DIR = Path(__file__).resolve().parent.parent
+VERSION = tomllib.loads((BASE_DIR / "pyproject.toml").read_text())["project"]["version"]
 environ.Env.read_env(BASE_DIR / ".env")
 
 # On by default, so that a fresh clone works with nothing set: the local stack listens on loopback
@@ -26,18 +32,30 @@ for _name, _secret in (("SECRET_KEY", SECRET_KEY), ("REALM_SECRET_SEED", REALM_S
             f"{_name} is the built-in one or can be guessed, although DEBUG is off: set it to 50 "
             "random characters or more."
         )
-ALLOWED_HOSTS = env.words("ALLOWED_HOSTS", "localhost,127.0.0.1,[::1]")
+# The platform asks from beside the server whether it lives; see HEALTHCHECK in the Dockerfile.
+ALLOWED_HOSTS = [*env.words("ALLOWED_HOSTS", "localhost,127.0.0.1,[::1]"), "127.0.0.1"]
 CSRF_TRUSTED_ORIGINS = env.words("CSRF_TRUSTED_ORIGINS")
 
 INSTALLED_APPS = [
+    # Before the console, which takes the page with the keys of devices out of the admin again.
+    "axes",
+    "django_otp",
+    "django_otp.plugins.otp_totp",
     "realm",
     "chat",
     "agents",
     "botrunner",
+    "console",
+    "ops",
     "config.apps.ConfigConfig",
     "rest_framework",
     "rest_framework_json_api",
-    "django.contrib.admin",
+    # Before the admin, whose templates it replaces.
+    "unfold",
+    "unfold.contrib.filters",
+    "unfold.contrib.forms",
+    # Without its autodiscovery: only what serves pages loads them (config.urls).
+    "django.contrib.admin.apps.SimpleAdminConfig",
     "django.contrib.auth",
     "django.contrib.contenttypes",
     "django.contrib.sessions",
@@ -45,16 +63,21 @@ INSTALLED_APPS = [
     "django.contrib.staticfiles",
 ]
 MIDDLEWARE = [
+    "ops.http.Requests",
     "chat.http.PlainErrors",
     "realm.jsonapi.DocumentErrors",
     "django.middleware.security.SecurityMiddleware",
+    "config.headers.PermissionsPolicy",
     "whitenoise.middleware.WhiteNoiseMiddleware",
     "django.contrib.sessions.middleware.SessionMiddleware",
     "django.middleware.common.CommonMiddleware",
     "django.middleware.csrf.CsrfViewMiddleware",
     "django.contrib.auth.middleware.AuthenticationMiddleware",
+    "django_otp.middleware.OTPMiddleware",
     "django.contrib.messages.middleware.MessageMiddleware",
     "django.middleware.clickjacking.XFrameOptionsMiddleware",
+    "console.login.SecondFactor",
+    "axes.middleware.AxesMiddleware",
 ]
 ROOT_URLCONF = "config.urls"
 WSGI_APPLICATION = "config.wsgi.application"
@@ -73,6 +96,28 @@ TEMPLATES = [
     }
 ]
 
+AUTHENTICATION_BACKENDS = [
+    "axes.backends.AxesStandaloneBackend",
+    "django.contrib.auth.backends.ModelBackend",
+]
+# Log-ins to the admin: so many wrong passwords for a name from an address lock it for a while. In the
+# database, since Redis may forget everything.
+AXES_FAILURE_LIMIT = env.integer("AXES_FAILURE_LIMIT", 5, least=1)
+AXES_COOLOFF_TIME = timedelta(minutes=env.integer("AXES_COOLOFF_MINUTES", 15, least=1))
+AXES_LOCKOUT_PARAMETERS = [["username", "ip_address"]]
+AXES_HANDLER = "axes.handlers.database.AxesDatabaseHandler"
+AXES_RESET_ON_SUCCESS = True
+# Whoever goes on trying does not keep the owner out for longer.
+AXES_RESET_COOL_OFF_ON_FAILURE_DURING_LOCKOUT = False
+AXES_CLIENT_IP_CALLABLE = "console.audit.client_ip"
+AXES_LOCKOUT_CALLABLE = "console.login.locked_out"
+# The audit trail of the console has it.
+AXES_DISABLE_ACCESS_LOG = True
+AXES_ENABLE_ADMIN = False
+AXES_VERBOSE = False
+ADMIN_REQUIRE_TOTP = env.flag("ADMIN_REQUIRE_TOTP", False)
+OTP_TOTP_ISSUER = "Botrealm"
+TRUSTED_PROXIES = env.integer("TRUSTED_PROXIES", 0, most=10)
 AUTH_USER_MODEL = "realm.User"
 AUTH_PASSWORD_VALIDATORS = [
     {"NAME": f"django.contrib.auth.password_validation.{name}"}
@@ -88,8 +133,18 @@ LANGUAGE_CODE = "en-us"
 USE_I18N = False
 TIME_ZONE = "UTC"
 USE_TZ = True
+FORMAT_MODULE_PATH = "config.formats"
 STATIC_URL = "static/"
+STATIC_ROOT = BASE_DIR / env.text("STATIC_ROOT", "staticfiles")
+STORAGES = {
+    "default": {"BACKEND": "django.core.files.storage.FileSystemStorage"},
+    "staticfiles": {"BACKEND": "config.static.HashedFiles"},
+}
 WHITENOISE_USE_FINDERS = True
+# That there is no STATIC_ROOT before the first `collectstatic` is no news.
+warnings.filterwarnings("ignore", "No directory at")
+
+UNFOLD = navigation.UNFOLD
 
 # Database
 DATABASES: dict[str, dict[str, Any]] = {
@@ -118,7 +173,13 @@ else:
         "keepalives_idle": 10,
         "keepalives_interval": 3,
         **_database.get("OPTIONS", {}),
-        "pool": {"min_size": 1, "max_size": env.integer("DATABASE_POOL_SIZE", 16, least=1)},
+        "pool": {
+            "min_size": 1,
+            "max_size": env.integer("DATABASE_POOL_SIZE", 16, least=1),
+            # The pool waits longer and longer between attempts; whoever asks next begins anew.
+            "timeout": 5,
+            "reconnect_timeout": 5,
+        },
     }
 
 # Redis: the event stream, Celery's broker and the cache. It may forget everything at any moment.
@@ -127,6 +188,7 @@ REDIS_STREAM_KEY = env.text("REDIS_STREAM_KEY", "agent_events")
 REDIS_CONSUMER_GROUP = env.text("REDIS_CONSUMER_GROUP", "agent_runtime")
 REDIS_CONSUMER_NAME = env.text("REDIS_CONSUMER_NAME")  # empty: worker-<pid>, known in the worker
 REDIS_STREAM_RETENTION_HOURS = env.integer("REDIS_STREAM_RETENTION_HOURS", 24, least=1)
+REDIS_STREAM_DEAD_LENGTH = env.integer("REDIS_STREAM_DEAD_LENGTH", 10_000)
 CACHES = {
     "default": {
         "BACKEND": "django_redis.cache.RedisCache",
@@ -171,6 +233,15 @@ AGENT_MAX_ATTEMPTS = env.integer("AGENT_MAX_ATTEMPTS", 5, least=1, most=100)
 AGENT_LEASE_SECONDS = env.seconds("AGENT_LEASE_SECONDS", 10, least=1)
 AGENT_DEADLINE_SECONDS = env.seconds("AGENT_DEADLINE_SECONDS", 600, least=1)
 
+# What is kept for how many days after it has served; 0 is for good. See agents/retention.py
+# and console/retention.py.
+RETENTION_STEPS_DAYS = env.integer("RETENTION_STEPS_DAYS", 90)
+RETENTION_ATTEMPTS_DAYS = env.integer("RETENTION_ATTEMPTS_DAYS", 90)
+RETENTION_EVENTS_DAYS = env.integer("RETENTION_EVENTS_DAYS", 30)
+RETENTION_THREADS_DAYS = env.integer("RETENTION_THREADS_DAYS", 0)
+RETENTION_AUDIT_DAYS = env.integer("RETENTION_AUDIT_DAYS", 365)
+RETENTION_BULK_DAYS = env.integer("RETENTION_BULK_DAYS", 30)
+
 # Webhooks: the hosts that a bot command may call, such as hooks.example.org or *.example.com.
 AGENT_WEBHOOK_HOSTS = env.words("AGENT_WEBHOOK_HOSTS")
 AGENT_WEBHOOK_SECRET = env.text("AGENT_WEBHOOK_SECRET")
@@ -188,6 +259,9 @@ BOT_RUNNER_ALLOWED_INVITERS = env.words("BOT_RUNNER_ALLOWED_INVITERS", "*")
 BOT_RUNNER_IGNORED_SENDERS = env.words("BOT_RUNNER_IGNORED_SENDERS")
 # What was said longer ago than this while the bot was away stays unanswered.
 BOT_RUNNER_MAX_EVENT_AGE = env.seconds("BOT_RUNNER_MAX_EVENT_AGE", 24 * 3600, least=1)
+# How long is told what was said in the rooms: what fired nothing, and what was replied to.
+BOT_RUNNER_EVENT_RETENTION_DAYS = env.integer("BOT_RUNNER_EVENT_RETENTION_DAYS", 7, least=1)
+BOT_RUNNER_REPLY_RETENTION_DAYS = env.integer("BOT_RUNNER_REPLY_RETENTION_DAYS", 90, least=1)
 BOT_RUNNER_LEASE_SECONDS = env.seconds("BOT_RUNNER_LEASE_SECONDS", 6, least=1)
 # The keys of encrypted rooms. Every host that runs a bot runner must see the same directory.
 BOT_RUNNER_STORE = BASE_DIR / env.text("BOT_RUNNER_STORE", "db/botrunner")
@@ -220,7 +294,10 @@ CELERY_ACCEPT_CONTENT = ["json"]
 CELERY_WORKER_POOL = "threads"
 CELERY_WORKER_CONCURRENCY = env.integer("WORKER_CONCURRENCY", 100, least=1, most=1000)
 CELERY_WORKER_PREFETCH_MULTIPLIER = 1
-CELERY_WORKER_SOFT_SHUTDOWN_TIMEOUT = 10
+# How long a worker that was told to stop lets its runs go on, before it hands them back
+# (agents/runtime.py). What stops it must wait a few seconds longer.
+WORKER_GRACE_SECONDS = env.seconds("WORKER_GRACE_SECONDS", 25, least=0)
+CELERY_WORKER_SOFT_SHUTDOWN_TIMEOUT = WORKER_GRACE_SECONDS
 CELERY_WORKER_CANCEL_LONG_RUNNING_TASKS_ON_CONNECTION_LOSS = False
 CELERY_WORKER_SEND_TASK_EVENTS = False
 CELERY_WORKER_ENABLE_REMOTE_CONTROL = True
@@ -235,27 +312,55 @@ REST_FRAMEWORK = {
 }
 JSON_API_FORMAT_FIELD_NAMES = "camelize"
 
-# Logs and errors
+# For operators: what is asked by probes and Prometheus, who may ask, and what counts as too late.
+METRICS_TOKEN = env.text("METRICS_TOKEN")
+if METRICS_TOKEN and len(METRICS_TOKEN) < 16:
+    raise ImproperlyConfigured("METRICS_TOKEN needs 16 characters or more.")
+OPS_ALLOWED_NETWORKS = env.networks(
+    "OPS_ALLOWED_NETWORKS", "" if METRICS_TOKEN else "127.0.0.0/8,::1"
+)
+OPS_READY_WITHOUT_REDIS = env.flag("OPS_READY_WITHOUT_REDIS", False)
+OPS_MAX_QUEUE_SECONDS = env.seconds("OPS_MAX_QUEUE_SECONDS", 60)
+OPS_MAX_OUTBOX_SECONDS = env.seconds("OPS_MAX_OUTBOX_SECONDS", 30)
+OPS_MAX_BOT_SYNC_SECONDS = env.seconds("OPS_MAX_BOT_SYNC_SECONDS", 90, least=0)  # 0: no matter
+# Where the processes of a web server add up what they counted; prometheus_client reads it there.
+PROMETHEUS_MULTIPROC_DIR = env.text("PROMETHEUS_MULTIPROC_DIR")
+if PROMETHEUS_MULTIPROC_DIR:
+    Path(PROMETHEUS_MULTIPROC_DIR).mkdir(parents=True, exist_ok=True)
+else:
+    os.environ.pop("PROMETHEUS_MULTIPROC_DIR", None)  # set but empty would count as set
+
+# Logs and errors. What is secret is taken out of both, wherever it comes from.
+SCRUBBER = Scrubber(
+    SECRET_KEY,
+    REALM_SECRET_SEED,
+    OPENAI_API_KEY,
+    BOT_RUNNER_PASSWORD,
+    AGENT_WEBHOOK_SECRET,
+    METRICS_TOKEN,
+)
 LOGGING = logs.configuration(
     env.text("LOG_LEVELS", "*=info"),
     env.choice("LOG_FORMAT", "console" if sys.stderr.isatty() else "json", ("console", "json")),
+    scrub=SCRUBBER,
 )
 SENTRY_DSN = env.text("SENTRY_DSN")
 SENTRY_ENVIRONMENT = env.text("SENTRY_ENVIRONMENT", "development")
+RELEASE = env.text("SENTRY_RELEASE", f"botrealm@{VERSION}")
 if SENTRY_DSN:
-    try:
-        sentry_sdk.init(
-            dsn=SENTRY_DSN,
-            environment=SENTRY_ENVIRONMENT,
-            # Prompts and answers sit in bodies and local variables.
-            send_default_pii=False,
-            include_local_variables=False,
-            max_request_body_size="never",
-        )
-    except sentry_sdk.utils.BadDsn:
-        raise ImproperlyConfigured("SENTRY_DSN is not a Sentry DSN.") from None
+    errors.report_to(SENTRY_DSN, environment=SENTRY_ENVIRONMENT, release=RELEASE, scrub=SCRUBBER)
 
-# Served over HTTPS once DEBUG is off.
-SESSION_COOKIE_SECURE = CSRF_COOKIE_SECURE = not DEBUG
+# Security of the transport. Cookies, redirects and HSTS go together.
+HTTPS = env.flag("HTTPS", not DEBUG)
+SESSION_COOKIE_SECURE = CSRF_COOKIE_SECURE = SECURE_SSL_REDIRECT = HTTPS
+# Asked by the platform, inside of the network, where there is no HTTPS.
+SECURE_REDIRECT_EXEMPT = [r"^(healthz|readyz|metrics)$"]
+SECURE_HSTS_SECONDS = env.integer("SECURE_HSTS_SECONDS", 30 * 24 * 3600) if HTTPS else 0
+# Whether a whole domain is to be had by HTTPS alone, and told so to browser makers, is for its owner
+# to say and cannot be taken back.
+SILENCED_SYSTEM_CHECKS = ["security.W005", "security.W021"]
+# Off by default: where no proxy sets the header, anybody can.
+SECURE_PROXY_SSL_HEADER = env.proxy_header("SECURE_PROXY_SSL_HEADER")
 SECURE_CONTENT_TYPE_NOSNIFF = True
+SECURE_REFERRER_POLICY = "same-origin"
 X_FRAME_OPTIONS = "DENY"

@@ -1,23 +1,118 @@
 from typing import Any
 
+from axes.utils import reset as axes_reset
 from django import forms
 from django.contrib import admin
-from django.contrib.auth.admin import UserAdmin
-from django.db.models import Count, QuerySet
+from django.contrib.auth.admin import GroupAdmin, UserAdmin
+from django.contrib.auth.models import Group
+from django.db.models import Count, Max, OuterRef, QuerySet, Subquery, Sum
 from django.http import HttpRequest
+from django.urls import reverse
+from django.utils.html import format_html
+from unfold.forms import AdminPasswordChangeForm, UserChangeForm, UserCreationForm
 
 from agents import commands
+from chat.models import Thread
+from console import audit
+from console.base import ConsoleAdmin, Empty, Inline
 from realm.models import BotCommand, BotRegistration, User
+
+admin.site.unregister(Group)
+
+
+@admin.register(Group)
+class RealmGroupAdmin(GroupAdmin, ConsoleAdmin):
+    empty = Empty("Viewer, Operator and Admin are made by:", "python manage.py migrate")
+
+
+def _of_threads(figure: Any) -> Subquery:
+    """Of a user's own threads; for the rows of a page alone, not for all users."""
+    threads = Thread.objects.filter(owner=OuterRef("pk")).order_by().values("owner")
+    return Subquery(threads.annotate(figure=figure).values("figure"))
 
 
 @admin.register(User)
-class RealmUserAdmin(UserAdmin):
-    list_display = ["username", "matrix_user_id", "is_staff", "date_joined"]
+class RealmUserAdmin(UserAdmin, ConsoleAdmin):
+    empty = Empty("Make the first one:", "python manage.py createsuperuser")
+    form = UserChangeForm
+    add_form = UserCreationForm
+    change_password_form = AdminPasswordChangeForm
+    list_display = [
+        "username",
+        "matrix_user_id",
+        "roles",
+        "questions",
+        "last_asked",
+        "registrations",
+        "last_login",
+        "date_joined",
+    ]
+    list_filter = ["is_staff", "is_superuser", "is_active", "groups"]
     search_fields = ["=username", "=matrix_user_id", "^email"]
     fieldsets = [
         *(UserAdmin.fieldsets or []),
         ("Matrix", {"fields": ["matrix_user_id"]}),
     ]
+
+    def get_readonly_fields(self, request: HttpRequest, obj: Any = None) -> Any:
+        """Whoever may manage users shall not be able to become more than that."""
+        fields = super().get_readonly_fields(request, obj)
+        if request.user.is_superuser:
+            return fields
+        return [*fields, "is_superuser", "user_permissions"]
+
+    def has_change_permission(self, request: HttpRequest, obj: User | None = None) -> bool:
+        return super().has_change_permission(request, obj) and self._may_touch(request, obj)
+
+    def has_delete_permission(self, request: HttpRequest, obj: User | None = None) -> bool:
+        return super().has_delete_permission(request, obj) and self._may_touch(request, obj)
+
+    def get_queryset(self, request: HttpRequest) -> QuerySet[User]:
+        return (
+            super()
+            .get_queryset(request)
+            .prefetch_related("groups")
+            .annotate(
+                asked=_of_threads(Sum("turns")),
+                asked_at=_of_threads(Max("updated_at")),
+                bots=Count("bot_registrations"),
+            )
+        )
+
+    @admin.display
+    def roles(self, user: User) -> str:
+        names = [group.name for group in user.groups.all()]
+        return ", ".join(["superuser"] * user.is_superuser + names)
+
+    @admin.display(description="questions")
+    def questions(self, user: Any) -> int:
+        return user.asked or 0
+
+    @admin.display(description="last seen")
+    def last_asked(self, user: Any) -> Any:
+        return user.asked_at
+
+    @admin.display
+    def registrations(self, user: Any) -> str:
+        if not user.bots:
+            return ""
+        url = reverse("admin:realm_botregistration_changelist")
+        return format_html('<a href="{}?user__id__exact={}">{}</a>', url, user.pk, user.bots)
+
+    actions = ["let_in"]
+
+    @admin.action(description="Let log in again", permissions=["change"])
+    def let_in(self, request: HttpRequest, users: QuerySet[User]) -> None:
+        """After too many wrong passwords."""
+        for user in users:
+            forgotten = axes_reset(username=user.username)
+            audit.note(
+                request, audit.Action.CHANGE, user, result=f"Let log in again ({forgotten} locks)."
+            )
+        self.message_user(request, "They may log in again.")
+
+    def _may_touch(self, request: HttpRequest, user: User | None) -> bool:
+        return request.user.is_superuser or user is None or not user.is_superuser
 
 
 class BotRegistrationForm(forms.ModelForm):
@@ -38,22 +133,21 @@ class BotCommandForm(forms.ModelForm):
         return command
 
 
-class BotCommandInline(admin.TabularInline):
+class BotCommandInline(Inline):
     model = BotCommand
     form = BotCommandForm
     fields = ["command", "filter", "id", "created_at"]
     readonly_fields = ["id", "created_at"]
-    extra = 0
 
 
 @admin.register(BotRegistration)
-class BotRegistrationAdmin(admin.ModelAdmin):
+class BotRegistrationAdmin(ConsoleAdmin):
+    empty = Empty("Register a bot here, or from a shell:", "scripts/register-bot.sh")
     form = BotRegistrationForm
-    list_display = ["id", "username", "command_count", "created_at"]
+    list_display = ["id", "username", "enabled", "command_count", "created_at"]
     list_filter = ["created_at", "commands__command"]
     search_fields = ["=id", "=username"]
     ordering = ["-created_at"]
-    show_full_result_count = False
     fields = ["user", "username", "id", "created_at"]
     autocomplete_fields = ["user"]
     inlines = [BotCommandInline]
@@ -76,18 +170,14 @@ class BotRegistrationAdmin(admin.ModelAdmin):
 
 
 @admin.register(BotCommand)
-class BotCommandAdmin(admin.ModelAdmin):
+class BotCommandAdmin(ConsoleAdmin):
+    empty = Empty("Without commands a bot answers nothing. Add one to a registration.")
     form = BotCommandForm
-    list_display = ["id", "command", "event_type", "registration", "created_at"]
+    list_display = ["id", "command", "in_words", "registration", "created_at"]
     list_filter = ["created_at", "command"]
     list_select_related = ["registration"]
     search_fields = ["=id", "=command", "=registration__id", "=registration__username"]
     ordering = ["-created_at"]
-    show_full_result_count = False
     fields = ["registration", "command", "filter", "id", "created_at"]
     readonly_fields = ["id", "created_at"]
     autocomplete_fields = ["registration"]
-
-    @admin.display(ordering="filter__event_type")
-    def event_type(self, command: BotCommand) -> str:
-        return command.when.event_type

@@ -53,6 +53,19 @@ class Filter:
             mention=_switch(value, "mention"),
         )
 
+    def in_words(self) -> str:
+        """What it lets pass, for an admin to read."""
+        if self.event_type == BOT_TRIGGER:
+            return f"a trigger of type {self.content_type!r}"
+        conditions = []
+        if self.prefix:
+            conditions.append(f"begins with {self.prefix!r}")
+        if self.mention:
+            conditions.append("mentions the bot")
+        if not conditions:
+            return f"any message of type {self.content_type!r}"
+        return f"a message of type {self.content_type!r} that {' and '.join(conditions)}"
+
 
 def _one_of(value: Mapping[str, Any], key: str, choices: tuple[str, ...]) -> str:
     found = value.get(key)

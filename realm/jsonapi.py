@@ -32,6 +32,8 @@ from rest_framework_json_api.utils import (
     undo_format_field_name,
 )
 
+from realm import tracing
+
 logger = logging.getLogger(__name__)
 
 MEDIA_TYPE = "application/vnd.api+json"
@@ -280,6 +282,8 @@ def error_object(
         "title": _phrase(code),
         "detail": detail,
     }
+    if request_id := tracing.request_id():
+        error["meta"] = {"request_id": request_id}
     return error | {"source": dict(source)} if source else error
 
 

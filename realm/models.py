@@ -59,6 +59,17 @@ class BotRegistrationQuerySet(models.QuerySet["BotRegistration"]):
     def of(self, user: User) -> "BotRegistrationQuerySet":
         return self.filter(user_id=user.pk)
 
+    def enable(self) -> int:
+        """How many were disabled."""
+        return self.filter(enabled=False).update(enabled=True, disabled_at=None, disabled_reason="")
+
+    def disable(self, reason: str = "") -> int:
+        """What is said from now on fires nothing, and neither does what has not been acted upon yet;
+        runs that have been asked for go on. How many were enabled."""
+        return self.filter(enabled=True).update(
+            enabled=False, disabled_at=timezone.now(), disabled_reason=reason
+        )
+
 
 class BotRegistration(models.Model):
     """A bot's leave to act for a user. It makes no Matrix account."""
@@ -71,15 +82,31 @@ class BotRegistration(models.Model):
         editable=False,
         help_text="The user's at the time of the registration.",
     )
+    # Changed by enable() and disable(), which keep the three together.
+    enabled = models.BooleanField(
+        default=True, editable=False, help_text="While it is not, it fires nothing."
+    )
+    disabled_at = models.DateTimeField(null=True, blank=True, editable=False)
+    disabled_reason = models.TextField(blank=True, editable=False)
     created_at = models.DateTimeField(default=timezone.now, editable=False)
 
     objects = BotRegistrationQuerySet.as_manager()
 
     class Meta:
         ordering = ["created_at", "id"]
+        permissions = [("switch_botregistration", "Can enable and disable bot registrations")]
+        indexes = [
+            # botrunner.matching: those of whoever says something.
+            models.Index(fields=["username"], name="bot_registration_by_username"),
+        ]
         constraints = [
             models.CheckConstraint(
                 condition=Q(username__startswith="@"), name="bot_registration_is_for_a_matrix_id"
+            ),
+            models.CheckConstraint(
+                condition=Q(enabled=True, disabled_at=None, disabled_reason="")
+                | Q(enabled=False, disabled_at__isnull=False),
+                name="bot_registration_is_enabled_or_says_since_when_not",
             ),
         ]
 
@@ -129,3 +156,10 @@ class BotCommand(models.Model):
     @property
     def when(self) -> Filter:
         return Filter.parse(self.filter)
+
+    def in_words(self) -> str:
+        """When it fires."""
+        try:
+            return self.when.in_words()
+        except InvalidFilter as error:
+            return f"never: {error}"

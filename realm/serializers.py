@@ -47,7 +47,8 @@ class BotRegistrationSerializer(serializers.ModelSerializer):
     class Meta:
         model = BotRegistration
         resource_name = "bot-registration"
-        fields = ["username", "created_at"]
+        fields = ["username", "enabled", "created_at"]
+        read_only_fields = ["enabled"]
 
     def validate_username(self, username: str) -> str:
         if username != self.context["request"].user.matrix_user_id:

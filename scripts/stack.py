@@ -73,6 +73,7 @@ def main() -> None:
             check_port(name, port, patience=patience)
         export(folder, ports)
         prepare_redis(folder)
+        prepare_metrics(folder)
         prepare_matrix(folder, patience=patience)
         prepare_database()
         supervise.run(prepare_supervisor(folder, leaving))
@@ -163,6 +164,10 @@ def export(folder: Path, ports: dict[str, int]) -> None:
     os.environ["STACK_PYTHON"] = sys.executable
     os.environ["PYTHONUNBUFFERED"] = "1"
     os.environ["DEBUG"] = setting("DEBUG", "true")
+    # Whoever presses Ctrl-C waits; deploy/local/supervisord.conf does for a little longer than this.
+    os.environ["WORKER_GRACE_SECONDS"] = setting("WORKER_GRACE_SECONDS", "10")
+    # It listens on loopback, where there are no certificates.
+    os.environ["HTTPS"] = setting("HTTPS", "false")
     if sys.stdout.isatty():
         # The processes write into pipes and would take the reader for a machine.
         os.environ["LOG_FORMAT"] = setting("LOG_FORMAT", "console")
@@ -181,6 +186,14 @@ def prepare_redis(folder: Path) -> None:
         STACK_REDIS_SERVER=find_redis(),
         REDIS_URL=f"redis://:{password}@127.0.0.1:{port}/0",
     )
+
+
+def prepare_metrics(folder: Path) -> None:
+    """What the web processes count begins anew with each start."""
+    counted = folder / "metrics"
+    shutil.rmtree(counted, ignore_errors=True)
+    counted.mkdir(mode=0o700)
+    os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(counted)
 
 
 def find_redis() -> str:

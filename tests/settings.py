@@ -4,7 +4,22 @@ import os
 import tempfile
 
 _KEEP = {"DATABASE_URL"}
-_OURS = ("CHAT_", "REDIS_", "OPENAI_", "AGENT_", "REALM_", "SENTRY_", "LOG_")
+_OURS = (
+    "CHAT_",
+    "REDIS_",
+    "OPENAI_",
+    "AGENT_",
+    "REALM_",
+    "SENTRY_",
+    "LOG_",
+    "OPS_",
+    "METRICS_",
+    "PROMETHEUS_",
+    "SECURE_",
+    "STATIC_",
+    "AXES_",
+    "ADMIN_",
+)
 for _name in list(os.environ):
     if _name not in _KEEP and (
         _name.startswith(_OURS) or _name in {"DEBUG", "SECRET_KEY", "ALLOWED_HOSTS"}
@@ -13,6 +28,7 @@ for _name in list(os.environ):
 # Set, so that a developer's .env does not decide what is tested.
 os.environ |= {
     "DEBUG": "false",
+    "HTTPS": "false",
     "SECRET_KEY": "tests-only-secret-key-0123456789-0123456789-0123456789",
     "REALM_SECRET_SEED": "tests-only-realm-seed-0123456789-0123456789-0123456789",
     "CHAT_ALLOW_ANONYMOUS": "true",
@@ -25,15 +41,15 @@ os.environ |= {
     "OPENAI_BASE_URL": "",
     "REDIS_URL": "redis://127.0.0.1:1",
 }
-os.environ.setdefault("DATABASE_URL", "sqlite://:memory:")
+# A file, as in production: threads of a test have connections of their own. The name is that of a file
+# from the start, for pytest-django shares one connection between threads where it is `:memory:`.
+_folder = tempfile.TemporaryDirectory(prefix="botrealm-tests-")
+os.environ.setdefault("DATABASE_URL", f"sqlite:///{_folder.name}/unused.sqlite")
 
 from config.settings import *  # noqa: E402, F403
 from config.settings import DATABASES, MIDDLEWARE  # noqa: E402
 
 PASSWORD_HASHERS = ["django.contrib.auth.hashers.MD5PasswordHasher"]
-SESSION_COOKIE_SECURE = CSRF_COOKIE_SECURE = False
 MIDDLEWARE = [name for name in MIDDLEWARE if "whitenoise" not in name]
 if "sqlite" in DATABASES["default"]["ENGINE"]:
-    # A file, as in production: threads of a test have connections of their own.
-    _folder = tempfile.TemporaryDirectory(prefix="botrealm-tests-")
     DATABASES["default"]["TEST"] = {"NAME": f"{_folder.name}/test.sqlite"}

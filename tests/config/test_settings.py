@@ -11,11 +11,14 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 SHOW = "import sys; from django.conf import settings; print(eval(sys.argv[1]))"
 
 
+def inherited() -> dict[str, str]:
+    return {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+
+
 def start(expression: str = "None", **environment: str) -> subprocess.CompletedProcess[str]:
-    inherited = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
     return subprocess.run(
         [sys.executable, "-c", SHOW, expression],
-        env=inherited
+        env=inherited()
         | {"DJANGO_SETTINGS_MODULE": "config.settings", "PYTHONPATH": str(ROOT)}
         | environment,
         cwd=ROOT,
@@ -44,6 +47,10 @@ def start(expression: str = "None", **environment: str) -> subprocess.CompletedP
         ("LOG_LEVELS", "info", "pattern=level"),
         ("LOG_FORMAT", "xml", "console, json"),
         ("CHAT_DEFAULT_MODEL", "m" * 101, "100 characters"),
+        ("HTTPS", "often", "use true or false"),
+        ("SECURE_PROXY_SSL_HEADER", "HTTP_X=https", "such as X-Forwarded-Proto"),
+        ("RETENTION_STEPS_DAYS", "-1", "whole number of 0 or more"),
+        ("WORKER_GRACE_SECONDS", "long", "time in seconds"),
         ("SENTRY_DSN", "nonsense", "not a Sentry DSN"),
     ],
 )

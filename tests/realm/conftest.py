@@ -53,7 +53,8 @@ def only_error(response: Any, status: int) -> dict[str, Any]:
     assert set(response.json()) == {"errors"}
     [error] = response.json()["errors"]
     assert error["status"] == str(status)
-    assert set(error) - {"source"} == {"status", "code", "title", "detail"}
+    assert set(error) - {"source"} == {"status", "code", "title", "detail", "meta"}
+    assert error.pop("meta") == {"request_id": response.headers["X-Request-ID"]}
     assert all(error[name] and isinstance(error[name], str) for name in set(error) - {"source"})
     return error
 

@@ -43,8 +43,9 @@ def test_a_user_registers_a_bot(alice: User) -> None:
     data = response.json()["data"]
     assert set(data) == {"type", "id", "attributes"}
     assert data["type"] == "bot-registration"
-    assert set(data["attributes"]) == {"username", "createdAt"}
+    assert set(data["attributes"]) == {"username", "enabled", "createdAt"}
     assert data["attributes"]["username"] == "@alice:localhost"
+    assert data["attributes"]["enabled"] is True
     created = datetime.fromisoformat(data["attributes"]["createdAt"])
     assert datetime.now(UTC) - created < timedelta(minutes=1)
     row = BotRegistration.objects.get()
@@ -92,6 +93,7 @@ def test_what_the_server_writes_cannot_be_sent(alice: User, bob: User) -> None:
     document["data"]["attributes"] |= {
         "createdAt": "2001-01-01T00:00:00Z",
         "created_at": "2001-01-01T00:00:00Z",
+        "enabled": False,
         "user": bob.pk,
         "userId": bob.pk,
         "pk": str(uuid.uuid4()),
@@ -101,6 +103,28 @@ def test_what_the_server_writes_cannot_be_sent(alice: User, bob: User) -> None:
     row = BotRegistration.objects.get()
     assert row.user == alice
     assert row.created_at.year > 2001
+    assert row.enabled
+
+
+def test_a_disabled_bot_says_so(alice: User) -> None:
+    bot_id = register(alice)
+    mine = BotRegistration.objects.of(alice)
+    assert mine.disable("It answered too much.") == 1
+    assert mine.disable("again") == 0
+
+    def enabled() -> bool:
+        [row] = client_of(alice).get("/_bot-registrations").json()["data"]
+        assert row["id"] == bot_id
+        return row["attributes"]["enabled"]
+
+    assert not enabled()
+    row = BotRegistration.objects.get()
+    assert row.disabled_reason == "It answered too much."
+    assert row.disabled_at
+    assert mine.enable() == 1
+    assert enabled()
+    row.refresh_from_db()
+    assert (row.disabled_reason, row.disabled_at) == ("", None)
 
 
 def test_an_owner_unregisters_a_bot_by_the_body(alice: User) -> None:
@@ -178,3 +202,6 @@ def test_the_database_keeps_the_rules(alice: User) -> None:
     named = pytest.raises(IntegrityError, match="bot_registration_is_for_a_matrix_id")
     with named, transaction.atomic():
         BotRegistration.objects.create(user=alice, username="alice")
+    named = pytest.raises(IntegrityError, match="bot_registration_is_enabled")
+    with named, transaction.atomic():
+        BotRegistration.objects.create(user=alice, username="@alice:localhost", enabled=False)

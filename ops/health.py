@@ -1,0 +1,148 @@
+"""Whether this process can serve, and whether the whole gets on."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, cast
+
+from django.conf import settings
+from django.db import connection
+from django.db.migrations.loader import MigrationLoader
+from django.db.migrations.recorder import MigrationRecorder
+from django.db.models import Count, Min
+from django.db.models.functions import Now
+from django.utils import timezone
+from redis.exceptions import RedisError
+
+from agents import stream
+from agents.models import Event, Run, Worker
+from botrunner.models import Session
+from ops.bounded import Bounded, NoAnswer, ask_all
+
+PATIENCE_SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class Check:
+    ok: bool
+    told: dict[str, Any] = field(default_factory=dict)
+
+
+def readiness() -> dict[str, Check]:
+    return _asked(READINESS)
+
+
+def progress() -> dict[str, Check]:
+    return _asked(PROGRESS)
+
+
+def _asked(checks: Mapping[str, Bounded[Check]]) -> dict[str, Check]:
+    answers = ask_all(checks, PATIENCE_SECONDS)
+    return {
+        name: Check(False, {"error": str(answer)}) if isinstance(answer, NoAnswer) else answer
+        for name, answer in answers.items()
+    }
+
+
+def _database() -> Check:
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT 1")
+    return Check(True)
+
+
+def _redis() -> Check:
+    try:
+        stream.observer().ping()
+    except RedisError as error:
+        return Check(settings.OPS_READY_WITHOUT_REDIS, {"error": type(error).__name__})
+    return Check(True)
+
+
+def _migrations() -> Check:
+    missing = unapplied()
+    return Check(not missing, {"unapplied": len(missing)})
+
+
+def unapplied() -> list[str]:
+    """Migrations that the code has and the database has not."""
+    applied = MigrationRecorder(connection).applied_migrations()
+    return [f"{app}.{name}" for app, name in _known_migrations() if (app, name) not in applied]
+
+
+_known: list[tuple[str, str]] = []
+
+
+def _known_migrations() -> list[tuple[str, str]]:
+    """Read from the disk once: to import them all takes a tenth of a second."""
+    if not _known:
+        _known.extend(sorted(MigrationLoader(None).disk_migrations))
+    return _known
+
+
+def _queue() -> Check:
+    return _within(Run.objects.all().seconds_unclaimed(), settings.OPS_MAX_QUEUE_SECONDS)
+
+
+def _outbox() -> Check:
+    count, age = outbox()
+    check = _within(age, settings.OPS_MAX_OUTBOX_SECONDS)
+    return Check(check.ok, {**check.told, "events": count})
+
+
+def outbox() -> tuple[int, float]:
+    """How many events no worker has seen on the stream yet, and the age of the oldest in seconds."""
+    found = Event.objects.unpublished().aggregate(count=Count("pk"), oldest=Min("created_at"))
+    return found["count"], _age(found["oldest"])
+
+
+def _workers() -> Check:
+    told = workers()
+    return Check(told["reading"] > 0, told)
+
+
+def workers() -> dict[str, int]:
+    """How many beat, how many of them read the stream, and how many runs they hold."""
+    alive = list(Worker.objects.alive().values_list("runs_in_hand", flat=True))
+    return {
+        "alive": len(alive),
+        "reading": Worker.objects.reading().count(),
+        "runsInHand": sum(alive),
+    }
+
+
+def _bot() -> Check:
+    age = bot_sync_seconds()
+    if age is None or not settings.OPS_MAX_BOT_SYNC_SECONDS:
+        return Check(True, {"seconds": age})
+    return _within(age, settings.OPS_MAX_BOT_SYNC_SECONDS)
+
+
+def bot_sync_seconds() -> float | None:
+    """Since the bot last heard of its homeserver; None where no bot has ever been at work."""
+    account = Session.objects.filter(
+        homeserver=settings.MATRIX_URL, username=settings.BOT_RUNNER_USERNAME
+    ).exclude(last_sync_at=None)
+    for now, synced in account.annotate(now=Now()).values_list("now", "last_sync_at"):
+        return max(0.0, (now - cast("datetime", synced)).total_seconds())
+    return None
+
+
+def _within(age: float, limit: float) -> Check:
+    return Check(age <= limit, {"seconds": round(age, 1), "limit": limit})
+
+
+def _age(moment: datetime | None) -> float:
+    return 0.0 if moment is None else max(0.0, (timezone.now() - moment).total_seconds())
+
+
+READINESS = {
+    "database": Bounded(_database),
+    "redis": Bounded(_redis),
+    "migrations": Bounded(_migrations),
+}
+PROGRESS = {
+    "queue": Bounded(_queue),
+    "outbox": Bounded(_outbox),
+    "workers": Bounded(_workers),
+    "bot": Bounded(_bot),
+}

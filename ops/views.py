@@ -1,0 +1,76 @@
+"""What probes and Prometheus ask. Plain functions, called ahead of all other middleware (ops.http)."""
+
+import ipaddress
+import secrets
+
+from django.conf import settings
+from django.http import HttpRequest, HttpResponse, JsonResponse
+
+from ops import health, metrics
+
+# A proxy says so when it passes on a request. The address is then the proxy's and proves nothing;
+# what stands in these headers anybody can write, so it is never taken for the client's address.
+PROXIED = ("X-Forwarded-For", "Forwarded", "X-Real-IP", "Via")
+
+
+def process(request: HttpRequest) -> HttpResponse:
+    """Whether this process answers: nothing else is asked, so nobody kills it for a database."""
+    return _told({"ok": True, "service": "botrealm", "version": settings.RELEASE})
+
+
+def ready(request: HttpRequest) -> HttpResponse:
+    """Whether requests should be sent here."""
+    return _report(health.readiness())
+
+
+def deep(request: HttpRequest) -> HttpResponse:
+    """Whether what is asked is also answered: with the figures, so for operators only."""
+    return _forbidden(request) or _report(health.progress())
+
+
+def metrics_page(request: HttpRequest) -> HttpResponse:
+    return _forbidden(request) or HttpResponse(
+        metrics.exposition(),
+        content_type=metrics.CONTENT_TYPE,
+        headers={"Cache-Control": "no-store"},
+    )
+
+
+def _report(checks: dict[str, health.Check]) -> JsonResponse:
+    ok = all(check.ok for check in checks.values())
+    told = {name: {"ok": check.ok, **check.told} for name, check in checks.items()}
+    return _told({"ok": ok, "checks": told}, status=200 if ok else 503)
+
+
+def _told(data: dict[str, object], status: int = 200) -> JsonResponse:
+    return JsonResponse(data, status=status, headers={"Cache-Control": "no-store"})
+
+
+def _forbidden(request: HttpRequest) -> HttpResponse | None:
+    if _has_token(request) or _is_near(request):
+        return None
+    return JsonResponse(
+        {"ok": False, "error": "Only for operators: see METRICS_TOKEN and OPS_ALLOWED_NETWORKS."},
+        status=401 if settings.METRICS_TOKEN else 403,
+        headers={"WWW-Authenticate": "Bearer"} if settings.METRICS_TOKEN else {},
+    )
+
+
+def _has_token(request: HttpRequest) -> bool:
+    scheme, _, token = request.headers.get("Authorization", "").partition(" ")
+    return (
+        bool(settings.METRICS_TOKEN)
+        and scheme.lower() == "bearer"
+        and secrets.compare_digest(token.strip().encode(), settings.METRICS_TOKEN.encode())
+    )
+
+
+def _is_near(request: HttpRequest) -> bool:
+    if any(header in request.headers for header in PROXIED):
+        return False
+    try:
+        address = ipaddress.ip_address(request.META.get("REMOTE_ADDR", ""))
+    except ValueError:  # a Unix socket
+        return False
+    mapped = getattr(address, "ipv4_mapped", None)
+    return any((mapped or address) in network for network in settings.OPS_ALLOWED_NETWORKS)

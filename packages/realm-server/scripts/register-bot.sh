@@ -1,0 +1,1 @@
+../../../scripts/register-bot.sh

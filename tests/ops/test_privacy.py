@@ -1,0 +1,298 @@
+"""Secrets and what people say are planted, every path is driven, well and badly; then they are looked
+for where they must not be."""
+
+import base64
+import json
+from typing import Any
+
+import pytest
+import sentry_sdk
+from django.conf import settings as configured
+from django.core.management import call_command
+from django.db import DatabaseError, OperationalError
+from django.test import Client
+from redis import Redis
+
+from agents import commands, inbox, runs, runtime, stream
+from agents.models import Run
+from botrunner import acting, replies
+from botrunner.client import MatrixError
+from botrunner.models import Reply, Session
+from config.scrub import Scrubber
+from ops import metrics
+from realm import tokens
+from realm.models import User
+from tests import factories
+from tests.botrunner import scenes
+from tests.fakes.llm import Failure, FakeLLM
+from tests.ops.conftest import Lines, Mailbox
+
+SAID = "canary-words-of-a-person"
+KEY = "sk-canary-0123456789"  # that of the fixture `model`
+OPENID = "syt_canary_openid_0123456789"
+PASSWORD = "canary-password-0123456789"
+ACCESS = "syt_canary_access_0123456789"
+
+pytestmark = pytest.mark.django_db(transaction=True)
+
+
+class Paths:
+    """What happens to a question, with canaries in it."""
+
+    def __init__(self, model: FakeLLM, redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.model, self.redis, self.monkeypatch = model, redis, monkeypatch
+        self.jwt = tokens.issue("@alice:localhost")
+        self.client = Client(
+            raise_request_exception=False, headers={"authorization": f"Bearer {self.jwt}"}
+        )
+
+    @property
+    def canaries(self) -> list[str]:
+        return [SAID, KEY, OPENID, PASSWORD, ACCESS, self.jwt]
+
+    def http(self) -> None:
+        User.objects.of_matrix_id("@alice:localhost")
+        User.objects.create_superuser("admin", password=PASSWORD)
+        post = self.client.post
+        said = {"content": SAID, "model": "gpt-4o-mini"}
+        assert post("/api/chat/messages", said, "application/json").status_code == 202
+        assert post("/api/chat/messages", f'{{"{SAID}', "application/json").status_code == 400
+        self.client.get(f"/api/chat/runs/nothing?access_token={ACCESS}&q={SAID}")
+        self.client.get(f"/{SAID}")
+        post("/_server-session", {"access_token": OPENID}, "application/json")
+        for password in (PASSWORD, f"{PASSWORD}-wrong"):
+            Client().post("/admin/login/", {"username": "admin", "password": password})
+
+    def http_with_a_defect(self) -> None:
+        for error in (
+            # As PostgreSQL tells it.
+            DatabaseError(f'null value in "x"\nDETAIL:  Failing row contains (7, {SAID}).'),
+            RuntimeError(f"Authorization: Bearer {self.jwt}"),
+        ):
+            with self.monkeypatch.context() as patch:
+                patch.setattr(inbox, "ask", _raising(error))
+                said = {"content": SAID}
+                answer = self.client.post("/api/chat/messages", said, "application/json")
+                assert answer.status_code >= 500
+                patch.setattr("realm.models.BotRegistration.objects.of", _raising(error))
+                assert self.client.get("/_bot-registrations").status_code >= 500
+
+    def worker(self) -> None:
+        for failure in (
+            None,
+            Failure(401, message=f"Incorrect API key provided: {KEY}"),
+            Failure(400, message=f"Cannot answer: {SAID}"),
+            Failure(500, message=SAID),
+        ):
+            self.model.script(*filter(None, [failure]))
+            runs.execute(factories.ask(SAID).pk)
+
+    def worker_with_a_defect(self) -> None:
+        def explode(*_: Any, **__: Any) -> None:
+            question = SAID  # noqa: F841  (a local variable that a traceback might show)
+            raise RuntimeError(f"POST https://user:{PASSWORD}@host/v1?api_key={KEY}")
+
+        with self.monkeypatch.context() as patch:
+            patch.setattr(commands, "carry_out", explode)
+            runs.execute(factories.ask(SAID).pk)
+
+    def stream(self) -> None:
+        stream.ensure_group()
+        raw = json.dumps({"id": SAID, "type": "agent.run.requested"}).encode()
+        self.redis.xadd("agent_events", {"event": raw})
+        runtime.Reader("worker-1").handle(stream.read("worker-1"))
+
+    def room(self) -> None:
+        scenes.command(prefix="!ask")
+        session = scenes.session()
+        session.set_login(scenes.ME, "DEVICE", ACCESS)
+        scenes.take_in(session, scenes.event(f"!ask {SAID}"), scenes.event(f"!ask {SAID} again"))
+        for run in Run.objects.filter(source="matrix"):
+            runs.execute(run.pk)
+        replies.compose(session)
+        for reply in Reply.objects.all():
+            url = f"http://hs/_matrix/client/v3/sync?access_token={ACCESS}"
+            replies.not_sent(reply, MatrixError("M_UNKNOWN", f"{url}: refused", status=500))
+
+    def room_with_a_defect(self) -> None:
+        from botrunner import bot
+
+        try:
+            raise RuntimeError(f"M_FORBIDDEN for {ACCESS}, password={PASSWORD}")
+        except RuntimeError:
+            bot.logger.exception("Event %d could not be handled", 7)
+        acting.give_up(7)
+
+    def drive(self) -> None:
+        for path in (
+            self.http,
+            self.http_with_a_defect,
+            self.worker,
+            self.worker_with_a_defect,
+            self.stream,
+            self.room,
+            self.room_with_a_defect,
+        ):
+            path()
+
+
+def _raising(error: Exception) -> Any:
+    def explode(*_: Any, **__: Any) -> None:
+        raise error
+
+    return explode
+
+
+@pytest.fixture
+def paths(
+    model: FakeLLM, redis: Redis, redis_server: str, monkeypatch: pytest.MonkeyPatch
+) -> Paths:
+    from config.celery import app
+
+    app.conf.broker_url = redis_server
+    app.set_current()
+    return Paths(model, redis, monkeypatch)
+
+
+def test_not_in_the_log(paths: Paths, lines: Lines) -> None:
+    paths.drive()
+
+    assert lines.of("Run completed")
+    assert lines.of("Run failed")
+    assert lines.of("A request failed unexpectedly")  # with a traceback
+    for canary in paths.canaries:
+        assert canary not in lines.text
+
+
+def test_not_in_error_reports(paths: Paths, sentry: Mailbox) -> None:
+    paths.drive()
+
+    told = {(event.get("logentry") or {}).get("message") for event in sentry.events}
+    assert "Run failed unexpectedly" in told
+    assert "A request failed unexpectedly" in told
+    for canary in paths.canaries:
+        assert canary not in sentry.text
+
+
+def test_not_in_tasks(paths: Paths, redis: Redis) -> None:
+    paths.http()
+    runtime.hand_over(Run.objects.values_list("pk", flat=True))
+
+    [message] = redis.lrange("agent_events:celery", 0, -1)
+    whole = json.loads(message)
+    body = base64.b64decode(whole["body"]).decode()
+    assert json.loads(body)[0] == [Run.objects.get().pk]
+    for canary in paths.canaries:
+        assert canary not in body + json.dumps(whole["headers"])
+
+
+def test_not_in_metrics(paths: Paths) -> None:
+    paths.drive()
+
+    told = metrics.exposition().decode()
+    assert "botrealm_runs_total" in told
+    for canary in paths.canaries:
+        assert canary not in told
+
+
+def test_not_in_what_the_doctor_says(paths: Paths, settings: Any, capsys: Any) -> None:
+    settings.BOT_RUNNER_PASSWORD = PASSWORD
+    settings.MATRIX_URL = f"http://bot:{PASSWORD}@127.0.0.1:1"
+    Session.objects.create(
+        homeserver=settings.MATRIX_URL,
+        username=settings.BOT_RUNNER_USERNAME,
+        access_token=ACCESS,
+    )
+    with pytest.raises(SystemExit):
+        call_command("doctor")
+
+    told = capsys.readouterr().out
+    assert "No homeserver answers" in told
+    for canary in (KEY, PASSWORD, ACCESS, configured.SECRET_KEY):
+        assert canary not in told
+
+
+class TestReports:
+    def test_what_stands_in_one(self, paths: Paths, sentry: Mailbox) -> None:
+        paths.worker_with_a_defect()
+
+        [event] = sentry.events
+        run = Run.objects.get()
+        assert (event["release"], event["environment"]) == ("botrealm@1.2.3", "tests")
+        assert event["tags"] == {
+            "run": run.pk,
+            "thread": run.thread_id,
+            "correlation_id": run.correlation_id,
+            "attempt": 1,
+            "model": "gpt-4o-mini",
+            "source": "http",
+        }
+
+    @pytest.mark.parametrize(
+        ("error", "fingerprint"),
+        [
+            (OperationalError("server closed the connection"), ["OperationalError", "django"]),
+            (MatrixError("M_LIMIT_EXCEEDED", "Slow down"), ["MatrixError", "M_LIMIT_EXCEEDED"]),
+        ],
+    )
+    def test_one_group_for_a_cause(
+        self, sentry: Mailbox, error: Exception, fingerprint: list[str]
+    ) -> None:
+        for place in (_here, _there):
+            try:
+                place(error)
+            except Exception:
+                sentry_sdk.capture_exception()
+
+        assert [event["fingerprint"] for event in sentry.events] == [fingerprint] * 2
+
+    def test_a_defect_has_the_group_of_its_place(self, sentry: Mailbox) -> None:
+        try:
+            _here(ValueError("7"))
+        except Exception:
+            sentry_sdk.capture_exception()
+
+        assert "fingerprint" not in sentry.events[0]
+
+
+def _here(error: Exception) -> None:
+    raise error
+
+
+def _there(error: Exception) -> None:
+    raise RuntimeError("It did not work.") from error
+
+
+class TestScrubber:
+    scrub = staticmethod(Scrubber("the-secret-of-this-server", 'with "quotes" in it', "short"))
+
+    @pytest.mark.parametrize(
+        ("text", "kept"),
+        [
+            ("Authorization: Bearer abc.def.ghi", "Authorization: Bearer [removed]"),
+            ('{"authorization": "Bearer abc"}', '{"authorization": "Bearer [removed]"}'),
+            ("GET /sync?access_token=abc&since=s1", "GET /sync?access_token=[removed]&since=s1"),
+            ("redis://:hunter2@host:6379/0", "redis://:[removed]@host:6379/0"),
+            ("postgres://user:hunter2@host/db", "postgres://user:[removed]@host/db"),
+            ("key eyJhbGciOiJI.eyJ1c2Vy.c2ln", "key [removed]"),
+            ("Incorrect API key: sk-proj-abc123def456", "Incorrect API key: [removed]"),
+            ("the-secret-of-this-server!", "[removed]!"),
+            ('{"a": "with \\"quotes\\" in it"}', '{"a": "[removed]"}'),
+            ("x\nDETAIL:  Failing row contains (1, a).\nLINE 1", "x\nDETAIL:[removed]\nLINE 1"),
+        ],
+    )
+    def test_what_is_secret_goes(self, text: str, kept: str) -> None:
+        assert self.scrub(text) == kept
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            '{"prompt_tokens": 7, "completion_tokens": 3}',
+            "short",
+            "Logged in as @bot:localhost, device BOTREALM1",
+            "https://hooks.example.org/path",
+            "Run run_seeqe3x3d0bnmgbzbw1s5zr3 failed (key_refused)",
+        ],
+    )
+    def test_the_rest_stays(self, text: str) -> None:
+        assert self.scrub(text) == text
