@@ -131,7 +131,7 @@ def _post(call: Call) -> str:
     }
     connections.give_back()
     step = loop.StepRecord("tool", run.command[:100], body)
-    call.transcript.steps.append(step)
+    call.transcript.begin(step)
     started = time.monotonic()
     try:
         step.output = webhooks.post(run.command, body, key=run.pk, control=call.control)
@@ -140,4 +140,5 @@ def _post(call: Call) -> str:
         raise
     finally:
         step.duration_ms = int((time.monotonic() - started) * 1000)
+        call.transcript.end(step)
     return step.output

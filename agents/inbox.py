@@ -17,6 +17,7 @@ from django.utils import timezone
 from agents import stream
 from agents.models import CHAT_REPLY, Event, IdempotencyKey, Run, new_run_id
 from chat.models import CHOSEN_ID, Message, Thread, ThreadQuerySet, new_thread_id
+from realm import tracing
 from realm.models import User
 
 MAX_MODEL_LENGTH = 100
@@ -70,6 +71,7 @@ def ask(
     owner: User | None = None,
     thread_id: str | None = None,
     model: str | None = None,
+    place: str = "",
     command: str = CHAT_REPLY,
     input: dict[str, Any] | None = None,
     correlation_id: str | None = None,
@@ -82,7 +84,8 @@ def ask(
 
     `threads` are those that the asker may write to. A `thread_id` that nobody has yet makes a new
     thread of that name, owned by `owner`. `event_id` is given by whoever has read the event from the
-    stream already. `command`, with its `input`, is what the run carries out. Raises `Refused`.
+    stream already. `command`, with its `input`, is what the run carries out. `place` is where it was
+    asked, for whoever adds up what a place costs. Raises `Refused`.
     """
     content = clean_content(content)
     # What was sent, before any rule that a setting may change: a repeat gets its answer for good.
@@ -112,7 +115,7 @@ def ask(
                 threads,
                 owner,
                 event_id,
-                command={"command": command, "input": input or {}},
+                columns={"command": command, "input": input or {}, "place": place},
                 is_new_thread=thread_id is None,
             )
     except IntegrityError:
@@ -175,7 +178,7 @@ def _write(
     owner: User | None,
     event_id: uuid.UUID | None,
     *,
-    command: dict[str, Any],
+    columns: dict[str, Any],
     is_new_thread: bool,
 ) -> None:
     turn = 0 if is_new_thread else _next_turn(asked.thread_id, threads)
@@ -197,24 +200,20 @@ def _write(
         position=position,
         correlation_id=asked.correlation_id,
         source=source,
+        request_id=tracing.request_id(),
         model=asked.model,
         request_event_id=event_id or uuid.uuid4(),
         # By the database's clock, which the claim goes by.
         due_at=Now(),
         handed_at=Now(),
-        **command,
+        **columns,
     )
     event = Event.objects.create(
         id=run.request_event_id,
         type=Event.Type.REQUESTED,
         run=run,
         correlation_id=asked.correlation_id,
-        payload={
-            "runId": asked.run_id,
-            "threadId": asked.thread_id,
-            "prompt": content,
-            "model": asked.model,
-        },
+        payload=run.request_payload(content),
         published_at=timezone.now() if event_id else None,
     )
     if not event_id:

@@ -11,13 +11,14 @@ import os
 import secrets
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
+from datetime import datetime, timedelta
 
 from django.conf import settings
 from django.db import connection, transaction
 from django.db.models.functions import Now
+from django.utils import timezone
 
 from agents.models import Run
 
@@ -41,17 +42,37 @@ class Lease:
         self.run_id = run.pk
         self.attempt = run.attempt
         self._lost = threading.Event()
+        self._lock = threading.Lock()
+        self._cut: Callable[[], None] | None = None
 
     def lost(self) -> bool:
         return self._lost.is_set()
 
     def lose(self) -> None:
-        self._lost.set()
+        with self._lock:
+            self._lost.set()
+            if self._cut:
+                self._cut()
+
+    @contextmanager
+    def cutting(self, cut: Callable[[], None]) -> Iterator[None]:
+        """Have `cut` called when the lease is lost meanwhile: the run's thread may be waiting for
+        somebody who has nothing to say."""
+        with self._lock:
+            self._cut = cut
+            if self.lost():
+                cut()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._cut = None
 
 
 class Heartbeat:
     def __init__(self) -> None:
         self._leases: set[Lease] = set()
+        self.last_put_down: datetime | None = None
         self._lock = threading.Lock()
         self._wanted = threading.Event()
         self._thread: threading.Thread | None = None
@@ -71,6 +92,18 @@ class Heartbeat:
         finally:
             with self._lock:
                 self._leases.discard(lease)
+                self.last_put_down = timezone.now()
+
+    def in_hand(self) -> int:
+        """How many runs this process holds."""
+        return len(self._leases)
+
+    def lose_all(self) -> None:
+        """Have every thread that holds a run give it up at its next chunk."""
+        with self._lock:
+            leases = set(self._leases)
+        for lease in leases:
+            lease.lose()
 
     def _beat(self) -> None:
         pause = threading.Event()

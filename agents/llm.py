@@ -6,11 +6,14 @@ Without a key and a base URL there is no model, and an echo answers (`configured
 import functools
 import logging
 import re
+import socket
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -50,15 +53,20 @@ class Stopped(Exception):
     """The caller no longer wants the answer."""
 
 
+Cut = Callable[[], None]
+
+
 @dataclass(frozen=True)
 class Usage:
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    cached_tokens: int = 0  # of the prompt tokens
 
     def __add__(self, other: "Usage") -> "Usage":
         return Usage(
             self.prompt_tokens + other.prompt_tokens,
             self.completion_tokens + other.completion_tokens,
+            self.cached_tokens + other.cached_tokens,
         )
 
 
@@ -82,6 +90,11 @@ class Control:
 
     deadline: float = float("inf")  # time.monotonic()
     stopped: Callable[[], bool] = lambda: False
+    # What comes, as it comes.
+    text: Callable[[str], None] = lambda piece: None
+    # Who knows first that the answer is no longer wanted may cut the connection meanwhile, so that
+    # it is noticed between two chunks too.
+    cutting: Callable[[Cut], AbstractContextManager[None]] = lambda cut: nullcontext()
 
     def check(self) -> None:
         if self.stopped():
@@ -100,11 +113,16 @@ def complete(
     model: str,
     tools: list[dict[str, Any]] | None = None,
     control: Control = Control(),
+    reply: Reply | None = None,
 ) -> Reply:
-    """One call of `model`. Raises `LLMError`, or `Stopped` when `control` says so."""
+    """One call of `model`. `reply` is filled as the answer comes, so that a failure leaves what came.
+    Raises `LLMError`, or `Stopped` when `control` says so."""
     control.check()
+    reply = reply or Reply()
     if not configured():
-        return Reply(text=f"Handled prompt: {messages[-1]['content']}")
+        reply.text = f"Handled prompt: {messages[-1]['content']}"
+        control.text(reply.text)
+        return reply
     body: dict[str, Any] = {
         "model": model,
         "messages": messages,
@@ -118,20 +136,23 @@ def complete(
     import openai
 
     try:
-        with _client().post(
-            "/chat/completions",
-            cast_to=object,
-            # Bytes and an untyped stream: the SDK's typed request and events cost ten times the
-            # rest of the call.
-            content=orjson.dumps(body),
-            options={
-                "headers": {"Content-Type": "application/json", "Accept": "text/event-stream"},
-                "timeout": _timeout(control),
-            },
-            stream=True,
-            stream_cls=openai.Stream[object],
-        ) as stream:
-            return _read(stream.response, control)
+        with (
+            _client().post(
+                "/chat/completions",
+                cast_to=object,
+                # Bytes and an untyped stream: the SDK's typed request and events cost ten times the
+                # rest of the call.
+                content=orjson.dumps(body),
+                options={
+                    "headers": {"Content-Type": "application/json", "Accept": "text/event-stream"},
+                    "timeout": _timeout(control),
+                },
+                stream=True,
+                stream_cls=openai.Stream[object],
+            ) as stream,
+            control.cutting(partial(_cut, stream.response)),
+        ):
+            return _read(stream.response, control, reply)
     except openai.APIStatusError as error:
         raise _refusal(error, model) from error
     except (openai.APITimeoutError, httpx2.TimeoutException) as error:
@@ -139,6 +160,8 @@ def complete(
             "The model did not answer in time.", code="timeout", permanent=False
         ) from error
     except (openai.APIError, httpx2.HTTPError, httpx2.StreamError) as error:
+        if control.stopped():
+            raise Stopped from error
         # The SDK wraps only what goes wrong before the first byte.
         raise LLMError(
             "The connection to the model was lost.", code="connection", permanent=False
@@ -171,13 +194,20 @@ def _timeout(control: Control) -> Any:
     return openai.Timeout(read, connect=min(5.0, read))
 
 
-def _read(response: Any, control: Control) -> Reply:
+def _cut(response: Any) -> None:
+    """End a connection that another thread may be reading from, which closing it would not do."""
+    connection = response.extensions["network_stream"].get_extra_info("socket")
+    with suppress(OSError):  # it is closed already
+        connection.shutdown(socket.SHUT_RDWR)
+
+
+def _read(response: Any, control: Control, reply: Reply) -> Reply:
     chunks = _bounded(response.iter_bytes(), control)
     try:
         if "json" in response.headers.get("content-type", ""):
             # An endpoint that cannot stream answers whole.
-            return _whole(orjson.loads(b"".join(chunks)))
-        return _streamed(orjson.loads(data) for data in _data_lines(chunks))
+            return _whole(orjson.loads(b"".join(chunks)), control, reply)
+        return _streamed((orjson.loads(data) for data in _data_lines(chunks)), control, reply)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         # Whatever the endpoint sent, it is not the protocol: no schema is worth its cost per token.
         raise LLMError(
@@ -185,39 +215,46 @@ def _read(response: Any, control: Control) -> Reply:
         ) from error
 
 
-def _streamed(chunks: Iterator[dict[str, Any]]) -> Reply:
-    reply = Reply()
+def _streamed(chunks: Iterator[dict[str, Any]], control: Control, reply: Reply) -> Reply:
     pieces: list[str] = []
     calls: dict[int, dict[str, str]] = {}
     finished = False
-    for chunk in chunks:
-        if chunk.get("error"):
-            break
-        if chunk.get("usage"):
-            reply.usage = _usage(chunk["usage"])
-        for choice in chunk["choices"][:1]:
-            delta = choice.get("delta") or {}
-            pieces.append(delta.get("content") or "")
-            for fragment in delta.get("tool_calls") or []:
-                _gather(calls, fragment)
-            finished = finished or bool(choice.get("finish_reason"))
+    try:
+        for chunk in chunks:
+            if chunk.get("error"):
+                break
+            if chunk.get("usage"):
+                reply.usage = _usage(chunk["usage"])
+            for choice in chunk["choices"][:1]:
+                delta = choice.get("delta") or {}
+                if piece := storable(delta.get("content") or ""):
+                    pieces.append(piece)
+                    control.text(piece)
+                for fragment in delta.get("tool_calls") or []:
+                    _gather(calls, fragment)
+                finished = finished or bool(choice.get("finish_reason"))
+    finally:
+        reply.text = "".join(pieces)
+        if not finished and reply.usage == Usage():
+            # Roughly what was paid for: the end, which tells it, did not come.
+            reply.usage = Usage(completion_tokens=len(pieces))
     if not finished:
+        control.check()  # a connection that was cut looks like one that broke
         raise LLMError("The model broke off its answer.", code="broken", permanent=False)
-    reply.text = storable("".join(pieces))
     reply.tool_calls = [_tool_call(call) for _, call in sorted(calls.items())]
     return reply
 
 
-def _whole(body: dict[str, Any]) -> Reply:
+def _whole(body: dict[str, Any], control: Control, reply: Reply) -> Reply:
     message = body["choices"][0]["message"]
-    return Reply(
-        text=storable(message.get("content") or ""),
-        tool_calls=[
-            _tool_call({"id": call["id"], **call["function"]})
-            for call in message.get("tool_calls") or []
-        ],
-        usage=_usage(body.get("usage") or {}),
-    )
+    reply.text = storable(message.get("content") or "")
+    reply.tool_calls = [
+        _tool_call({"id": call["id"], **call["function"]})
+        for call in message.get("tool_calls") or []
+    ]
+    reply.usage = _usage(body.get("usage") or {})
+    control.text(reply.text)
+    return reply
 
 
 def _gather(calls: dict[int, dict[str, str]], fragment: dict[str, Any]) -> None:
@@ -238,10 +275,17 @@ def _tool_call(call: dict[str, str]) -> ToolCall:
 
 
 def _usage(usage: dict[str, Any]) -> Usage:
+    prompt_tokens = _count(usage, "prompt_tokens")
+    details = usage.get("prompt_tokens_details") or {}
     return Usage(
-        prompt_tokens=min(max(0, int(usage.get("prompt_tokens") or 0)), MAX_TOKENS),
-        completion_tokens=min(max(0, int(usage.get("completion_tokens") or 0)), MAX_TOKENS),
+        prompt_tokens=prompt_tokens,
+        completion_tokens=_count(usage, "completion_tokens"),
+        cached_tokens=min(_count(details, "cached_tokens"), prompt_tokens),
     )
+
+
+def _count(usage: dict[str, Any], name: str) -> int:
+    return min(max(0, int(usage.get(name) or 0)), MAX_TOKENS)
 
 
 def _data_lines(chunks: Iterator[bytes]) -> Iterator[bytes]:

@@ -3,7 +3,10 @@
 import logging
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from datetime import datetime
+from typing import Any, Protocol
+
+from django.utils import timezone
 
 from agents import llm, tools
 
@@ -24,13 +27,38 @@ class StepRecord:
     error: str = ""
     usage: llm.Usage = field(default_factory=llm.Usage)
     duration_ms: int = 0
+    started_at: datetime = field(default_factory=timezone.now)
+
+
+class Watcher(Protocol):
+    def step_started(self, kind: str, name: str) -> None: ...
+
+    def step_finished(self, **data: Any) -> None: ...
 
 
 @dataclass
 class Transcript:
-    """What happened so far; filled as it happens, so that a failure leaves its steps."""
+    """What happened so far; filled as it happens, so that a failure leaves its steps. Whoever
+    watches is told of each."""
 
     steps: list[StepRecord] = field(default_factory=list)
+    watcher: Watcher | None = None
+
+    def begin(self, step: StepRecord) -> None:
+        self.steps.append(step)
+        if self.watcher:
+            self.watcher.step_started(step.kind, step.name)
+
+    def end(self, step: StepRecord) -> None:
+        if self.watcher:
+            self.watcher.step_finished(
+                kind=step.kind,
+                name=step.name,
+                error=step.error,
+                promptTokens=step.usage.prompt_tokens,
+                completionTokens=step.usage.completion_tokens,
+                durationMs=step.duration_ms,
+            )
 
     @property
     def usage(self) -> llm.Usage:
@@ -79,22 +107,23 @@ def _model_step(
     control: llm.Control,
     transcript: Transcript,
 ) -> llm.Reply:
-    transcript.steps.append(step)
+    transcript.begin(step)
     started = time.monotonic()
+    reply = llm.Reply()
     try:
-        reply = llm.complete(messages, model=step.name, tools=offered, control=control)
+        return llm.complete(messages, model=step.name, tools=offered, control=control, reply=reply)
     except llm.LLMError as error:
         step.error = str(error)
         raise
     finally:
+        step.output, step.usage = reply.text, reply.usage
         step.duration_ms = int((time.monotonic() - started) * 1000)
-    step.output, step.usage = reply.text, reply.usage
-    return reply
+        transcript.end(step)
 
 
 def _tool_step(call: llm.ToolCall, transcript: Transcript) -> dict[str, Any]:
     step = StepRecord("tool", call.name, {"id": call.id, "arguments": call.arguments})
-    transcript.steps.append(step)
+    transcript.begin(step)
     started = time.monotonic()
     try:
         step.output = llm.storable(tools.call(call.name, call.arguments))
@@ -105,6 +134,7 @@ def _tool_step(call: llm.ToolCall, transcript: Transcript) -> dict[str, Any]:
         logger.exception("Tool %s failed", call.name)
         step.error = "The tool failed."
     step.duration_ms = int((time.monotonic() - started) * 1000)
+    transcript.end(step)
     return {
         "role": "tool",
         "tool_call_id": call.id,

@@ -18,7 +18,7 @@ from django.db.models import Case, DateTimeField, F, Min, Value, When
 from django.template.loader import render_to_string
 from django.utils import timezone
 
-from agents import llm
+from agents import llm, prices
 from agents.models import Run, Summary
 from chat.models import Message, Thread
 from realm import connections
@@ -170,6 +170,7 @@ def _record(
             model=model,
             prompt_tokens=reply.usage.prompt_tokens,
             completion_tokens=reply.usage.completion_tokens,
+            cost=prices.cost(model, reply.usage),
         )
 
 

@@ -1,24 +1,43 @@
 """The records of a run. The rules of its life are in agents/runs.py."""
 
 import uuid
-from datetime import timedelta
+from datetime import UTC, date, datetime, timedelta
+from typing import Any
 
 import cuid2
+from django.core.exceptions import ValidationError
+from django.core.validators import MinValueValidator, RegexValidator
 from django.db import models
-from django.db.models import Exists, F, OuterRef, Q
-from django.db.models.functions import Now
+from django.db.models import Exists, F, OuterRef, Q, Subquery
+from django.db.models.functions import Coalesce, Greatest, Now
 from django.utils import timezone
 
 from chat.models import Message, Thread
+from realm.tracing import MAX_LENGTH as MAX_REQUEST_ID_LENGTH
 
 CHAT_REPLY = "chat.reply"
+
+
+def today() -> date:
+    """In UTC, as all days here."""
+    return datetime.now(UTC).date()
 
 
 def new_run_id() -> str:
     return f"run_{cuid2.create_id()}"
 
 
+# A worker beats every few seconds; one that is silent for so long is gone or stuck.
+WORKER_PATIENCE = timedelta(seconds=15)
+WORKER_MEMORY = timedelta(hours=1)
+SEARCHED_FOR_OLDEST = 200
 UNTOLD = Q(handed_at=None) | Q(handed_at__lt=F("lease_expires_at"))
+
+
+def cost_field() -> "models.BigIntegerField[int | None, int | None]":
+    """An amount in trillionths (10⁻¹²) of the currency: a price of up to six decimals for a million
+    tokens, times tokens, is a whole number of them. Empty where a price was not known."""
+    return models.BigIntegerField(null=True, blank=True, default=0, editable=False)
 
 
 class RunQuerySet(models.QuerySet["Run"]):
@@ -38,7 +57,14 @@ class RunQuerySet(models.QuerySet["Run"]):
         the clocks of the workers need not agree."""
         waiting = Q(status=Run.Status.QUEUED)
         abandoned = Q(status=Run.Status.PROCESSING, lease_expires_at__lt=Now())
-        return self.filter(waiting | abandoned, due_at__lte=Now()).first_of_thread()
+        # A later one is being worked on only where this one was asked for again.
+        later = Run.objects.unfinished().filter(
+            thread=OuterRef("thread"),
+            position__gt=OuterRef("position"),
+            lease_expires_at__gte=Now(),
+        )
+        due = self.filter(waiting | abandoned, due_at__lte=Now())
+        return due.first_of_thread().filter(~Exists(later))
 
     def untold(self) -> "RunQuerySet":
         """Claimable ones that no worker was told of, or not since the last one was lost."""
@@ -47,6 +73,27 @@ class RunQuerySet(models.QuerySet["Run"]):
     def overlooked(self, *, after: timedelta) -> "RunQuerySet":
         """Those, and the ones told so long ago that the hand-over must be lost."""
         return self.claimable().filter(UNTOLD | Q(handed_at__lt=Now() - after))
+
+    def as_read(self, run: "Run") -> "RunQuerySet":
+        """This run, if nobody has changed its state since it was read: the three together never come
+        back to what they were."""
+        return self.filter(pk=run.pk, status=run.status, attempt=run.attempt, retries=run.retries)
+
+    def seconds_unclaimed(self) -> float:
+        """For how long the run has been left lying that any worker could have claimed; 0 where there
+        is none. It could since it was due, since its worker gave it up, and since it was its turn in
+        the thread, whichever came last."""
+        before = Run.objects.filter(thread=OuterRef("thread"), position__lt=OuterRef("position"))
+        turn = before.order_by("-position").values("finished_at")[:1]
+        since = Greatest(
+            F("due_at"),
+            Coalesce(F("lease_expires_at"), F("due_at")),
+            Coalesce(Subquery(turn), F("due_at")),
+        )
+        lying = self.claimable().annotate(now=Now(), since=since).order_by("due_at")
+        # Not of all: in a long queue the oldest is among these for all that is worth knowing.
+        times = lying.values_list("now", "since")[:SEARCHED_FOR_OLDEST]
+        return max([0.0, *((now - since).total_seconds() for now, since in times)])
 
     def held_by(self, worker: str) -> "RunQuerySet":
         return self.filter(status=Run.Status.PROCESSING, worker=worker)
@@ -78,6 +125,16 @@ class Run(models.Model):
     # The event that asked; each outcome names it. No foreign key: the event needs the run first.
     request_event_id = models.UUIDField(default=uuid.uuid4, editable=False)
     source = models.CharField(max_length=6, choices=Source.choices)
+    place = models.CharField(
+        max_length=255,
+        blank=True,
+        help_text="Where it was asked: a room's Matrix id. Empty for HTTP and the stream.",
+    )
+    request_id = models.CharField(
+        max_length=MAX_REQUEST_ID_LENGTH,
+        blank=True,
+        help_text="Of the request, the Matrix event or the stream's event that asked.",
+    )
     # What is carried out, as agents.commands names it, and what it was fired with.
     command = models.CharField(max_length=2000, default=CHAT_REPLY)
     input = models.JSONField(default=dict, blank=True)
@@ -86,6 +143,11 @@ class Run(models.Model):
     # Grows with every claim. Whoever writes an outcome must name the number that it claimed with,
     # so a worker that lost its lease can write nothing.
     attempt = models.PositiveSmallIntegerField(default=0)
+    # The number that the present budget of attempts counts from.
+    attempt_base = models.PositiveSmallIntegerField(default=0)
+    # How often somebody asked for it again after it had ended, and when they last did.
+    retries = models.PositiveSmallIntegerField(default=0)
+    retried_at = models.DateTimeField(null=True, blank=True)
     worker = models.CharField(max_length=200, blank=True, help_text="The last one to claim it.")
     claimed_at = models.DateTimeField(null=True, blank=True)
     lease_expires_at = models.DateTimeField(null=True, blank=True)
@@ -102,6 +164,7 @@ class Run(models.Model):
     error_code = models.CharField(max_length=40, blank=True)
     prompt_tokens = models.PositiveIntegerField(default=0)
     completion_tokens = models.PositiveIntegerField(default=0)
+    cost = cost_field()
     created_at = models.DateTimeField(default=timezone.now, editable=False)
     started_at = models.DateTimeField(null=True, blank=True)
     finished_at = models.DateTimeField(null=True, blank=True)
@@ -110,6 +173,11 @@ class Run(models.Model):
     objects = RunQuerySet.as_manager()
 
     class Meta:
+        permissions = [
+            ("cancel_run", "Can cancel runs"),
+            ("retry_run", "Can have a run tried again"),
+            ("requeue_run", "Can put runs that failed back into the queue"),
+        ]
         indexes = [
             # overlooked(): the queue, and no finished run. Not by status: SQLite cannot tell that a
             # status given as a parameter fits the condition of an index.
@@ -125,6 +193,17 @@ class Run(models.Model):
             # The admin's list, newest first, whole and by status.
             models.Index(fields=["-created_at", "id"], name="run_newest"),
             models.Index(fields=["status", "-created_at"], name="run_by_status"),
+            # Its other filters.
+            models.Index(fields=["source", "-created_at"], name="run_by_source"),
+            models.Index(fields=["model", "-created_at"], name="run_by_model"),
+            models.Index(fields=["error_code", "-created_at"], name="run_by_error"),
+            models.Index(fields=["place", "-created_at"], name="run_by_place"),
+            # botrunner.replies.follow_retries(): few of many.
+            models.Index(
+                fields=["retried_at"], name="run_retried", condition=Q(retried_at__isnull=False)
+            ),
+            # The search by the id that stands in a log or an answer.
+            models.Index(fields=["request_id"], name="run_by_request_id"),
         ]
         constraints = [
             models.UniqueConstraint(fields=["thread", "position"], name="run_position_is_unique"),
@@ -151,6 +230,28 @@ class Run(models.Model):
     def is_finished(self) -> bool:
         return self.status not in self.UNFINISHED
 
+    @property
+    def turn(self) -> int:
+        return self.position // 2
+
+    def request_payload(self, prompt: str) -> dict[str, str]:
+        """Of the event that asks for it."""
+        return {
+            "runId": self.pk,
+            "threadId": self.thread_id,
+            "prompt": prompt,
+            "model": self.model,
+        }
+
+    @property
+    def may_be_retried(self) -> bool:
+        return self.status in (self.Status.FAILED, self.Status.CANCELLED)
+
+    @property
+    def attempts_spent(self) -> int:
+        """Of the present budget."""
+        return self.attempt - self.attempt_base
+
 
 class Attempt(models.Model):
     """One claim of a run by a worker, written when it has ended. The one that is going on stands in
@@ -161,20 +262,41 @@ class Attempt(models.Model):
         FAILED = "failed"
         RETRIED = "retried"  # failed in a way that another attempt may mend
         LOST = "lost"  # its worker let the lease lapse
+        RETURNED = "returned"  # its worker was told to stop; counts for nothing
         CANCELLED = "cancelled"
+        REQUEUED = "requeued"  # taken from its worker by an operator
 
     run = models.ForeignKey(Run, models.CASCADE, related_name="attempts", db_index=False)
     number = models.PositiveSmallIntegerField()
     worker = models.CharField(max_length=200)
     result = models.CharField(max_length=9, choices=Result.choices)
     error = models.TextField(blank=True)
+    error_code = models.CharField(max_length=40, blank=True)
     prompt_tokens = models.PositiveIntegerField(default=0)
     completion_tokens = models.PositiveIntegerField(default=0)
+    cost = cost_field()
+    model_ms = models.PositiveIntegerField(default=0, help_text="Spent in calls of the model.")
     started_at = models.DateTimeField()
     ended_at = models.DateTimeField(default=timezone.now)
+    to_count = models.BooleanField(default=True, help_text="Not in the rollups yet.")
+    fenced_at = models.DateTimeField(
+        null=True,
+        blank=True,
+        help_text="When its worker came with an outcome after all, which was thrown away.",
+    )
 
     class Meta:
         ordering = ["run", "number"]
+        indexes = [
+            # rollups.fold()
+            models.Index(fields=["id"], name="attempt_to_count", condition=Q(to_count=True)),
+            # rollups.would_lose(): the oldest.
+            models.Index(fields=["ended_at"], name="attempt_ended"),
+            # ops.metrics: those of which late outcomes were thrown away.
+            models.Index(
+                fields=["fenced_at"], name="attempt_fenced", condition=Q(fenced_at__isnull=False)
+            ),
+        ]
         constraints = [
             models.UniqueConstraint(fields=["run", "number"], name="attempt_number_is_unique"),
         ]
@@ -199,8 +321,13 @@ class Step(models.Model):
     output = models.TextField(blank=True)
     error = models.TextField(blank=True)
     prompt_tokens = models.PositiveIntegerField(default=0)
+    cached_tokens = models.PositiveIntegerField(
+        default=0, help_text="Of the prompt tokens, those that the endpoint had in its cache."
+    )
     completion_tokens = models.PositiveIntegerField(default=0)
+    cost = cost_field()
     duration_ms = models.PositiveIntegerField()
+    started_at = models.DateTimeField(null=True, blank=True)
     created_at = models.DateTimeField(default=timezone.now)
 
     class Meta:
@@ -234,15 +361,30 @@ class Event(models.Model):
     published_at = models.DateTimeField(
         null=True, blank=True, help_text="When it was seen on the stream."
     )
+    # Of a cancellation without an attempt that would be counted for it: whether it is not in the
+    # rollups yet. Of all others nothing.
+    to_count = models.BooleanField(null=True, editable=False)
 
     objects = EventQuerySet.as_manager()
 
     class Meta:
         ordering = ["created_at"]
+        permissions = [("replay_event", "Can tell an event on the stream again")]
         indexes = [
             # The relay's query.
             models.Index(
                 fields=["created_at"], name="event_unpublished", condition=Q(published_at=None)
+            ),
+            # rollups.fold()
+            models.Index(fields=["id"], name="event_to_count", condition=Q(to_count=True)),
+            # The admin's list, newest first, whole and by type.
+            models.Index(fields=["-created_at", "id"], name="event_newest"),
+            models.Index(fields=["type", "-created_at"], name="event_by_type"),
+            # agents.retention: the oldest of those that may go.
+            models.Index(
+                fields=["published_at"],
+                name="event_published",
+                condition=Q(published_at__isnull=False),
             ),
         ]
 
@@ -272,11 +414,19 @@ class Summary(models.Model):
     model = models.CharField(max_length=100)
     prompt_tokens = models.PositiveIntegerField(default=0)
     completion_tokens = models.PositiveIntegerField(default=0)
+    cost = cost_field()
     created_at = models.DateTimeField(default=timezone.now)
+    to_count = models.BooleanField(default=True, help_text="Not in the rollups yet.")
 
     class Meta:
         ordering = ["thread", "covers_to"]
         verbose_name_plural = "summaries"
+        indexes = [
+            # rollups.fold()
+            models.Index(fields=["id"], name="summary_to_count", condition=Q(to_count=True)),
+            # The admin's list, newest first.
+            models.Index(fields=["-created_at", "id"], name="summary_newest"),
+        ]
         constraints = [
             models.UniqueConstraint(fields=["thread", "covers_from"], name="summary_extends_once"),
         ]
@@ -305,3 +455,196 @@ class IdempotencyKey(models.Model):
 
     def __str__(self) -> str:
         return f"{self.caller}: {self.key}"
+
+
+def _price(help_text: str = "", **options: Any) -> Any:
+    return models.DecimalField(
+        max_digits=12,
+        decimal_places=6,
+        validators=[MinValueValidator(0)],
+        help_text=help_text or "For a million tokens.",
+        **options,
+    )
+
+
+class Price(models.Model):
+    """What a model costs from a day on, until the day of its next price. What was recorded before
+    keeps the cost that it was recorded with."""
+
+    model = models.CharField(max_length=100, help_text="As runs name it.")
+    valid_from = models.DateField(default=today, help_text="The first day, in UTC.")
+    prompt = _price()
+    completion = _price()
+    cached = _price(
+        "For a million prompt tokens that the endpoint had in its cache. Empty: as the others.",
+        null=True,
+        blank=True,
+    )
+    currency = models.CharField(
+        max_length=3,
+        default="USD",
+        validators=[RegexValidator(r"^[A-Z]{3}\Z", "Three capital letters, such as USD.")],
+        help_text="The same for all prices, as their amounts are added up.",
+    )
+
+    class Meta:
+        ordering = ["model", "-valid_from"]
+        constraints = [
+            models.UniqueConstraint(fields=["model", "valid_from"], name="price_is_unambiguous"),
+            models.CheckConstraint(
+                condition=Q(prompt__gte=0)
+                & Q(completion__gte=0)
+                & (Q(cached=None) | Q(cached__gte=0)),
+                name="price_is_not_negative",
+            ),
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.model} from {self.valid_from}"
+
+    def clean(self) -> None:
+        self.model = self.model.strip()
+        other = Price.objects.exclude(pk=self.pk).exclude(currency=self.currency).first()
+        if other:
+            raise ValidationError({"currency": f"All other prices are in {other.currency}."})
+
+
+class Rollup(models.Model):
+    """What ended within some minutes, added up: so that no figure needs a scan of the runs. Filled
+    by agents.rollups alone."""
+
+    class Grain(models.IntegerChoices):
+        """Its length in minutes."""
+
+        MINUTE = 1
+        QUARTER = 15
+        HOURS = 180
+
+    SUMMARY = "summary"
+
+    grain = models.PositiveSmallIntegerField(choices=Grain.choices)
+    start = models.DateTimeField()
+    model = models.CharField(max_length=100)
+    source = models.CharField(max_length=6, blank=True)
+    result = models.CharField(max_length=9, help_text="Of an attempt; or 'summary'.")
+    error_code = models.CharField(max_length=40, blank=True)
+    count = models.PositiveIntegerField(default=0)
+    prompt_tokens = models.PositiveBigIntegerField(default=0)
+    completion_tokens = models.PositiveBigIntegerField(default=0)
+    cost = models.BigIntegerField(default=0, help_text="In trillionths; of what had a price.")
+    unpriced = models.PositiveIntegerField(default=0, help_text="How many had no price.")
+    # Sums in ms, and histograms as agents.rollups.Histogram reads them, of runs that were answered
+    # or failed.
+    wait_ms = models.PositiveBigIntegerField(default=0)
+    model_ms = models.PositiveBigIntegerField(default=0)
+    total_ms = models.PositiveBigIntegerField(default=0)
+    waits = models.JSONField(default=dict)
+    model_times = models.JSONField(default=dict)
+    totals = models.JSONField(default=dict)
+    first_at = models.DateTimeField()
+    last_at = models.DateTimeField()
+
+    class Meta:
+        constraints = [
+            # Also the index that a range of time is read by.
+            models.UniqueConstraint(
+                fields=["grain", "start", "model", "source", "result", "error_code"],
+                name="rollup_is_unique",
+            ),
+        ]
+        indexes = [
+            # rollups.first_seen(): since when a failure has been seen.
+            models.Index(
+                fields=["grain", "result", "error_code", "model", "first_at"],
+                name="rollup_by_cause",
+            ),
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.start:%Y-%m-%d %H:%M} {self.model} {self.result}"
+
+
+class Usage(models.Model):
+    """What a user took of a model in a place on a day."""
+
+    day = models.DateField(help_text="In UTC.")
+    user = models.CharField(
+        max_length=255, blank=True, help_text="The owner of the thread, as named then."
+    )
+    place = models.CharField(max_length=255, blank=True, help_text="A room; empty for HTTP.")
+    model = models.CharField(max_length=100)
+    runs = models.PositiveIntegerField(default=0)
+    failed = models.PositiveIntegerField(default=0)
+    prompt_tokens = models.PositiveBigIntegerField(default=0)
+    completion_tokens = models.PositiveBigIntegerField(default=0)
+    cost = models.BigIntegerField(default=0, help_text="In trillionths; of what had a price.")
+    unpriced = models.PositiveIntegerField(default=0, help_text="How many had no price.")
+
+    class Meta:
+        verbose_name_plural = "usage"
+        constraints = [
+            models.UniqueConstraint(
+                fields=["day", "user", "place", "model"], name="usage_is_unique"
+            ),
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.day} {self.user} {self.place} {self.model}"
+
+
+class RollupState(models.Model):
+    """One row, which whoever fills the rollups changes first: so one does it at a time."""
+
+    folded_at = models.DateTimeField(null=True)
+
+    class Meta:
+        constraints = [models.CheckConstraint(condition=Q(id=1), name="rollup_state_is_one")]
+
+    def __str__(self) -> str:
+        return f"folded at {self.folded_at}"
+
+
+class WorkerQuerySet(models.QuerySet["Worker"]):
+    def alive(self) -> "WorkerQuerySet":
+        """Those whose beat is fresh, by the database's clock."""
+        return self.filter(beat_at__gte=Now() - WORKER_PATIENCE)
+
+    def reading(self) -> "WorkerQuerySet":
+        """Those of them that get on: they have read the stream just now."""
+        return self.alive().filter(is_draining=False, read_at__gte=Now() - WORKER_PATIENCE)
+
+    def gone(self) -> "WorkerQuerySet":
+        """Those that were killed long enough ago for nobody to look for them any more."""
+        return self.filter(beat_at__lt=Now() - WORKER_MEMORY)
+
+
+class Worker(models.Model):
+    """A worker process, as it tells of itself every few seconds. The row goes when it stops; one that
+    was killed can be seen for an hour."""
+
+    worker = models.CharField(
+        max_length=200, unique=True, help_text="As runs and attempts name it."
+    )
+    name = models.CharField(max_length=200, help_text="Its name in the consumer group.")
+    host = models.CharField(max_length=255)
+    pid = models.PositiveIntegerField()
+    version = models.CharField(max_length=100)
+    concurrency = models.PositiveIntegerField()
+    started_at = models.DateTimeField()
+    beat_at = models.DateTimeField()
+    read_at = models.DateTimeField(null=True, blank=True, help_text="When it last read the stream.")
+    runs_in_hand = models.PositiveIntegerField(default=0)
+    last_finished_at = models.DateTimeField(
+        null=True, blank=True, help_text="When it last put a run down, however that had ended."
+    )
+    is_draining = models.BooleanField(
+        default=False, help_text="It takes nothing new and ends when its runs have."
+    )
+
+    objects = WorkerQuerySet.as_manager()
+
+    class Meta:
+        ordering = ["host", "started_at"]
+
+    def __str__(self) -> str:
+        return self.name

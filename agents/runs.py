@@ -1,14 +1,17 @@
 """Carry out one run: claim it, carry out its command, record the outcome.
 
 The life of a run: `queued -> processing -> completed | failed | cancelled`, and back to `queued`
-when an attempt failed in a way that another may mend. Every change is one conditional UPDATE that
-names the state it comes from, so whoever is late changes nothing.
+when an attempt failed in a way that another may mend, when an operator takes it from its worker, or
+when somebody asks for it again after it failed or was cancelled. Every change is one conditional
+UPDATE that names the state it comes from, so whoever is late changes nothing.
 """
 
 import logging
 import random
 import time
+import uuid
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from datetime import datetime, timedelta
 from functools import partial
 from typing import Any, cast
@@ -16,19 +19,24 @@ from typing import Any, cast
 import structlog
 from django.conf import settings
 from django.db import InterfaceError, OperationalError, connection, transaction
+from django.db.models import F
 from django.db.models.functions import Now
 from django.utils import timezone
 
-from agents import commands, leases, llm, loop, memory, stream
-from agents.models import Attempt, Event, Run, Step
+from agents import commands, leases, live, llm, loop, memory, prices, stream
+from agents.models import Attempt, Event, EventQuerySet, Run, Step
 from chat.models import Message
+from realm.tracing import tagged
 
 logger = logging.getLogger(__name__)
+outcomes = structlog.get_logger(__name__)
 
 BACKOFF_SECONDS = 1.0
 MAX_BACKOFF_SECONDS = 60.0
 LATE_ATTEMPT_SECONDS = 30.0
 NOTHING = loop.Transcript()
+# What an attempt's own worker writes of it, once.
+RECORDED = (Attempt.Result.COMPLETED, Attempt.Result.FAILED, Attempt.Result.RETRIED)
 # The answer is in memory and paid for: its transaction is tried again over this long.
 RECORD_PATIENCE_SECONDS = 30.0
 
@@ -40,12 +48,23 @@ def execute(run_id: str) -> str | None:
     if run is None:
         return None
     with (
-        structlog.contextvars.bound_contextvars(
-            run=run.pk, thread=run.thread_id, correlation_id=run.correlation_id, attempt=run.attempt
-        ),
+        _tagged(run),
         leases.heartbeat().hold(run) as lease,
+        live.desk().feed(run.pk, run.attempt, stop=lease.lose) as feed,
     ):
-        return run.thread_id if _attempt(run, lease) else None
+        return run.thread_id if _attempt(run, lease, feed) else None
+
+
+def _tagged(run: Run) -> AbstractContextManager[None]:
+    return tagged(
+        run=run.pk,
+        thread=run.thread_id,
+        request_id=run.request_id,
+        correlation_id=run.correlation_id,
+        attempt=run.attempt,
+        model=run.model,
+        source=run.source,
+    )
 
 
 def claim(run_id: str) -> Run | None:
@@ -57,7 +76,7 @@ def claim(run_id: str) -> Run | None:
     with transaction.atomic():
         taken = (
             Run.objects.claimable()
-            .filter(pk=run_id, attempt=run.attempt)
+            .as_read(run)
             .update(
                 status=Run.Status.PROCESSING,
                 attempt=run.attempt + 1,
@@ -69,7 +88,7 @@ def claim(run_id: str) -> Run | None:
             )
         )
         if taken and run.status == Run.Status.PROCESSING:
-            _end_attempt(run, Attempt.Result.LOST)
+            _end_attempt(run, Attempt.Result.LOST, code="worker_lost")
     if not taken:
         return None
     run.attempt += 1
@@ -77,22 +96,27 @@ def claim(run_id: str) -> Run | None:
     return run
 
 
-def _attempt(run: Run, lease: leases.Lease) -> bool:
-    transcript = loop.Transcript()
+def _attempt(run: Run, lease: leases.Lease, feed: live.Feed) -> bool:
+    transcript = loop.Transcript(watcher=feed)
     try:
-        if run.attempt > settings.AGENT_MAX_ATTEMPTS:
+        if run.attempts_spent > settings.AGENT_MAX_ATTEMPTS:
             raise llm.LLMError(
                 "The server could not carry out this run: its worker was lost each time.",
                 code="workers_lost",
                 permanent=True,
             )
-        control = llm.Control(deadline=_deadline(run), stopped=lease.lost)
+        control = llm.Control(
+            deadline=_deadline(run), stopped=lease.lost, text=feed.text, cutting=lease.cutting
+        )
         answer = commands.carry_out(run, control=control, transcript=transcript)
+        feed.finish()
         return _persist(partial(_complete, run, llm.storable(answer), transcript))
     except llm.Stopped:
         logger.info("Run given up: it is no longer held by this worker")
+        _persist(partial(_keep_partial, run, transcript))
         return False
     except llm.LLMError as error:
+        feed.finish()
         _persist(partial(_fail_or_retry, run, error, transcript))
         return False
     except (OperationalError, InterfaceError):
@@ -107,6 +131,25 @@ def _attempt(run: Run, lease: leases.Lease) -> bool:
         # Without the steps: they may be what the database refused.
         _persist(partial(_fail_or_retry, run, unexpected, NOTHING))
         return False
+
+
+def hand_back() -> int:
+    """Put the runs that this process carries out back into the queue: it has to stop, and another
+    worker may take them at once. How many. Raises `OperationalError`, `InterfaceError`."""
+    returned = 0
+    for run in Run.objects.held_by(leases.worker_name()):
+        with transaction.atomic():
+            if _fenced(
+                run,
+                status=Run.Status.QUEUED,
+                handed_at=None,
+                # It was no attempt that counts.
+                attempt_base=F("attempt_base") + 1,
+            ):
+                _end_attempt(run, Attempt.Result.RETURNED)
+                returned += 1
+    leases.heartbeat().lose_all()
+    return returned
 
 
 def _deadline(run: Run) -> float:
@@ -153,15 +196,15 @@ def _complete(run: Run, answer: str, transcript: loop.Transcript) -> bool:
             return False
         message.save(force_insert=True)
         summary_due = memory.note_answer(run)
-    _log_outcome(run, "completed")
+    _log_outcome(run, Run.Status.COMPLETED, transcript)
     return summary_due
 
 
 def _fail_or_retry(run: Run, error: llm.LLMError, transcript: loop.Transcript) -> bool:
-    pause = max(error.retry_after or 0, _backoff(run.attempt))
+    pause = max(error.retry_after or 0, _backoff(run.attempts_spent))
     in_time = time.monotonic() + pause < _deadline(run)
-    if not error.permanent and run.attempt < settings.AGENT_MAX_ATTEMPTS and in_time:
-        return _retry(run, error, transcript, pause)
+    if not error.permanent and run.attempts_spent < settings.AGENT_MAX_ATTEMPTS and in_time:
+        return _put_back(run, error, transcript, pause)
     with transaction.atomic():
         won = _finish(
             run,
@@ -173,11 +216,11 @@ def _fail_or_retry(run: Run, error: llm.LLMError, transcript: loop.Transcript) -
             error_code=error.code,
         )
     if won:
-        _log_outcome(run, "failed", error.code)
+        _log_outcome(run, Run.Status.FAILED, transcript, error_code=error.code)
     return False
 
 
-def _retry(run: Run, error: llm.LLMError, transcript: loop.Transcript, pause: float) -> bool:
+def _put_back(run: Run, error: llm.LLMError, transcript: loop.Transcript, pause: float) -> bool:
     """Put the run back; the sweep hands it over again when it is due."""
     with transaction.atomic():
         won = _fenced(
@@ -188,7 +231,7 @@ def _retry(run: Run, error: llm.LLMError, transcript: loop.Transcript, pause: fl
             **_spent(run, transcript),
         )
         if won:
-            _end_attempt(run, Attempt.Result.RETRIED, transcript, str(error))
+            _end_attempt(run, Attempt.Result.RETRIED, transcript, str(error), error.code)
     if won:
         logger.info("Run will be tried again in %.1f s: %s", pause, error)
     return False
@@ -217,7 +260,9 @@ def _finish(
     }
     if not _fenced(run, **columns):
         return False
-    _end_attempt(run, Attempt.Result(status.value), transcript, error)
+    _end_attempt(
+        run, Attempt.Result(status.value), transcript, error, columns.get("error_code", "")
+    )
     announce(run, Event.Type(f"agent.run.{status.value}"), payload)
     return True
 
@@ -227,17 +272,26 @@ def _fenced(run: Run, **columns: Any) -> bool:
     claimed = Run.objects.filter(pk=run.pk, attempt=run.attempt, status=Run.Status.PROCESSING)
     if claimed.update(lease_expires_at=None, updated_at=timezone.now(), **columns):
         return True
-    logger.warning("Outcome thrown away: this worker no longer holds the run (fenced)")
+    attempt = Attempt.objects.filter(run=run.pk, number=run.attempt)
+    # Its own outcome stands there where the database was lost just after it had been recorded.
+    if not attempt.filter(result__in=RECORDED).exists():
+        logger.warning("Outcome thrown away: this worker no longer holds the run (fenced)")
+        attempt.update(fenced_at=Now())
     return False
 
 
-def _spent(run: Run, transcript: loop.Transcript) -> dict[str, int]:
+def _spent(run: Run, transcript: loop.Transcript) -> dict[str, int | None]:
     """The tokens of all attempts: nobody else has changed them since this one was claimed."""
     usage = transcript.usage
     return {
         "prompt_tokens": run.prompt_tokens + usage.prompt_tokens,
         "completion_tokens": run.completion_tokens + usage.completion_tokens,
+        "cost": prices.total([run.cost, *_costs(transcript)]),
     }
+
+
+def _costs(transcript: loop.Transcript) -> list[int | None]:
+    return [prices.cost(step.name, step.usage) for step in transcript.steps]
 
 
 def _end_attempt(
@@ -245,19 +299,33 @@ def _end_attempt(
     result: Attempt.Result,
     transcript: loop.Transcript = NOTHING,
     error: str = "",
+    code: str = "",
 ) -> None:
     """Record the attempt that `run` stands in, with its steps."""
-    usage = transcript.usage
     Attempt.objects.create(
         run=run,
         number=run.attempt,
         worker=run.worker,
         result=result,
         error=error,
-        prompt_tokens=usage.prompt_tokens,
-        completion_tokens=usage.completion_tokens,
+        error_code=code,
         started_at=cast("datetime", run.claimed_at),
+        **_sums(transcript),
     )
+    _keep_steps(run, transcript)
+
+
+def _sums(transcript: loop.Transcript) -> dict[str, int | None]:
+    """What the calls of an attempt come to, in the columns of `Attempt`."""
+    return {
+        "prompt_tokens": transcript.usage.prompt_tokens,
+        "completion_tokens": transcript.usage.completion_tokens,
+        "cost": prices.total(_costs(transcript)),
+        "model_ms": sum(step.duration_ms for step in transcript.steps if step.kind == "model"),
+    }
+
+
+def _keep_steps(run: Run, transcript: loop.Transcript) -> None:
     Step.objects.bulk_create(
         Step(
             run=run,
@@ -268,19 +336,38 @@ def _end_attempt(
             output=step.output,
             error=step.error,
             prompt_tokens=step.usage.prompt_tokens,
+            cached_tokens=step.usage.cached_tokens,
             completion_tokens=step.usage.completion_tokens,
+            cost=cost,
             duration_ms=step.duration_ms,
+            started_at=step.started_at,
         )
-        for step in transcript.steps
+        for step, cost in zip(transcript.steps, _costs(transcript), strict=True)
     )
 
 
-def announce(run: Run, type: Event.Type, payload: dict[str, Any]) -> None:
-    """Write an event of a run, and add it to the stream after the commit."""
+def _keep_partial(run: Run, transcript: loop.Transcript) -> bool:
+    """What an attempt had come to when its run was cancelled: the text so far is its last step's
+    output, and its tokens were paid for. Of a run that another worker has, nothing is kept."""
+    with transaction.atomic():
+        cancelled = Run.objects.filter(pk=run.pk, attempt=run.attempt, status=Run.Status.CANCELLED)
+        if not cancelled.update(**_spent(run, transcript)):
+            return False
+        Attempt.objects.filter(run=run, number=run.attempt).update(**_sums(transcript))
+        _keep_steps(run, transcript)
+    return False
+
+
+def announce(
+    run: Run, type: Event.Type, payload: dict[str, Any], *, to_count: bool | None = None
+) -> None:
+    """Write an event of a run, and add it to the stream after the commit. `to_count` for an outcome
+    that no attempt is counted for."""
     event = Event.objects.create(
         run=run,
         type=type,
         correlation_id=run.correlation_id,
+        to_count=to_count,
         payload={
             "requestEventId": str(run.request_event_id),
             "runId": run.pk,
@@ -299,26 +386,137 @@ def cancel(run: Run) -> bool:
         if run.is_finished:
             return False
         with transaction.atomic():
-            as_read = Run.objects.filter(pk=run.pk, status=run.status, attempt=run.attempt)
             now = timezone.now()
-            if as_read.update(
+            if Run.objects.as_read(run).update(
                 status=Run.Status.CANCELLED,
                 due_at=None,
                 lease_expires_at=None,
                 finished_at=now,
                 updated_at=now,
             ):
-                if run.status == Run.Status.PROCESSING:
+                attempted = run.status == Run.Status.PROCESSING
+                if attempted:
                     _end_attempt(run, Attempt.Result.CANCELLED)
-                announce(run, Event.Type.CANCELLED, {})
-                return True
+                announce(run, Event.Type.CANCELLED, {}, to_count=None if attempted else True)
+                transaction.on_commit(partial(live.stop, run.pk), robust=True)
+                break
+    with _tagged(run):
+        _log_outcome(run, Run.Status.CANCELLED)
+    return True
 
 
-def _log_outcome(run: Run, outcome: str, code: str = "") -> None:
-    logger.info(
-        "Run %s%s after %d ms, attempt %d",
-        outcome,
-        f" ({code})" if code else "",
-        (timezone.now() - run.created_at).total_seconds() * 1000,
-        run.attempt,
+def retry(run: Run) -> bool:
+    """Begin a run anew that failed or was cancelled: now, with a fresh budget of attempts and time.
+    False when it is in no such state (any more), so of two who ask at once one is told True.
+
+    It keeps its place in the thread. Later questions that were answered stay answered; those that
+    wait go on waiting until it has ended again. It is told as a new `agent.run.requested`, which the
+    next outcome names.
+    """
+    run.refresh_from_db()
+    if not run.may_be_retried:
+        return False
+    event_id = uuid.uuid4()
+    with transaction.atomic():
+        now = timezone.now()
+        if not Run.objects.as_read(run).update(
+            status=Run.Status.QUEUED,
+            retries=run.retries + 1,
+            retried_at=now,
+            request_event_id=event_id,
+            safe_error="",
+            error_code="",
+            finished_at=None,
+            updated_at=now,
+            **_fresh(run),
+        ):
+            return False
+        _hold_back_later(run)
+        run.refresh_from_db()
+        _announce_request(run)
+    logger.info("Run %s is asked for again", run.pk)
+    return True
+
+
+def requeue(run: Run) -> bool:
+    """Have an unfinished run begun anew at once, whoever holds it: its worker, if it has one, loses
+    the run, and what it brings back is refused. False when the run has ended, or changed hands just
+    now."""
+    run.refresh_from_db()
+    if run.is_finished:
+        return False
+    with transaction.atomic():
+        if not Run.objects.as_read(run).update(
+            status=Run.Status.QUEUED,
+            lease_expires_at=None,
+            updated_at=timezone.now(),
+            **_fresh(run),
+        ):
+            return False
+        if run.status == Run.Status.PROCESSING:
+            _end_attempt(run, Attempt.Result.REQUEUED)
+        tell_again(Event.objects.filter(pk=run.request_event_id))
+    logger.info("Run %s is put into the queue again", run.pk)
+    return True
+
+
+def _fresh(run: Run) -> dict[str, Any]:
+    """Due now, with all attempts and all the time to go."""
+    return {
+        "due_at": Now(),
+        "handed_at": None,
+        "started_at": None,
+        "attempt_base": run.attempt,
+    }
+
+
+def _hold_back_later(run: Run) -> None:
+    """Let no later run of the thread begin beside this one. A claim that is under way has not seen
+    this one unfinished; PostgreSQL makes it look at its own row again, finds that it is not due, and
+    gives up. (One that was first has committed before this returns, and the claim of `run` sees it.)
+    """
+    Run.objects.filter(
+        thread_id=run.thread_id, position__gt=run.position, status=Run.Status.QUEUED
+    ).update(due_at=Now() + timedelta(seconds=1), handed_at=None)
+
+
+def _announce_request(run: Run) -> None:
+    """Write the event that asks for a run, and add it to the stream after the commit."""
+    event = Event.objects.create(
+        id=run.request_event_id,
+        type=Event.Type.REQUESTED,
+        run=run,
+        correlation_id=run.correlation_id,
+        payload=run.request_payload(run.message.content),
     )
+    transaction.on_commit(partial(stream.publish, [event.as_entry()]), robust=True)
+
+
+def tell_again(events: EventQuerySet) -> int:
+    """Add events to the stream once more; readers know them by their ids. How many."""
+    entries = [event.as_entry() for event in events]
+    # Until a worker has seen them there, the relay sees to it.
+    events.update(published_at=None)
+    transaction.on_commit(partial(stream.publish, entries), robust=True)
+    return len(entries)
+
+
+def _log_outcome(
+    run: Run, status: Run.Status, transcript: loop.Transcript = NOTHING, error_code: str = ""
+) -> None:
+    """The one line about a run that has ended; what it is about is bound already."""
+    calls = [step.duration_ms for step in transcript.steps if step.kind == Step.Kind.MODEL]
+    begun = run.started_at or timezone.now()
+    outcomes.info(
+        f"Run {status.value}",
+        status=status.value,
+        queue_ms=_milliseconds(begun - run.created_at),
+        model_ms=sum(calls),
+        total_ms=_milliseconds(timezone.now() - run.created_at),
+        **_spent(run, transcript),
+        **({"error_code": error_code} if error_code else {}),
+    )
+
+
+def _milliseconds(time: timedelta) -> int:
+    return round(time.total_seconds() * 1000)

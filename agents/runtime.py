@@ -8,16 +8,19 @@ looks each second for what was missed: by Redis, by a dead worker, by an attempt
 import logging
 import os
 import random
+import socket
+import sys
 import threading
 import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 from typing import Any
 
-from celery import bootsteps, current_app
+from celery import bootsteps, current_app, signals
 from celery.worker import state
 from django.conf import settings
 from django.db import (
@@ -35,10 +38,12 @@ from django.utils import timezone
 from kombu.exceptions import OperationalError as BrokerError
 from redis.exceptions import RedisError
 
-from agents import inbox, llm, memory, stream, tasks
+from agents import inbox, live, llm, memory, retention, rollups, runs, stream, tasks, workers
+from agents.chores import CHORES
 from agents.events import Malformed, Told
 from agents.models import Event, Run
 from chat.models import Thread
+from realm.tracing import tagged
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +52,15 @@ HOUSEKEEPING_SECONDS = 60.0
 MAX_PAUSE_SECONDS = 5.0
 SWEEP_BATCH = 500
 SUMMARY_SECONDS = 15.0
+FOLD_SECONDS = 5.0
+SWITCH_SECONDS = 0.0005
+LAST_SECONDS = 1.0
+PRUNE_SECONDS = 15.0
+# The keeper does its chores in turn, and has more pressing ones than old rows.
+PRUNE_AT_ONCE_SECONDS = 0.5
 # What passes by itself, when whoever is away comes back.
-TROUBLE = (RedisError, BrokerError, DatabaseError, InterfaceError, OSError)
+DATABASE_TROUBLE = (DatabaseError, InterfaceError)
+TROUBLE = (RedisError, BrokerError, *DATABASE_TROUBLE, OSError)
 # A run that was handed over and not claimed for this long is handed over again.
 HANDOVER_PATIENCE = timedelta(seconds=15)
 # An event that no worker has seen on the stream for this long is added again.
@@ -113,16 +125,17 @@ class Reader:
     def _take_in(self, entry: stream.Entry, event: Told) -> bool:
         """Make a run of another program's request. False when nothing can be made of it."""
         try:
-            inbox.ask(
-                content=event.text("prompt"),
-                source=Run.Source.STREAM,
-                threads=Thread.objects.all(),
-                thread_id=event.optional_text("threadId"),
-                model=event.optional_text("model"),
-                correlation_id=event.correlation_id,
-                run_id=event.run_id,
-                event_id=event.id,
-            )
+            with tagged(request_id=str(event.id)):
+                inbox.ask(
+                    content=event.text("prompt"),
+                    source=Run.Source.STREAM,
+                    threads=Thread.objects.all(),
+                    thread_id=event.optional_text("threadId"),
+                    model=event.optional_text("model"),
+                    correlation_id=event.correlation_id,
+                    run_id=event.run_id,
+                    event_id=event.id,
+                )
         except (Malformed, inbox.Refused) as error:
             stream.bury(entry, str(error))
             return False
@@ -160,8 +173,13 @@ class Keeper:
             (self._take_over, SWEEP_SECONDS),
             (relay, RELAY_PATIENCE.total_seconds()),
             (sweep_summaries, SUMMARY_SECONDS),
+            (rollups.fold, FOLD_SECONDS),
+            (rollups.forget, HOUSEKEEPING_SECONDS),
             (stream.trim, HOUSEKEEPING_SECONDS),
+            (sweep_old, PRUNE_SECONDS),
             (partial(stream.forget_consumers, idle=timedelta(hours=1)), HOUSEKEEPING_SECONDS),
+            (workers.forget_gone, HOUSEKEEPING_SECONDS),
+            *CHORES,
         ]
         self._next = [0.0] * len(self._chores)
 
@@ -213,6 +231,17 @@ def sweep_summaries() -> None:
     if not queue_is_long():
         for thread_id in memory.due():
             tasks.summarise.delay(thread_id)
+
+
+def sweep_old() -> None:
+    """Delete a little of what is too old; the work that waits goes before."""
+    enough = time.monotonic() + PRUNE_AT_ONCE_SECONDS
+
+    def go_on() -> bool:
+        return time.monotonic() < enough and not queue_is_long()
+
+    if go_on() and (gone := retention.prune_everything(go_on)):
+        logger.info("Pruned %s", ", ".join(f"{count} {name}" for name, count in gone.items()))
 
 
 def queue_is_long() -> bool:
@@ -269,29 +298,87 @@ class Loop(threading.Thread):
         return random.uniform(0.1, min(MAX_PAUSE_SECONDS, 0.25 * 2.0**failures))  # noqa: S311
 
 
+class Leaving(threading.Thread):
+    """Sees to it that a worker which was told to stop is gone when its grace is over. Celery waits
+    for its threads, and nothing can interrupt those; whoever loses patience with it then kills it,
+    and its runs wait for their leases to lapse."""
+
+    def __init__(self, last: Callable[[], None]) -> None:
+        super().__init__(name="leaving", daemon=True)
+        self.last = last
+        self.told = threading.Event()
+
+    def run(self) -> None:
+        self.told.wait()
+        time.sleep(settings.WORKER_GRACE_SECONDS)
+        try:
+            if returned := runs.hand_back():
+                logger.info("Handed back %d runs that took longer than the grace", returned)
+        except DATABASE_TROUBLE:
+            logger.exception("The runs were not handed back: they wait for their leases to lapse")
+        # Threads that get a chunk now notice, and the process ends as Celery would have it.
+        time.sleep(LAST_SECONDS)
+        self.last()
+        logging.shutdown()
+        os._exit(int(state.should_stop or state.should_terminate or os.EX_OK))
+
+
 class Runtime(bootsteps.StartStopStep):
-    """Starts the reader and the keeper beside the pool of a Celery worker."""
+    """Starts the reader, the keeper and the listener beside the pool of a Celery worker."""
 
     requires = {"celery.worker.components:Pool"}
 
     def __init__(self, parent: Any, **options: Any) -> None:
         super().__init__(parent, **options)
         self.loops: list[Loop] = []
+        # In a container everybody is process 1.
+        born = os.getpid() if os.getpid() != 1 else socket.gethostname()
+        self.name = settings.REDIS_CONSUMER_NAME or f"worker-{born}"
+        # Waits from the start on: a signal's handler had better start no thread.
+        self.leaving = Leaving(self._gone)
+        self.presence = workers.Presence(self.name, parent.concurrency)
 
     def start(self, parent: Any) -> None:
+        # Short turns: a run goes through three threads, and each waits its turn for the interpreter.
+        sys.setswitchinterval(SWITCH_SECONDS)
         llm.warm_up()
-        name = settings.REDIS_CONSUMER_NAME or f"worker-{os.getpid()}"
-        reader = Reader(name)
+        reader = Reader(self.name)
+
+        def read() -> None:
+            reader.read()
+            self.presence.note_read()
+
         self.loops = [
-            Loop("reader", reader.read),
+            Loop("reader", read),
             Loop("keeper", Keeper(reader).tick, every=SWEEP_SECONDS),
+            Loop("listener", live.desk().hear),
         ]
-        for loop in self.loops:
-            loop.start()
-        logger.info("Worker %s reads %s", name, settings.REDIS_STREAM_KEY)
+        # Of its own, and on to the end: what takes long is done by others, and a worker that waits
+        # for its last runs is still there.
+        beat = Loop("beat", self.presence.beat, every=workers.BEAT_SECONDS)
+        for thread in (*self.loops, beat, self.leaving):
+            thread.start()
+        signals.worker_shutting_down.connect(self._leave)
+        signals.worker_shutdown.connect(self._gone)
+        logger.info("Worker %s reads %s", self.name, settings.REDIS_STREAM_KEY)
+
+    def _leave(self, **_: Any) -> None:
+        self.leaving.told.set()
+
+    def close(self, parent: Any) -> None:
+        """The first thing when the worker stops by itself, without a signal."""
+        self._leave()
 
     def stop(self, parent: Any) -> None:
         for loop in self.loops:
             loop.stopping.set()
         for loop in self.loops:
             loop.join(timeout=3)
+        with suppress(RedisError):
+            stream.stop_keeping(self.name)
+        with suppress(*TROUBLE):
+            self.presence.drain()
+
+    def _gone(self, **_: Any) -> None:
+        with suppress(*TROUBLE):
+            self.presence.leave()

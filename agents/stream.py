@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any, cast
 
 import orjson
@@ -27,7 +27,6 @@ BATCH = 200
 # A blocked read has to end before the client's socket time-out does.
 BLOCK_MS = 1000
 BREAK_SECONDS = 3.0
-DEAD_LENGTH = 10_000
 KEEPER_MS = 4000
 
 
@@ -83,6 +82,65 @@ def consumer() -> Redis:
     )
 
 
+@functools.cache
+def observer() -> Redis:
+    """For who only looks: gives up after a second."""
+    return Redis.from_url(
+        settings.REDIS_URL,
+        socket_timeout=1,
+        socket_connect_timeout=1,
+        retry=Retry(NoBackoff(), 0),
+    )
+
+
+@dataclass(frozen=True)
+class Group:
+    """How far a group has come."""
+
+    name: str
+    unread_seconds: float  # how old the first entry is that it has yet to read
+    unread: int | None  # how many there are; Redis tells since version 7
+    pending: int  # read, and not acknowledged
+
+
+@dataclass(frozen=True)
+class Figures:
+    length: int
+    dead: int
+    handed: int  # tasks in Celery's queue
+    groups: list[Group]
+
+
+def figures() -> Figures:
+    """How the stream and the queue stand. Raises `RedisError`."""
+    redis, key = observer(), settings.REDIS_STREAM_KEY
+    return Figures(
+        length=int(redis.xlen(key)),
+        dead=int(redis.xlen(f"{key}:dead")),
+        handed=int(redis.llen(settings.CELERY_TASK_DEFAULT_QUEUE)),
+        groups=[_group(redis, info) for info in _groups(redis)],
+    )
+
+
+def _groups(redis: Redis) -> list[dict[str, Any]]:
+    try:
+        return list(redis.xinfo_groups(settings.REDIS_STREAM_KEY))
+    except ResponseError:  # there is no stream
+        return []
+
+
+def _group(redis: Redis, info: dict[str, Any]) -> Group:
+    delivered = info["last-delivered-id"].decode()
+    first = redis.xrange(settings.REDIS_STREAM_KEY, min=f"({delivered}", count=1)
+    age = time.time() - _numbers(cast("bytes", first[0][0]))[0] / 1000 if first else 0.0
+    return Group(
+        name=info["name"].decode(),
+        unread_seconds=max(0.0, age),
+        unread=info.get("lag"),
+        pending=int(info["pending"]),
+    )
+
+
 def publish(events: Iterable[dict[str, Any]]) -> bool:
     """Add events to the stream and wake who waits for an outcome. False when Redis did not take
     them, which is logged and no more: the relay adds them later."""
@@ -91,9 +149,14 @@ def publish(events: Iterable[dict[str, Any]]) -> bool:
     redis = _publisher()
     try:
         for event in events:
-            redis.xadd(settings.REDIS_STREAM_KEY, {"event": orjson.dumps(event)})
-            if event["type"] != "agent.run.requested":
-                redis.publish(_outcome_channel(event["payload"]["runId"]), b"")
+            run_id, thread_id = event["payload"]["runId"], event["payload"]["threadId"]
+            news = orjson.dumps({"event": [event["type"], run_id, thread_id]})
+            with redis.pipeline(transaction=False) as pipe:
+                pipe.xadd(settings.REDIS_STREAM_KEY, {"event": orjson.dumps(event)})
+                pipe.publish(live_channel(), news)
+                if event["type"] != "agent.run.requested":
+                    pipe.publish(_outcome_channel(run_id), b"")
+                pipe.execute()
     except RedisError as error:
         _breaker.trip()
         logger.warning(
@@ -101,6 +164,22 @@ def publish(events: Iterable[dict[str, Any]]) -> bool:
         )
         return False
     return True
+
+
+def live_channel() -> str:
+    """Heard by every web process: that there is an event, and what runs tell while they go on."""
+    return f"{settings.REDIS_STREAM_KEY}:live"
+
+
+def shout(channel: str, message: bytes) -> None:
+    """Tell whoever hears it just now. Where Redis is away nobody does, which is no error."""
+    if _breaker.open():
+        return
+    try:
+        _publisher().publish(channel, message)
+    except RedisError as error:
+        _breaker.trip()
+        logger.info("Redis is away (%s): nobody hears on %s", type(error).__name__, channel)
 
 
 def _outcome_channel(run_id: str) -> str:
@@ -228,11 +307,79 @@ def bury(entry: Entry, reason: str) -> None:
     leaves it there twice, not nowhere."""
     logger.warning("Stream entry %s is of no use: %s", entry.id, reason)
     consumer().xadd(
-        f"{settings.REDIS_STREAM_KEY}:dead",
+        _dead_key(),
         {"id": entry.id, "event": entry.raw or b"", "reason": reason},
-        maxlen=DEAD_LENGTH,
+        maxlen=settings.REDIS_STREAM_DEAD_LENGTH or None,
         approximate=True,
     )
+
+
+@dataclass(frozen=True)
+class Dead:
+    """An entry that could not be used: the one it was, when it was set aside, and why."""
+
+    id: str
+    entry: Entry
+    reason: str
+
+    @property
+    def at(self) -> datetime:
+        return datetime.fromtimestamp(int(self.id.partition("-")[0]) / 1000, tz=UTC)
+
+
+def dead(*, before: str = "", count: int = 50) -> list[Dead]:
+    """What was set aside, newest first. Raises `RedisError`."""
+    newest = f"({before}" if before else "+"
+    found: Any = consumer().xrevrange(_dead_key(), newest, "-", count=count)
+    return [_dead(entry_id, fields) for entry_id, fields in found or []]
+
+
+def count_dead() -> int:
+    """Raises `RedisError`."""
+    return int(consumer().xlen(_dead_key()))
+
+
+def revive(dead_id: str) -> bool:
+    """Move an entry that was set aside back to the stream, in one step; False when it is not there any
+    more. Raises `RedisError`."""
+
+    def move(pipe: Any) -> Any:
+        found = pipe.xrange(_dead_key(), dead_id, dead_id)
+        pipe.multi()
+        if found:
+            pipe.xdel(_dead_key(), dead_id)
+            pipe.xadd(settings.REDIS_STREAM_KEY, {"event": found[0][1].get(b"event", b"")})
+        return bool(found)
+
+    redis: Any = consumer()  # its types know no `value_from_callable`
+    # Whatever happens to the dead letters meanwhile makes it look again.
+    return bool(redis.transaction(move, _dead_key(), value_from_callable=True))
+
+
+def discard(dead_id: str) -> bool:
+    """Forget an entry that was set aside. Raises `RedisError`."""
+    return bool(consumer().xdel(_dead_key(), dead_id))
+
+
+def _dead_key() -> str:
+    return f"{settings.REDIS_STREAM_KEY}:dead"
+
+
+def _dead(entry_id: bytes, fields: dict[bytes, bytes]) -> Dead:
+    was = fields.get(b"id", b"").decode(errors="replace")
+    reason = fields.get(b"reason", b"").decode(errors="replace")
+    return Dead(entry_id.decode(), Entry(was, fields.get(b"event")), reason)
+
+
+def dead_letters() -> int | None:
+    """How many entries were buried; None while Redis is away."""
+    if _breaker.open():
+        return None
+    try:
+        return int(_publisher().xlen(_dead_key()))
+    except RedisError:
+        _breaker.trip()
+        return None
 
 
 def caught_up() -> bool:
@@ -260,6 +407,13 @@ def keep(name: str) -> bool:
     if consumer().get(key) != name.encode():
         return False
     return bool(consumer().pexpire(key, KEEPER_MS))
+
+
+def stop_keeping(name: str) -> None:
+    """Let another worker look after the stream at once. Raises `RedisError`."""
+    key = f"{settings.REDIS_STREAM_KEY}:keeper"
+    if consumer().get(key) == name.encode():
+        consumer().delete(key)
 
 
 def trim() -> None:

@@ -1,33 +1,42 @@
 from django.contrib import admin
 
 from chat.models import Message, Thread
-from realm.readonly import ReadOnly
+from console.base import ASK, Bodies, BodiesInline, Empty, Period, ReadOnlyAdmin, ReadOnlyInline
 
 
-class MessageInline(ReadOnly, admin.TabularInline):
+class MessageInline(BodiesInline, ReadOnlyInline):
     model = Message
+    bodies = {"content": "content"}
     fields = ["position", "role", "content", "created_at"]
-    max_num = 0
     show_change_link = True
 
 
 @admin.register(Thread)
-class ThreadAdmin(ReadOnly, admin.ModelAdmin):
+class ThreadAdmin(Bodies, ReadOnlyAdmin):
+    empty = Empty("The first message begins a thread:", ASK)
+    bodies = {"summary": "summary"}
     list_display = ["id", "owner", "turns", "created_at", "updated_at"]
+    list_filter = [Period]
     list_select_related = ["owner"]
+    ordering = ["-created_at", "id"]
     search_fields = ["=id", "=owner__username", "=owner__matrix_user_id"]
-    show_full_result_count = False
     inlines = [MessageInline]
+
+    def thread_of(self, thread: Thread) -> Thread:
+        return thread
 
 
 @admin.register(Message)
-class MessageAdmin(ReadOnly, admin.ModelAdmin):
+class MessageAdmin(Bodies, ReadOnlyAdmin):
+    empty = Empty("Post the first one:", ASK)
+    bodies = {"beginning": "content", "content": "content"}
     list_display = ["id", "thread", "position", "role", "beginning", "created_at"]
-    list_filter = ["role"]
-    search_fields = ["=id", "=thread__id", "=correlation_id"]
-    ordering = ["-created_at"]
-    show_full_result_count = False
-
-    @admin.display(description="content")
-    def beginning(self, message: Message) -> str:
-        return message.content[:80]
+    list_filter = ["role", Period]
+    search_fields = [
+        "=id",
+        "=thread__id",
+        "=run__correlation_id",
+        "=answered_run__correlation_id",
+    ]
+    list_select_related = ["thread"]
+    ordering = ["-created_at", "id"]

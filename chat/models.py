@@ -75,6 +75,12 @@ class Message(models.Model):
 
     class Meta:
         ordering = ["thread", "position"]
+        indexes = [
+            # The admin's list, newest first, whole and by role.
+            models.Index(fields=["-created_at", "id"], name="message_newest"),
+            models.Index(fields=["role", "-created_at"], name="message_by_role"),
+        ]
+        permissions = [("read_messages", "Can read what others said and were told")]
         constraints = [
             # Also the index that the history is read by.
             models.UniqueConstraint(
@@ -83,4 +89,5 @@ class Message(models.Model):
         ]
 
     def __str__(self) -> str:
-        return f"{self.get_role_display()}: {self.content[:60]}"
+        # Not what was said: titles, log lines and choices of a form show it to everybody.
+        return f"{self.get_role_display()} {self.position} of {self.thread_id}"

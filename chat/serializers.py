@@ -4,6 +4,7 @@ from typing import Any
 
 from rest_framework import serializers
 
+from agents.inbox import Accepted
 from agents.models import Run
 from chat.models import Message
 
@@ -26,6 +27,18 @@ class AskSerializer(serializers.Serializer[Any]):
     correlationId = StringField(  # noqa: N815
         required=False, allow_null=True, source="correlation_id"
     )
+
+
+def accepted_json(accepted: Accepted) -> dict[str, Any]:
+    return {
+        "ok": True,
+        "status": "accepted",
+        "runId": accepted.run_id,
+        "threadId": accepted.thread_id,
+        "messageId": accepted.message_id,
+        "model": accepted.model,
+        "correlationId": accepted.correlation_id,
+    }
 
 
 def message_json(message: Message) -> dict[str, Any]:

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from django.conf import settings
+from django.http import HttpResponse
+from django.http.response import HttpResponseBase
 from django.shortcuts import get_object_or_404
 from rest_framework import exceptions
 from rest_framework.permissions import BasePermission
@@ -14,11 +16,12 @@ from rest_framework.request import Request
 from rest_framework.response import Response
 from rest_framework.views import APIView
 
-from agents import inbox, llm, stream
+from agents import inbox, llm, runs, stream
 from agents.models import Run
+from chat import streams
 from chat.http import PlainAPIView
 from chat.models import Message, Thread, ThreadQuerySet
-from chat.serializers import AskSerializer, message_json, run_json
+from chat.serializers import AskSerializer, accepted_json, message_json, run_json
 from realm.models import User
 
 MAX_PAGE = 200
@@ -59,6 +62,10 @@ class ChatView(PlainAPIView):
         )
 
 
+class Conflict(exceptions.APIException):
+    status_code = 409
+
+
 class ApiRootView(PlainAPIView):
     authentication_classes = []
 
@@ -67,8 +74,9 @@ class ApiRootView(PlainAPIView):
 
 
 class MessagesView(ChatView):
-    def post(self, request: Request) -> Response:
-        """Accept a question: 202, or 200 with its outcome when `Prefer: wait=N` brings it in time."""
+    def post(self, request: Request) -> HttpResponseBase:
+        """Accept a question: 202, or 200 with its outcome when `Prefer: wait=N` brings it in time, or
+        with its stream where that is what the client accepts."""
         question = AskSerializer(data=request.data)
         question.is_valid(raise_exception=True)
         accepted = inbox.ask(
@@ -78,24 +86,25 @@ class MessagesView(ChatView):
             owner=self.caller,
             idempotency=self._idempotency(request),
         )
-        seconds = _seconds_to_wait(request)
-        run = self._outcome(accepted.run_id, seconds) if seconds else None
-        told = {
-            "ok": True,
-            "status": run.status if run else "accepted",
-            "runId": accepted.run_id,
-            "threadId": accepted.thread_id,
-            "messageId": accepted.message_id,
-            "model": accepted.model,
-            "correlationId": accepted.correlation_id,
-        }
         headers = {"Location": f"/api/chat/runs/{accepted.run_id}"}
         if accepted.repeated:
             headers["Idempotency-Replayed"] = "true"
+        if streams.wants_stream(request):
+            return self._stream(accepted, headers)
+        seconds = _seconds_to_wait(request)
+        run = self._outcome(accepted.run_id, seconds) if seconds else None
+        told = accepted_json(accepted)
         if run:
             headers["Preference-Applied"] = f"wait={seconds}"
-            return Response({**told, "run": run_json(run)}, headers=headers)
+            told |= {"status": run.status, "run": run_json(run)}
+            return Response(told, headers=headers)
         return Response(told, status=202, headers=headers)
+
+    def _stream(self, accepted: inbox.Accepted, headers: dict[str, str]) -> HttpResponseBase:
+        # A repeat may be of a run that is long gone.
+        run = self.run(accepted.run_id)
+        frames = streams.run_events(run, None, accepted_json(accepted))
+        return streams.EventStream(frames, **headers)
 
     def _idempotency(self, request: Request) -> inbox.Idempotency | None:
         key = request.headers.get("Idempotency-Key")
@@ -142,6 +151,35 @@ class ThreadMessagesView(ChatView):
 class RunView(ChatView):
     def get(self, request: Request, run_id: str) -> Response:
         return Response({"ok": True, "run": run_json(self.run(run_id))})
+
+
+class RunEventsView(ChatView):
+    def get(self, request: Request, run_id: str) -> HttpResponseBase:
+        """What the run tells, as server-sent events. To whoever has had the outcome there is nothing
+        to tell: 204, at which a browser stops asking."""
+        run, after = self.run(run_id), streams.place_asked(request)
+        if after and after.attempt > run.attempt:
+            raise exceptions.ParseError("That is the id of no event of this run.")
+        if after == (run.attempt, streams.END) and run.is_finished:
+            return HttpResponse(status=204)
+        return streams.EventStream(streams.run_events(run, after))
+
+
+class RunCancelView(ChatView):
+    def post(self, request: Request, run_id: str) -> Response:
+        """End a run: 202; 409 when it has ended already."""
+        run = self.run(run_id)
+        if not runs.cancel(run):
+            raise Conflict(f"The run has ended already: it is {run.status}.")
+        return Response({"ok": True, "run": run_json(self.run(run_id))}, status=202)
+
+
+class ThreadEventsView(ChatView):
+    def get(self, request: Request, thread_id: str) -> HttpResponseBase:
+        """What happens in the thread, as server-sent events, for as long as the client stays."""
+        thread = get_object_or_404(self.threads(), pk=thread_id)
+        number = streams.number_asked(request)
+        return streams.EventStream(streams.thread_events(thread.pk, number))
 
 
 class ModelsView(ChatView):

@@ -61,6 +61,7 @@ def test_a_list_costs_the_same_with_three_rows_and_with_thirty(
     admin_client: Client, path: str
 ) -> None:
     counts = []
+    admin_client.get(f"/admin/{path}/")  # leaves an audit entry the first time
     for _ in (3, 30):
         for number in range(3 if not counts else 27):
             run = factories.ask(owner=factories.user(f"user-{len(counts)}-{number}"))

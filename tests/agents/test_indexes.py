@@ -1,11 +1,14 @@
 """The queries of the hot path read an index, however many finished runs there are."""
 
 from datetime import timedelta
+from typing import Any
 
 import pytest
 from django.db import connection
+from django.db.models import QuerySet
 from django.utils import timezone
 
+from agents import retention
 from agents.models import Event, Run
 from chat.models import Message, Thread
 from tests import factories
@@ -22,9 +25,22 @@ def _history() -> None:
         cursor.execute("ANALYZE")
 
 
+def pages(name: str) -> QuerySet[Any]:
+    """The second page of a walk through what is old."""
+    kind = next(kind for kind in retention.ageing() if kind.name == name)
+    start = 7 if kind.order == "pk" else kind.cutoff
+    return kind.page(start)
+
+
 # SQLite names the index of a constraint itself.
 SQLITE = connection.vendor == "sqlite"
 MESSAGES = "(thread_id=? AND position<?)" if SQLITE else "message_position_is_unique"
+
+
+def key_of(table: str) -> str:
+    """A walk along the primary key, as a plan tells of it."""
+    return f"SEARCH {table} USING INTEGER PRIMARY KEY" if SQLITE else f"{table}_pkey"
+
 
 QUERIES = {
     "claim": (
@@ -49,6 +65,11 @@ QUERIES = {
         lambda: Thread.objects.filter(summary_due_at__lt=timezone.now()).order_by("summary_due_at"),
         ["thread_summary_due"],
     ),
+    "old steps": (lambda: pages("steps"), [key_of("agents_step")]),
+    "old attempts": (lambda: pages("attempts"), [key_of("agents_attempt")]),
+    "old events": (lambda: pages("events"), ["event_published"]),
+    "old sessions": (lambda: pages("sessions"), ["django_session_expire_date"]),
+    "quiet threads": (lambda: pages("threads"), ["thread_newest", "run_unfinished_in_thread"]),
     "newest runs": (
         lambda: Run.objects.order_by("-created_at", "id")[:100],
         ["run_newest"],
@@ -57,7 +78,8 @@ QUERIES = {
 
 
 @pytest.mark.parametrize("name", QUERIES)
-def test_an_index_is_used(name: str) -> None:
+def test_an_index_is_used(name: str, settings: Any) -> None:
+    settings.RETENTION_THREADS_DAYS = 365
     query, indexes = QUERIES[name]
 
     plan = explain(query())

@@ -385,6 +385,48 @@ class TestFence:
         assert sorted(won) == [False] * 7 + [True]
 
 
+@pytest.mark.django_db(transaction=True)
+class TestHandBack:
+    def test_a_run_that_is_handed_back_may_be_claimed_at_once(
+        self, model: FakeLLM, settings: Any
+    ) -> None:
+        """With an attempt more than may be made: one that was handed back does not count."""
+        settings.AGENT_MAX_ATTEMPTS = 1
+        model.script(Reply("word " * 400, deltas=400, delta_latency=0.05), Reply("here it is"))
+        run = factories.ask()
+        with in_background(runs.execute, run.pk):
+            model.wait_for_requests()
+            assert runs.hand_back() == 1
+            model.wait_for_disconnects()
+        assert Run.objects.untold().get() == run
+        runs.execute(run.pk)
+
+        assert reload(run).answer.content == "here it is"
+        results = Attempt.objects.order_by("number").values_list("result", flat=True)
+        assert list(results) == ["returned", "completed"]
+
+    def test_an_attempt_that_fails_after_it_has_as_many_others_as_ever(
+        self, model: FakeLLM, settings: Any
+    ) -> None:
+        settings.AGENT_MAX_ATTEMPTS = 2
+        model.script(Failure(500), Failure(500))
+        run = factories.ask()
+        runs.claim(run.pk)
+        runs.hand_back()
+        for status in (Run.Status.QUEUED, Run.Status.FAILED):
+            make_due(run)
+            runs.execute(run.pk)
+            assert reload(run).status == status
+
+    def test_what_others_carry_out_stays_with_them(self) -> None:
+        run = factories.ask()
+        runs.claim(run.pk)
+        Run.objects.update(worker="another")
+
+        assert runs.hand_back() == 0
+        assert reload(run).status == Run.Status.PROCESSING
+
+
 class TestCancel:
     def test_a_waiting_run_ends_at_once(self) -> None:
         run = factories.ask()
@@ -414,6 +456,21 @@ def test_an_outcome_outlasts_a_passing_trouble_of_the_database(caplog: Any) -> N
 
     assert runs._persist(record) is True
     assert "trying again" in caplog.text
+
+
+def test_an_outcome_whose_commit_was_not_confirmed_is_not_taken_for_thrown_away(
+    monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    persist = runs._persist
+    # As `_persist` does when the connection is lost just after the commit.
+    monkeypatch.setattr(runs, "_persist", lambda record: (record(), persist(record))[1])
+    run = factories.ask()
+    runs.execute(run.pk)
+
+    assert reload(run).status == Run.Status.COMPLETED
+    assert Message.objects.filter(role="assistant").count() == 1
+    assert Attempt.objects.get().fenced_at is None
+    assert "thrown away" not in caplog.text
 
 
 def test_a_run_without_a_lease_cannot_be_processing() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import orjson
 import pytest
+from django.contrib.sessions.models import Session
 from django.db.models.functions import Now
 from django.utils import timezone
 from redis import Redis
@@ -398,6 +399,18 @@ class TestSweep:
 
         assert runs.claim(run.pk) is not None
 
+    def test_what_is_old_goes_unless_the_workers_are_behind(
+        self, reader: runtime.Reader, redis: Redis, broker: Broker
+    ) -> None:
+        Session.objects.create(session_key="old", session_data="", expire_date=timezone.now())
+        redis.rpush("agent_events:celery", *[b"{}"] * runtime.SWEEP_BATCH)
+        runtime.Keeper(reader).tick()
+        assert Session.objects.exists()
+
+        redis.delete("agent_events:celery")
+        runtime.Keeper(reader).tick()
+        assert not Session.objects.exists()
+
     def test_the_keeper_is_one_worker(self, reader: runtime.Reader, broker: Broker) -> None:
         factories.ask()
         Run.objects.update(handed_at=None)
@@ -405,6 +418,14 @@ class TestSweep:
 
         runtime.Keeper(reader).tick()
         assert broker.handed() == []
+
+        stream.stop_keeping("worker-1")
+        runtime.Keeper(reader).tick()
+        assert broker.handed() == []
+
+        stream.stop_keeping("worker-2")
+        runtime.Keeper(reader).tick()
+        assert len(broker.handed()) == 1
 
 
 class TestRelay:
@@ -464,6 +485,16 @@ class TestTrim:
         stream.trim()
 
         assert redis.xlen("agent_events") < 500
+
+    def test_of_what_made_no_sense_the_last_is_kept(
+        self, reader: runtime.Reader, redis: Redis, broker: Broker, settings: Any
+    ) -> None:
+        for length, most in ((100, 300), (0, 1000)):  # Redis drops whole nodes of a hundred
+            redis.delete("agent_events:dead")
+            settings.REDIS_STREAM_DEAD_LENGTH = length
+            for number in range(500):
+                stream.bury(stream.Entry(f"{number}-0", b"{"), "nonsense")
+            assert min(length or 500, 500) <= redis.xlen("agent_events:dead") <= most
 
 
 class TestWaiting:

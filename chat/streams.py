@@ -1,0 +1,241 @@
+"""Server-sent events of a run and of a thread. Async generators of whole frames; the database is
+asked in threads, a unit at a time."""
+
+import asyncio
+import logging
+import re
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any, ParamSpec, TypeVar
+
+import orjson
+from django.db import InterfaceError, OperationalError, close_old_connections
+from django.http import StreamingHttpResponse
+from redis.exceptions import RedisError
+from rest_framework import exceptions
+from rest_framework.request import Request
+
+from agents import listeners
+from agents.listeners import Gap, Place, Told
+from agents.models import Run
+from chat.serializers import message_json, run_json
+
+logger = logging.getLogger(__name__)
+
+KEEP_ALIVE_SECONDS = 15.0
+# How many turns of a thread are read at a time.
+TURNS = 50
+END = 1 << 62  # no event has such a number: the place of an attempt's end
+START = Place(0, 0)
+PLACE = re.compile(r"([0-9]{1,5})-([0-9]{1,10}|end)\Z", re.ASCII)
+KEEP_ALIVE = b": \n\n"
+# A client that was cut off comes back after this many milliseconds.
+RETRY = b"retry: 1000\n\n"
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class EventStream(StreamingHttpResponse):
+    def __init__(self, frames: AsyncIterator[bytes], **headers: str) -> None:
+        super().__init__(
+            frames,
+            content_type="text/event-stream",
+            headers={
+                "Cache-Control": "no-cache, no-transform",
+                # nginx would keep it back otherwise.
+                "X-Accel-Buffering": "no",
+                **headers,
+            },
+        )
+
+
+def wants_stream(request: Request) -> bool:
+    """Whether the Accept header names server-sent events before JSON."""
+    best, stream = 0.0, False
+    for part in request.headers.get("Accept", "").lower().split(","):
+        kind, *parameters = (piece.strip() for piece in part.split(";"))
+        quality = next((_quality(p[2:]) for p in parameters if p.startswith("q=")), 1.0)
+        if kind in ("text/event-stream", "application/json", "*/*") and quality > best:
+            best, stream = quality, kind == "text/event-stream"
+    return stream
+
+
+def _quality(value: str) -> float:
+    try:
+        return float(value)
+    except ValueError:
+        return 0.0
+
+
+def place_asked(request: Request) -> Place | None:
+    """Where a client wants to go on: after this. None: from the beginning."""
+    value = _after(request)
+    if not value:
+        return None
+    found = PLACE.match(value)
+    if not found:
+        raise exceptions.ParseError("That is the id of no event of a run.")
+    return Place(int(found[1]), END if found[2] == "end" else int(found[2]))
+
+
+def number_asked(request: Request) -> int:
+    value = _after(request) or "0"
+    if not (value.isascii() and value.isdigit() and len(value) <= 9):
+        raise exceptions.ParseError("That is the id of no event of a thread.")
+    return int(value)
+
+
+def _after(request: Request) -> str:
+    return request.query_params.get("after") or request.headers.get("Last-Event-ID") or ""
+
+
+async def run_events(
+    run: Run, after: Place | None, accepted: dict[str, Any] | None = None
+) -> AsyncIterator[bytes]:
+    """What a run tells, from after `after` on, up to its outcome. `accepted`: what is told first."""
+    yield RETRY
+    if accepted:
+        yield _frame(str(START), "run.accepted", accepted)
+    elif after is None:
+        yield _frame(str(START), "run.status", {"status": run.status, "attempt": run.attempt})
+    hub = listeners.hub(_which_ended)
+    with hub.run(run.pk, after or START) as listener:
+        # Beside the telling: in a rush the database has others to serve, and tokens need not wait.
+        looking = asyncio.create_task(_end_if_ended(listener))
+        try:
+            while not (listener.ended and listener.up_to_date):
+                found = await listener.take(KEEP_ALIVE_SECONDS)
+                # One write for all of them.
+                yield b"".join(map(_told, found)) or KEEP_ALIVE
+        finally:
+            looking.cancel()
+        if (
+            after
+            and listener.place == after
+            and after.number < END
+            and not await _remembers(hub, run.pk)
+        ):
+            yield _gap(str(Place(after.attempt, after.number + 1)), f"{after.attempt}-end")
+        yield await _unit(_outcome, run.pk)
+
+
+async def _end_if_ended(listener: listeners.Listener) -> None:
+    while True:
+        try:
+            if await _which_ended([listener.run_id]):
+                listener.end()
+            return
+        except (OperationalError, InterfaceError) as error:
+            logger.warning("A listener cannot look whether its run has ended: %s", error)
+            await asyncio.sleep(2)
+
+
+async def _remembers(hub: listeners.Hub, run_id: str) -> bool:
+    try:
+        return await hub.remembers(run_id)
+    except RedisError:
+        return False
+
+
+async def thread_events(thread_id: str, after: int) -> AsyncIterator[bytes]:
+    """What happens in a thread, for as long as the client stays. Numbers count the questions and
+    outcomes in the order of the conversation: 2n+1 is the question of turn n, 2n+2 its outcome."""
+    yield RETRY
+    with listeners.hub(_which_ended).thread(thread_id) as news:
+        while True:
+            news.clear()
+            frames, reached = await _unit(_told_of_thread, thread_id, after)
+            if frames:
+                after = reached
+                yield frames
+                continue
+            try:
+                async with asyncio.timeout(KEEP_ALIVE_SECONDS):
+                    await news.wait()
+            except TimeoutError:
+                yield KEEP_ALIVE
+
+
+def _told_of_thread(thread_id: str, after: int) -> tuple[bytes, int]:
+    """The next frames after the number `after`, and the number of the last of them."""
+    runs = (
+        Run.objects.filter(thread_id=thread_id, position__gte=after - after % 2)
+        .select_related("message", "answer")
+        .order_by("position")[:TURNS]
+    )
+    frames: list[bytes] = []
+    for number, kind, data in _numbered(runs):
+        if number <= after:
+            continue
+        if number > after + 1:
+            frames.append(_gap(str(after + 1), str(number - 1)))
+        frames.append(_frame(str(number), kind, data))
+        after = number
+    return b"".join(frames), after
+
+
+def _numbered(runs: Any) -> Iterator[tuple[int, str, dict[str, Any]]]:
+    for run in runs:
+        yield (
+            run.position + 1,
+            "message.created",
+            {
+                "runId": run.pk,
+                "message": message_json(run.message),
+            },
+        )
+        if not run.is_finished:
+            return
+        answer = {"message": message_json(run.answer)} if run.answer else {}
+        yield run.position + 2, f"run.{run.status}", {"run": run_json(run), **answer}
+
+
+async def _which_ended(run_ids: list[str]) -> list[str]:
+    """Also those that are gone."""
+    return await _unit(_ended, run_ids)
+
+
+def _ended(run_ids: list[str]) -> list[str]:
+    going_on: set[str] = set()
+    for first in range(0, len(run_ids), 500):
+        some = run_ids[first : first + 500]
+        going_on.update(Run.objects.unfinished().filter(pk__in=some).values_list("pk", flat=True))
+    return [run_id for run_id in run_ids if run_id not in going_on]
+
+
+def _outcome(run_id: str) -> bytes:
+    run = Run.objects.select_related("answer").filter(pk=run_id).first()
+    if run is None:
+        return _frame("0-end", "run.deleted", {"id": run_id})
+    return _frame(f"{run.attempt}-end", f"run.{run.status}", {"run": run_json(run)})
+
+
+async def _unit(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Database work in a thread, which keeps no connection afterwards that others may use."""
+
+    def fresh() -> T:
+        close_old_connections()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            close_old_connections()
+
+    return await asyncio.to_thread(fresh)
+
+
+def _told(told: Told | Gap) -> bytes:
+    if isinstance(told, Gap):
+        return _gap(str(told.first), str(told.last))
+    return f"id: {told.place}\nevent: {told.type}\ndata: {told.data}\n\n".encode()
+
+
+def _gap(first: str, last: str) -> bytes:
+    return _frame(last, "gap", {"from": first, "to": last})
+
+
+def _frame(id: str, kind: str, data: dict[str, Any]) -> bytes:
+    return (
+        f"id: {id}\nevent: {kind}\ndata: ".encode()
+        + orjson.dumps(data, option=orjson.OPT_UTC_Z)
+        + b"\n\n"
+    )

@@ -1,0 +1,498 @@
+"""Server-sent events, through the ASGI application, with a real Redis and a real model endpoint."""
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from django.db import connections
+from redis import Redis
+
+from agents import listeners, live, runs, stream
+from agents.models import Attempt, Run, Step
+from agents.runtime import Loop
+from chat import streams
+from chat.models import Message
+from realm import tokens
+from tests.chat.listening import Event, go, request
+from tests.factories import ask, conversation, user
+from tests.fakes.llm import FakeLLM, Hang, Reply
+
+pytestmark = pytest.mark.django_db(transaction=True)
+
+TALK = Reply(("one ", "two ", "three ", "four "), delta_latency=0.1)
+
+
+@pytest.fixture(autouse=True)
+def _worker_hears(redis: Redis) -> Iterator[None]:
+    loop = Loop("listener", live.desk().hear)
+    loop.start()
+    while not dict(redis.pubsub_numsub(live.called_channel()))[live.called_channel().encode()]:
+        pass
+    yield
+    loop.stopping.set()
+    loop.join(5)
+    assert not loop.is_alive()
+
+
+class Worker(threading.Thread):
+    """Carries out a run beside the test."""
+
+    def __init__(self, run: Run) -> None:
+        super().__init__(daemon=True)
+        self.run_id = run.pk
+
+    def run(self) -> None:
+        try:
+            runs.execute(self.run_id)
+        finally:
+            connections.close_all()
+
+
+def text_of(events: list[Event]) -> str:
+    return "".join(event.data["text"] for event in events if event.type == "message.delta")
+
+
+def numbers(events: list[Event], attempt: int = 1) -> list[int]:
+    ids = [event.id.split("-") for event in events]
+    return [int(number) for a, number in ids if a == str(attempt) and number != "end"]
+
+
+def test_tokens_come_while_the_model_speaks(model: FakeLLM) -> None:
+    model.script(TALK)
+    run = ask("Hi")
+
+    async def scene() -> None:
+        async with request(f"/api/chat/runs/{run.pk}/events") as response:
+            assert response.status == 200
+            assert response.headers["content-type"] == "text/event-stream"
+            first = await response.event()
+            assert (first.id, first.type, first.data["status"]) == ("0-0", "run.status", "queued")
+            worker = Worker(run)
+            worker.start()
+            events = await response.until("message.delta")
+            assert worker.is_alive()
+            events += await response.until("run.completed")
+            await response.end()
+        worker.join(5)
+        assert text_of(events) == "one two three four "
+        assert numbers(events) == list(range(1, len(events)))
+        assert [e.type for e in events if e.type != "message.delta"] == [
+            "run.status",
+            "step.started",
+            "step.finished",
+            "run.completed",
+        ]
+        assert events[-1].id == "1-end"
+        assert events[-1].data["run"]["output"] == "one two three four "
+
+    go(scene())
+
+
+def test_who_comes_late_is_told_what_was_said_before(model: FakeLLM) -> None:
+    model.script(TALK)
+    run = ask("Hi")
+    worker = Worker(run)
+
+    async def scene() -> None:
+        worker.start()
+        await asyncio.to_thread(model.wait_for_requests)
+        await asyncio.sleep(0.25)
+        async with request(f"/api/chat/runs/{run.pk}/events") as response:
+            events = await response.until("run.completed")
+        assert text_of(events) == "one two three four "
+        assert numbers(events) == list(range(1, len(events) - 1))
+
+    go(scene())
+    worker.join(5)
+
+
+def test_nothing_goes_to_redis_where_nobody_listens(model: FakeLLM, redis: Redis) -> None:
+    run = ask("Hi")
+    runs.execute(run.pk)
+    assert not redis.exists(live.stream_of(run.pk))
+
+
+def test_it_goes_on_after_any_event_in_any_process(model: FakeLLM) -> None:
+    model.script(TALK)
+    run = ask("Hi")
+    seen: list[Event] = []
+
+    async def first() -> None:
+        async with request(f"/api/chat/runs/{run.pk}/events") as response:
+            Worker(run).start()
+            seen.extend((await response.until("message.delta"))[1:])
+
+    async def second(last: str) -> list[Event]:
+        # As header or as parameter.
+        path = f"/api/chat/runs/{run.pk}/events"
+        async with request(path, last_event_id=last) as response:
+            events = await response.until("run.completed")
+        async with request(f"{path}?after={last}") as response:
+            assert await response.until("run.completed") == events
+        return events
+
+    async def again() -> None:
+        for cut in range(len(seen)):
+            whole = seen[: cut + 1] + await second(seen[cut].id)
+            assert text_of(whole) == "one two three four "
+            assert numbers(whole) == list(range(1, len(whole)))
+
+    go(first())
+    go(again())
+
+
+def test_who_had_the_outcome_is_told_to_stop_asking(model: FakeLLM) -> None:
+    run = ask("Hi")
+    runs.execute(run.pk)
+
+    async def scene() -> None:
+        path = f"/api/chat/runs/{run.pk}/events"
+        async with request(path) as response:
+            outcome = (await response.until("run.completed"))[-1]
+        async with request(path, last_event_id=outcome.id) as response:
+            assert response.status == 204
+
+    go(scene())
+
+
+def test_what_redis_forgot_is_said(model: FakeLLM, redis: Redis) -> None:
+    run = ask("Hi")
+    live.desk().heed({"called": [run.pk]})
+    runs.execute(run.pk)
+    assert redis.exists(live.stream_of(run.pk))
+    redis.flushall()
+
+    async def scene() -> None:
+        path = f"/api/chat/runs/{run.pk}/events"
+        async with request(path, last_event_id="1-2") as response:
+            gap, outcome = await response.until("run.completed")
+        assert (gap.type, gap.data) == ("gap", {"from": "1-3", "to": "1-end"})
+        assert outcome.data["run"]["output"]
+
+    go(scene())
+
+
+def test_what_was_trimmed_is_said(model: FakeLLM, redis: Redis) -> None:
+    run = ask("Hi")
+    runs.claim(run.pk)
+    with live.desk().feed(run.pk, 1, stop=lambda: None) as feed:
+        feed.call()
+        feed.tell("step.started", {})
+        feed.tell("step.finished", {})
+        feed.finish()
+        redis.xtrim(live.stream_of(run.pk), minid="1-3", approximate=False)
+
+        async def scene() -> None:
+            path = f"/api/chat/runs/{run.pk}/events?after=1-1"
+            async with request(path) as response:
+                gap, last = await response.event(), await response.event()
+            assert (gap.id, gap.type, gap.data) == ("1-2", "gap", {"from": "1-2", "to": "1-2"})
+            assert last.id == "1-3"
+
+        go(scene())
+
+
+def test_a_new_attempt_begins_anew(model: FakeLLM) -> None:
+    run = ask("Hi")
+
+    async def scene() -> None:
+        async with request(f"/api/chat/runs/{run.pk}/events") as response:
+            await response.event()
+            for attempt in (1, 2):
+                with live.desk().feed(run.pk, attempt, stop=lambda: None) as feed:
+                    feed.text(f"from attempt {attempt}")
+                    status, text = await response.event(), await response.event()
+                    assert (status.id, status.data["attempt"]) == (f"{attempt}-1", attempt)
+                    assert text.data["text"] == f"from attempt {attempt}"
+            # The first worker is not dead, it was slow: it is not heard any more.
+            with live.desk().feed(run.pk, 1, stop=lambda: None) as feed:
+                feed.call()
+                feed.text("late")
+            with live.desk().feed(run.pk, 3, stop=lambda: None) as feed:
+                assert (await response.event()).id == "3-1"
+
+    go(scene())
+
+
+@pytest.mark.parametrize(
+    "value", ["x", "1", "1-", "-1", "1-x", "1-2-3", "99999999999-1", "9-1", "1-99999999999", "1-²"]
+)
+def test_a_place_that_is_none_is_refused(value: str) -> None:
+    run = ask("Hi")
+
+    async def scene() -> None:
+        async with request(f"/api/chat/runs/{run.pk}/events", last_event_id=value) as response:
+            assert response.status == 400
+            assert b'"ok":false' in (await response.end()).body
+
+    go(scene())
+
+
+@pytest.mark.parametrize("what", ["runs/{run}/events", "threads/{thread}/events"])
+def test_a_stream_is_visible_to_whom_the_run_is(what: str, settings: Any) -> None:
+    alice, bob = user("alice"), user("bob")
+    run = ask("Hi", owner=alice)
+    path = "/api/chat/" + what.format(run=run.pk, thread=run.thread_id)
+
+    async def status(**headers: str) -> int:
+        async with request(path, **headers) as response:
+            return response.status
+
+    async def scene() -> None:
+        def bearer(who: Any) -> str:
+            return f"Bearer {tokens.issue(who.matrix_user_id)}"
+
+        assert await status(authorization=await asyncio.to_thread(bearer, alice)) == 200
+        assert await status(authorization=await asyncio.to_thread(bearer, bob)) == 404
+        assert await status() == 404
+        settings.CHAT_ALLOW_ANONYMOUS = False
+        assert await status() == 401
+        assert await status(authorization="Bearer nonsense") == 401
+
+    go(scene())
+
+
+def test_a_question_is_answered_with_the_stream(model: FakeLLM) -> None:
+    async def scene() -> None:
+        async with request(
+            "/api/chat/messages", "POST", {"content": "Hi"}, accept="text/event-stream"
+        ) as response:
+            assert response.status == 200
+            accepted = await response.event()
+            assert (accepted.id, accepted.type) == ("0-0", "run.accepted")
+            assert accepted.data["status"] == "accepted"
+            run = await asyncio.to_thread(Run.objects.get, pk=accepted.data["runId"])
+            assert response.headers["location"] == f"/api/chat/runs/{run.pk}"
+            Worker(run).start()
+            events = await response.until("run.completed")
+        assert text_of(events) == events[-1].data["run"]["output"]
+
+    go(scene())
+
+
+@pytest.mark.parametrize(
+    ("accept", "status"),
+    [
+        ("*/*", 202),
+        ("application/json", 202),
+        ("application/json, text/event-stream", 202),
+        ("application/json;q=0.5, text/event-stream", 200),
+        ("text/event-stream;q=0", 202),
+        ("text/event-stream;q=x", 202),
+        ("text/event-stream, application/json", 200),
+    ],
+)
+def test_the_accept_header_decides(accept: str, status: int) -> None:
+    async def scene() -> None:
+        async with request(
+            "/api/chat/messages", "POST", {"content": "Hi"}, accept=accept
+        ) as response:
+            assert response.status == status
+
+    go(scene())
+
+
+def test_a_client_that_leaves_leaves_nothing_behind() -> None:
+    run = ask("Hi")
+
+    async def scene() -> None:
+        hub = listeners.hub(streams._which_ended)
+        async with request(f"/api/chat/runs/{run.pk}/events") as response:
+            await response.event()
+            await wait_for(lambda: run.pk in hub._runs)
+        assert not hub._runs
+        # One that takes nothing, too: the server waits in the middle of sending to it.
+        async with request(f"/api/chat/runs/{run.pk}/events") as response:
+            response.reading.clear()
+            await asyncio.sleep(0.1)
+            with live.desk().feed(run.pk, 1, stop=lambda: None) as feed:
+                feed.call()
+                await asyncio.sleep(0.1)
+        assert not hub._runs
+
+    go(scene())
+
+
+async def wait_for(condition: Any, seconds: float = 5) -> None:
+    async with asyncio.timeout(seconds):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+def test_a_slow_client_misses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listeners, "MOST_WAITING", 5)
+    monkeypatch.setattr(listeners, "BATCH", 7)
+    run = ask("Hi")
+
+    async def scene() -> None:
+        async with request(f"/api/chat/runs/{run.pk}/events") as response:
+            await response.event()
+            with live.desk().feed(run.pk, 1, stop=lambda: None) as feed:
+                feed.call()
+                await response.event()
+                response.reading.clear()
+                for number in range(50):
+                    feed.tell("step.started", {"step": number})
+                    await asyncio.to_thread(feed.finish)
+                response.reading.set()
+                events = [await response.event() for _ in range(50)]
+        assert [event.data["step"] for event in events] == list(range(50))
+
+    go(scene())
+
+
+def test_a_silent_stream_says_that_it_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams, "KEEP_ALIVE_SECONDS", 0.05)
+    run = ask("Hi")
+    asked: list[Any] = []
+    unit = streams._unit
+
+    async def counted(function: Any, *args: Any) -> Any:
+        asked.append(function)
+        return await unit(function, *args)
+
+    monkeypatch.setattr(streams, "_unit", counted)
+
+    async def scene() -> None:
+        async with request(f"/api/chat/runs/{run.pk}/events") as response:
+            await wait_for(lambda: response.body.count(b"\n: \n\n") >= 3)
+            before = len(asked)
+            await wait_for(lambda: response.body.count(b"\n: \n\n") >= 10)
+            assert len(asked) == before, "an idle listener asks the database"
+
+    go(scene())
+
+
+def test_the_outcome_comes_although_redis_is_away(model: FakeLLM, settings: Any) -> None:
+    run = ask("Hi")
+    settings.REDIS_URL = "redis://127.0.0.1:1"
+
+    async def scene() -> None:
+        async with request(f"/api/chat/runs/{run.pk}/events") as response:
+            await response.event()
+            Worker(run).start()
+            outcome = (await response.until("run.completed", 20))[-1]
+        assert outcome.data["run"]["output"]
+
+    go(scene())
+
+
+def test_a_waiting_run_is_cancelled_at_once() -> None:
+    run = ask("Hi")
+
+    async def scene() -> None:
+        path = f"/api/chat/runs/{run.pk}"
+        async with request(f"{path}/events") as listener:
+            await listener.event()
+            async with request(f"{path}/cancel", "POST") as response:
+                assert response.status == 202
+                assert b'"status":"cancelled"' in (await response.end()).body
+            assert (await listener.event()).type == "run.cancelled"
+            await listener.end()
+        async with request(f"{path}/cancel", "POST") as response:
+            assert response.status == 409
+
+    go(scene())
+
+
+def test_nobody_cancels_anothers_run() -> None:
+    run = ask("Hi", owner=user("alice"))
+
+    async def scene() -> None:
+        async with request(f"/api/chat/runs/{run.pk}/cancel", "POST") as response:
+            assert response.status == 404
+
+    go(scene())
+    run.refresh_from_db()
+    assert run.status == "queued"
+
+
+def test_a_cancel_is_heeded_between_two_tokens(model: FakeLLM) -> None:
+    model.script(Hang(2))
+    run = ask("Hi")
+    worker = Worker(run)
+
+    async def scene() -> None:
+        async with request(f"/api/chat/runs/{run.pk}/events") as listener:
+            worker.start()
+            said = (await listener.until("message.delta"))[-1].data["text"]
+            async with request(f"/api/chat/runs/{run.pk}/cancel", "POST") as response:
+                assert response.status == 202
+            async with asyncio.timeout(1):
+                await listener.until("run.cancelled")
+                await asyncio.to_thread(worker.join)
+        model.wait_for_disconnects()
+        step = await asyncio.to_thread(Step.objects.get, run=run)
+        assert step.output.startswith(said)
+        assert step.output
+        attempt = await asyncio.to_thread(Attempt.objects.get, run=run)
+        assert (attempt.result, attempt.completion_tokens) == ("cancelled", 2)
+
+    go(scene())
+
+
+def test_a_thread_is_told_in_the_order_of_the_conversation(model: FakeLLM) -> None:
+    thread = conversation(2)
+
+    async def scene() -> None:
+        path = f"/api/chat/threads/{thread.pk}/events"
+        async with request(path) as response:
+            events = [await response.event() for _ in range(4)]
+            assert [event.id for event in events] == ["1", "2", "3", "4"]
+            assert [event.type for event in events] == ["message.created", "run.completed"] * 2
+            assert events[3].data["message"]["content"] == "answer 1"
+            # Two questions at once: the second is told when its turn has come.
+            run = await asyncio.to_thread(ask, "And now?", thread_id=thread.pk)
+            later = await asyncio.to_thread(ask, "And then?", thread_id=thread.pk)
+            asked = await response.event()
+            assert (asked.id, asked.data["message"]["content"]) == ("5", "And now?")
+            for one in (run, later):
+                worker = Worker(one)
+                worker.start()
+                await asyncio.to_thread(worker.join)
+            ids = [(await response.event()).id for _ in range(3)]
+            assert ids == ["6", "7", "8"]
+        async with request(path, last_event_id="7") as response:
+            assert (await response.event()).id == "8"
+
+    go(scene())
+
+
+def test_a_thread_says_what_was_deleted() -> None:
+    thread = conversation(3)
+    Message.objects.get(thread=thread, position=2).delete()
+
+    async def scene() -> None:
+        async with request(f"/api/chat/threads/{thread.pk}/events?after=1") as response:
+            events = [await response.event() for _ in range(3)]
+        assert [event.id for event in events] == ["2", "4", "5"]
+        assert events[1].data == {"from": "3", "to": "4"}
+
+    go(scene())
+
+
+@pytest.mark.parametrize("value", ["x", "-1", "1-1", "9999999999", "²"])
+def test_a_number_that_is_none_is_refused(value: str) -> None:
+    thread = conversation(1)
+
+    async def scene() -> None:
+        async with request(
+            f"/api/chat/threads/{thread.pk}/events", last_event_id=value
+        ) as response:
+            assert response.status == 400
+
+    go(scene())
+
+
+def test_the_breaker_spares_a_run_a_redis_that_is_away(model: FakeLLM, settings: Any) -> None:
+    run = ask("Hi")
+    model.script(Reply(tuple("many words " * 20), delta_latency=0.005))
+    live._teller.cache_clear()
+    settings.REDIS_URL = "redis://127.0.0.1:1"
+    live.desk().heed({"called": [run.pk]})
+    runs.execute(run.pk)
+    run.refresh_from_db()
+    assert run.status == "completed"
+    stream._breaker.reset()
