@@ -8,9 +8,10 @@ from django.conf import settings
 from django.db.models.functions import Now
 from django.utils import timezone
 
-from botrunner import crosssigning, timeline
+from botrunner import crosssigning
 from botrunner.client import API, Homeserver, MatrixError, TokenRefused
 from botrunner.models import Room, Session
+from botrunner.said import ENCRYPTED, REDACTION
 from botrunner.units import unit
 from realm import filters
 
@@ -18,8 +19,8 @@ logger = logging.getLogger(__name__)
 
 EVENT_TYPES = [
     *filters.EVENT_TYPES,
-    timeline.ENCRYPTED,
-    timeline.REDACTION,
+    ENCRYPTED,
+    REDACTION,
     "m.room.member",
     "m.room.encryption",
 ]

@@ -1,13 +1,22 @@
+from typing import Any
+
 from django.contrib import admin
-from django.db.models import Count, Q, QuerySet
+from django.db import transaction
+from django.db.models import Func, OuterRef, QuerySet, Subquery
 from django.http import HttpRequest
 
 from botrunner.models import Conversation, Reply, Room, RoomEvent, Session
-from realm.readonly import ReadOnly
+from console import audit
+from console.base import Bodies, Empty, ReadOnlyAdmin, ReadOnlyInline
+
+
+def _count(rows: QuerySet[Any]) -> Subquery:
+    return Subquery(rows.order_by().annotate(n=Func("pk", function="COUNT")).values("n"))
 
 
 @admin.register(Session)
-class SessionAdmin(ReadOnly, admin.ModelAdmin):
+class SessionAdmin(ReadOnlyAdmin):
+    empty = Empty("The bot has never logged in. Start it:", "python manage.py runbot")
     list_display = [
         "__str__",
         "homeserver",
@@ -35,17 +44,24 @@ class SessionAdmin(ReadOnly, admin.ModelAdmin):
         "last_error_at",
     ]
 
+    def lookup_allowed(self, lookup: str, value: Any, request: HttpRequest) -> bool:
+        """Nor is it to be guessed letter by letter."""
+        if lookup.partition("__")[0] == "access_token":
+            return False
+        return bool(super().lookup_allowed(lookup, value, request))
+
     def get_queryset(self, request: HttpRequest) -> QuerySet[Session]:
-        pending = Q(rooms__replies__status__in=[Reply.Status.WAITING, Reply.Status.READY])
-        sealed = Q(rooms__events__kind=RoomEvent.Kind.SEALED, rooms__events__state="pending")
-        joined = Q(rooms__membership=Room.Membership.JOINED)
+        # Each counted by itself: joined, replies times events would be counted.
+        joined = Room.objects.filter(membership=Room.Membership.JOINED)
+        pending = Reply.objects.filter(status__in=[Reply.Status.WAITING, Reply.Status.READY])
+        sealed = RoomEvent.objects.filter(kind=RoomEvent.Kind.SEALED, state="pending")
         return (
             super()
             .get_queryset(request)
             .annotate(
-                joined=Count("rooms", filter=joined, distinct=True),
-                pending=Count("rooms__replies", filter=pending, distinct=True),
-                sealed=Count("rooms__events", filter=sealed, distinct=True),
+                joined=_count(joined.filter(session=OuterRef("pk"))),
+                pending=_count(pending.filter(room__session=OuterRef("pk"))),
+                sealed=_count(sealed.filter(room__session=OuterRef("pk"))),
             )
         )
 
@@ -67,14 +83,14 @@ class SessionAdmin(ReadOnly, admin.ModelAdmin):
         return int(getattr(session, "sealed", 0))
 
 
-class ConversationInline(ReadOnly, admin.TabularInline):
+class ConversationInline(ReadOnlyInline):
     model = Conversation
     fields = ["root", "thread"]
-    max_num = 0
 
 
 @admin.register(Room)
-class RoomAdmin(ReadOnly, admin.ModelAdmin):
+class RoomAdmin(ReadOnlyAdmin):
+    empty = Empty("Invite the bot to a room; its Matrix id stands on the page Bot.")
     list_display = ["room_id", "membership", "inviter", "is_encrypted", "error", "updated_at"]
     list_filter = ["membership", "is_encrypted"]
     search_fields = ["=room_id", "=inviter"]
@@ -82,34 +98,50 @@ class RoomAdmin(ReadOnly, admin.ModelAdmin):
     inlines = [ConversationInline]
 
 
-class ReplyInline(ReadOnly, admin.TabularInline):
+class ReplyInline(ReadOnlyInline):
     model = Reply
     fields = ["run", "registration", "status", "attempts", "due_at", "error", "sent_at"]
-    max_num = 0
 
 
 @admin.register(RoomEvent)
-class RoomEventAdmin(ReadOnly, admin.ModelAdmin):
+class RoomEventAdmin(Bodies, ReadOnlyAdmin):
+    empty = Empty(
+        "What is said in rooms stands here, once the bot is in one and a command is registered."
+    )
+    bodies = {"source": "source"}
     list_display = ["event_id", "kind", "state", "sender", "room", "said_at", "note"]
     list_filter = ["state", "kind"]
     list_select_related = ["room"]
     search_fields = ["=event_id", "=sender", "=room__room_id"]
     ordering = ["-id"]
-    show_full_result_count = False
     inlines = [ReplyInline]
+
+    def thread_of(self, event: RoomEvent) -> RoomEvent:
+        """A room's words are nobody's in particular."""
+        return event
 
 
 @admin.register(Reply)
-class ReplyAdmin(ReadOnly, admin.ModelAdmin):
+class ReplyAdmin(Bodies, ReadOnlyAdmin):
+    empty = Empty("Say in a room what a registered command listens to, such as: !ask Hello")
+    bodies = {"parts": "parts"}
     list_display = ["key", "status", "room", "run", "attempts", "due_at", "error", "sent_at"]
     list_filter = ["status"]
     list_select_related = ["room", "run"]
     search_fields = ["=key", "=run__id", "=room__room_id", "=question__event_id"]
     ordering = ["-id"]
-    show_full_result_count = False
     actions = ["try_now"]
 
-    @admin.action(description="Try to send now")
+    def thread_of(self, reply: Reply) -> Reply:
+        return reply
+
+    def has_resend_permission(self, request: HttpRequest) -> bool:
+        return request.user.has_perm("botrunner.resend_reply")
+
+    @admin.action(description="Try to send now", permissions=["resend"])
     def try_now(self, request: HttpRequest, replies: QuerySet[Reply]) -> None:
-        tried = replies.filter(status=Reply.Status.READY).update(due_at=None)
+        with transaction.atomic():
+            ready = list(replies.filter(status=Reply.Status.READY).values_list("pk", flat=True))
+            tried = Reply.objects.ready().filter(pk__in=ready).update(due_at=None)
+            audit.note(request, audit.Action.RESEND, Reply, result=f"{tried} replies: {ready}")
         self.message_user(request, f"{tried} replies will be tried within seconds.")

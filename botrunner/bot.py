@@ -3,16 +3,18 @@
 import asyncio
 import contextlib
 import logging
+import math
 import random
+import time
 from collections.abc import Awaitable, Callable
 
 from django.conf import settings
-from django.db import DatabaseError, InterfaceError
+from django.db import DatabaseError, DataError, IntegrityError, InterfaceError
 from redis.exceptions import RedisError
 
 from agents import stream
 from agents.events import Malformed, Told
-from botrunner import accounts, membership, timeline
+from botrunner import accounts, acting, membership, retention, timeline
 from botrunner.client import Homeserver, LoginRefused, MatrixError, TokenRefused
 from botrunner.gaps import batch_of
 from botrunner.models import Session
@@ -24,9 +26,14 @@ logger = logging.getLogger(__name__)
 
 SYNC_SECONDS = 20.0
 SWEEP_SECONDS = 1.0
+# The position and the time of the last sync are written down this often when nothing is new.
+PROGRESS_SECONDS = 5.0
+PRUNE_SECONDS = 600.0
 MAX_PAUSE_SECONDS = 30.0
 # Trouble that passes: whatever was being done is done again.
 PASSING = (MatrixError, DatabaseError, InterfaceError, RedisError, OSError)
+# Of the database's errors, what would come again for ever.
+REFUSED = (DataError, IntegrityError)
 
 
 class Bot:
@@ -41,6 +48,9 @@ class Bot:
         self.sender = Sender(self.homeserver, session)
         self._rooms: set[str] = set()  # that the bot is in
         self._batch: Batch | None = None
+        # Up to where has been read; what the session has written down may be a little behind.
+        self._position = session.since
+        self._written_at = -math.inf
         # Left over by the process before this one.
         self._has_pending = self._has_keys = True
         self._invited = asyncio.Event()
@@ -86,6 +96,7 @@ class Bot:
                 ("sweep", self.sender.compose, SWEEP_SECONDS),
                 ("typing", self.sender.show_typing, SWEEP_SECONDS / 2),
                 ("joins", self._joins, SWEEP_SECONDS),
+                ("pruning", self._prune, PRUNE_SECONDS),
             )
         ]
         try:
@@ -108,8 +119,10 @@ class Bot:
         if self._batch is None:
             return
         batch = self._batch
-        self._has_pending |= bool(await unit(timeline.write_down)(session, self.holder, batch))
-        self._batch, session.since = None, batch.next_batch
+        if not batch.is_empty or time.monotonic() - self._written_at > PROGRESS_SECONDS:
+            self._has_pending |= bool(await unit(timeline.write_down)(session, self.holder, batch))
+            session.since, self._written_at = batch.next_batch, time.monotonic()
+        self._batch, self._position = None, batch.next_batch
         self._rooms = self._rooms.union(news.room_id for news in batch.joined) - set(batch.left)
         if not session.connected_since:
             await unit(accounts.connected)(session)
@@ -120,7 +133,7 @@ class Bot:
 
     async def _fetch(self) -> Batch | None:
         """None when told to stop meanwhile. Raises `MatrixError`."""
-        since = self.session.since
+        since = self._position
         wanted = accounts.sync_filter(is_first=not since)
         refused = self.homeserver.token_refused
         # The first one after a failure or a start tells at once that all is well.
@@ -139,20 +152,20 @@ class Bot:
         """Act on what has been written down; open what its key has come for first."""
         me = self.homeserver.user_id
         if self._has_keys:
-            for pk, room_id, source in await unit(timeline.sealed)():
+            for pk, room_id, source in await unit(acting.sealed)():
                 if opened := self.homeserver.decrypt(room_id, source):
-                    await unit(timeline.unseal)(pk, opened, me)
+                    await unit(acting.unseal)(pk, opened, me)
                     self._has_pending = True
             self._has_keys = False
-        while self._has_pending and (rows := await unit(timeline.pending)()):
+        while self._has_pending and (rows := await unit(acting.pending)()):
             for pk in rows:
                 try:
-                    await unit(timeline.act)(pk, me)
-                except PASSING:
-                    raise
-                except Exception:
+                    await unit(acting.act)(pk, me)
+                except Exception as error:
+                    if isinstance(error, PASSING) and not isinstance(error, REFUSED):
+                        raise
                     logger.exception("Event %d could not be handled", pk)
-                    await unit(timeline.give_up)(pk)
+                    await unit(acting.give_up)(pk)
         self._has_pending = False
 
     async def _outcomes(self) -> None:
@@ -170,6 +183,11 @@ class Bot:
     async def _joins(self) -> None:
         self._invited.clear()
         await membership.join_due(self.homeserver, self.session)
+
+    async def _prune(self) -> None:
+        """Batch by batch, so that a sync in between waits for one of them at the most."""
+        while not self.stopping.is_set() and await unit(retention.prune_some)():
+            pass
 
     async def _repeat(self, name: str, step: Callable[[], Awaitable[None]], every: float) -> None:
         """Do a step again and again, with a pause that grows while it fails; said once."""

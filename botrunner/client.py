@@ -21,6 +21,7 @@ from nio import (
     AsyncClientConfig,
     ErrorResponse,
     Event,
+    KeysUploadResponse,
     MatrixRoom,
     MegolmEvent,
     SyncResponse,
@@ -109,6 +110,7 @@ class Homeserver:
             ),
         )
         self._checked_plain: set[str] = set()
+        self._key_counts: Any = None  # of one-time keys, as the server said last
         # Set by any call that was refused for its token, until the next login.
         self.token_refused = asyncio.Event()
 
@@ -172,25 +174,40 @@ class Homeserver:
         body = await self.request("GET", path, seconds=seconds + REQUEST_SECONDS)
         if not isinstance(body.get("next_batch"), str):
             raise MatrixError("NO_NEXT_BATCH", "The homeserver's answer is not that of /sync.")
-        response = _parsed(self._of_crypto(body))
+        of_crypto = self._of_crypto(body)
+        if of_crypto is None:
+            return News(body, {})
+        response = _parsed(of_crypto)
         if response is None:
             return News(body, {})
         # nio ignores an answer that ends where the one before it did, even if that was not kept.
         self.nio.next_batch = ""
-        await self.nio.receive_response(response)
+        # The keys of one answer are kept together or not at all: a crash in between would use
+        # up what a key is sealed with, and the homeserver shows it once more in vain.
+        with self.nio.store.database.atomic():
+            await self.nio.receive_response(response)
+            if response.to_device_events:
+                # nio takes a used one-time key out of the account after it has kept it.
+                self.nio.olm.save_account()
+        self._key_counts = body.get("device_one_time_keys_count")
         self._refill_keys(response)
         return News(body, _decrypted(response))
 
-    def _of_crypto(self, body: dict[str, Any]) -> dict[str, Any]:
-        """What nio has to see of an answer: the keys, and the rooms that are encrypted. It checks all
-        that it is given against schemas, which costs more than everything else that is done here."""
+    def _of_crypto(self, body: dict[str, Any]) -> dict[str, Any] | None:
+        """What nio has to see of an answer: the keys, and the rooms that are encrypted; None when that
+        is nothing new. It checks all that it is given against schemas and writes to its store, which
+        costs more than everything else that is done here."""
         kept = ("next_batch", "to_device", "device_lists", "device_one_time_keys_count")
         joined = (body.get("rooms") or {}).get("join") or {}
         rooms = {
             room_id: room
             for room_id, room in joined.items()
-            if self.is_encrypted(room_id) or _is_about_encryption(room)
+            if self.is_encrypted(room_id) or is_about_encryption(room)
         }
+        counts = body.get("device_one_time_keys_count")
+        is_news = rooms or any(any((body.get(key) or {}).values()) for key in kept[1:3])
+        if not is_news and counts == self._key_counts:
+            return None
         found = {key: body[key] for key in kept if key in body}
         return found | ({"rooms": {"join": rooms}} if rooms else {})
 
@@ -203,13 +220,26 @@ class Homeserver:
         """What crypto needs between syncs: keys to upload, to ask for and to pass on."""
         nio = self.nio
         if nio.should_upload_keys:
-            await self._call(nio.keys_upload())
+            await self._upload_keys()
         if nio.should_query_keys:
             await self._call(nio.keys_query())
         if nio.should_claim_keys:
             await self._call(nio.keys_claim(nio.get_users_for_key_claiming()))
         if nio.outgoing_to_device_messages:
             await nio.send_to_device_messages()
+
+    async def _upload_keys(self) -> None:
+        """As nio does, but kept first: after a crash the server would have one-time keys that nobody
+        can use, and refuse others by the same names for good."""
+        olm = self.nio.olm
+        keys = olm.share_keys()
+        olm.save_account()
+        answer = KeysUploadResponse.from_dict(
+            await self.request("POST", f"{API}/keys/upload", keys)
+        )
+        if not isinstance(answer, KeysUploadResponse):
+            raise MatrixError("UNREADABLE", "The answer is not that of /keys/upload.")
+        await self.nio.receive_response(answer)
 
     def decrypt(self, room_id: str, source: dict[str, Any]) -> dict[str, Any] | None:
         """The event within an encrypted one; None while its key is missing."""
@@ -345,7 +375,7 @@ def _words(error: BaseException) -> str:
     return str(error) or type(error).__name__
 
 
-def _is_about_encryption(room: Any) -> bool:
+def is_about_encryption(room: Any) -> bool:
     """Whether the news of a room tell that it is, or becomes, an encrypted one."""
     if not isinstance(room, dict):
         return False

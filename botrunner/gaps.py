@@ -9,8 +9,10 @@ from django.conf import settings
 from django.utils import timezone
 
 from botrunner import membership
-from botrunner.client import Homeserver, MatrixError, News
-from botrunner.timeline import ENCRYPTED, Batch, RoomNews, is_own_join, since_own_join
+from botrunner.client import Homeserver, MatrixError, News, is_about_encryption
+from botrunner.said import ENCRYPTED, is_own_join, since_own_join
+from botrunner.timeline import Batch, RoomNews
+from realm.filters import ROOM_MESSAGE
 
 logger = logging.getLogger(__name__)
 
@@ -19,10 +21,13 @@ MAX_PAGES = 100
 
 async def batch_of(news: News, since: str, homeserver: Homeserver, known: set[str]) -> Batch:
     """`known` are the rooms that the bot was in at `since`. Raises `MatrixError`."""
-    batch = Batch(since, news.next_batch)
+    batch = Batch(news.next_batch)
     for room_id, room in news.rooms("join").items():
+        if room_id in known and _is_own(room, homeserver.user_id):
+            continue
         timeline = room.get("timeline") or {}
         events = [_opened(event, news) for event in timeline.get("events") or []]
+        earlier: list[Any] = []
         is_new = room_id not in known
         if is_new or timeline.get("limited"):
             homeserver.forget_members(room_id)
@@ -30,15 +35,27 @@ async def batch_of(news: News, since: str, homeserver: Homeserver, known: set[st
             # The first start of all: what was said before is not for the bot.
             events = []
         elif is_new and any(is_own_join(event, homeserver.user_id) for event in events):
-            events = list(since_own_join(events, homeserver.user_id))
+            since_join = list(since_own_join(events, homeserver.user_id))
+            earlier, events = events[: len(events) - len(since_join)], since_join
         elif timeline.get("limited"):
             logger.info("Filling a gap in room %s", room_id)
             start = str(timeline.get("prev_batch") or "")
             events = [*await _gap(homeserver, room_id, start, "" if is_new else since), *events]
-        batch.joined.append(RoomNews(room_id, events, homeserver.is_encrypted(room_id)))
+        batch.joined.append(RoomNews(room_id, events, homeserver.is_encrypted(room_id), earlier))
     batch.invites = membership.invites(news.rooms("invite"), homeserver.user_id)
     batch.left = list(news.rooms("leave"))
     return batch
+
+
+def _is_own(room: dict[str, Any], me: str) -> bool:
+    """Whether all that is new in a room are messages of the bot: half of what comes in."""
+    timeline = room.get("timeline") or {}
+    if timeline.get("limited") or is_about_encryption(room):
+        return False
+    return all(
+        isinstance(event, dict) and event.get("sender") == me and event.get("type") == ROOM_MESSAGE
+        for event in timeline.get("events") or []
+    )
 
 
 def _opened(event: Any, news: News) -> Any:

@@ -6,6 +6,7 @@ import logging
 import os
 import secrets
 import socket
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -22,6 +23,7 @@ from botrunner.units import pause, unit
 logger = logging.getLogger(__name__)
 
 STANDBY_SECONDS = 1.0
+SWITCH_SECONDS = 0.0005
 
 
 class Leader:
@@ -33,6 +35,8 @@ class Leader:
 
     async def run(self) -> None:
         """Lead or stand by until told to stop. Raises `LoginRefused`, and whatever nobody foresaw."""
+        # Short turns: the loop and the units of database work hand each message over several times.
+        sys.setswitchinterval(SWITCH_SECONDS)
         while not self.stopping.is_set():
             try:
                 session = await unit(accounts.session)()
@@ -44,12 +48,12 @@ class Leader:
             except LeaseLost:
                 self._tell("Another bot runner has taken over")
             except (DatabaseError, InterfaceError) as error:
-                self._tell(f"The database is away: {error}")
+                self._tell("The database is away", error)
             await pause(STANDBY_SECONDS, self.stopping)
 
-    def _tell(self, news: str) -> None:
+    def _tell(self, news: str, error: Exception | None = None) -> None:
         if news != self._told:
-            logger.warning(news)
+            logger.warning("%s: %s", news, error) if error else logger.warning(news)
         self._told = news
 
     async def _lead(self, session: Session) -> None:
@@ -69,9 +73,11 @@ class Leader:
                 raise end
 
     async def _keep(self, session: Session) -> None:
-        """Renew the lease, in a thread of its own: no unit of work can be in its way."""
+        """Renew the lease, in a thread of its own: no unit of work can be in its way. Raises
+        `LeaseLost`, and the database's error once the lease must have lapsed."""
         loop = asyncio.get_running_loop()
         good_until = time.monotonic() + settings.BOT_RUNNER_LEASE_SECONDS
+        failures = 0
         while True:
             await asyncio.sleep(settings.BOT_RUNNER_LEASE_SECONDS / 3)
             asked = time.monotonic()
@@ -79,10 +85,13 @@ class Leader:
                 if not await loop.run_in_executor(self._lease, self._renew, session):
                     raise LeaseLost
                 good_until = asked + settings.BOT_RUNNER_LEASE_SECONDS
+                failures = 0
             except (DatabaseError, InterfaceError) as error:
-                logger.warning("The lease was not renewed: %s", error)
+                if not failures:
+                    logger.warning("The lease was not renewed: %s", error)
+                failures += 1
                 if time.monotonic() > good_until:
-                    raise LeaseLost from error
+                    raise
 
     def _renew(self, session: Session) -> bool:
         try:

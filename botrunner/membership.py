@@ -25,19 +25,29 @@ PATIENCE = timedelta(seconds=60)
 def invites(rooms: dict[str, Any], me: str) -> list[Invite]:
     """Who invited `me` where, from the `invite` section of a sync. Its events are stripped: they have
     no id and no time, and some are about others."""
-    found = []
-    for room_id, room in rooms.items():
-        state = room.get("invite_state") if isinstance(room, dict) else None
-        for event in (state or {}).get("events") or []:
-            content = event.get("content")
-            if (
-                event.get("type") == "m.room.member"
-                and event.get("state_key") == me
-                and isinstance(content, dict)
-                and content.get("membership") == "invite"
-            ):
-                found.append(Invite(room_id, str(event.get("sender") or "")))
-    return found
+    return [
+        Invite(room_id, str(event.get("sender") or ""))
+        for room_id, room in rooms.items()
+        for event in _stripped_state(room)
+        if _is_invitation(event, me)
+    ]
+
+
+def _stripped_state(room: Any) -> list[Any]:
+    state = room.get("invite_state") if isinstance(room, dict) else None
+    events = state.get("events") if isinstance(state, dict) else None
+    return events if isinstance(events, list) else []
+
+
+def _is_invitation(event: Any, me: str) -> bool:
+    """Another homeserver may have sent anything."""
+    content = event.get("content") if isinstance(event, dict) else None
+    return (
+        isinstance(content, dict)
+        and content.get("membership") == "invite"
+        and event.get("type") == "m.room.member"
+        and event.get("state_key") == me
+    )
 
 
 async def join_due(homeserver: Homeserver, session: Session) -> int:

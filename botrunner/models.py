@@ -1,16 +1,22 @@
 """What the bot runner knows: its account, its rooms, what was said in them to the bot, and what is
 still to be said."""
 
+from collections.abc import Iterable
 from datetime import timedelta
 
+from django.conf import settings
 from django.db import models
-from django.db.models import Q
+from django.db.models import Exists, OuterRef, Q
 from django.db.models.functions import Now
 from django.utils import timezone
 
 from agents.models import Run
+from botrunner import verdicts
+from botrunner.verdicts import Verdict
 from chat.models import Thread
-from realm.models import BotRegistration
+from realm.models import BotCommand, BotRegistration
+
+MAX_TYPE_LENGTH = 255
 
 
 class SessionQuerySet(models.QuerySet["Session"]):
@@ -60,6 +66,13 @@ class Session(models.Model):
         Session.objects.filter(pk=self.pk, holder=holder).update(
             lease_expires_at=None, connected_since=None
         )
+
+    def try_now(self) -> bool:
+        """Let replies and joins that wait for their next try not wait. False when there were none."""
+        now = timezone.now()
+        replies = Reply.objects.ready().filter(room__session=self, due_at__gt=now)
+        joins = self.rooms.filter(membership=Room.Membership.INVITED, join_due_at__gt=now)
+        return bool(replies.update(due_at=None) + joins.update(join_due_at=now))
 
     def note_error(self, error: str) -> None:
         Session.objects.filter(pk=self.pk).update(
@@ -118,40 +131,97 @@ class Conversation(models.Model):
         return f"{self.room_id} {self.root}"
 
 
+class RoomEventQuerySet(models.QuerySet["RoomEvent"]):
+    def questions_among(self, event_ids: Iterable[str]) -> set[str]:
+        """Those of the events that can be edited or taken back."""
+        found = self.filter(event_id__in=list(event_ids), kind__in=RoomEvent.QUESTIONS)
+        return set(found.values_list("event_id", flat=True))
+
+    def prunable(self, state: str) -> "RoomEventQuerySet":
+        """Those of a state that may be forgotten: nothing that is unfinished, and nothing that would be
+        handled again if the homeserver told of it once more. That goes by the time at which it was
+        said, which the sender's homeserver tells and may have set in the future; hence both times."""
+        if state not in RoomEvent.ENDED:
+            return self.none()
+        days = settings.BOT_RUNNER_EVENT_RETENTION_DAYS
+        if state == RoomEvent.State.HANDLED:
+            days = settings.BOT_RUNNER_REPLY_RETENTION_DAYS
+        limit = timezone.now() - timedelta(days=days)
+        open_replies = Reply.objects.unfinished().filter(question=OuterRef("pk"))
+        return self.filter(
+            ~Exists(open_replies),
+            state=state,
+            created_at__lt=limit,
+            said_at__lt=limit,
+        )
+
+
 class RoomEvent(models.Model):
-    """Something that was said to the bot: kept for good, so that nothing is handled twice."""
+    """Something that was said in a room, so that nothing is handled twice, and that it can be told why
+    it fired nothing. Whatever was not for the bot is kept without its words."""
 
     class Kind(models.TextChoices):
         QUESTION = "question"  # it matched a bot command when it came
-        EDIT = "edit"  # of a question
-        REDACTION = "redaction"  # of a question
+        EDIT = "edit"  # of a question, if it is not ignored
+        REDACTION = "redaction"  # of a question, if it is not ignored
         SEALED = "sealed"  # encrypted with a key that has not come yet
+        REMARK = "remark"  # anything else
 
     class State(models.TextChoices):
         PENDING = "pending"
         HANDLED = "handled"
         IGNORED = "ignored"  # the note says why
+        FAILED = "failed"  # it could not be handled, see the log
+
+    QUESTIONS = (Kind.QUESTION, Kind.SEALED)
+    ENDED = (State.IGNORED, State.FAILED, State.HANDLED)
 
     room = models.ForeignKey(Room, models.CASCADE, related_name="events")
     event_id = models.CharField(max_length=255, unique=True)
     kind = models.CharField(max_length=9, choices=Kind.choices)
     state = models.CharField(max_length=7, choices=State.choices, default=State.PENDING)
     sender = models.CharField(max_length=255)
+    # Of the event and of its content, as filters name them.
+    type = models.CharField(max_length=MAX_TYPE_LENGTH, blank=True)
+    content_type = models.CharField(max_length=MAX_TYPE_LENGTH, blank=True)
     said_at = models.DateTimeField(help_text="By the clock of the sender's homeserver.")
-    # As the homeserver gave it, decrypted.
-    source = models.JSONField()
+    # As the homeserver gave it, decrypted. Gone once the event is ignored.
+    source = models.JSONField(null=True, blank=True)
     note = models.TextField(blank=True)
+    # Read it through `looked_at`.
+    verdicts = models.JSONField(default=list, blank=True)
     created_at = models.DateTimeField(default=timezone.now, editable=False)
+
+    objects = RoomEventQuerySet.as_manager()
 
     class Meta:
         ordering = ["id"]
         indexes = [
-            # timeline.pending(), timeline.sealed()
+            # acting.pending(), acting.sealed()
             models.Index(fields=["id"], name="roomevent_pending", condition=Q(state="pending")),
+            # The filters of the admin's list.
+            models.Index(fields=["state", "-id"], name="roomevent_newest_by_state"),
+            models.Index(fields=["kind", "-id"], name="roomevent_by_kind"),
+            # prunable()
+            models.Index(fields=["state", "created_at"], name="roomevent_by_state"),
+            # Its search, and what somebody said last.
+            models.Index(fields=["sender", "-id"], name="roomevent_newest_of_sender"),
+        ]
+        constraints = [
+            models.CheckConstraint(
+                condition=Q(state="ignored", source__isnull=True)
+                | (~Q(state="ignored") & Q(source__isnull=False)),
+                name="roomevent_ignored_is_kept_without_its_words",
+            ),
         ]
 
     def __str__(self) -> str:
         return self.event_id
+
+    @property
+    def looked_at(self) -> list[Verdict]:
+        """What each command that was looked at said to it; not all of very many."""
+        return verdicts.read(self.verdicts)
 
 
 class ReplyQuerySet(models.QuerySet["Reply"]):
@@ -161,10 +231,14 @@ class ReplyQuerySet(models.QuerySet["Reply"]):
     def ready(self) -> "ReplyQuerySet":
         return self.filter(status=Reply.Status.READY)
 
+    def unfinished(self) -> "ReplyQuerySet":
+        return self.filter(status__in=[Reply.Status.WAITING, Reply.Status.READY])
+
 
 class Reply(models.Model):
-    """What the bot owes a room for a question. A run has one; it is sent under a transaction id made
-    of `key`, so the homeserver takes it once."""
+    """What the bot owes a room for a question. A run has one, and another for each time that it is
+    asked for again after its outcome was told; each is sent under a transaction id made of `key`, so
+    the homeserver takes it once."""
 
     class Status(models.TextChoices):
         WAITING = "waiting"  # for the outcome of its run
@@ -174,9 +248,23 @@ class Reply(models.Model):
 
     question = models.ForeignKey(RoomEvent, models.CASCADE, related_name="replies")
     room = models.ForeignKey(Room, models.CASCADE, related_name="replies", db_index=False)
-    run = models.OneToOneField(Run, models.CASCADE, null=True, blank=True, related_name="reply")
+    run = models.ForeignKey(
+        Run, models.CASCADE, null=True, blank=True, related_name="replies", db_index=False
+    )
+    cycle = models.PositiveSmallIntegerField(
+        default=0, help_text="How often the run had been retried when it came to what this tells."
+    )
+    # Which were fired; gone when they are.
     registration = models.ForeignKey(
-        BotRegistration, models.SET_NULL, null=True, blank=True, related_name="+"
+        BotRegistration,
+        models.SET_NULL,
+        null=True,
+        blank=True,
+        related_name="replies",
+        db_index=False,
+    )
+    bot_command = models.ForeignKey(
+        BotCommand, models.SET_NULL, null=True, blank=True, related_name="replies", db_index=False
     )
     key = models.CharField(max_length=255, unique=True)
     status = models.CharField(max_length=7, choices=Status.choices, default=Status.WAITING)
@@ -197,6 +285,7 @@ class Reply(models.Model):
 
     class Meta:
         verbose_name_plural = "replies"
+        permissions = [("resend_reply", "Can have replies sent again")]
         indexes = [
             # replies.next_of(): the queue of a room.
             models.Index(
@@ -206,6 +295,16 @@ class Reply(models.Model):
             ),
             # replies.compose(), replies.typing_rooms()
             models.Index(fields=["run"], name="reply_waiting", condition=Q(status="waiting")),
+            # The filter of the admin's list.
+            models.Index(fields=["status", "-id"], name="reply_by_status"),
+            # activity.with_activity(), and the admin's lists of what one of them fired, newest first
+            models.Index(fields=["registration", "-created_at"], name="reply_by_registration"),
+            models.Index(fields=["bot_command", "-created_at"], name="reply_by_command"),
+            # Its search.
+            models.Index(fields=["room"], name="reply_by_room"),
+        ]
+        constraints = [
+            models.UniqueConstraint(fields=["run", "cycle"], name="reply_tells_an_outcome_once"),
         ]
 
     def __str__(self) -> str:

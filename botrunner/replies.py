@@ -10,22 +10,25 @@ import html
 import json
 import logging
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, cast
 
-from django.db.models import Q
+import structlog
+from django.db.models import Exists, F, OuterRef, Q
 from django.utils import timezone
 
 from agents.models import Run
 from botrunner.client import Homeserver, MatrixError, TokenRefused
 from botrunner.models import Reply, Room, Session
-from botrunner.timeline import MARK, Said
-from botrunner.units import tagged, unit
+from botrunner.said import MARK, Said
+from botrunner.units import unit
 from chat.markdown import to_html
+from realm.tracing import tagged
 
 logger = logging.getLogger(__name__)
+outcomes = structlog.get_logger(__name__)
 
 # An event may have 64 KiB; encryption and what the server adds take their share.
 MAX_CONTENT_BYTES = 40_000
@@ -36,27 +39,67 @@ TYPING_SECONDS = 30.0
 TYPING_PATIENCE = timedelta(milliseconds=700)
 TYPING_LIMIT = timedelta(hours=1)
 RECONCILE_PAGES = 20
+# A run that was asked for again longer ago is looked at no more.
+RETRY_MEMORY = timedelta(days=7)
 FINISHED = (Run.Status.COMPLETED, Run.Status.FAILED, Run.Status.CANCELLED)
 
 
-def compose(session: Session, run_ids: Iterable[str] | None = None) -> int:
+def compose(session: Session, run_ids: Iterable[str] | None = None) -> dict[int, Reply]:
     """Make the replies whose runs have ended ready to be sent; all of them, or those of `run_ids`.
-    How many."""
-    replies = Reply.objects.waiting().filter(room__session=session)
+    Which they are, by primary key."""
     if run_ids is None:
-        replies = replies.filter(Q(run=None) | Q(run__status__in=FINISHED))
+        follow_retries(session)
+    replies = Reply.objects.waiting().filter(room__session=session)
+    ended = Q(run__status__in=FINISHED, run__retries=F("cycle"))
+    if run_ids is None:
+        replies = replies.filter(Q(run=None) | ended)
     else:
-        replies = replies.filter(run_id__in=list(run_ids), run__status__in=FINISHED)
+        replies = replies.filter(ended, run_id__in=list(run_ids))
     replies = replies.select_related("run__answer", "question", "room")
-    ready = 0
+    ready = {}
     for reply in replies.order_by("run__finished_at", "id")[:200]:
         # Whoever took the question back meanwhile has the last word.
-        ready += (
+        reply.parts, reply.device_id = contents(reply), session.device_id
+        reply.status, reply.ready_at = Reply.Status.READY, timezone.now()
+        changed = ("parts", "device_id", "status", "ready_at")
+        if (
             Reply.objects.waiting()
-            .filter(pk=reply.pk)
-            .update(status=Reply.Status.READY, parts=contents(reply), ready_at=timezone.now())
-        )
+            .filter(pk=reply.pk, cycle=reply.cycle)
+            .update(**{name: getattr(reply, name) for name in changed})
+        ):
+            ready[reply.pk] = reply
     return ready
+
+
+def follow_retries(session: Session) -> None:
+    """Owe the room what becomes of a run that was asked for again: as the same reply where nothing
+    was told yet, else as another one. What was dropped stays dropped."""
+    later = Reply.objects.filter(run=OuterRef("run"), cycle__gt=OuterRef("cycle"))
+    behind = (
+        Reply.objects.exclude(status=Reply.Status.DROPPED)
+        .filter(
+            room__session=session,
+            run__retried_at__gt=timezone.now() - RETRY_MEMORY,
+            run__retries__gt=F("cycle"),
+        )
+        .filter(~Exists(later))
+        .select_related("run")
+    )
+    for reply in behind[:200]:
+        retries = cast("Run", reply.run).retries
+        waiting = Reply.objects.waiting().filter(pk=reply.pk, cycle=reply.cycle)
+        if waiting.update(cycle=retries):
+            continue
+        again = Reply(
+            question_id=reply.question_id,
+            room_id=reply.room_id,
+            run_id=reply.run_id,
+            registration_id=reply.registration_id,
+            bot_command_id=reply.bot_command_id,
+            cycle=retries,
+            key=f"{reply.run_id}.retry{retries}",
+        )
+        Reply.objects.bulk_create([again], ignore_conflicts=True)
 
 
 def contents(reply: Reply) -> list[dict[str, Any]]:
@@ -142,7 +185,7 @@ def _size(text: str) -> int:
 class Outgoing:
     reply: Reply
     room_id: str
-    moved: bool  # it was first tried by another device, whose transaction ids mean nothing now
+    moved: bool  # it was another device's to send, whose transaction ids mean nothing now
 
 
 def rooms_to_serve(session: Session) -> list[int]:
@@ -152,25 +195,25 @@ def rooms_to_serve(session: Session) -> list[int]:
     return list(due.values_list("room_id", flat=True).distinct().order_by("room_id"))
 
 
-def next_of(room: int, device_id: str) -> Outgoing | None:
-    """The reply that is next in its room; None when there is none, or it has to wait."""
-    reply = (
-        Reply.objects.ready()
-        .filter(room=room)
-        .select_related("room", "question")
-        .order_by("ready_at", "id")
-        .first()
-    )
-    if reply is None or (reply.due_at and reply.due_at > timezone.now()):
+def next_of(
+    room: int, device_id: str, loaded: Mapping[int, Reply] | None = None
+) -> Outgoing | None:
+    """The reply that is next in its room; None when there is none, or it has to wait. One of those
+    `loaded`, by primary key, is not read again."""
+    # Most often there is none, so this asks for little.
+    queue = Reply.objects.ready().filter(room=room).order_by("ready_at", "id")
+    first = queue.values_list("pk", "due_at").first()
+    if first is None or (first[1] and first[1] > timezone.now()):
         return None
-    if reply.room.membership == Room.Membership.LEFT:
-        _drop(reply, "The bot is no longer in the room.")
+    reply = (loaded or {}).get(first[0])
+    if reply is None:
+        reply = Reply.objects.ready().select_related("room", "question").filter(pk=first[0]).first()
+    if reply is None:  # taken back just now
         return next_of(room, device_id)
-    moved = bool(reply.device_id) and reply.device_id != device_id
-    if not reply.device_id:
-        reply.device_id = device_id
-        reply.save(update_fields=["device_id"])
-    return Outgoing(reply, reply.room.room_id, moved)
+    if reply.room.membership == Room.Membership.LEFT:
+        queue.update(status=Reply.Status.DROPPED, error="The bot is no longer in the room.")
+        return None
+    return Outgoing(reply, reply.room.room_id, moved=reply.device_id != device_id)
 
 
 def part_sent(reply: Reply, event_id: str) -> None:
@@ -181,8 +224,12 @@ def part_sent(reply: Reply, event_id: str) -> None:
 
 
 def set_found(reply: Reply, event_ids: list[str], device_id: str) -> None:
-    """What another device has sent of a reply is sent."""
-    reply.device_id, reply.event_ids = device_id, event_ids[: len(reply.parts)]
+    """What another device has sent of a reply is sent. (`event_ids` are all that answer its question;
+    those of other replies are known.)"""
+    others = Reply.objects.filter(question=reply.question_id).exclude(pk=reply.pk)
+    known = {sent for ids in others.values_list("event_ids", flat=True) for sent in ids}
+    unknown = [event_id for event_id in event_ids if event_id not in known]
+    reply.device_id, reply.event_ids = device_id, unknown[: len(reply.parts)]
     if len(reply.event_ids) >= len(reply.parts):
         reply.status, reply.sent_at = Reply.Status.SENT, timezone.now()
     reply.save(update_fields=["device_id", "event_ids", "status", "sent_at"])
@@ -204,7 +251,9 @@ def not_sent(reply: Reply, error: MatrixError) -> None:
     reply.due_at = timezone.now() + timedelta(seconds=error.retry_after or pause)
     reply.error = str(error)
     reply.save(update_fields=["parts", "attempts", "due_at", "error"])
-    level = logging.INFO if error.status == 429 else logging.WARNING
+    # That the homeserver is away, the sync has said once.
+    is_usual = error.status == 429 or error.code == "UNREACHABLE"
+    level = logging.INFO if is_usual else logging.WARNING
     logger.log(level, "A reply has to wait: %s", error)
 
 
@@ -233,6 +282,7 @@ class Sender:
         self.homeserver = homeserver
         self.session = session
         self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._more: set[int] = set()  # rooms whose task has to look again
         self._slots = asyncio.Semaphore(ROOMS_AT_ONCE)
         self._typing: dict[str, datetime] = {}
         self._broken: Exception | None = None
@@ -242,11 +292,23 @@ class Sender:
         if self._broken:
             broken, self._broken = self._broken, None
             raise broken
-        ready = await unit(compose)(self.session, run_ids)
-        if ready or run_ids is None:
-            for room in await unit(rooms_to_serve)(self.session):
-                if room not in self._tasks:
-                    self._tasks[room] = asyncio.create_task(self._serve(room))
+        for room, outgoing in (await unit(self._ready)(run_ids)).items():
+            if room in self._tasks:
+                self._more.add(room)
+            else:
+                self._tasks[room] = asyncio.create_task(self._serve(room, outgoing))
+
+    def _ready(self, run_ids: Iterable[str] | None) -> dict[int, Outgoing | None]:
+        """The rooms with something to say, and what comes first in those that nobody serves."""
+        ready = compose(self.session, run_ids)
+        rooms = {reply.room_id for reply in ready.values()}
+        if run_ids is None:
+            rooms.update(rooms_to_serve(self.session))
+        device_id = self.homeserver.device_id
+        return {
+            room: None if room in self._tasks else next_of(room, device_id, ready)
+            for room in sorted(rooms)
+        }
 
     async def close(self) -> None:
         """Let what is being sent come to its end."""
@@ -274,11 +336,18 @@ class Sender:
         except MatrixError as error:
             logger.debug("Typing was not shown in room %s: %s", room_id, error)
 
-    async def _serve(self, room: int) -> None:
+    async def _serve(self, room: int, outgoing: Outgoing | None) -> None:
+        if self._slots.locked():
+            outgoing = None  # by the time of its turn it may have been taken back
         try:
             async with self._slots:
-                while outgoing := await unit(next_of)(room, self.homeserver.device_id):
-                    await self._send(outgoing)
+                if outgoing is None:
+                    outgoing = await unit(next_of)(room, self.homeserver.device_id)
+                while outgoing or room in self._more:
+                    if outgoing:
+                        await self._send(outgoing)
+                    self._more.discard(room)
+                    outgoing = await unit(next_of)(room, self.homeserver.device_id)
         except Exception as error:  # told to whoever looks after this process
             self._broken = error
         finally:
@@ -288,7 +357,11 @@ class Sender:
         reply = outgoing.reply
         event_id, registration = reply.question.event_id, str(reply.registration_id or "")
         with tagged(
-            room=outgoing.room_id, event_id=event_id, registration=registration, run=reply.run_id
+            room=outgoing.room_id,
+            event_id=event_id,
+            request_id=event_id,
+            registration=registration,
+            run=reply.run_id,
         ):
             try:
                 if outgoing.moved:
@@ -302,7 +375,10 @@ class Sender:
             except MatrixError as error:
                 await unit(not_sent)(reply, error)
             else:
-                logger.info("Replied")
+                asked = timezone.now() - reply.question.created_at
+                outcomes.info(
+                    "Replied", parts=len(reply.parts), ms=round(asked.total_seconds() * 1000)
+                )
 
     async def _find(self, outgoing: Outgoing) -> list[str]:
         """The events by which another device of the bot told (a part of) this reply."""

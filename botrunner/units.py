@@ -2,12 +2,9 @@
 
 import asyncio
 import functools
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, ParamSpec, TypeVar
 
-import sentry_sdk
-import structlog
 from asgiref.sync import sync_to_async
 from django.db import close_old_connections
 
@@ -25,15 +22,6 @@ def unit(function: Callable[P, T]) -> Callable[P, Awaitable[T]]:
         return function(*args, **kwargs)
 
     return sync_to_async(fresh, thread_sensitive=True)
-
-
-@contextmanager
-def tagged(**tags: str | None) -> Iterator[None]:
-    """What is logged within, here or to Sentry, says which room, event or run it is about."""
-    told = {name: value for name, value in tags.items() if value}
-    with structlog.contextvars.bound_contextvars(**told), sentry_sdk.new_scope() as scope:
-        scope.set_tags(told)
-        yield
 
 
 async def pause(seconds: float, *until: asyncio.Event) -> None:

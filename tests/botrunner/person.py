@@ -11,6 +11,8 @@ from typing import Any
 from nio import (
     AsyncClient,
     AsyncClientConfig,
+    EncryptionError,
+    Event,
     MegolmEvent,
     RoomSendResponse,
     ShareGroupSessionResponse,
@@ -55,7 +57,7 @@ class Person:
             await client.keys_query()
         await client.send_to_device_messages()
 
-    async def until(self, condition: Callable[[], Any], seconds: float = 20) -> Any:
+    async def until(self, condition: Callable[[], Any], seconds: float = 45) -> Any:
         deadline = time.monotonic() + seconds
         while not (found := condition()):
             assert time.monotonic() < deadline, "Waited too long."
@@ -70,6 +72,31 @@ class Person:
         )
         assert isinstance(answer, RoomSendResponse), answer
         return str(answer.event_id)
+
+    async def read_all(self, room_id: str) -> None:
+        """Nothing in the room is sealed to this person, once the keys have come."""
+        path = f"/_matrix/client/v3/rooms/{room_id}/messages?dir=b&limit=500"
+        answer = await self.client.send("GET", path, None, self._authorization)
+        sealed = [
+            event
+            for event in map(Event.parse_event, (await answer.json())["chunk"])
+            if isinstance(event, MegolmEvent)
+        ]
+        assert sealed
+        for event in sealed:
+            event.room_id = room_id
+            await self.until(lambda event=event: self._opens(event))
+
+    @property
+    def _authorization(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self.account.token}"}
+
+    def _opens(self, event: MegolmEvent) -> bool:
+        try:
+            self.client.decrypt_event(event)
+        except EncryptionError:
+            return False
+        return True
 
     def hold_back_keys(self) -> list[Any]:
         """From now on messages go out before the keys for them, which are in the list."""
@@ -106,4 +133,4 @@ class Person:
 
 
 def run(scene: Any) -> Any:
-    return asyncio.run(asyncio.wait_for(scene, 60))
+    return asyncio.run(asyncio.wait_for(scene, 120))

@@ -5,7 +5,7 @@ import time
 from datetime import timedelta
 from typing import Any
 
-from botrunner import timeline
+from botrunner import acting, timeline
 from botrunner.models import Room, Session
 from botrunner.timeline import Batch, RoomNews
 from realm.models import BotCommand, BotRegistration, User
@@ -61,9 +61,9 @@ def event(
 
 def take_in(session: Session, *events: dict[str, Any]) -> int:
     """Write events of the room down as a sync brings them, and act upon them."""
-    batch = Batch(session.since, f"{session.since}+", [RoomNews(ROOM, list(events), False)])
+    batch = Batch(f"{session.since}+", [RoomNews(ROOM, list(events), False)])
     new = timeline.write_down(session, HOLDER, batch)
     session.since = batch.next_batch
-    for pk in timeline.pending():
-        timeline.act(pk, ME)
+    for pk in acting.pending():
+        acting.act(pk, ME)
     return new

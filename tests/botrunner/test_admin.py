@@ -1,3 +1,4 @@
+import re
 from typing import Any
 
 import pytest
@@ -33,7 +34,7 @@ def test_the_bot_shows_its_state_and_never_its_token(admin_client: Client) -> No
         assert b"secret-token" not in page.content + detail.content
     page = admin_client.get(reverse("admin:botrunner_session_changelist"))
     assert "The homeserver was away." in page.content.decode()
-    assert '<td class="field-replies_pending">1</td>' in page.content.decode()
+    assert re.search(r"field-replies_pending[^>]*>\s*1\s*</td>", page.content.decode())
 
 
 def test_a_reply_can_be_tried_at_once(admin_client: Client) -> None:

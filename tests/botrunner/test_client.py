@@ -200,6 +200,25 @@ def test_one_time_keys_are_refilled_when_none_is_left(server: Scripted, use: Any
     assert len(uploads[1]["one_time_keys"]) > 0
 
 
+def test_a_crash_during_the_upload_of_keys_leaves_none_that_nobody_can_use(
+    server: Scripted, use: Any
+) -> None:
+    """The homeserver may have taken them, and refuses others by the same names for good."""
+    server.answers["/keys/upload"] = (502, b"")
+
+    async def crash(homeserver: Homeserver) -> None:
+        with pytest.raises(MatrixError):
+            await homeserver.tend_keys()
+
+    use(crash)
+    counted = {"one_time_key_counts": {"signed_curve25519": 50, "curve25519": 0}}
+    server.answers["/keys/upload"] = (200, counted)
+    use(lambda homeserver: homeserver.tend_keys())
+    first, second = (body for _, path, body in server.asked if "/keys/upload" in path)
+    assert first["device_keys"] == second["device_keys"]
+    assert first["one_time_keys"].items() <= second["one_time_keys"].items()
+
+
 def test_plain_text_is_sent_only_after_the_room_has_proven_plain(
     server: Scripted, use: Any
 ) -> None:
@@ -228,6 +247,23 @@ def test_plain_text_never_goes_into_an_encrypted_room(server: Scripted, use: Any
     [(path, body)] = [(path, body) for _, path, body in server.asked if "/send/" in path]
     assert "/m.room.encrypted/t1" in path
     assert "secret" not in json.dumps(body).replace("!secret:x", "")
+
+
+def test_encryption_that_only_the_state_beside_a_gap_tells_of_is_respected(
+    server: Scripted, use: Any
+) -> None:
+    encryption = {"type": "m.room.encryption", "state_key": "", "sender": ALICE, "content": {}}
+    encryption |= {"event_id": "$e", "origin_server_ts": 1}
+    encryption["content"] = {"algorithm": "m.megolm.v1.aes-sha2"}
+    gap = room(event("Hello"), limited=True) | {"state": {"events": [encryption]}}
+    server.answers["/sync"] = (200, {"next_batch": "s1", "rooms": {"join": {"!a": gap}}})
+
+    async def scene(homeserver: Homeserver) -> bool:
+        homeserver.know_room("!a", encrypted=False)
+        await sync(homeserver)
+        return homeserver.is_encrypted("!a")
+
+    assert use(scene)
 
 
 def test_when_it_cannot_be_known_whether_a_room_is_plain_nothing_is_sent(

@@ -2,21 +2,19 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+from nio.store import SqliteStore
+from vodozemac import PreKeyMessage, SessionCreationException
 
+from botrunner.client import Homeserver
 from botrunner.models import RoomEvent, Session
 from tests.botrunner.person import Person, run
-from tests.botrunner.world import World, register
+from tests.botrunner.world import ENCRYPTION, World, register
 from tests.synapse import Account
 
 pytestmark = pytest.mark.system
-
-ENCRYPTION = {
-    "type": "m.room.encryption",
-    "state_key": "",
-    "content": {"algorithm": "m.megolm.v1.aes-sha2"},
-}
 
 
 def test_answers_in_an_encrypted_room_and_after_a_restart(
@@ -120,3 +118,77 @@ def test_what_cannot_be_decrypted_is_answered_when_its_key_comes(
 
     run(scene())
     assert RoomEvent.objects.get().kind == RoomEvent.Kind.QUESTION
+
+
+def test_a_crash_while_a_key_is_taken_in_does_not_lose_it(
+    world: World, alice: Account, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The homeserver shows it once more, as the position was not kept; what it is sealed with must
+    not be used up."""
+    bot = world.bot
+    room = world.synapse.create_room(alice, [bot.user_id], initial_state=[ENCRYPTION])
+
+    def client() -> Homeserver:
+        homeserver = Homeserver(world.synapse.url, bot.user_id, tmp_path / "bot")
+        homeserver.nio.restore_login(bot.user_id, bot.device_id, bot.token)
+        return homeserver
+
+    def crash(*args: Any) -> None:
+        raise MemoryError
+
+    async def scene() -> dict[str, Any]:
+        killed = client()
+        await killed.tend_keys()
+        await killed.join(room)
+        since = (await killed.sync("", seconds=0, wanted={})).next_batch
+        async with Person(world.synapse, alice, tmp_path) as person:
+            question = await person.say(room, "sealed")
+        with monkeypatch.context() as patch:
+            patch.setattr(SqliteStore, "save_inbound_group_session", crash)
+            with pytest.raises(MemoryError):
+                await killed.sync(since, seconds=0, wanted={})
+        await killed.close()
+        restarted = client()
+        news = await restarted.sync(since, seconds=0, wanted={})
+        await restarted.close()
+
+        # The one-time key is used up for whoever comes next, too.
+        [sealed] = news.data["to_device"]["events"]
+        content = sealed["content"]
+        [(_, ciphertext)] = content["ciphertext"].items()
+        message = PreKeyMessage.from_base64(ciphertext["body"])
+        last = client()
+        with pytest.raises(SessionCreationException):
+            last.nio.olm.account.create_inbound_session(content["sender_key"], message)
+        await last.close()
+        return news.decrypted[question]
+
+    assert run(scene())["content"]["body"] == "sealed"
+
+
+def test_new_devices_can_talk_to_it_after_all_its_one_time_keys_were_taken(
+    world: World, alice: Account, tmp_path: Path
+) -> None:
+    register(alice)
+    world.start("worker", "bot")
+    room = world.invite(alice, initial_state=[ENCRYPTION])
+    device = Session.objects.get().device_id
+    wanted = {"one_time_keys": {world.bot_id: {device: "signed_curve25519"}}}
+
+    def take() -> bool:
+        path = "/_matrix/client/v3/keys/claim"
+        answer = world.synapse.call("POST", path, alice.token, wanted)
+        return bool(answer["one_time_keys"].get(world.bot_id))
+
+    while take():
+        pass
+    # With what it hears next it is told that none is left.
+    world.synapse.send(alice, room, "in plain")
+    world.wait("new keys", take)
+
+    async def scene() -> None:
+        async with Person(world.synapse, alice, tmp_path) as person:
+            answer = await person.answer(await person.say(room, "Is there a key for me?"))
+            assert answer.decrypted
+
+    run(scene())

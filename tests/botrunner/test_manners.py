@@ -76,25 +76,51 @@ def test_a_failure_and_a_long_answer_reach_the_room(
     assert "".join(parts).count("line") == 15_000
 
 
-def test_a_broken_homeserver_is_not_hammered(world: World, server: Scripted) -> None:  # noqa: F811
+@pytest.mark.parametrize(
+    "broken",
+    [(502, b"<html>"), (200, {}), (401, {"errcode": "M_UNKNOWN_TOKEN", "soft_logout": True})],
+    ids=["gateway", "nonsense", "soft logout"],
+)
+def test_a_broken_homeserver_is_not_hammered(
+    world: World,
+    server: Scripted,  # noqa: F811
+    broken: Any,
+) -> None:
     """It logs in, and then every sync fails."""
     server.answers |= {
         "/login": (200, {"user_id": world.bot_id, "device_id": "D", "access_token": "token"}),
-        "/keys/upload": (200, {"one_time_key_counts": {"signed_curve25519": 50}}),
-        "/sync": (502, b"<html>"),
+        "/keys/upload": (200, {"one_time_key_counts": {"signed_curve25519": 50, "curve25519": 0}}),
+        "/sync": broken,
     }
     world.env["MATRIX_URL"] = server.url
 
-    def syncs() -> int:
-        return sum("/sync" in path for _, path, _ in server.asked)
+    def asked_for(path: str) -> list[Any]:
+        return [body for _, asked, body in server.asked if path in asked]
 
     world.start("bot")
-    world.wait("three tries", lambda: syncs() >= 3)
+    world.wait("three tries", lambda: len(asked_for("/sync")) >= 3)
     assert len(server.asked) < 20
     assert world.log().count("The sync has to wait") == 1
+    assert len(world.log().splitlines()) < 40
 
     server.answers["/sync"] = (200, {"next_batch": "s1", "rooms": {}})
     world.wait("it to work again", lambda: "The sync works again" in world.log(), seconds=60)
+    # The name of the device is its own, and stays.
+    first, *again = asked_for("/login")
+    assert {each["device_id"] for each in again} <= {"D"}
+    assert first["device_id"]
+
+
+def test_a_slow_answer_holds_up_no_other_room(world: World, alice: Account, talking: Any) -> None:
+    talking.script(Answer("slow", latency=6), Answer("fast"))
+    register(alice)
+    world.start("worker", "bot")
+    room, other = world.invite(alice), world.invite(alice)
+    slow = world.synapse.send(alice, room, "slow")
+    world.wait("the model to be asked", lambda: talking.requests)
+    world.answer(alice, other, world.synapse.send(alice, other, "fast"))
+    assert world.answers(alice, room, slow) == []
+    world.answer(alice, room, slow)
 
 
 def test_it_waits_for_a_homeserver_that_is_not_up_yet(world: World, alice: Account) -> None:

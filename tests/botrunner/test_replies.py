@@ -130,6 +130,23 @@ def test_a_room_that_was_left_hears_nothing() -> None:
     assert reply.status == Reply.Status.DROPPED
 
 
+def test_a_room_that_was_left_may_have_been_owed_any_number() -> None:
+    [reply] = ready("1")
+    Reply.objects.bulk_create(
+        Reply(
+            question=reply.question,
+            room=reply.room,
+            key=f"refused.{number}",
+            status=Reply.Status.READY,
+            ready_at=timezone.now(),
+        )
+        for number in range(1000)
+    )
+    Room.objects.update(membership=Room.Membership.LEFT)
+    assert replies.next_of(reply.room_id, "DEVICE") is None
+    assert not Reply.objects.unfinished().exists()
+
+
 def test_typing_shows_only_while_a_run_takes_its_time(monkeypatch: Any) -> None:
     command()
     row = session()
@@ -194,5 +211,78 @@ def test_composing_many_takes_few_queries(django_assert_max_num_queries: Any) ->
     take_in(row, *(event(f"{n}") for n in range(5)))
     for run in Run.objects.filter(source="matrix").order_by("position"):
         runs.execute(run.pk)
-    with django_assert_max_num_queries(6):
-        assert replies.compose(row) == 5
+    with django_assert_max_num_queries(7):
+        replies.compose(row)
+    assert Reply.objects.filter(status="ready").count() == 5
+
+
+class TestRetries:
+    """What becomes of a run that somebody asks for again."""
+
+    def failed(self) -> Reply:
+        command()
+        row = session()
+        take_in(row, event())
+        run = Run.objects.get()
+        runs.cancel(run)
+        return Reply.objects.get()
+
+    def retried(self, reply: Reply) -> None:
+        assert reply.run
+        assert runs.retry(reply.run)
+        runs.execute(reply.run.pk)
+
+    def bodies(self) -> list[str]:
+        return [part["body"] for reply in Reply.objects.order_by("cycle") for part in reply.parts]
+
+    def test_the_answer_is_said_after_the_failure_once(self) -> None:
+        reply = self.failed()
+        account = reply.room.session
+        replies.compose(account)
+        self.retried(reply)
+        for _ in range(3):
+            replies.compose(account)
+
+        assert self.bodies() == ["This was cancelled.", "Handled prompt: Hello"]
+        first, second = Reply.objects.order_by("cycle")
+        assert first.key != second.key
+        assert not second.key.startswith(f"{first.key}.0")
+
+    def test_nothing_is_said_of_a_failure_that_was_not_told_yet(self) -> None:
+        reply = self.failed()
+        self.retried(reply)
+        replies.compose(reply.room.session)
+        assert self.bodies() == ["Handled prompt: Hello"]
+
+    def test_nothing_is_said_until_it_has_ended_again(self) -> None:
+        reply = self.failed()
+        account = reply.room.session
+        replies.compose(account)
+        assert reply.run
+        runs.retry(reply.run)
+        assert not replies.compose(account)
+        runs.execute(reply.run.pk)
+        assert len(replies.compose(account, [reply.run.pk])) == 1
+
+    def test_nor_of_a_question_that_was_taken_back(self) -> None:
+        reply = self.failed()
+        Reply.objects.update(status=Reply.Status.DROPPED)
+        self.retried(reply)
+        assert not replies.compose(reply.room.session)
+        assert Reply.objects.count() == 1
+
+    def test_another_device_does_not_take_the_failure_for_the_answer(self) -> None:
+        reply = self.failed()
+        account = reply.room.session
+        replies.compose(account)
+        outgoing = replies.next_of(reply.room_id, "OLD")
+        assert outgoing
+        replies.part_sent(outgoing.reply, "$failure")
+        self.retried(reply)
+        replies.compose(account)
+        replies.next_of(reply.room_id, "OLD")
+        moved = replies.next_of(reply.room_id, "NEW")
+        assert moved
+        assert moved.moved
+        replies.set_found(moved.reply, ["$failure"], "NEW")
+        assert Reply.objects.get(cycle=1).status == Reply.Status.READY

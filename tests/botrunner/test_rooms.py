@@ -2,10 +2,12 @@
 
 import signal
 from collections.abc import Callable
+from datetime import timedelta
 
 import pytest
+from django.utils import timezone
 
-from botrunner.models import Conversation, Reply, RoomEvent, Session
+from botrunner.models import Conversation, Reply, Room, RoomEvent, Session
 from tests.botrunner.world import World, register
 from tests.synapse import Account
 
@@ -45,23 +47,42 @@ def test_what_is_no_question_gets_no_answer(
     room = world.synapse.create_room(alice, [world.bot_id, bob.user_id])
     world.synapse.call("POST", f"/_matrix/client/v3/join/{room}", bob.token, {})
     register(alice, prefix="!bot")
-    world.synapse.send(alice, room, "!bot said before the bot came")
+    early = world.synapse.send(alice, room, "!bot said before the bot came")
     world.start("worker", "bot")
     world.wait_joined(alice, room)
 
-    world.synapse.send(alice, room, "no prefix")
-    world.synapse.send(bob, room, "!bot from somebody without a registration")
+    plain = world.synapse.send(alice, room, "no prefix")
+    others = world.synapse.send(bob, room, "!bot from somebody without a registration")
     world.synapse.send(alice, room, {"msgtype": "m.notice", "body": "!bot notice"})
     own = "app.botrealm.reply"
     world.synapse.send(alice, room, {"msgtype": "m.text", "body": "!bot other bot", own: {}})
-    world.synapse.send(
+    trigger = world.synapse.send(
         alice, room, {"type": "ping", "input": 1, "realm": 2}, "app.boxel.bot-trigger"
     )
     question = world.synapse.send(alice, room, "!bot the question")
 
     assert world.answer(alice, room, question)["body"] == "Handled prompt: the question"
     assert len(world.said_by_bot(alice, room)) == 1
-    assert list(RoomEvent.objects.values_list("event_id", flat=True)) == [question]
+    why = {row.event_id: row for row in RoomEvent.objects.all()}
+    assert set(why) == {early, plain, others, trigger, question}
+    assert {key for key, row in why.items() if row.state != RoomEvent.State.IGNORED} == {question}
+    assert why[early].note == "It was said before the bot came into the room."
+    assert why[plain].looked_at[0].words == "Its body does not begin with '!bot'."
+    assert why[others].note == f"{bob.user_id} has no registration, and neither has the bot."
+    assert not any(row.source for key, row in why.items() if key != question)
+
+
+def test_what_has_become_old_is_forgotten_by_the_bot(world: World, alice: Account) -> None:
+    register(alice, prefix="!bot")
+    world.start("bot")
+    room = world.invite(alice)
+    world.synapse.send(alice, room, "no prefix")
+    world.wait("the event", RoomEvent.objects.exists)
+    world.kill("bot")
+    ago = timezone.now() - timedelta(days=8)
+    RoomEvent.objects.update(said_at=ago, created_at=ago)
+    world.start("bot")
+    world.wait("the pruning", lambda: not RoomEvent.objects.exists())
 
 
 def test_a_matrix_thread_is_a_thread_of_its_own(world: World, alice: Account) -> None:
@@ -104,6 +125,7 @@ def test_what_was_said_while_it_was_down_is_answered_once(world: World, alice: A
     said = [event["content"]["body"] for event in world.said_by_bot(alice, room)]
     assert said == ["Handled prompt: first", *(f"Handled prompt: missed {n}" for n in range(120))]
     assert Session.objects.get().device_id == device
+    assert world.log().count("Logged in as") == 1
     assert not Reply.objects.exclude(status=Reply.Status.SENT).exists()
 
 
@@ -121,6 +143,32 @@ def test_a_second_bot_runner_stands_by_and_takes_over(world: World, alice: Accou
     question = world.synapse.send(alice, room, "two")
     assert world.answer(alice, room, question)["body"] == "Handled prompt: two"
     assert "Connected" in world.log("bot2")
+
+
+def test_who_is_shown_the_door_says_nothing_and_may_come_back(world: World, alice: Account) -> None:
+    register(alice)
+    world.start("worker", "bot")
+    room, other = world.invite(alice), world.invite(alice)
+    world.answer(alice, room, world.synapse.send(alice, room, "one"))
+
+    def call(what: str) -> None:
+        path = f"/_matrix/client/v3/rooms/{room}/{what}"
+        world.synapse.call("POST", path, alice.token, {"user_id": world.bot_id})
+
+    def membership() -> str:
+        return Room.objects.get(room_id=room).membership
+
+    call("kick")
+    world.wait("it to notice", lambda: membership() == Room.Membership.LEFT)
+    unheard = world.synapse.send(alice, room, "said while it was away")
+    call("invite")
+    world.wait_joined(alice, room)
+    question = world.synapse.send(alice, room, "two")
+    assert world.answer(alice, room, question)["body"] == "Handled prompt: two"
+    assert world.answers(alice, room, unheard) == []
+    assert membership() == Room.Membership.JOINED
+    # Elsewhere nothing has changed.
+    world.answer(alice, other, world.synapse.send(alice, other, "three"))
 
 
 def test_a_wrong_password_stops_it_with_one_clear_line(world: World) -> None:

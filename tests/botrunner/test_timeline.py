@@ -7,8 +7,9 @@ from django.db import IntegrityError
 
 from agents import runs
 from agents.models import Run
-from botrunner import timeline
+from botrunner import acting, timeline
 from botrunner.models import Conversation, Reply, Room, RoomEvent, Session
+from botrunner.said import MARK, since_own_join
 from botrunner.timeline import Batch, Invite, LeaseLost, RoomNews
 from chat.models import Message
 from tests.botrunner.scenes import (
@@ -45,7 +46,7 @@ def test_a_message_that_passes_a_filter_becomes_a_run() -> None:
     assert run.input["sender"] == ALICE
     assert run.input["roomId"] == ROOM
     assert run.message.content == "How are you?"
-    assert run.reply.status == Reply.Status.WAITING
+    assert run.replies.get().status == Reply.Status.WAITING
     assert run.thread.owner.matrix_user_id == ALICE
 
 
@@ -96,7 +97,7 @@ def test_whoever_is_behind_writes_nothing() -> None:
         event({"msgtype": "m.notice", "body": "notice"}),
         event({"msgtype": "m.image", "body": "image.png"}),
         event({"body": "no msgtype"}),
-        event({"msgtype": "m.text", "body": "a bot", timeline.MARK: {}}),
+        event({"msgtype": "m.text", "body": "a bot", MARK: {}}),
         event("a piece of state", state_key=""),
         event("no sender", sender=None),  # type: ignore[arg-type]
         event("no time", origin_server_ts="yesterday"),
@@ -114,12 +115,13 @@ def test_whoever_is_behind_writes_nothing() -> None:
         "nonsense",
     ],
 )
-def test_what_is_not_for_the_bot_leaves_no_trace(said: Any) -> None:
+def test_what_is_not_for_the_bot_leaves_nothing_to_do(said: Any) -> None:
     registration = command().registration
     registration.created_at = registration.created_at.replace(year=2000)
     registration.save()
     assert take_in(session(), said) == 0
-    assert not RoomEvent.objects.exists()
+    assert not RoomEvent.objects.exclude(state=RoomEvent.State.IGNORED, source=None).exists()
+    assert not Run.objects.exists()
 
 
 def test_what_is_older_than_the_registration_fires_nothing() -> None:
@@ -149,7 +151,7 @@ def test_the_bots_own_registration_counts_for_everybody_once() -> None:
     command(ALICE)
     take_in(session(), event(sender=ALICE), event(sender=BOB))
     owners = Run.objects.order_by("position").values_list(
-        "reply__registration__username", flat=True
+        "replies__registration__username", flat=True
     )
     assert list(owners) == [ALICE, ME]
 
@@ -198,6 +200,12 @@ def test_triggers(content: Any, question: str | None) -> None:
     command(fires="ping", **TRIGGER)
     take_in(session(), event(content, type="app.boxel.bot-trigger"))
     assert questions() == ([question] if question else [])
+
+
+def test_a_message_of_a_kind_of_its_own_passes_a_filter_for_that() -> None:
+    command(content_type="com.example.order")
+    take_in(session(), event("text"), event({"msgtype": "com.example.order", "body": "two teas"}))
+    assert questions() == ["two teas"]
 
 
 def test_two_commands_make_two_runs() -> None:
@@ -286,16 +294,33 @@ def test_a_redaction_in_newer_rooms_names_its_event_in_the_content() -> None:
     assert Run.objects.get().status == Run.Status.CANCELLED
 
 
+@pytest.mark.parametrize("root", ["$" * 256, "", 5, None])
+def test_a_thread_of_a_root_that_is_no_event_is_none(root: Any) -> None:
+    command()
+    take_in(
+        session(),
+        event(
+            {
+                "msgtype": "m.text",
+                "body": "Hi",
+                "m.relates_to": {"rel_type": "m.thread", "event_id": root},
+            }
+        ),
+    )
+    assert Conversation.objects.get().root == ""
+    assert RoomEvent.objects.get().state == "handled"
+
+
 def test_a_sealed_event_waits_for_its_key() -> None:
     command()
     row = session()
     sealed = event({"ciphertext": "..."}, type="m.room.encrypted")
     take_in(row, sealed)
-    [(pk, room_id, source)] = timeline.sealed()
+    [(pk, room_id, source)] = acting.sealed()
     assert (room_id, source["event_id"]) == (ROOM, sealed["event_id"])
 
     opened = {**event("at last"), "event_id": sealed["event_id"]}
-    timeline.unseal(pk, opened, ME)
+    acting.unseal(pk, opened, ME)
     take_in(row)
     assert questions() == ["at last"]
 
@@ -304,15 +329,14 @@ def test_a_sealed_event_that_fires_nothing_is_forgotten() -> None:
     row = session()
     sealed = event({"ciphertext": "..."}, type="m.room.encrypted")
     take_in(row, sealed)
-    timeline.unseal(timeline.sealed()[0][0], event(), ME)
-    assert timeline.sealed() == []
+    acting.unseal(acting.sealed()[0][0], event(), ME)
+    assert acting.sealed() == []
 
 
 def test_membership_follows_the_sync(settings: Any) -> None:
     settings.BOT_RUNNER_ALLOWED_INVITERS = ["@*:localhost"]
     row = session()
     batch = Batch(
-        "s0",
         "s1",
         [RoomNews("!new", [], True)],
         [Invite("!a", ALICE), Invite("!b", "@eve:evil.example")],
@@ -339,6 +363,6 @@ def test_only_what_follows_the_own_join_counts() -> None:
 
     join, renamed = member(ME, "join", "invite"), member(ME, "join", "join")
     old, new, newer = event("old"), event("new"), event("newer")
-    kept = list(timeline.since_own_join([old, join, new, renamed, newer], ME))
+    kept = list(since_own_join([old, join, new, renamed, newer], ME))
     assert kept == [new, renamed, newer]
-    assert list(timeline.since_own_join([old, member(ALICE, "join"), new], ME)) == []
+    assert list(since_own_join([old, member(ALICE, "join"), new], ME)) == []

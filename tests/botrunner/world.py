@@ -18,6 +18,12 @@ from tests.synapse import Account, Synapse, wait_for
 BASE_DIR = Path(__file__).resolve().parents[2]
 BOT = "@bot-runner:localhost"
 MESSAGE = {"type": "matrix-event", "event_type": "m.room.message", "content_type": "m.text"}
+# Among the initial state of a room.
+ENCRYPTION = {
+    "type": "m.room.encryption",
+    "state_key": "",
+    "content": {"algorithm": "m.megolm.v1.aes-sha2"},
+}
 
 
 class World:
@@ -105,7 +111,7 @@ class World:
         assert len(found) == 1
         return found[0]
 
-    def wait(self, what: str, condition: Any, seconds: float = 20) -> Any:
+    def wait(self, what: str, condition: Any, seconds: float = 45) -> Any:
         try:
             return wait_for(what, lambda: self._all_alive() and condition(), seconds)
         except AssertionError as error:

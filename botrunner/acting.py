@@ -1,0 +1,202 @@
+"""What has been written down is acted upon: questions become runs, edits and redactions are followed,
+and what was encrypted is looked at once its key has come. Each a unit of database work."""
+
+import logging
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any
+
+from django.conf import settings
+from django.db import transaction
+from django.utils import timezone
+
+from agents import inbox, runs
+from agents.models import CHAT_REPLY, Run
+from botrunner.matching import Listeners, question
+from botrunner.models import Conversation, Reply, RoomEvent
+from botrunner.said import Said, storable
+from botrunner.timeline import SPOKEN, is_own_or_other_bots, rows_of
+from botrunner.verdicts import stored
+from chat.models import Thread
+from realm.filters import Filter, InvalidFilter
+from realm.models import BotCommand
+from realm.tracing import tagged
+
+logger = logging.getLogger(__name__)
+
+# What is known of an event only once it has been decrypted.
+OPENED = ["kind", "state", "type", "content_type", "source", "note", "verdicts"]
+
+
+def pending() -> list[int]:
+    """The rows to act upon, in the order said."""
+    rows = RoomEvent.objects.filter(state=RoomEvent.State.PENDING)
+    return list(
+        rows.exclude(kind=RoomEvent.Kind.SEALED).order_by("id").values_list("pk", flat=True)[:500]
+    )
+
+
+def act(pk: int, me: str) -> None:
+    """Do what an event asks for and note that it is done, in one transaction."""
+    with transaction.atomic():
+        mine = RoomEvent.objects.filter(pk=pk, state=RoomEvent.State.PENDING)
+        # Another process that would act upon it waits for this transaction, and finds it done.
+        if not mine.update(state=RoomEvent.State.HANDLED):
+            return
+        event = RoomEvent.objects.select_related("room").get(pk=pk)
+        verdicts = event.verdicts
+        said = Said.parse(event.source)
+        note = ""
+        with tagged(room=event.room.room_id, event_id=event.event_id, request_id=event.event_id):
+            if said is None:
+                note = "It is no event of a timeline."
+            elif event.kind == RoomEvent.Kind.QUESTION:
+                note = _ask(event, said, me)
+            elif event.kind == RoomEvent.Kind.EDIT:
+                note = _edit(event, said, me)
+            else:
+                note = _take_back(said)
+        if note:
+            event.note, event.state, event.source = note, RoomEvent.State.IGNORED, None
+        if note or event.verdicts != verdicts:
+            event.save(update_fields=["state", "source", "note", "verdicts"])
+
+
+def give_up(pk: int) -> None:
+    """What cannot be handled must not hold up the rest."""
+    RoomEvent.objects.filter(pk=pk, state=RoomEvent.State.PENDING).update(
+        state=RoomEvent.State.FAILED, note="It could not be handled: see the log."
+    )
+
+
+def _ask(event: RoomEvent, said: Said, me: str) -> str:
+    # Once more, as commands and registrations are now.
+    heard = Listeners([said.sender], me).hear(said)
+    event.verdicts = stored(heard.verdicts)
+    for command, wanted in heard.fired:
+        _ask_one(event, said, command, question(wanted, said, me))
+    return f"What it fired was taken away. {heard.why_nothing}" if heard.why_nothing else ""
+
+
+def _ask_one(event: RoomEvent, said: Said, command: BotCommand, asked: str) -> None:
+    user = command.registration.user
+    conversation = Conversation.objects.filter(room=event.room, root=said.thread_root).first()
+    reply = Reply(
+        question=event, room=event.room, registration=command.registration, bot_command=command
+    )
+    try:
+        if command.command == CHAT_REPLY and not asked:
+            raise inbox.Invalid("There was no question.")
+        accepted = inbox.ask(
+            content=asked or command.command,
+            source=Run.Source.MATRIX,
+            threads=Thread.objects.all(),
+            owner=user,
+            thread_id=conversation.thread_id if conversation else None,
+            place=event.room.room_id,
+            command=command.command,
+            input=_input(event, said),
+            correlation_id=said.event_id[: inbox.MAX_CORRELATION_LENGTH],
+        )
+    except inbox.Refused as error:
+        reply.key = f"{event.event_id}.{command.pk}"[:255]
+        reply.error = str(error)
+        reply.save()
+        logger.info("A question was refused: %s", error)
+        return
+    if conversation is None:
+        Conversation.objects.create(
+            room=event.room, root=said.thread_root, thread_id=accepted.thread_id
+        )
+    reply.run_id = reply.key = accepted.run_id
+    reply.save()
+    logger.info(
+        "Command %s of registration %s fired: run %s",
+        command.command,
+        command.registration_id,
+        accepted.run_id,
+    )
+
+
+def _edit(event: RoomEvent, said: Said, me: str) -> str:
+    first_row = RoomEvent.objects.filter(event_id=said.edits, sender=said.sender).first()
+    first = Said.parse(first_row.source) if first_row else None
+    new = said.content.get("m.new_content")
+    if first_row is None or first is None or not isinstance(new, dict):
+        return "It edits no question of the same sender."
+    edited = replace(first, content={**first.content, **new})
+    changed = False
+    for reply in first_row.replies.waiting().select_related("bot_command"):
+        wanted = _filter_of(reply.bot_command)
+        words = question(wanted, edited, me) if wanted else ""
+        if reply.run_id and words:
+            changed |= inbox.amend(reply.run_id, content=words)
+    if not changed:
+        return "The answer was under way."
+    logger.info("Question %s was edited before its run began", first.event_id)
+    return ""
+
+
+def _filter_of(command: BotCommand | None) -> Filter | None:
+    """None when it makes no sense any more, or is gone."""
+    try:
+        return command.when if command else None
+    except InvalidFilter:
+        return None
+
+
+def _take_back(said: Said) -> str:
+    replies = Reply.objects.filter(question__event_id=said.redacts)
+    open_replies = list(
+        replies.filter(status__in=[Reply.Status.WAITING, Reply.Status.READY]).select_related("run")
+    )
+    for reply in open_replies:
+        if reply.run:
+            runs.cancel(reply.run)
+        reply.status, reply.error = Reply.Status.DROPPED, "The question was taken back."
+        reply.save(update_fields=["status", "error"])
+    RoomEvent.objects.filter(event_id=said.redacts, kind=RoomEvent.Kind.SEALED).update(
+        state=RoomEvent.State.IGNORED, note="It was taken back.", source=None
+    )
+    return "" if open_replies else "There was nothing to cancel."
+
+
+def sealed() -> list[tuple[int, str, Any]]:
+    """What waits for its key: row, room id, event. What has become too old is given up."""
+    waiting = RoomEvent.objects.filter(state=RoomEvent.State.PENDING, kind=RoomEvent.Kind.SEALED)
+    limit = timezone.now() - timedelta(seconds=settings.BOT_RUNNER_MAX_EVENT_AGE)
+    waiting.filter(said_at__lt=limit).update(
+        state=RoomEvent.State.IGNORED, note="Its key never came.", source=None
+    )
+    return list(waiting.order_by("id").values_list("pk", "room__room_id", "source")[:500])
+
+
+def unseal(pk: int, source: dict[str, Any], me: str) -> None:
+    """The key has come: from here on it is an event like any other."""
+    with transaction.atomic():
+        event = RoomEvent.objects.select_related("room").get(pk=pk)
+        said = Said.parse(source)
+        opened = None
+        if said and said.type in SPOKEN and not is_own_or_other_bots(said, me):
+            [opened] = rows_of([(event.room, said)], me)
+        if opened is None or opened.kind == RoomEvent.Kind.SEALED:
+            event.state, event.source = RoomEvent.State.IGNORED, None
+            event.note = "It is nothing that a person says."
+        else:
+            for name in OPENED:
+                setattr(event, name, getattr(opened, name))
+        event.save(update_fields=OPENED)
+        logger.info("Event %s in room %s was decrypted", event.event_id, event.room.room_id)
+
+
+def _input(event: RoomEvent, said: Said) -> dict[str, Any]:
+    """What a run carries of the event that fired it."""
+    return storable(
+        {
+            "roomId": event.room.room_id,
+            "eventId": said.event_id,
+            "sender": said.sender,
+            "type": said.type,
+            "content": said.content,
+        }
+    )

@@ -1,0 +1,178 @@
+"""Which bot commands an event fires, what it asks them, and why it fires no others."""
+
+import fnmatch
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import orjson
+
+from botrunner.said import Said, text_of
+from botrunner.verdicts import MAX_KEPT, Verdict
+from realm.filters import BOT_TRIGGER, ROOM_MESSAGE, Filter, InvalidFilter
+from realm.models import BotCommand, BotRegistration
+
+
+@dataclass(frozen=True)
+class Heard:
+    """What an event fires, in that order, and what was said by the commands that were looked at: by
+    all that fire, and as many others as are kept."""
+
+    fired: list[tuple[BotCommand, Filter]]
+    verdicts: list[Verdict]
+    why_nothing: str = ""
+
+
+@dataclass(frozen=True)
+class Listener:
+    """A registered command, read once for all the events of a batch; or a registration that has
+    none."""
+
+    registration: BotRegistration
+    command: BotCommand | None = None
+    wanted: Filter | None = None
+    in_words: str = ""
+
+    def objection(self, said: Said, me: str) -> str:
+        """Why it does not fire on the event; empty when it does."""
+        registration = self.registration
+        if not registration.enabled:
+            return "The registration is disabled."
+        if not registration.user.is_active:
+            return "The user of the registration is not active."
+        if registration.created_at > said.said_at:
+            registered, spoken = at(registration.created_at), at(said.said_at)
+            return f"Registered at {registered}, after this was said at {spoken}."
+        if self.command is None:
+            return "The registration has no command."
+        if self.wanted is None:
+            return "The filter cannot be read."
+        return objection(self.wanted, said, me)
+
+    def verdict(self, words: str, *, fires: bool) -> Verdict:
+        return Verdict(
+            registration_id=str(self.registration.pk),
+            command_id=str(self.command.pk) if self.command else "",
+            command=self.command.command if self.command else "",
+            filter=self.in_words,
+            words=words,
+            fires=fires,
+        )
+
+
+class Listeners:
+    """All the commands that may be meant by what some senders say: theirs and those of the bot's own
+    user. However many events there are to match, they are read once."""
+
+    def __init__(self, senders: Iterable[str], me: str) -> None:
+        self.me = me
+        self._of: dict[str, list[Listener]] = {}
+        registrations = (
+            BotRegistration.objects.filter(username__in={*senders, me})
+            .select_related("user")
+            .prefetch_related("commands")
+        )
+        for registration in registrations:
+            mine = self._of.setdefault(registration.username, [])
+            mine += _listeners(registration)
+        for listeners in self._of.values():
+            listeners.sort(key=_age)
+
+    def hear(self, said: Said) -> Heard:
+        """The sender's commands are asked first, then those of the bot's own user. The same command
+        is fired once, however often it is registered."""
+        listeners = [*self._of.get(said.sender, []), *self._of.get(self.me, [])]
+        fired: dict[str, tuple[BotCommand, Filter]] = {}
+        verdicts: list[Verdict] = []
+        for listener in listeners:
+            words = listener.objection(said, self.me)
+            command, wanted = listener.command, listener.wanted
+            if not words and command and wanted:
+                if command.command in fired:
+                    words = "The same command has fired already."
+                else:
+                    fired[command.command] = command, wanted
+            if not words or len(verdicts) < MAX_KEPT:
+                verdicts.append(listener.verdict(words or "It fires.", fires=not words))
+        if fired:
+            return Heard(list(fired.values()), verdicts)
+        if not listeners:
+            nobody = f"{said.sender} has no registration, and neither has the bot."
+            return Heard([], [], nobody)
+        return Heard([], verdicts, f"None of {len(listeners)} that were looked at fires on it.")
+
+
+def _listeners(registration: BotRegistration) -> list[Listener]:
+    found = []
+    for command in registration.commands.all():
+        try:
+            wanted = command.when
+        except InvalidFilter as error:
+            found.append(Listener(registration, command, in_words=f"never: {error}"))
+        else:
+            found.append(Listener(registration, command, wanted, wanted.in_words()))
+    return found or [Listener(registration)]
+
+
+def _age(listener: Listener) -> tuple[datetime, str]:
+    row = listener.command or listener.registration
+    return row.created_at, str(row.pk)
+
+
+def objection(wanted: Filter, said: Said, me: str) -> str:
+    """Why the event does not pass a command's filter; empty when it does. Never a word of what was
+    said: this is kept of events that were not meant for the bot."""
+    if said.type != wanted.event_type:
+        return f"Its type is {said.type}, not {wanted.event_type}."
+    if said.content_type != wanted.content_type:
+        return f"Its content is of type {said.content_type[:80]!r}, not {wanted.content_type!r}."
+    if said.type != ROOM_MESSAGE:
+        return _lack(said)
+    if not said.body.startswith(wanted.prefix or ""):
+        return f"Its body does not begin with {wanted.prefix!r}."
+    if wanted.mention and not said.mentions(me):
+        return "It does not mention the bot."
+    return ""
+
+
+def _lack(said: Said) -> str:
+    """What a trigger has to have and has not."""
+    content = said.content
+    if said.type != BOT_TRIGGER:
+        return ""
+    for key in ("realm", "userId"):
+        if not isinstance(content.get(key), str):
+            return f"The trigger has no {key!r} that is a string."
+    return "" if "input" in content else "The trigger has no 'input'."
+
+
+def question(wanted: Filter, said: Said, me: str) -> str:
+    """What is asked: without what only calls the bot."""
+    if said.type != ROOM_MESSAGE:
+        return _input_text(said.content.get("input"))
+    body = said.body.removeprefix(wanted.prefix or "").strip()
+    if wanted.mention:
+        localpart = re.escape(me[1:].partition(":")[0])
+        body = re.sub(rf"\A(?:{re.escape(me)}|@?{localpart})\s*[:,]?\s+", "", body)
+    return body
+
+
+def _input_text(given: Any) -> str:
+    if isinstance(given, str):
+        return given.strip()
+    if isinstance(given, dict):
+        for key in ("prompt", "content", "text", "message", "body"):
+            if text := (text_of(given, key) or "").strip():
+                return text
+    return "" if given is None else orjson.dumps(given).decode()
+
+
+def at(moment: datetime) -> str:
+    """To the millisecond: events and registrations are compared by it."""
+    return f"{moment.astimezone(UTC):%Y-%m-%d %H:%M:%S.%f}"[:-3] + " UTC"
+
+
+def matches_any(user_id: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(user_id, pattern) for pattern in patterns)

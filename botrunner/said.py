@@ -1,0 +1,144 @@
+"""What an event of a room's timeline says."""
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from typing import Any, TypeGuard
+
+from realm.filters import ROOM_MESSAGE
+
+ENCRYPTED = "m.room.encrypted"
+REDACTION = "m.room.redaction"
+# What other instances of this bot put into what they say, so that two never talk to each other.
+MARK = "app.botrealm.reply"
+MAX_ID_LENGTH = 255
+UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
+
+
+@dataclass(frozen=True)
+class Said:
+    """An event of a timeline that a person may have meant for the bot."""
+
+    event_id: str
+    sender: str
+    said_at: datetime
+    type: str
+    content: dict[str, Any]
+    source: dict[str, Any]
+
+    @classmethod
+    def parse(cls, source: Any) -> "Said | None":
+        """None for what is no event, or a piece of a room's state."""
+        if not isinstance(source, dict) or "state_key" in source:
+            return None
+        event_id, sender = source.get("event_id"), source.get("sender")
+        milliseconds, content = source.get("origin_server_ts"), source.get("content")
+        if not (
+            _is_id(event_id)
+            and _is_id(sender)
+            and isinstance(milliseconds, int)
+            and isinstance(content, dict)
+            and isinstance(source.get("type"), str)
+        ):
+            return None
+        try:
+            said_at = datetime.fromtimestamp(milliseconds / 1000, tz=UTC)
+        except (OverflowError, ValueError, OSError):
+            return None
+        return cls(event_id, sender, said_at, source["type"], content, source)
+
+    @cached_property
+    def content_type(self) -> str:
+        """What kind of message or trigger it is; empty where it does not say."""
+        return text_of(self.content, "msgtype" if self.type == ROOM_MESSAGE else "type") or ""
+
+    @property
+    def relation(self) -> dict[str, Any]:
+        relation = self.content.get("m.relates_to")
+        return relation if isinstance(relation, dict) else {}
+
+    @property
+    def edits(self) -> str | None:
+        """The event that this one puts other words to, if it does."""
+        return text_of(self.relation, "event_id") if self._relates("m.replace") else None
+
+    @property
+    def redacts(self) -> str | None:
+        """The event that this one takes back, if it does."""
+        if self.type != REDACTION:
+            return None
+        return text_of(self.content, "redacts") or text_of(self.source, "redacts")
+
+    @property
+    def thread_root(self) -> str:
+        """The root of the Matrix thread that it is said in; empty outside of one."""
+        root = self.relation.get("event_id") if self._relates("m.thread") else None
+        # Another homeserver may have sent anything.
+        return root if _is_id(root) else ""
+
+    def mentions(self, user_id: str) -> bool:
+        mentions = self.content.get("m.mentions")
+        if isinstance(mentions, dict):
+            named = mentions.get("user_ids")
+            return isinstance(named, list) and user_id in named
+        # From before there were intentional mentions.
+        return user_id in self.body
+
+    @cached_property
+    def body(self) -> str:
+        body = text_of(self.content, "body") or ""
+        if "m.in_reply_to" in self.relation and body.startswith("> "):
+            body = re.sub(r"\A(?:>[^\n]*\n)+\n?", "", body)
+        return body.strip()
+
+    def _relates(self, kind: str) -> bool:
+        return self.relation.get("rel_type") == kind
+
+
+def _is_id(value: Any) -> TypeGuard[str]:
+    return (
+        isinstance(value, str) and 0 < len(value) <= MAX_ID_LENGTH and not UNSTORABLE.search(value)
+    )
+
+
+def storable(data: Any) -> Any:
+    """Without what PostgreSQL cannot hold in JSON."""
+    if isinstance(data, str):
+        return UNSTORABLE.sub("", data)
+    if isinstance(data, dict):
+        return {storable(key): storable(value) for key, value in data.items()}
+    if isinstance(data, list):
+        return [storable(item) for item in data]
+    return data
+
+
+def since_own_join(events: Iterable[dict[str, Any]], me: str) -> Iterator[dict[str, Any]]:
+    """The events after the bot's last join among them; none if it is not there."""
+    kept: list[dict[str, Any]] | None = None
+    for event in events:
+        if is_own_join(event, me):
+            kept = []
+        elif kept is not None:
+            kept.append(event)
+    yield from kept or []
+
+
+def is_own_join(event: Any, me: str) -> bool:
+    """Whether `me` came in by this event: a change of name has the same membership before it."""
+    if not isinstance(event, dict) or event.get("type") != "m.room.member":
+        return False
+    content = event.get("content")
+    before = (event.get("unsigned") or {}).get("prev_content") or {}
+    return (
+        event.get("state_key") == me
+        and isinstance(content, dict)
+        and content.get("membership") == "join"
+        and before.get("membership") != "join"
+    )
+
+
+def text_of(data: dict[str, Any], key: str) -> str | None:
+    value = data.get(key)
+    return value if isinstance(value, str) else None

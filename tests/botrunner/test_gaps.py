@@ -1,0 +1,41 @@
+"""What of an answer of /sync is worth writing down."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from asgiref.sync import async_to_sync
+
+from botrunner.client import Homeserver, News
+from botrunner.gaps import batch_of
+from botrunner.timeline import Batch
+from tests.botrunner.scenes import ALICE, ME, ROOM, event
+
+
+@pytest.fixture
+def batch(tmp_path: Path) -> Any:
+    """What a sync from s1 to s2 brings, of the room that the bot is in."""
+
+    @async_to_sync
+    async def made(*events: dict[str, Any], known: bool = True, **room: Any) -> Batch:
+        homeserver = Homeserver("http://homeserver.invalid", "bot-runner", tmp_path)
+        homeserver.nio.user_id = ME
+        joined = {ROOM: {"timeline": {"events": list(events)}, **room}}
+        news = News({"next_batch": "s2", "rooms": {"join": joined}}, {})
+        try:
+            return await batch_of(news, "s1", homeserver, {ROOM} if known else set())
+        finally:
+            await homeserver.close()
+
+    return made
+
+
+def test_what_the_bot_itself_said_is_no_news(batch: Any) -> None:
+    assert batch(event("Hello", sender=ME)).is_empty
+    assert not batch(event("Hello", sender=ME), event("Hi", sender=ALICE)).is_empty
+
+
+def test_a_room_that_is_new_or_becomes_encrypted_is_news(batch: Any) -> None:
+    assert not batch(event("Hello", sender=ME), known=False).is_empty
+    state = {"events": [{"type": "m.room.encryption", "state_key": "", "content": {}}]}
+    assert not batch(event("Hello", sender=ME), state=state).is_empty

@@ -1,0 +1,364 @@
+"""Why an event fired nothing: what is kept of it, and what is not."""
+
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from django.db import connection
+from django.test.utils import CaptureQueriesContext
+
+from agents.models import Run
+from botrunner import acting, timeline
+from botrunner.models import Reply, Room, RoomEvent
+from botrunner.said import MARK
+from botrunner.timeline import Batch, RoomNews
+from botrunner.verdicts import MAX_KEPT
+from realm.models import BotCommand, BotRegistration, User
+from tests.botrunner.scenes import (
+    ALICE,
+    BOB,
+    HOLDER,
+    ME,
+    ROOM,
+    TRIGGER,
+    command,
+    event,
+    session,
+    take_in,
+)
+
+pytestmark = pytest.mark.django_db
+
+SECRET = "my secret words"
+
+
+def only() -> RoomEvent:
+    return RoomEvent.objects.get()
+
+
+def words() -> list[str]:
+    return [verdict.words for verdict in only().looked_at]
+
+
+def test_what_fires_nothing_is_kept_without_its_words() -> None:
+    found = command(prefix="!ask ")
+    said = event(SECRET)
+    assert take_in(session(), said) == 0
+
+    row = only()
+    assert (row.event_id, row.sender, row.room.room_id) == (said["event_id"], ALICE, ROOM)
+    assert (row.type, row.content_type) == ("m.room.message", "m.text")
+    assert (row.kind, row.state) == (RoomEvent.Kind.REMARK, RoomEvent.State.IGNORED)
+    assert row.note == "None of 1 that were looked at fires on it."
+    [verdict] = row.looked_at
+    assert verdict.registration_id == str(found.registration_id)
+    assert verdict.command_id == str(found.pk)
+    assert verdict.command == "chat.reply"
+    assert verdict.filter == "a message of type 'm.text' that begins with '!ask '"
+    assert verdict.words == "Its body does not begin with '!ask '."
+    assert not verdict.fires
+    stored = RoomEvent.objects.values_list().get()
+    assert SECRET not in str(stored)
+
+
+def test_what_fires_says_so_too() -> None:
+    command(fires="ping", prefix="!ping")
+    command(prefix="!ask ")
+    take_in(session(), event("!ask what?"))
+    row = only()
+    assert row.state == RoomEvent.State.HANDLED
+    assert [(each.command, each.fires, each.words) for each in row.looked_at] == [
+        ("chat.reply", True, "It fires."),
+        ("ping", False, "Its body does not begin with '!ping'."),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "said", "verdict"),
+    [
+        (
+            TRIGGER,
+            event(),
+            "Its type is m.room.message, not app.boxel.bot-trigger.",
+        ),
+        (
+            {},
+            event({"msgtype": "m.image", "body": SECRET}),
+            "Its content is of type 'm.image', not 'm.text'.",
+        ),
+        ({}, event({"body": SECRET}), "Its content is of type '', not 'm.text'."),
+        ({"mention": True}, event(), "It does not mention the bot."),
+        (
+            TRIGGER,
+            event({"type": "ping", "input": SECRET, "realm": "r"}, type="app.boxel.bot-trigger"),
+            "The trigger has no 'userId' that is a string.",
+        ),
+        (
+            TRIGGER,
+            event({"type": "ping", "realm": "r", "userId": "u"}, type="app.boxel.bot-trigger"),
+            "The trigger has no 'input'.",
+        ),
+    ],
+)
+def test_a_filter_says_what_it_missed(wanted: Any, said: Any, verdict: str) -> None:
+    command(**wanted)
+    BotRegistration.objects.update(created_at=datetime(2020, 1, 1, tzinfo=UTC))
+    take_in(session(), said)
+    assert words() == [verdict]
+    assert SECRET not in str(RoomEvent.objects.values_list().get())
+
+
+def test_an_event_from_before_the_registration_is_told_both_times() -> None:
+    registration = command().registration
+    BotRegistration.objects.update(created_at=datetime(2100, 1, 2, 3, 4, 5, 678900, tzinfo=UTC))
+    said = event(origin_server_ts=4_000_000_000_123)
+    take_in(session(), said)
+    assert words() == [
+        "Registered at 2100-01-02 03:04:05.678 UTC, after this was said at "
+        "2096-10-02 07:06:40.123 UTC."
+    ]
+    assert registration.commands.count() == 1
+
+
+def test_whoever_has_no_registration_is_told_so() -> None:
+    command(BOB)
+    take_in(session(), event(SECRET))
+    assert only().note == f"{ALICE} has no registration, and neither has the bot."
+    assert only().verdicts == []
+
+
+def test_a_registration_without_commands_is_told() -> None:
+    registration = command().registration
+    registration.commands.all().delete()
+    take_in(session(), event())
+    [verdict] = only().looked_at
+    assert (verdict.registration_id, verdict.command_id) == (str(registration.pk), "")
+    assert verdict.words == "The registration has no command."
+
+
+def test_a_user_who_is_not_active_is_told() -> None:
+    command()
+    User.objects.update(is_active=False)
+    take_in(session(), event())
+    assert words() == ["The user of the registration is not active."]
+
+
+def test_a_filter_that_makes_no_sense_is_told() -> None:
+    found = command()
+    BotCommand.objects.update(filter=found.filter | {"prefix": 7})
+    take_in(session(), event())
+    [verdict] = only().looked_at
+    assert verdict.words == "The filter cannot be read."
+    assert verdict.filter.startswith("never: prefix: It must be")
+
+
+def test_the_same_command_of_the_bot_is_told_to_have_fired_already() -> None:
+    command(ALICE)
+    command(ME)
+    take_in(session(), event())
+    assert words() == ["It fires.", "The same command has fired already."]
+    assert Run.objects.count() == 1
+
+
+def test_what_is_too_old_is_told(settings: Any) -> None:
+    settings.BOT_RUNNER_MAX_EVENT_AGE = 60
+    command()
+    assert take_in(session(), event(SECRET, age=120)) == 0
+    assert only().note.startswith("Too old: said at ")
+    assert only().source is None
+
+
+@pytest.mark.parametrize(
+    ("said", "note"),
+    [
+        (
+            event(
+                {
+                    "msgtype": "m.text",
+                    "body": SECRET,
+                    "m.relates_to": {"rel_type": "m.replace", "event_id": "$unknown"},
+                }
+            ),
+            "It edits nothing that is known as a question here.",
+        ),
+        (
+            event({"redacts": "$unknown"}, type="m.room.redaction"),
+            "It takes back nothing that is known as a question here.",
+        ),
+        (
+            event({}, type="m.room.redaction"),
+            "It takes back nothing that is known as a question here.",
+        ),
+    ],
+)
+def test_an_edit_or_redaction_of_nothing_is_told(said: Any, note: str) -> None:
+    command()
+    assert take_in(session(), said) == 0
+    assert (only().note, only().source) == (note, None)
+
+
+def test_an_edit_of_a_remark_is_no_question() -> None:
+    command(prefix="!ask ")
+    row = session()
+    remark = event(SECRET)
+    new = {"msgtype": "m.text", "body": "!ask this"}
+    relation = {"rel_type": "m.replace", "event_id": remark["event_id"]}
+    take_in(row, remark)
+    edit = event({**new, "m.new_content": new, "m.relates_to": relation})
+    assert take_in(row, edit) == 0
+    assert not Run.objects.exists()
+
+
+def test_an_edit_that_comes_too_late_is_told_without_its_words() -> None:
+    command()
+    row = session()
+    said = event("first")
+    take_in(row, said)
+    Run.objects.update(attempt=1)
+    new = {"msgtype": "m.text", "body": SECRET}
+    relation = {"rel_type": "m.replace", "event_id": said["event_id"]}
+    take_in(row, event({**new, "m.new_content": new, "m.relates_to": relation}))
+    edit = RoomEvent.objects.get(kind=RoomEvent.Kind.EDIT)
+    assert (edit.note, edit.source) == ("The answer was under way.", None)
+
+
+def test_what_cannot_be_read_is_told_until_and_after_its_key_comes() -> None:
+    command(prefix="!ask ")
+    sealed = event({"ciphertext": "..."}, type="m.room.encrypted")
+    assert take_in(session(), sealed) == 1
+    assert only().note == "It cannot be read until its key comes."
+
+    opened = {**event(SECRET), "event_id": sealed["event_id"]}
+    acting.unseal(only().pk, opened, ME)
+    assert words() == ["Its body does not begin with '!ask '."]
+    row = only()
+    assert (row.kind, row.state) == (RoomEvent.Kind.REMARK, RoomEvent.State.IGNORED)
+    assert (row.type, row.content_type, row.source) == ("m.room.message", "m.text", None)
+    assert acting.sealed() == []
+
+
+def test_the_key_of_a_notice_makes_it_no_question() -> None:
+    command()
+    sealed = event({"ciphertext": "..."}, type="m.room.encrypted")
+    take_in(session(), sealed)
+    acting.unseal(only().pk, event({"msgtype": "m.notice", "body": SECRET}), ME)
+    row = only()
+    assert (row.state, row.source) == (RoomEvent.State.IGNORED, None)
+
+
+def test_a_key_that_never_came_is_told(settings: Any) -> None:
+    settings.BOT_RUNNER_MAX_EVENT_AGE = 0.01
+    take_in(session(), event({"ciphertext": "..."}, type="m.room.encrypted", age=0.05))
+    RoomEvent.objects.update(said_at=datetime(2020, 1, 1, tzinfo=UTC))
+    assert acting.sealed() == []
+    assert (only().note, only().source) == ("Its key never came.", None)
+
+
+def test_what_was_said_before_the_bot_came_is_told() -> None:
+    command()
+    row = session()
+    earlier = [event(SECRET), event(sender=ME), event({"msgtype": "m.notice", "body": "n"})]
+    news = RoomNews("!new", [event("now")], False, earlier)
+    assert timeline.write_down(row, HOLDER, Batch("s1", [news])) == 1
+    before = RoomEvent.objects.get(state=RoomEvent.State.IGNORED)
+    assert before.note == "It was said before the bot came into the room."
+    assert (before.event_id, before.source) == (earlier[0]["event_id"], None)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        event(sender=ME),
+        event({"msgtype": "m.notice", "body": "notice"}),
+        event({"msgtype": "m.text", "body": "a bot", MARK: {}}),
+        event({"m.relates_to": {}}, type="m.reaction"),
+        event() | {"sender": "@nul\x00:localhost"},
+        event() | {"event_id": "$\ud800"},
+    ],
+)
+def test_bots_and_what_nobody_says_leave_no_trace(said: Any) -> None:
+    command()
+    take_in(session(), said)
+    assert not RoomEvent.objects.exists()
+
+
+def test_very_many_commands_do_not_fill_the_database() -> None:
+    for number in range(MAX_KEPT + 10):
+        command(prefix=f"!{number:02}")
+    take_in(session(), event("!29"))
+    verdicts = only().looked_at
+    assert len(verdicts) == MAX_KEPT
+    assert [each.fires for each in verdicts] == [True] + [False] * (MAX_KEPT - 1)
+
+
+def test_what_a_disabled_registration_would_fire_is_not_fired() -> None:
+    registration = command().registration
+    BotRegistration.objects.filter(pk=registration.pk).disable()
+    take_in(session(), event())
+    assert words() == ["The registration is disabled."]
+    assert not Run.objects.exists()
+
+
+def test_what_waits_when_a_registration_is_disabled_is_not_fired() -> None:
+    command()
+    row = session()
+    batch = Batch("s1", [RoomNews(ROOM, [event(SECRET)], False)])
+    assert timeline.write_down(row, HOLDER, batch) == 1
+    BotRegistration.objects.all().disable()
+    [pk] = acting.pending()
+    acting.act(pk, ME)
+
+    assert not Run.objects.exists()
+    assert words() == ["The registration is disabled."]
+    assert only().state == RoomEvent.State.IGNORED
+    assert only().note.startswith("What it fired was taken away.")
+    assert only().source is None
+
+
+def test_another_registration_fires_in_place_of_the_disabled_one() -> None:
+    first = command(ALICE)
+    BotRegistration.objects.all().disable()
+    second = command(ME)
+    take_in(session(), event())
+    assert Reply.objects.get().bot_command == second
+    assert [each.command_id for each in only().looked_at if each.fires] == [str(second.pk)]
+    assert first.replies.count() == 0
+
+
+def test_an_enabled_registration_fires_again() -> None:
+    command()
+    row = session()
+    BotRegistration.objects.all().disable()
+    take_in(row, event("unheard"))
+    BotRegistration.objects.all().enable()
+    take_in(row, event("heard"))
+    assert Run.objects.get().message.content == "heard"
+
+
+def test_what_cannot_be_handled_stands_apart() -> None:
+    command()
+    row = session()
+    batch = Batch("s1", [RoomNews(ROOM, [event()], False)])
+    timeline.write_down(row, HOLDER, batch)
+    acting.give_up(only().pk)
+    assert (only().state, acting.pending()) == (RoomEvent.State.FAILED, [])
+    assert only().source is not None
+
+
+@pytest.mark.parametrize(("rooms", "events"), [(1, 1), (5, 20)])
+def test_a_batch_costs_the_same_however_long(rooms: int, events: int) -> None:
+    command(prefix="!ask ")
+    command(ME, prefix="!bot")
+    row = session()
+    names = [f"!room{number}" for number in range(rooms)]
+    Room.objects.bulk_create(
+        Room(session=row, room_id=name, membership=Room.Membership.JOINED) for name in names
+    )
+    said = [RoomNews(name, [event("!ask") for _ in range(events)], False) for name in names]
+    with CaptureQueriesContext(
+        connection,
+    ) as queries:
+        timeline.write_down(row, HOLDER, Batch("s1", said))
+    told = [query["sql"] for query in queries if query["sql"].startswith(("SELECT", "UPDATE"))]
+    assert len(told) == 4  # the position, the rooms, registrations with users, commands
+    assert RoomEvent.objects.count() == rooms * events
