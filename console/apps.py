@@ -1,0 +1,19 @@
+from django.apps import AppConfig
+from django.contrib.auth.signals import user_logged_in
+from django.db.models.signals import post_migrate
+
+
+class ConsoleConfig(AppConfig):
+    name = "console"
+    verbose_name = "Console"
+
+    def ready(self) -> None:
+        from axes.signals import user_locked_out
+
+        from agents.chores import CHORES
+        from console import bulk, login, roles
+
+        CHORES.append((bulk.sweep, bulk.SWEEP_SECONDS))
+        post_migrate.connect(roles.grant, dispatch_uid="console.roles")
+        user_logged_in.connect(login.note_login, dispatch_uid="console.login")
+        user_locked_out.connect(login.note_lockout, dispatch_uid="console.lockout")

@@ -1,0 +1,77 @@
+"""All rows that a list has found, as CSV: streamed, in batches, safe to open with a spreadsheet."""
+
+import csv
+from collections.abc import Iterator, Sequence
+from datetime import datetime
+from typing import Any
+
+from django.contrib.admin import ModelAdmin
+from django.contrib.admin.utils import label_for_field, lookup_field
+from django.db.models import Model, QuerySet
+from django.http import HttpRequest, StreamingHttpResponse
+from django.utils import timezone
+from django.utils.html import strip_tags
+from django.utils.safestring import SafeString
+
+from console import audit
+
+BATCH = 1000
+# What a spreadsheet takes for the beginning of a formula, the wide forms included.
+FORMULA = tuple("=+-@\t\r\n＝＋－＠")  # noqa: RUF001
+
+
+class _Echo:
+    """A file whose lines are what `writerow` returns."""
+
+    def write(self, line: str) -> str:
+        return line
+
+
+def response(
+    request: HttpRequest, admin: "ModelAdmin[Any]", rows: QuerySet[Any], columns: Sequence[Any]
+) -> StreamingHttpResponse:
+    """The file, with what the list's columns show. The export is on record."""
+    name = admin.model._meta.model_name
+    filtered = request.GET.urlencode() or "all"
+    audit.note(
+        request, audit.Action.EXPORT, admin.model, result=f"{rows.count()} rows ({filtered})"
+    )
+    return StreamingHttpResponse(
+        _lines(admin, rows, columns),
+        content_type="text/csv; charset=utf-8",
+        headers={
+            "Content-Disposition": f'attachment; filename="{name}-{timezone.now():%Y%m%d-%H%M%S}.csv"'
+        },
+    )
+
+
+def _lines(admin: "ModelAdmin[Any]", rows: QuerySet[Any], columns: Sequence[Any]) -> Iterator[str]:
+    writer = csv.writer(_Echo())
+    yield writer.writerow([label_for_field(name, admin.model, admin) for name in columns])
+    for row in in_batches(rows):
+        yield writer.writerow([safe(_value(admin, row, name)) for name in columns])
+
+
+def in_batches(rows: QuerySet[Any]) -> Iterator[Model]:
+    """By key: no cursor is held open for as long as somebody's download takes."""
+    rows, last = rows.order_by("pk"), None
+    while True:
+        batch = list((rows if last is None else rows.filter(pk__gt=last))[:BATCH])
+        yield from batch
+        if len(batch) < BATCH:
+            return
+        last = batch[-1].pk
+
+
+def _value(admin: "ModelAdmin[Any]", row: Model, name: Any) -> Any:
+    return lookup_field(name, row, admin)[2]
+
+
+def safe(value: Any) -> Any:
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    if isinstance(value, datetime):
+        return value.isoformat(timespec="milliseconds")
+    text = strip_tags(value) if isinstance(value, SafeString) else str(value)
+    # Spreadsheets skip blanks before a formula; the apostrophe makes it a text.
+    return f"'{text}" if text.lstrip(" ").startswith(FORMULA) else text

@@ -1,0 +1,313 @@
+"""The admin's home: how the system fares, from rollups and from what is unfinished."""
+
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import Any
+from urllib.parse import urlencode
+
+from django.conf import settings
+from django.db.models import Count, Min, Q, Sum
+from django.db.models.functions import Now
+from django.http import HttpRequest
+from django.urls import reverse
+from django.utils import timezone
+
+from agents import prices, rollups, stream
+from agents.models import Rollup, Run, Usage, today
+from agents.rollups import ANSWERED, ENDED, Figures, Row
+from botrunner.models import Reply
+from console import charts, processes
+from console.formats import duration, money
+
+Grain = Rollup.Grain
+MAX_CAUSES, MAX_MODELS = 12, 12
+PERCENTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
+OUTCOMES = {"completed": "answered", "failed": "failed", "cancelled": "cancelled"}
+
+
+@dataclass(frozen=True)
+class Range:
+    """A time to look at, in steps of so many minutes."""
+
+    key: str
+    title: str
+    length: timedelta
+    step: int
+    grain: int
+
+    def times(self, now: datetime) -> list[datetime]:
+        last = rollups.slot(now, self.step)
+        count = int(self.length / timedelta(minutes=self.step))
+        return [last - timedelta(minutes=self.step) * back for back in range(count - 1, -1, -1)]
+
+
+RANGES = {
+    each.key: each
+    for each in (
+        Range("1h", "1 hour", timedelta(hours=1), 1, Grain.MINUTE),
+        Range("24h", "24 hours", timedelta(hours=24), 15, Grain.QUARTER),
+        Range("7d", "7 days", timedelta(days=7), 180, Grain.HOURS),
+        Range("30d", "30 days", timedelta(days=30), 720, Grain.HOURS),
+    )
+}
+
+
+@dataclass
+class Tile:
+    title: str
+    value: str
+    note: str = ""
+    link: str = ""
+    mood: str = ""  # good, bad, or neither
+
+
+@dataclass
+class Cause:
+    """Failures of one cause with one model."""
+
+    code: str
+    model: str
+    count: int = 0
+    retried: int = 0
+    first_at: datetime | None = None
+    last_at: datetime | None = None
+    link: str = ""
+
+
+@dataclass
+class Summed:
+    """The rollups of a range, added up in the ways that the page shows them."""
+
+    slots: dict[datetime, Figures] = field(default_factory=dict)
+    outcomes: dict[datetime, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
+    models: dict[str, Figures] = field(default_factory=lambda: defaultdict(Figures))
+    causes: dict[tuple[str, str], Cause] = field(default_factory=dict)
+    whole: Figures = field(default_factory=Figures)
+
+    def add(self, row: Row, slot: datetime) -> None:
+        if row.result in ENDED:
+            self.outcomes[slot][row.result] += row.count
+        if row.result in ANSWERED:
+            self.slots.setdefault(slot, Figures()).add_times(row)
+            self.whole.add_times(row)
+        self.models[row.model].add_sums(row, counts=row.result in ENDED)
+        self.whole.add_sums(row, counts=row.result in ENDED)
+        if row.error_code:
+            self._add_cause(row)
+
+    def _add_cause(self, row: Row) -> None:
+        key = (row.error_code, row.model)
+        cause = self.causes.setdefault(key, Cause(*key))
+        if row.result == "failed":
+            cause.count += row.count
+        else:
+            cause.retried += row.count
+        cause.last_at = max(cause.last_at or row.last_at, row.last_at)
+        cause.first_at = min(cause.first_at or row.first_at, row.first_at)
+
+
+def dashboard(request: HttpRequest, context: dict[str, Any]) -> dict[str, Any]:
+    """What unfold shows on the admin's index."""
+    chosen = RANGES.get(request.GET.get("range", ""), RANGES["24h"])
+    # The page asks for itself every few seconds, and needs no frame then.
+    part = request.headers.get("HX-Request") == "true"
+    context["title"] = "Home"
+    context |= {"frame": "console/part.html" if part else "admin/base.html", "is_fullwidth": "1"}
+    if not getattr(request.user, "has_perm", lambda _: False)("agents.view_run"):
+        return context
+    return context | {"home": figures(chosen, timezone.now())}
+
+
+def figures(chosen: Range, now: datetime) -> dict[str, Any]:
+    times = chosen.times(now)
+    summed = Summed()
+    for row in rollups.between(times[0], now, chosen.grain):
+        summed.add(row, rollups.slot(row.start, chosen.step))
+    currency = prices.currency()
+    return {
+        "range": chosen,
+        "ranges": list(RANGES.values()),
+        "now": now,
+        "is_empty": not summed.models and not Run.objects.exists(),
+        "tiles": _tiles(now, currency),
+        "charts": [_outcomes(times, summed, chosen), _latency(times, summed)],
+        "latency": _percentiles(summed.whole),
+        "error": f"{rollups.Histogram.ERROR:.0%}",
+        "models": _models(summed, currency, chosen),
+        "without_price": sorted(name for name, each in summed.models.items() if each.unpriced),
+        "failed": runs(status__exact=Run.Status.FAILED, period=chosen.key),
+        "causes": _causes(summed, chosen),
+        "processes": [*processes.workers(), *processes.bots()],
+    }
+
+
+def _tiles(now: datetime, currency: str) -> list[Tile]:
+    unfinished = Run.objects.unfinished().aggregate(
+        running=Count("pk", filter=Q(status=Run.Status.PROCESSING)),
+        waiting=Count("pk", filter=Q(status=Run.Status.QUEUED)),
+        oldest=Min("due_at", filter=Q(status=Run.Status.QUEUED, due_at__lte=Now())),
+    )
+    age = (now - unfinished["oldest"]).total_seconds() if unfinished["oldest"] else 0
+    hour = Rollup.objects.filter(grain=Grain.MINUTE, start__gte=now - timedelta(hours=1))
+    ended = dict(hour.filter(result__in=ENDED).values_list("result").annotate(Sum("count")))
+    total, failed = sum(ended.values()), ended.get("failed", 0)
+    share = failed / total if total else 0
+    spent = Usage.objects.filter(day=today()).aggregate(cost=Sum("cost"), unpriced=Sum("unpriced"))
+    dead, dropped = stream.dead_letters(), _dropped()
+    return [
+        Tile(
+            "Oldest waiting run",
+            duration(1000 * age) if unfinished["oldest"] else "none",
+            f"{unfinished['waiting']:,} waiting",
+            runs(status__exact=Run.Status.QUEUED, period="all"),
+            "bad" if age > settings.OPS_MAX_QUEUE_SECONDS else "",
+        ),
+        Tile(
+            "Running",
+            f"{unfinished['running']:,}",
+            "right now",
+            runs(status__exact=Run.Status.PROCESSING, period="all"),
+        ),
+        Tile(
+            "Failed in the last hour",
+            f"{share:.1%}" if total else "none",
+            f"{failed:,} of {total:,} runs",
+            runs(status__exact=Run.Status.FAILED, period="1h"),
+            "bad" if share > 0.1 else "good" if total else "",
+        ),
+        Tile(
+            "Dead letters",
+            "unknown" if dead is None else f"{dead:,}",
+            "entries of the stream set aside" if dead is not None else "Redis is away",
+            reverse("admin:dead_letters"),
+            "bad" if dead else "",
+        ),
+        Tile(
+            "Dropped replies",
+            dropped,
+            "no room was told them",
+            f"{reverse('admin:botrunner_reply_changelist')}?status__exact=dropped",
+            "bad" if dropped != "0" else "",
+        ),
+        Tile(
+            "Cost today",
+            money(spent["cost"] or 0, currency),
+            f"{spent['unpriced']:,} calls had no price" if spent["unpriced"] else "since 0:00 UTC",
+            f"{reverse('admin:agents_usage_changelist')}?period=today",
+        ),
+    ]
+
+
+def _dropped() -> str:
+    found = Reply.objects.filter(status=Reply.Status.DROPPED)[:1001].count()
+    return "1,000+" if found > 1000 else str(found)
+
+
+def _outcomes(times: list[datetime], summed: Summed, chosen: Range) -> charts.Chart:
+    columns: list[dict[str, float]] = [
+        {kind: summed.outcomes[time][kind] for kind in OUTCOMES} for time in times
+    ]
+    rects, top = charts.bars(columns)
+    totals = {kind: sum(column[kind] for column in columns) for kind in OUTCOMES}
+    whole = sum(totals.values())
+    titles = []
+    for column in columns:
+        ended = sum(column.values())
+        failed = f", {column['failed'] / ended:.1%} failed" if column["failed"] else ""
+        titles.append(f"{ended / chosen.step:.3g} runs a minute{failed}")
+    share = f" ({totals['failed'] / whole:.1%})" if whole else ""
+    return charts.Chart(
+        title="Runs a minute",
+        legend=[
+            (kind, f"{totals[kind]:,} {word}{share if kind == 'failed' else ''}")
+            for kind, word in OUTCOMES.items()
+        ],
+        slots=charts.slots(times, titles),
+        rects=rects,
+        ticks=[(0, f"{top / chosen.step:.3g}"), (charts.HEIGHT, "0")] if top else [],
+        first=_first(times),
+    )
+
+
+def _latency(times: list[datetime], summed: Summed) -> charts.Chart:
+    kinds = {"p50": "median", "p95": "95 % took less", "p99": "99 % took less"}
+    values = {
+        kind: [
+            summed.slots[time].totals.percentile(PERCENTILES[kind])
+            if time in summed.slots
+            else None
+            for time in times
+        ]
+        for kind in kinds
+    }
+    low, high = charts.decades([each for column in values.values() for each in column])
+    titles = [
+        ", ".join(f"{kind} {duration(values[kind][number])}" for kind in kinds)
+        for number in range(len(times))
+    ]
+    return charts.Chart(
+        title="From the question to the outcome",
+        legend=list(kinds.items()),
+        slots=charts.slots(times, titles),
+        lines=[charts.line(kind, column, low, high) for kind, column in values.items()],
+        ticks=[(y, duration(ms)) for y, ms in charts.decade_ticks(low, high)]
+        if summed.slots
+        else [],
+        first=_first(times),
+    )
+
+
+def _first(times: list[datetime]) -> str:
+    return f"{times[0]:%d %b %H:%M} UTC"
+
+
+def _percentiles(whole: Figures) -> list[tuple[str, list[str]]]:
+    return [
+        (title, [duration(histogram.percentile(share)) for share in PERCENTILES.values()])
+        for title, histogram in (
+            ("Waiting for a worker", whole.waits),
+            ("In the model", whole.model_times),
+            ("From question to outcome", whole.totals),
+        )
+    ]
+
+
+def _models(summed: Summed, currency: str, chosen: Range) -> list[dict[str, Any]]:
+    used = sorted(summed.models.items(), key=lambda each: (-each[1].cost, -each[1].count))
+    return [
+        {
+            "name": name,
+            "runs": f"{each.count:,}",
+            "prompt": f"{each.prompt_tokens:,}",
+            "completion": f"{each.completion_tokens:,}",
+            "cost": money(each.cost, currency) if each.cost or not each.unpriced else "no price",
+            "link": runs(model=name, period=chosen.key),
+            "price_link": "" if not each.unpriced else add_price(name),
+        }
+        for name, each in used[:MAX_MODELS]
+    ]
+
+
+def _causes(summed: Summed, chosen: Range) -> list[Cause]:
+    causes = sorted(summed.causes.values(), key=lambda each: (-each.count, -each.retried))
+    causes = causes[:MAX_CAUSES]
+    seen = rollups.first_seen((each.code, each.model) for each in causes) if causes else {}
+    for cause in causes:
+        cause.first_at = seen.get((cause.code, cause.model), cause.first_at)
+        cause.link = runs(
+            status__exact=Run.Status.FAILED,
+            error_code=cause.code,
+            model=cause.model,
+            period=chosen.key,
+        )
+    return causes
+
+
+def runs(**lookups: Any) -> str:
+    """The list of these runs."""
+    return f"{reverse('admin:agents_run_changelist')}?{urlencode(lookups)}"
+
+
+def add_price(model: str) -> str:
+    return f"{reverse('admin:agents_price_add')}?{urlencode({'model': model})}"

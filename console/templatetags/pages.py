@@ -1,0 +1,110 @@
+"""What the console's pages write again and again: durations, moments, states, and what was said."""
+
+from datetime import datetime
+from typing import Any
+
+from django import template
+from django.contrib.admin.utils import quote
+from django.db.models import Model
+from django.urls import reverse
+from django.utils import timezone
+from django.utils.html import format_html
+from django.utils.safestring import SafeString, mark_safe
+
+from agents import prices
+from chat.markdown import to_html
+
+# Not the functions of `base`: the theme asks for all libraries of tags while that is being loaded.
+from console import base, trace
+
+register = template.Library()
+
+COLOURS = {
+    **dict.fromkeys(("completed", "sent", "handled", "joined", "enabled"), "good"),
+    **dict.fromkeys(("failed", "lost", "dropped", "refused", "disabled"), "bad"),
+    **dict.fromkeys(("processing", "ready", "invited"), "busy"),
+    **dict.fromkeys(("retried", "requeued", "cancelled", "ignored", "left"), "odd"),
+}
+
+
+@register.filter
+def duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    if seconds < 1:
+        return f"{max(seconds, 0) * 1000:.0f} ms"
+    if seconds < 60:
+        return f"{seconds:.2f} s"
+    minutes, rest = divmod(int(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours < 48 else f"{hours // 24} days"
+
+
+@register.filter
+def moment(when: datetime | None) -> str:
+    """To the millisecond, in the server's time zone."""
+    if when is None:
+        return "-"
+    return f"{timezone.localtime(when):%Y-%m-%d %H:%M:%S.%f}"[:-3]
+
+
+@register.filter
+def ago(when: datetime | None) -> str:
+    if when is None:
+        return "never"
+    return f"{duration((timezone.now() - when).total_seconds())} ago"
+
+
+@register.filter
+def state(value: str) -> SafeString:
+    return format_html('<span class="cn-state cn-{}">{}</span>', COLOURS.get(value, "plain"), value)
+
+
+@register.filter
+def money(cost: int | None) -> str:
+    if cost is None:
+        return "no price"
+    return f"{prices.amount(cost):.6f}".rstrip("0").rstrip(".")
+
+
+@register.filter
+def link(row: Model | None, text: str = "") -> str:
+    """To the row's page."""
+    if row is None:
+        return "-"
+    meta = row._meta
+    url = reverse(f"admin:{meta.app_label}_{meta.model_name}_change", args=[quote(row.pk)])
+    return format_html('<a class="cn-link" href="{}">{}</a>', url, text or str(row))
+
+
+@register.filter
+def page(row: Model) -> str:
+    """Its address."""
+    meta = row._meta
+    return reverse(f"admin:{meta.app_label}_{meta.model_name}_change", args=[quote(row.pk)])
+
+
+@register.simple_tag
+def took(start: datetime, end: datetime | None) -> str:
+    return duration(((end or timezone.now()) - start).total_seconds())
+
+
+@register.simple_tag
+def matrix_to(room_id: str, event_id: str = "") -> str:
+    return trace.matrix_to(room_id, event_id)
+
+
+@register.simple_tag(takes_context=True)
+def said(context: dict[str, Any], text: Any) -> str:
+    """Words of the page's thread, for those who may read them."""
+    return base.body(context["request"], text, context["owner"])
+
+
+@register.simple_tag(takes_context=True)
+def formatted(context: dict[str, Any], text: str) -> str:
+    """The same, as the Markdown that models write."""
+    if not base.may_read(context["request"], context["owner"]):
+        return base.body(context["request"], text, context["owner"])
+    return mark_safe(to_html(text))  # noqa: S308 (it has been through the sanitiser)

@@ -1,0 +1,90 @@
+import csv
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from django.db import connection
+from django.test import Client
+from django.test.utils import CaptureQueriesContext
+
+from agents.models import Run
+from chat.models import Message
+from console import export
+from console.models import AuditEntry
+from tests import factories
+
+SignIn = Callable[..., Client]
+pytestmark = pytest.mark.django_db
+
+
+def exported(browser: Client, page: str, query: str = "") -> list[dict[str, str]]:
+    response: Any = browser.post(
+        f"{page}{query}",
+        {"action": "export_csv", "select_across": "1", "index": "0", "_selected_action": ["x"]},
+    )
+    assert response.status_code == 200, response.get("Location")
+    assert response["Content-Type"].startswith("text/csv")
+    text = b"".join(response.streaming_content).decode()
+    return list(csv.DictReader(io.StringIO(text, newline="")))
+
+
+def test_all_rows_that_the_list_has_found_are_exported(
+    sign_in: SignIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export, "BATCH", 7)
+    runs = [factories.ask() for _ in range(70)]
+    Run.objects.filter(pk=runs[0].pk).update(source="matrix")
+
+    rows = exported(sign_in("Operator"), "/admin/agents/run/", "?source__exact=http")
+
+    assert {row["id"] if "id" in row else row["ID"] for row in rows} == {r.pk for r in runs[1:]}
+    assert len(rows) == 69
+    entry = AuditEntry.objects.get(action="export")
+    assert entry.kind == "agents.run"
+    assert entry.result == "69 rows (source__exact=http)"
+
+
+def test_a_spreadsheet_finds_no_formula(sign_in: SignIn) -> None:
+    said = ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", "  =1", "＝1", 'a "quoted", text\nline']  # noqa: RUF001
+    for text in said:
+        Message.objects.filter(pk=factories.ask().message_id).update(content=text)
+
+    rows = exported(sign_in("Operator"), "/admin/chat/message/")
+
+    shown = {row["beginning"] for row in rows}
+    assert shown == {f"'{text}" for text in said[:-1]} | {said[-1]}
+
+
+def test_whole_bodies_for_those_who_may_read_them(sign_in: SignIn) -> None:
+    factories.ask("words" * 100)
+
+    (row,) = exported(sign_in("Operator"), "/admin/chat/message/")
+
+    assert len(row["beginning"]) == 500
+
+
+def test_masked_bodies_and_no_export_at_all_for_others(sign_in: SignIn) -> None:
+    from django.contrib.auth.models import Permission
+
+    factories.ask("My cat is called Mitzi")
+    browser = sign_in("Viewer")
+    assert 'value="export_csv"' not in browser.get("/admin/chat/message/").text
+    data = {"action": "export_csv", "select_across": "1", "index": "0", "_selected_action": ["x"]}
+    assert "attachment" not in str(browser.post("/admin/chat/message/", data).headers)
+
+    browser.user.user_permissions.add(Permission.objects.get(codename="export_rows"))  # type: ignore[attr-defined]
+    (row,) = exported(browser, "/admin/chat/message/")
+    assert row["beginning"] == "•••• 22 characters"
+
+
+def test_the_queries_do_not_grow_with_the_rows(sign_in: SignIn) -> None:
+    browser, counts = sign_in("Operator"), []
+    for _ in range(2):
+        for _ in range(20):
+            factories.ask()
+        with CaptureQueriesContext(connection) as captured:
+            exported(browser, "/admin/agents/run/")
+        counts.append(len(captured))
+
+    assert counts[0] == counts[1]

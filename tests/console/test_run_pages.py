@@ -1,0 +1,419 @@
+"""The pages that look across the apps: a run, its thread, its room, its registration."""
+
+import html
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from django.contrib.admin.utils import quote
+from django.db import connection
+from django.db.models.functions import Now
+from django.test import Client
+from django.test.utils import CaptureQueriesContext
+from django.urls import reverse
+from django.utils import timezone
+
+from agents import memory, runs
+from agents.models import Attempt, Event, Run, Step
+from botrunner import replies
+from botrunner.models import Reply, Room, RoomEvent, Session
+from chat.models import Message, Thread
+from console import trace
+from console.models import AuditEntry
+from realm.models import BotCommand, BotRegistration
+from tests import factories
+from tests.botrunner import scenes
+from tests.fakes.llm import FakeLLM
+
+pytestmark = pytest.mark.django_db
+HOSTILE = "<script>alert(1)</script>"
+SignIn = Callable[..., Client]
+
+
+@pytest.fixture
+def run() -> Run:
+    """One that a room has asked for and that was told there."""
+    scenes.command()
+    account = scenes.session()
+    scenes.take_in(account, scenes.event("What is new?"))
+    found = Run.objects.get()
+    runs.execute(found.pk)
+    replies.compose(account)
+    outgoing = replies.next_of(Room.objects.get().pk, "DEVICE")
+    assert outgoing
+    replies.part_sent(outgoing.reply, "$answer:localhost")
+    return Run.objects.get()
+
+
+def url(row: Any) -> str:
+    return deed_url(row, "change")
+
+
+def text_of(client: Client, address: str) -> str:
+    response: Any = client.get(address)
+    assert response.status_code == 200
+    return str(response.content.decode())
+
+
+def queries_of(client: Client, address: str) -> int:
+    client.get(address)  # the reading is in the audit trail then
+    with CaptureQueriesContext(connection) as captured:
+        assert client.get(address).status_code == 200
+    return len(captured)
+
+
+class TestTrace:
+    def test_it_leads_from_the_registration_to_the_room(
+        self, admin_client: Client, run: Run
+    ) -> None:
+        page = text_of(admin_client, url(run))
+        reply = Reply.objects.get()
+        for row in (
+            run.thread,
+            run.message,
+            reply.registration,
+            BotCommand.objects.get(),
+            reply.room,
+            reply.question,
+            reply,
+            *Event.objects.all(),
+        ):
+            assert f'href="{url(row)}"' in page, row
+        assert "https://matrix.to/#/!room/$answer:localhost" in page
+
+    def test_what_the_model_was_sent_is_what_the_memory_sent(
+        self, admin_client: Client, model: FakeLLM
+    ) -> None:
+        thread = factories.conversation(6)
+        Thread.objects.update(summary_due_at=thread.created_at)
+        summary = memory.summarise(thread.pk)
+        assert summary
+        asked = factories.ask("And now?", thread_id=thread.pk)
+        runs.execute(asked.pk)
+
+        [sent] = trace.of(Run.objects.get(pk=asked.pk)).sent
+        assert sent.summary == summary
+        said = [message.content for message in sent.messages]
+        assert said == [m["content"] for m in model.requests[-1].messages[1:]]
+        assert url(summary) in text_of(admin_client, url(asked))
+
+    def test_the_time_line_tells_waits_attempts_and_calls(self, model: FakeLLM) -> None:
+        asked = factories.ask()
+        taken = runs.claim(asked.pk)
+        assert taken
+        overloaded = runs.llm.LLMError("Busy.", code="overloaded", permanent=False)
+        runs._fail_or_retry(taken, overloaded, runs.NOTHING)
+        Run.objects.update(due_at=Now())
+        runs.execute(asked.pk)
+
+        found = trace.of(Run.objects.select_related("thread", "message").get())
+        [cycle] = found.cycles
+        kinds = [span.kind for span in cycle.spans]
+        assert kinds.count("wait") == 2
+        assert {"retried", "completed", "model"} <= set(kinds)
+        assert all(0 <= s.left <= 100 and s.left + s.width <= 100.5 for s in cycle.spans)
+        call = next(span for span in cycle.spans if span.kind == "model")
+        last = next(span for span in cycle.spans if span.kind == "completed")
+        assert call.start >= last.start
+        assert call.tokens > 0
+
+    def test_each_time_that_it_was_asked_for_has_a_time_line(self, run: Run) -> None:
+        other = factories.ask()
+        runs.cancel(other)
+        Run.objects.filter(pk=other.pk).update(finished_at=timezone.now())
+        runs.retry(other)
+        runs.execute(other.pk)
+        found = trace.of(Run.objects.select_related("thread", "message", "answer").get(pk=other.pk))
+        assert [cycle.number for cycle in found.cycles] == [0, 1]
+        assert found.took < 60
+
+    def test_it_says_whom_it_waits_for(self, admin_client: Client) -> None:
+        first = factories.ask("one")
+        second = factories.ask("two", thread_id=first.thread_id)
+        page = text_of(admin_client, url(second))
+        assert "which was asked before it" in page
+        assert first.pk in page
+
+    def test_it_asks_for_news_until_it_is_over(self, admin_client: Client) -> None:
+        asked = factories.ask()
+        assert "every 2s [!document.hidden]" in text_of(admin_client, url(asked))
+        fragment = text_of(admin_client, f"{url(asked)}?live=1")
+        assert fragment.lstrip().startswith('<div id="live"')
+        assert "<html" not in fragment
+        runs.execute(asked.pk)
+        asked.events.update(published_at=None)
+        assert "every 2s" in text_of(admin_client, f"{url(asked)}?live=1")
+        asked.events.update(published_at=timezone.now())
+        assert "every 2s" not in text_of(admin_client, f"{url(asked)}?live=1")
+
+    def test_it_costs_the_same_however_much_happened(self, admin_client: Client, run: Run) -> None:
+        few = queries_of(admin_client, url(run))
+        now = timezone.now()
+        for number in range(2, 32):
+            Attempt.objects.create(
+                run=run, number=number, worker="w", result="retried", started_at=now
+            )
+            Step.objects.create(
+                run=run,
+                attempt=number,
+                kind="model",
+                name="m",
+                input={"messages": [str(run.message_id)], "summaryUpTo": number},
+                duration_ms=1,
+            )
+            Event.objects.create(
+                run=run, type="agent.run.failed", correlation_id="c", payload={"error": "e"}
+            )
+            Reply.objects.create(
+                run=run,
+                cycle=number,
+                key=f"k{number}",
+                question=RoomEvent.objects.get(),
+                room=Room.objects.get(),
+            )
+        assert queries_of(admin_client, url(run)) <= few + 1  # the summaries
+        assert few <= 16
+
+    def test_a_run_of_which_little_is_kept_is_shown(self, admin_client: Client) -> None:
+        asked = factories.conversation(1).runs.get()
+        assert "completed" in text_of(admin_client, url(asked))
+
+    def test_an_unknown_run_leads_back(self, admin_client: Client) -> None:
+        response: Any = admin_client.get("/admin/agents/run/run_none/change/")
+        assert response.status_code == 302
+
+
+class TestWhoSeesWhat:
+    def test_the_words_of_others_are_hidden_without_the_permission(
+        self, sign_in: SignIn, run: Run
+    ) -> None:
+        client = sign_in("Viewer")
+        for address in (url(run), f"{url(run)}?tab=json", f"{url(run)}?live=1", url(run.thread)):
+            page = text_of(client, address)
+            assert "What is new?" not in page
+            assert "••••" in html.unescape(page) or "u2022" in page
+        event = RoomEvent.objects.get()
+        assert "What is new?" not in text_of(client, url(event))
+
+    def test_reading_them_is_written_down(self, admin_client: Client, run: Run) -> None:
+        assert "What is new?" in text_of(admin_client, url(run))
+        entry = AuditEntry.objects.get(action="read")
+        assert entry.object_id == run.thread_id
+
+    def test_what_is_hostile_is_shown_as_it_is(self, admin_client: Client) -> None:
+        scenes.command()
+        account = scenes.session()
+        Room.objects.update(room_id=f"!{HOSTILE}")
+        room = Room.objects.get()
+        scenes.take_in(account, scenes.event(f"{HOSTILE} hello", sender=scenes.ALICE))
+        event = RoomEvent.objects.latest("id")
+        RoomEvent.objects.update(note=HOSTILE)
+        Run.objects.update(model=HOSTILE, correlation_id=HOSTILE, worker=HOSTILE)
+        Reply.objects.update(error=HOSTILE)
+        asked = Run.objects.get()
+        runs.execute(asked.pk)
+        for row in (asked, asked.thread, event, room, event.room, Session.objects.get()):
+            for address in (url(row), f"{url(row)}?tab=json"):
+                assert HOSTILE not in text_of(admin_client, address)
+        registration = BotRegistration.objects.get()
+        assert HOSTILE not in text_of(admin_client, url(registration))
+
+
+class TestActions:
+    @pytest.mark.parametrize(
+        ("deed", "before", "after"),
+        [
+            ("cancel", "queued", "cancelled"),
+            ("requeue", "processing", "queued"),
+            ("retry", "failed", "queued"),
+        ],
+    )
+    def test_an_operator_steers_a_run_and_says_why(
+        self, sign_in: SignIn, deed: str, before: str, after: str
+    ) -> None:
+        asked = factories.ask()
+        if before != "queued":
+            taken = runs.claim(asked.pk)
+            assert taken
+            if before == "failed":
+                error = runs.llm.LLMError("No.", code="refused", permanent=True)
+                runs._fail_or_retry(taken, error, runs.NOTHING)
+        client = sign_in("Operator")
+        address = deed_url(asked, deed)
+        assert deed.capitalize() in text_of(client, url(asked))
+
+        response: Any = post(client, address, "It is stuck.")
+
+        assert response.headers["HX-Redirect"].endswith("/change/")
+        assert Run.objects.get().status == after
+        entry = AuditEntry.objects.get(action=deed)
+        assert (entry.object_id, entry.reason, entry.result) == (asked.pk, "It is stuck.", "done")
+
+    def test_not_without_a_reason(self, sign_in: SignIn) -> None:
+        asked = factories.ask()
+        response: Any = post(sign_in("Operator"), deed_url(asked, "cancel"), "")
+        assert "required" in response.content.decode()
+        assert Run.objects.get().status == "queued"
+
+    def test_looking_at_the_dialog_does_nothing(self, sign_in: SignIn) -> None:
+        asked = factories.ask()
+        page = text_of(sign_in("Operator"), deed_url(asked, "cancel"))
+        assert "Cancel this run?" in page
+        assert Run.objects.get().status == "queued"
+
+    @pytest.mark.parametrize("deed", ["cancel", "retry", "requeue"])
+    def test_a_viewer_may_not(self, sign_in: SignIn, deed: str) -> None:
+        asked = factories.ask()
+        client = sign_in("Viewer")
+        assert post(client, deed_url(asked, deed)).status_code == 403
+        assert "cn-button" not in text_of(client, url(asked))
+        assert Run.objects.get().status == "queued"
+
+    def test_what_came_too_late_says_so(self, sign_in: SignIn) -> None:
+        asked = factories.ask()
+        runs.execute(asked.pk)
+        post(sign_in("Operator"), deed_url(asked, "cancel"))
+        assert Run.objects.get().status == "completed"
+        assert AuditEntry.objects.get(action="cancel").result == "there was nothing to do"
+
+    def test_an_event_is_told_again(self, sign_in: SignIn) -> None:
+        factories.ask()
+        Event.objects.update(published_at=timezone.now())
+        post(sign_in("Operator"), deed_url(Event.objects.get(), "replay"))
+        assert Event.objects.unpublished().count() == 1
+        assert AuditEntry.objects.filter(action="replay").exists()
+
+    def test_a_registration_is_disabled_and_enabled(self, sign_in: SignIn) -> None:
+        registration = scenes.command().registration
+        client = sign_in("Operator")
+        post(client, deed_url(registration, "disable"), "It is too loud.")
+        registration.refresh_from_db()
+        assert (registration.enabled, registration.disabled_reason) == (False, "It is too loud.")
+        assert "It is too loud." in text_of(client, url(registration))
+        post(client, deed_url(registration, "enable"))
+        registration.refresh_from_db()
+        assert registration.enabled
+        assert set(AuditEntry.objects.values_list("action", flat=True)) >= {"enable", "disable"}
+
+    def test_the_bot_tries_at_once_what_waits(self, sign_in: SignIn, run: Run) -> None:
+        Reply.objects.update(status="ready", due_at=timezone.now() + timedelta(hours=1))
+        post(sign_in("Operator"), deed_url(Session.objects.get(), "try-now"))
+        assert Reply.objects.get().due_at is None
+
+
+def deed_url(row: Any, deed: str) -> str:
+    meta = row._meta
+    name = deed.replace("-", "_")
+    return reverse(f"admin:{meta.app_label}_{meta.model_name}_{name}", args=[quote(row.pk)])
+
+
+def post(client: Client, address: str, reason: str = "Because.") -> Any:
+    given = {"reason": reason, "_form_submitted": "on"}
+    return client.post(address, given, headers={"HX-Request": "true"})
+
+
+class TestThread:
+    def test_a_page_of_a_long_one_costs_what_a_short_one_does(self, admin_client: Client) -> None:
+        short, long = factories.conversation(3), factories.conversation(300)
+        assert queries_of(admin_client, url(short)) == queries_of(admin_client, url(long)) <= 14
+        middle = queries_of(admin_client, f"{url(long)}?start=150")
+        assert middle == queries_of(admin_client, url(long))
+
+    def test_it_begins_with_the_latest_and_leads_to_the_earlier(self, admin_client: Client) -> None:
+        thread = factories.conversation(50)
+        latest = text_of(admin_client, url(thread))
+        assert "question 49" in latest
+        assert "question 29" not in latest
+        assert "?upto=29" in latest
+        assert "question 29" in text_of(admin_client, f"{url(thread)}?upto=29")
+        around = text_of(admin_client, f"{url(thread)}?at=20")
+        assert "question 10" in around
+        for nonsense in ("?upto=x", "?start=99999999999999", "?start=900", "?at=-1"):
+            assert admin_client.get(f"{url(thread)}{nonsense}").status_code == 200
+
+    def test_answers_are_markdown_without_the_dangers_of_it(self, admin_client: Client) -> None:
+        thread = factories.conversation(1)
+        Message.objects.filter(role="assistant").update(
+            content=f"**bold** [x](javascript:alert(1)) {HOSTILE}"
+        )
+        page = text_of(admin_client, url(thread))
+        assert "<strong>bold</strong>" in page
+        assert "javascript:alert" not in page.replace("](javascript:alert(1))", "")
+        assert HOSTILE not in page
+
+    def test_each_answer_says_where_it_went(self, admin_client: Client, run: Run) -> None:
+        page = text_of(admin_client, url(run.thread))
+        assert "sent" in page
+        assert "$answer" in page
+
+    def test_who_waits_for_whom(self, admin_client: Client) -> None:
+        first = factories.ask("one")
+        factories.ask("two", thread_id=first.thread_id)
+        page = text_of(admin_client, url(first.thread))
+        assert page.count("which was asked before it") == 1
+
+
+class TestRooms:
+    def test_why_an_event_fired_nothing(self, admin_client: Client) -> None:
+        scenes.command(prefix="!bot")
+        scenes.take_in(scenes.session(), scenes.event("Hello"))
+        event = RoomEvent.objects.get()
+        page = html.unescape(text_of(admin_client, url(event)))
+        assert "Why it fired nothing" in page
+        assert "does not begin with '!bot'" in page
+        assert url(BotCommand.objects.get()) in page
+
+    def test_a_registration_tells_what_its_commands_said(self, admin_client: Client) -> None:
+        registration = scenes.command(prefix="!bot").registration
+        scenes.take_in(scenes.session(), scenes.event("Hello"))
+        page = html.unescape(text_of(admin_client, url(registration)))
+        assert "does not begin with '!bot'" in page
+        assert "a message of type 'm.text' that begins with '!bot'" in page
+
+    def test_the_list_of_registrations_tells_of_the_last_day(
+        self, admin_client: Client, run: Run
+    ) -> None:
+        Reply.objects.create(
+            run=run,
+            cycle=1,
+            key="again",
+            question=RoomEvent.objects.get(),
+            room=Room.objects.get(),
+            registration=BotRegistration.objects.get(),
+        )
+        [row] = admin_client.get("/admin/realm/botregistration/").context["cl"].result_list
+        assert (row.rooms_lately, row.runs_lately, row.failures_lately) == (1, 1, 0)
+
+    @pytest.mark.parametrize("page", ["list", "registration", "event", "room", "bot", "events"])
+    def test_a_page_costs_the_same_with_three_rows_and_with_thirty(
+        self, admin_client: Client, page: str
+    ) -> None:
+        account = scenes.session()
+        scenes.command()
+        counts = []
+        for rows in (3, 15):
+            for number in range(rows):
+                scenes.command(f"@user{rows}-{number}:localhost")
+                scenes.command(prefix=f"!{rows}{number}")
+                scenes.take_in(account, scenes.event(f"Hello {number}"))
+            for asked in Run.objects.unfinished().order_by("position"):
+                runs.execute(asked.pk)
+            replies.compose(account)
+            alice = BotRegistration.objects.get(username=scenes.ALICE)
+            address = {
+                "list": "/admin/realm/botregistration/",
+                "registration": url(alice),
+                "event": url(RoomEvent.objects.latest("id")),
+                "room": url(Room.objects.get()),
+                "bot": url(account),
+                "events": "/admin/agents/event/",
+            }[page]
+            counts.append(queries_of(admin_client, address))
+        assert counts[0] == counts[1] <= 14
+
+    def test_the_bots_page_says_that_nobody_works(self, admin_client: Client) -> None:
+        account = scenes.session()
+        assert "no process" not in text_of(admin_client, url(account))
+        Session.objects.update(lease_expires_at=Now() - timedelta(seconds=1))
+        assert "manage.py runbot" in text_of(admin_client, url(account))
