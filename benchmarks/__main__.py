@@ -23,7 +23,9 @@ import psutil
 from benchmarks.footprint import cpu, memory
 from benchmarks.history import history
 from benchmarks.ingest import ingest
+from benchmarks.rooms import rooms
 from benchmarks.runs import first_question, latency, throughput
+from benchmarks.streams import streams
 from benchmarks.system import Result, System
 from tests.fakes.llm import LLMProcess
 from tests.system.stack import Stack, process_cpu_seconds
@@ -34,12 +36,16 @@ CASES: dict[str, Callable[[System], AsyncIterator[Result]]] = {
     "throughput": throughput,
     "history": history,
     "cpu": cpu,
+    "stream": streams,
+    "rooms": rooms,
 }
 
 
 def main() -> None:
     options = _options()
-    env = {"DATABASE_URL": options.database_url} if options.database_url else {}
+    env = dict(each.split("=", 1) for each in options.env)
+    if options.database_url:
+        env["DATABASE_URL"] = options.database_url
     # As Ctrl-C does, so that nothing is left running.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     _show({"case": "machine", **_machine(options.database_url)})
@@ -93,6 +99,13 @@ def _options() -> argparse.Namespace:
     parser.add_argument("cases", nargs="*", metavar="case", help=", ".join(CASES))
     parser.add_argument("--quick", action="store_true", help="few repetitions: does it run at all?")
     parser.add_argument("--database-url", default="", help="an empty database; default: SQLite")
+    parser.add_argument(
+        "--env",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a setting of the system, such as WORKER_CONCURRENCY=200",
+    )
     parser.add_argument("--compare", type=Path, help="the JSON lines of an earlier time")
     options = parser.parse_args()
     if unknown := set(options.cases) - set(CASES):
