@@ -1,7 +1,7 @@
 from typing import Any
 
-from agents import inbox
-from agents.models import Run
+from agents import inbox, prices
+from agents.models import Price, Run
 from chat.models import Message, Thread
 from realm.models import User
 
@@ -16,6 +16,15 @@ def ask(content: str = "Hello", **extra: Any) -> Run:
         **{"content": content, "source": Run.Source.HTTP, "threads": Thread.objects.all()} | extra
     )
     return Run.objects.select_related("thread", "message").get(pk=accepted.run_id)
+
+
+def price(model: str = "gpt-4o-mini", **columns: Any) -> Price:
+    made: Price = Price.objects.create(
+        **{"model": model, "valid_from": "2026-01-01", "prompt": "0.15", "completion": "0.60"}
+        | columns
+    )
+    prices.price_list.forget()
+    return made
 
 
 def conversation(turns: int, *, thread: Thread | None = None) -> Thread:

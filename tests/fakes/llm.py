@@ -187,6 +187,25 @@ class Reply:
 
 
 @dataclass(frozen=True, slots=True)
+class Clock:
+    """An answer that tells when each of its deltas was sent (`time.monotonic()`, which processes of
+    one machine share), as `@123.456789 `."""
+
+    deltas: int = 8
+    latency: float = 0
+    delta_latency: float = 0.02
+
+    def steps(self, call: Call) -> Steps:
+        envelope = _envelope(call, "chat.completion.chunk")
+        yield self.latency
+        yield _STREAM_HEAD + chunk([_event(envelope, {"role": "assistant", "content": ""})])
+        for _ in range(self.deltas):
+            yield self.delta_latency
+            yield chunk([_event(envelope, {"content": f"@{time.monotonic():.6f} "})])
+        yield chunk([_event(envelope, {}, "stop"), _DONE]) + LAST_CHUNK
+
+
+@dataclass(frozen=True, slots=True)
 class Failure:
     """An error status with OpenAI's error body; `retry_after` goes into the header as it is."""
 
@@ -404,9 +423,12 @@ class LLMProcess:
         self._process.terminate()
         self._process.communicate(timeout=10)
 
-    def configure(self, *, latency: float, deltas: int = 8, delta_latency: float = 0) -> None:
-        """Answer like this from now on (see Reply), and count from zero."""
+    def configure(
+        self, *, latency: float, deltas: int = 8, delta_latency: float = 0, clock: bool = False
+    ) -> None:
+        """Answer like this from now on (see Reply, or Clock), and count from zero."""
         reply = {"latency": latency, "deltas": deltas, "delta_latency": delta_latency}
+        reply |= {"clock": clock}
         self._control("POST", orjson.dumps(reply))
 
     def stats(self) -> dict[str, float]:
@@ -425,7 +447,7 @@ class LLMProcess:
 class _Process:
     """What runs inside that process; it keeps times, not requests."""
 
-    def __init__(self, reply: Reply) -> None:
+    def __init__(self, reply: Reply | Clock) -> None:
         self.reply = reply
         self.seconds = array("d")
 
@@ -443,7 +465,8 @@ class _Process:
 
     def _control(self, call: Call) -> Raw:
         if call.method == "POST":
-            self.reply = Reply(**call.body)
+            clock = call.body.pop("clock", False)
+            self.reply = Clock(**call.body) if clock else Reply(**call.body)
             self.seconds = array("d")
         seconds = self.seconds or [0.0]
         stats = {

@@ -1,0 +1,118 @@
+"""What SIGTERM costs: nothing that was accepted, and no more time than the grace."""
+
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.fakes.llm import FakeLLM, Reply
+from tests.system.stack import Stack
+from tests.system.test_chat import ask, call, finished, start_worker
+
+pytestmark = pytest.mark.system
+GRACE, LEASE = 8, 90
+
+
+@pytest.fixture(scope="module")
+def llm() -> Iterator[FakeLLM]:
+    with FakeLLM() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def running(llm: FakeLLM, database: dict[str, str]) -> Iterator[Stack]:
+    # A second attempt that counted would fail the run; a lease that had to lapse, the test.
+    limits = {
+        "AGENT_MAX_ATTEMPTS": "1",
+        "AGENT_LEASE_SECONDS": str(LEASE),
+        "WORKER_GRACE_SECONDS": str(GRACE),
+    }
+    with Stack(llm.url, **limits, **database) as stack:
+        yield stack
+
+
+@pytest.fixture
+def stack(running: Stack, llm: FakeLLM) -> Stack:
+    llm.reset()
+    running.wait_ready()
+    return running
+
+
+def test_a_worker_that_is_told_to_stop_finishes_what_it_has_in_hand(
+    stack: Stack, llm: FakeLLM
+) -> None:
+    llm.script(Reply("just in time", latency=3))
+    told = ask(stack, "Hi")
+    llm.wait_for_requests(seconds=20)
+    old = stack.kill("worker", signal.SIGTERM)
+
+    assert finished(stack, told["runId"])["output"] == "just in time"
+    stack.wait_restarted("worker", old)
+    assert len(llm.requests) == 1
+    assert "Handed back" not in stack.log()
+
+
+def test_what_takes_longer_than_the_grace_is_handed_to_another_worker(
+    stack: Stack, llm: FakeLLM
+) -> None:
+    llm.script(Reply("never heard", latency=120))
+    told = ask(stack, "Hi")
+    llm.wait_for_requests(seconds=20)
+    started = time.monotonic()
+    old = stack.kill("worker", signal.SIGTERM)
+    second = start_worker(stack)
+    try:
+        run = finished(stack, told["runId"])
+        took = time.monotonic() - started
+        stack.wait_restarted("worker", old)
+    finally:
+        second.terminate()
+        assert second.wait(timeout=30) == 0
+
+    assert (run["status"], run["output"]) == ("completed", "Answer to: Hi")
+    assert GRACE <= took < LEASE / 2
+    assert len(llm.requests) == 2
+    assert "Handed back 1 runs" in stack.log()
+    assert "exit status 0" in stack.log()
+
+
+def test_a_worker_without_work_stops_at_once(stack: Stack) -> None:
+    worker = start_worker(stack, WORKER_GRACE_SECONDS="600")
+    try:
+        stack.wait("a second worker", lambda: len(readers(stack)) > 1, 30)
+        worker.terminate()
+
+        assert worker.wait(timeout=30) == 0
+    finally:
+        worker.kill()
+        worker.wait()
+
+
+def readers(stack: Stack) -> list[Any]:
+    with stack.redis as redis:
+        return [client for client in redis.client_list() if client["cmd"].startswith("xreadgroup")]
+
+
+def test_a_web_server_that_is_told_to_stop_answers_what_it_was_asked(
+    stack: Stack, llm: FakeLLM
+) -> None:
+    llm.script(Reply("worth waiting for", latency=2))
+    answers: list[Any] = []
+
+    def post() -> None:
+        answers.append(
+            call(stack, "POST", "/api/chat/messages", {"content": "Hi"}, Prefer="wait=20")
+        )
+
+    asker = threading.Thread(target=post)
+    asker.start()
+    llm.wait_for_requests(seconds=20)
+    old = stack.kill("web", signal.SIGTERM)
+    asker.join(timeout=30)
+    stack.wait_restarted("web", old)
+
+    [(status, told)] = answers
+    assert (status, told["run"]["output"]) == (200, "worth waiting for")
