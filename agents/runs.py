@@ -18,7 +18,7 @@ from typing import Any, cast
 
 import structlog
 from django.conf import settings
-from django.db import InterfaceError, OperationalError, connection, transaction
+from django.db import connection, transaction
 from django.db.models import F
 from django.db.models.functions import Now
 from django.utils import timezone
@@ -26,6 +26,7 @@ from django.utils import timezone
 from agents import commands, leases, live, llm, loop, memory, prices, stream
 from agents.models import Attempt, Event, EventQuerySet, Run, Step
 from chat.models import Message
+from realm.connections import AWAY
 from realm.tracing import tagged
 
 logger = logging.getLogger(__name__)
@@ -119,7 +120,7 @@ def _attempt(run: Run, lease: leases.Lease, feed: live.Feed) -> bool:
         feed.finish()
         _persist(partial(_fail_or_retry, run, error, transcript))
         return False
-    except (OperationalError, InterfaceError):
+    except AWAY:
         raise  # the lease lapses, and another attempt finds the database back
     except Exception as error:
         # A defect of ours: the run still gets an outcome, and the traceback goes to the log.
@@ -135,7 +136,7 @@ def _attempt(run: Run, lease: leases.Lease, feed: live.Feed) -> bool:
 
 def hand_back() -> int:
     """Put the runs that this process carries out back into the queue: it has to stop, and another
-    worker may take them at once. How many. Raises `OperationalError`, `InterfaceError`."""
+    worker may take them at once. How many. Raises `realm.connections.AWAY`."""
     returned = 0
     for run in Run.objects.held_by(leases.worker_name()):
         with transaction.atomic():
@@ -167,7 +168,7 @@ def _persist(record: Callable[[], bool]) -> bool:
     while True:
         try:
             return record()
-        except (OperationalError, InterfaceError) as error:
+        except AWAY as error:
             if time.monotonic() + pause > give_up or connection.in_atomic_block:
                 raise
             logger.warning("The outcome was not recorded, trying again: %s", error)

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any, ParamSpec, TypeVar
 
 import orjson
-from django.db import InterfaceError, OperationalError, close_old_connections
+from django.db import close_old_connections
 from django.http import StreamingHttpResponse
 from redis.exceptions import RedisError
 from rest_framework import exceptions
@@ -18,6 +18,7 @@ from agents import listeners
 from agents.listeners import Gap, Place, Told
 from agents.models import Run
 from chat.serializers import message_json, run_json
+from realm.connections import AWAY
 
 logger = logging.getLogger(__name__)
 
@@ -125,7 +126,7 @@ async def _end_if_ended(listener: listeners.Listener) -> None:
             if await _which_ended([listener.run_id]):
                 listener.end()
             return
-        except (OperationalError, InterfaceError) as error:
+        except AWAY as error:
             logger.warning("A listener cannot look whether its run has ended: %s", error)
             await asyncio.sleep(2)
 

@@ -172,6 +172,9 @@ else:
         "tcp_user_timeout": 10_000,
         "keepalives_idle": 10,
         "keepalives_interval": 3,
+        # A process that is frozen half way through a transaction holds its locks, for which all others
+        # wait: the server ends such a transaction, and nothing of it has happened.
+        "options": "-c idle_in_transaction_session_timeout=10s",
         **_database.get("OPTIONS", {}),
         "pool": {
             "min_size": 1,

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 from django.core.exceptions import EmptyResultSet
-from django.db import InterfaceError, OperationalError, connection, transaction
+from django.db import InterfaceError, InternalError, OperationalError, connection, transaction
 from django.db.models import Count, F, Model, QuerySet
 from django.db.models.functions import Coalesce, Now
 from django.http import HttpRequest
@@ -211,7 +211,7 @@ def _do(job: BulkJob, deed: Deed, item: BulkItem) -> str:
             entry.name = job.name
             entry.save(force_insert=True)
             return BulkItem.Outcome.DONE.value
-    except (OperationalError, InterfaceError):
+    except (OperationalError, InterfaceError, InternalError):
         raise  # the database is away: the sweep has the job carried on
     except Exception as error:
         # Whatever is wrong with one row, the others are not to suffer from it.

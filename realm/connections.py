@@ -1,4 +1,8 @@
-from django.db import connection
+from django.db import InterfaceError, InternalError, OperationalError, connection
+
+# What passes: the database is away, or this connection to it is. PostgreSQL calls a transaction that
+# it has ended, because nobody went on with it, an internal error.
+AWAY = (OperationalError, InterfaceError, InternalError)
 
 
 def give_back() -> None:
