@@ -47,6 +47,10 @@ class Response:
                 self.over = not message.get("more_body", False)
             self._changed.notify_all()
 
+    async def begun(self) -> None:
+        async with self._changed:
+            await self._changed.wait_for(lambda: self.status)
+
     async def event(self, seconds: float = 10) -> Event:
         """The next event."""
         while True:
@@ -100,13 +104,15 @@ async def request(
     messages.put_nowait({"type": "http.request", "body": raw, "more_body": False})
     response = Response()
     task = asyncio.create_task(asgi.application(scope, messages.get, response.send))
+    begun = asyncio.create_task(response.begun())
     try:
-        async with response._changed, asyncio.timeout(10):
-            await response._changed.wait_for(lambda: response.status or task.done())
+        await asyncio.wait([task, begun], timeout=10, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             task.result()
+        assert begun.done(), "Nothing was answered."
         yield response
     finally:
+        begun.cancel()
         messages.put_nowait({"type": "http.disconnect"})
         response.reading.set()
         await asyncio.wait_for(task, 10)

@@ -32,6 +32,7 @@ def _worker_hears(redis: Redis) -> Iterator[None]:
         pass
     yield
     loop.stopping.set()
+    redis.publish(live.called_channel(), b"{}")
     loop.join(5)
     assert not loop.is_alive()
 
