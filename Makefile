@@ -18,14 +18,17 @@ help: ## Say what there is
 run: $(READY) $(REDIS) $(RUN_HOMESERVER) ## Start everything on ports 3000 and 4201; Ctrl-C stops it
 	@exec $(BIN)/python scripts/stack.py
 
-# First what stays within a process, side by side; then what starts the real ones, which need the machine
-# for themselves. 5 is pytest's word for ARGS that name no test of this half.
-test: $(READY) $(REDIS) $(HOMESERVER) ## Run the tests; ARGS go to pytest, as in make test ARGS="-k admin"
+test: ## Run the tests; ARGS go to pytest, as in make test ARGS="-k admin"
 	@status=0; \
-	for half in "-n auto -m not\ system" "-m system"; do \
-		eval $(BIN)/python -m pytest $$half $(ARGS) || [ $$? -eq 5 ] || status=1; \
-	done; \
+	for half in test-quick test-systems; do $(MAKE) --no-print-directory $$half || status=1; done; \
 	exit $$status
+
+# 5 is pytest's word for ARGS that name no test of this half.
+test-quick: $(READY) $(REDIS) ## Run those that stay within a process, on all cores
+	$(BIN)/python -m pytest -m "not system" -n logical --maxprocesses 4 $(ARGS) || [ $$? -eq 5 ]
+
+test-systems: $(READY) $(REDIS) $(HOMESERVER) ## Run those that start the real processes and kill them
+	$(BIN)/python -m pytest -m system $(ARGS) || [ $$? -eq 5 ]
 
 lint: $(READY) ## Check format, lint, types, imports and migrations
 	@status=0; \
@@ -71,4 +74,4 @@ $(HOMESERVER): $(READY)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/homeserver.txt \
 		&& touch $@ || echo "Synapse could not be installed: Matrix rooms need a homeserver of yours, by MATRIX_URL." >&2
 
-.PHONY: help run test lint migrations-check format bench screenshots
+.PHONY: help run test test-quick test-systems lint migrations-check format bench screenshots
