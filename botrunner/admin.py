@@ -1,12 +1,11 @@
 from typing import Any
 
 from django.contrib import admin
-from django.db import transaction
 from django.db.models import Func, OuterRef, QuerySet, Subquery
 from django.http import HttpRequest
 
 from botrunner.models import Conversation, Reply, Room, RoomEvent, Session
-from console import audit
+from console import audit, bulk
 from console.base import Bodies, Empty, ReadOnlyAdmin, ReadOnlyInline
 
 
@@ -130,18 +129,19 @@ class ReplyAdmin(Bodies, ReadOnlyAdmin):
     list_select_related = ["room", "run"]
     search_fields = ["=key", "=run__id", "=room__room_id", "=question__event_id"]
     ordering = ["-id"]
-    actions = ["try_now"]
 
     def thread_of(self, reply: Reply) -> Reply:
         return reply
 
-    def has_resend_permission(self, request: HttpRequest) -> bool:
-        return request.user.has_perm("botrunner.resend_reply")
 
-    @admin.action(description="Try to send now", permissions=["resend"])
-    def try_now(self, request: HttpRequest, replies: QuerySet[Reply]) -> None:
-        with transaction.atomic():
-            ready = list(replies.filter(status=Reply.Status.READY).values_list("pk", flat=True))
-            tried = Reply.objects.ready().filter(pk__in=ready).update(due_at=None)
-            audit.note(request, audit.Action.RESEND, Reply, result=f"{tried} replies: {ready}")
-        self.message_user(request, f"{tried} replies will be tried within seconds.")
+bulk.register(
+    bulk.Deed(
+        name="botrunner.resend_reply",
+        model=Reply,
+        title="Try to send now",
+        action=audit.Action.RESEND,
+        do=Reply.try_now,
+        explanation="Replies that wait after a failure are tried within seconds. Others are left as "
+        "they are.",
+    )
+)

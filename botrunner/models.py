@@ -309,3 +309,8 @@ class Reply(models.Model):
 
     def __str__(self) -> str:
         return self.key
+
+    def try_now(self) -> bool:
+        """Let it not wait for its next try. False where it does not wait for one."""
+        waits = Reply.objects.ready().filter(pk=self.pk, due_at__isnull=False)
+        return bool(waits.update(due_at=None))

@@ -1,11 +1,12 @@
 import re
-from typing import Any
 
 import pytest
 from django.test import Client
 from django.urls import reverse
 
 from botrunner.models import Reply, Room, RoomEvent, Session
+from console import bulk
+from console.models import BulkJob
 from realm.models import User
 from tests.botrunner.scenes import command, event, session, take_in
 
@@ -42,6 +43,18 @@ def test_a_reply_can_be_tried_at_once(admin_client: Client) -> None:
     row = session()
     take_in(row, event())
     Reply.objects.update(status=Reply.Status.READY, due_at="2100-01-01T00:00Z")
-    data: dict[str, Any] = {"action": "try_now", "_selected_action": [Reply.objects.get().pk]}
-    admin_client.post(reverse("admin:botrunner_reply_changelist"), data)
+    job = _bulk(admin_client, "resend_reply")
+    assert (job.status, job.done, job.skipped) == ("done", 1, 0)
     assert Reply.objects.get().due_at is None
+    job = _bulk(admin_client, "resend_reply")
+    assert (job.status, job.done, job.skipped) == ("done", 0, 1)
+
+
+def _bulk(admin: Client, deed: str) -> BulkJob:
+    data = {"action": deed, "select_across": "1", "index": "0", "reason": "it is back"}
+    data["_selected_action"] = str(Reply.objects.get().pk)
+    assert admin.post(reverse("admin:botrunner_reply_changelist"), data).status_code == 302
+    job = BulkJob.objects.latest("pk")
+    bulk.carry_on(job.pk)
+    job.refresh_from_db()
+    return job
