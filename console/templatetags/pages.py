@@ -15,7 +15,7 @@ from agents import prices
 from chat.markdown import to_html
 
 # Not the functions of `base`: the theme asks for all libraries of tags while that is being loaded.
-from console import base, trace
+from console import base, formats, trace
 
 register = template.Library()
 
@@ -29,17 +29,7 @@ COLOURS = {
 
 @register.filter
 def duration(seconds: float | None) -> str:
-    if seconds is None:
-        return "-"
-    if seconds < 1:
-        return f"{max(seconds, 0) * 1000:.0f} ms"
-    if seconds < 60:
-        return f"{seconds:.2f} s"
-    minutes, rest = divmod(int(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest} s"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours < 48 else f"{hours // 24} days"
+    return formats.duration(None if seconds is None else 1000 * max(seconds, 0))
 
 
 @register.filter
