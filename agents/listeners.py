@@ -73,12 +73,15 @@ class Listener:
 
     async def take(self, seconds: float) -> list[Told | Gap]:
         """What is new, in order; nothing after `seconds` without news, or once the run has ended."""
-        with suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                while not (found := await self._next()) and not self.ended:
+        until = asyncio.get_running_loop().time() + seconds
+        while not (found := await self._next()) and not self.ended:
+            # Around nothing but this: redis-py swallows a cancellation now and then.
+            try:
+                async with asyncio.timeout_at(until):
                     await self._news.wait()
-                return found
-        return []
+            except TimeoutError:
+                return []
+        return found
 
     async def _next(self) -> list[Told | Gap]:
         self._news.clear()
