@@ -17,6 +17,7 @@ TOKENS = re.compile(
         \b(?:Bearer|Basic)\s+
         | \b(?:access_token|refresh_token|api[_-]?key|password|passwd|secret|authorization)
           (?:\\?["'])?\s*[=:]\s*(?:\\?["'])?(?:(?:Bearer|Basic)\s+)?
+        | [?&](?:key|token|sig|signature)=             # in the query of a URL
     )
     [^\s"'\\&,;@}\])]+
     # The password of a URL, which may have an @ in it; or its user, who is the secret in a DSN.
@@ -38,6 +39,11 @@ HINTS = (
     "apikey",
     "passw",
     "secret",
+    "?key=",
+    "&key=",
+    "token=",
+    "?sig",
+    "&sig",
     "authorization",
     "://",
     "eyj",

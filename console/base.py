@@ -345,6 +345,8 @@ class Page:
             pk = queryset.model._meta.pk.to_python(object_id)
         except ValidationError:
             return None
+        if "\0" in object_id:  # PostgreSQL's driver takes none
+            return None
         return queryset.select_related(*self.page_related).filter(pk=pk).first()
 
     def changeform_view(

@@ -179,8 +179,9 @@ class TestTrace:
         asked = factories.conversation(1).runs.get()
         assert "completed" in text_of(admin_client, url(asked))
 
-    def test_an_unknown_run_leads_back(self, admin_client: Client) -> None:
-        response: Any = admin_client.get("/admin/agents/run/run_none/change/")
+    @pytest.mark.parametrize("run_id", ["run_none", "%00", "_00"])
+    def test_an_unknown_run_leads_back(self, admin_client: Client, run_id: str) -> None:
+        response: Any = admin_client.get(f"/admin/agents/run/{run_id}/change/")
         assert response.status_code == 302
 
 

@@ -272,6 +272,10 @@ class TestScrubber:
             ("Authorization: Bearer abc.def.ghi", "Authorization: Bearer [removed]"),
             ('{"authorization": "Bearer abc"}', '{"authorization": "Bearer [removed]"}'),
             ("GET /sync?access_token=abc&since=s1", "GET /sync?access_token=[removed]&since=s1"),
+            (
+                "https://api.example.org/v1?key=abc&v=1",
+                "https://api.example.org/v1?key=[removed]&v=1",
+            ),
             ("redis://:hunter2@host:6379/0", "redis://:[removed]@host:6379/0"),
             ("postgres://user:hunter2@host/db", "postgres://user:[removed]@host/db"),
             ("key eyJhbGciOiJI.eyJ1c2Vy.c2ln", "key [removed]"),
