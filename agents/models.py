@@ -160,6 +160,20 @@ class Run(models.Model):
     handed_at = models.DateTimeField(
         null=True, blank=True, default=timezone.now, help_text="Last told to the workers."
     )
+    deadline_at = models.DateTimeField(
+        null=True,
+        blank=True,
+        help_text="When it ends as failed if it has not ended yet, however many attempts are left.",
+    )
+    merged_into = models.ForeignKey(
+        "self",
+        models.SET_NULL,
+        null=True,
+        blank=True,
+        related_name="merged",
+        db_index=False,
+        help_text="The run that answers its question too, for which it was cancelled.",
+    )
     safe_error = models.TextField(blank=True, help_text="What went wrong, safe to show.")
     error_code = models.CharField(max_length=40, blank=True)
     prompt_tokens = models.PositiveIntegerField(default=0)
@@ -189,6 +203,18 @@ class Run(models.Model):
                 fields=["thread", "position"],
                 name="run_unfinished_in_thread",
                 condition=Q(due_at__isnull=False),
+            ),
+            # overdue()
+            models.Index(
+                fields=["deadline_at"],
+                name="run_unfinished_deadline",
+                condition=Q(due_at__isnull=False, deadline_at__isnull=False),
+            ),
+            # Deleting a run looks for those that point to it.
+            models.Index(
+                fields=["merged_into"],
+                name="run_merged",
+                condition=Q(merged_into__isnull=False),
             ),
             # The admin's list, newest first, whole and by status.
             models.Index(fields=["-created_at", "id"], name="run_newest"),
@@ -245,7 +271,18 @@ class Run(models.Model):
 
     @property
     def may_be_retried(self) -> bool:
-        return self.status in (self.Status.FAILED, self.Status.CANCELLED)
+        return not self.why_not_retried
+
+    @property
+    def why_not_retried(self) -> str:
+        """A sentence; empty for a run that may be begun anew."""
+        if not self.is_finished:
+            return f"The run has not ended yet: it is {self.status}."
+        if self.status == self.Status.COMPLETED:
+            return "The run has been answered."
+        if self.merged_into_id:
+            return f"The run {self.merged_into_id} answers its question too: retry that one."
+        return ""
 
     @property
     def attempts_spent(self) -> int:

@@ -5,13 +5,16 @@ import cuid2
 from django.conf import settings
 from django.contrib.auth.models import AnonymousUser
 from django.db import models
-from django.db.models import Q
+from django.db.models import F, OuterRef, Q, Subquery, Value
+from django.db.models.functions import Coalesce, Now, Substr
 from django.utils import timezone
 
 from realm.models import User
 
 # Ids that clients and other programs may choose themselves; ours are PREFIX_ and 24 of [a-z0-9].
 CHOSEN_ID = re.compile(r"[A-Za-z0-9_-]{1,64}\Z")
+MAX_TITLE_LENGTH = 200
+PREVIEW_LENGTH = 100
 
 
 def new_thread_id() -> str:
@@ -24,10 +27,42 @@ class ThreadQuerySet(models.QuerySet["Thread"]):
         mine = Q(owner_id=user.pk) if user is not None and user.pk else Q(pk__in=[])
         return self.filter(mine | Q(owner=None) if settings.CHAT_ALLOW_ANONYMOUS else mine)
 
+    def listed_for(self, user: User | AnonymousUser | None) -> "ThreadQuerySet":
+        """Those of them that belong to `user`, or to nobody where `user` is nobody: the last asked in
+        first, so that a list can be read along one index."""
+        owner = user.pk if user is not None else None
+        return self.open_to(user).filter(owner=owner).order_by("-updated_at", "-id")
+
+    def with_preview(self) -> "ThreadQuerySet":
+        first = Message.objects.filter(thread=OuterRef("pk"), position=0)
+        words = first.annotate(words=Substr("content", 1, PREVIEW_LENGTH)).values("words")
+        return self.annotate(preview=Coalesce(Subquery(words), Value("")))
+
+    def active(self) -> "ThreadQuerySet":
+        return self.filter(archived_at=None)
+
+    def before(self, edge: "Thread") -> "ThreadQuerySet":
+        """What a list goes on with after the thread `edge`."""
+        # The first condition says no more than the second, and is one that an index can begin at.
+        return self.filter(
+            Q(updated_at__lt=edge.updated_at) | Q(updated_at=edge.updated_at, id__lt=edge.pk),
+            updated_at__lte=edge.updated_at,
+        )
+
 
 class Thread(models.Model):
     id = models.CharField(primary_key=True, max_length=64, default=new_thread_id, editable=False)
-    owner = models.ForeignKey(User, models.CASCADE, null=True, blank=True, related_name="threads")
+    owner = models.ForeignKey(
+        User, models.CASCADE, null=True, blank=True, related_name="threads", db_index=False
+    )
+    title = models.CharField(
+        max_length=MAX_TITLE_LENGTH,
+        blank=True,
+        help_text="Empty: the first words of the first question tell.",
+    )
+    archived_at = models.DateTimeField(
+        null=True, blank=True, help_text="Left out of its owner's list until somebody asks in it."
+    )
     # How many questions were asked; the next one takes this number as its turn.
     turns = models.PositiveIntegerField(default=0)
     # The rolling summary tells everything up to and including the position `summary_reach`.
@@ -37,6 +72,7 @@ class Thread(models.Model):
     # work moves it ahead, so it is the worker's lease as well.
     summary_due_at = models.DateTimeField(null=True, blank=True)
     created_at = models.DateTimeField(default=timezone.now, editable=False)
+    # When something was last asked.
     updated_at = models.DateTimeField(default=timezone.now, editable=False)
 
     objects = ThreadQuerySet.as_manager()
@@ -45,6 +81,13 @@ class Thread(models.Model):
         indexes = [
             # The admin's list, newest first.
             models.Index(fields=["-created_at", "id"], name="thread_newest"),
+            # listed_for(), with what is archived and without.
+            models.Index(fields=["owner", "-updated_at", "-id"], name="thread_of_owner"),
+            models.Index(
+                fields=["owner", "-updated_at", "-id"],
+                name="thread_active_of_owner",
+                condition=Q(archived_at=None),
+            ),
             # agents.memory.due(): the sweep that makes summaries.
             models.Index(
                 fields=["summary_due_at"],
@@ -55,6 +98,16 @@ class Thread(models.Model):
 
     def __str__(self) -> str:
         return self.id
+
+    def change(self, *, title: str | None = None, archived: bool | None = None) -> None:
+        """What its owner wants of it; what is None stays."""
+        mine = Thread.objects.filter(pk=self.pk)
+        if title is not None:
+            mine.update(title=title)
+        if archived is not None:
+            # Since when, if it is archived already.
+            since = Coalesce(F("archived_at"), Now()) if archived else None
+            mine.update(archived_at=since)
 
 
 class Message(models.Model):
