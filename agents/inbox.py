@@ -224,7 +224,7 @@ def _next_turn(thread_id: str, threads: ThreadQuerySet) -> int:
     """Take the next turn of an existing thread; 0 if there is none that the asker may write to. The
     UPDATE locks the row, so two questions at once get turns of their own, in the order of commit."""
     mine = threads.filter(pk=thread_id)
-    if not mine.update(turns=F("turns") + 1, updated_at=timezone.now()):
+    if not mine.update(turns=F("turns") + 1, updated_at=timezone.now(), archived_at=None):
         return 0
     return mine.values_list("turns", flat=True).get() - 1
 

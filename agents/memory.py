@@ -45,6 +45,8 @@ def context(run: Run) -> Context:
     thread, window = run.thread, settings.CHAT_MEMORY_RECENT_MESSAGES
     earlier = Message.objects.filter(thread_id=run.thread_id, position__lte=run.position)
     recent = list(earlier.order_by("-position")[:window])
+    if not recent:
+        raise llm.Stopped  # the thread was deleted since the run was claimed
     if recent[-1].position > thread.summary_reach + 1:
         untold = earlier.filter(
             position__gt=thread.summary_reach, position__lt=recent[-1].position
@@ -92,7 +94,9 @@ def summarise(thread_id: str) -> Summary | None:
         taken = due.update(summary_due_at=lease)
     if not taken:
         return None
-    thread = Thread.objects.get(pk=thread_id)
+    thread = Thread.objects.filter(pk=thread_id).first()
+    if thread is None:  # deleted since
+        return None
     left, more = _left_window(thread)
     if not left:
         _set_due(thread, lease, None)

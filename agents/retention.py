@@ -27,6 +27,7 @@ from django.db.models import Exists, F, OuterRef, QuerySet
 from django.utils import timezone
 from django.utils.module_loading import module_has_submodule
 
+from agents import rollups, runs
 from agents.models import Attempt, Event, Run, Step, Summary
 from chat.models import Thread
 
@@ -187,6 +188,16 @@ def _deletions(kind: Ageing) -> Iterator[dict[str, int]]:
 
 def _delete_threads(thread_ids: list[str], cutoff: datetime) -> Iterator[dict[str, int]]:
     """The traces of their runs first, as they may be many, then the threads with all that is left."""
+    yield from _delete_traces(thread_ids)
+    with transaction.atomic():
+        quiet = _quiet_threads(cutoff).filter(pk__in=thread_ids)
+        # Locks them: a question that comes now waits, and then begins the thread anew.
+        quiet.update(updated_at=F("updated_at"))
+        deleted = delete(Thread.objects.filter(pk__in=list(quiet.values_list("pk", flat=True))))
+    yield deleted
+
+
+def _delete_traces(thread_ids: list[str]) -> Iterator[dict[str, int]]:
     traces: list[QuerySet[Any]] = [
         Step.objects.all(),
         Attempt.objects.exclude(to_count=True),
@@ -196,12 +207,28 @@ def _delete_threads(thread_ids: list[str], cutoff: datetime) -> Iterator[dict[st
         of_these = rows.filter(run__thread__in=thread_ids)
         while keys := list(of_these.values_list("pk", flat=True)[:BATCH]):
             yield delete(rows.filter(pk__in=keys))
+
+
+def delete_thread(thread: Thread) -> None:
+    """Delete a thread at once, because its owner wants it. What goes on in it is cancelled and told
+    so; what it took stays in the figures."""
+    _close(thread)
+    for _ in _delete_traces([thread.pk]):
+        pass
     with transaction.atomic():
-        quiet = _quiet_threads(cutoff).filter(pk__in=thread_ids)
-        # Locks them: a question that comes now waits, and then begins the thread anew.
-        quiet.update(updated_at=F("updated_at"))
-        deleted = delete(Thread.objects.filter(pk__in=list(quiet.values_list("pk", flat=True))))
-    yield deleted
+        # A question that comes now waits, and then begins the thread anew; and so does a worker that
+        # still has something to write of a run, and finds it gone.
+        Thread.objects.filter(pk=thread.pk).update(updated_at=F("updated_at"))
+        of_thread = Run.objects.filter(thread=thread).order_by("position")
+        list(of_thread.select_for_update().values_list("pk"))
+        _close(thread)
+        delete(Thread.objects.filter(pk=thread.pk))
+
+
+def _close(thread: Thread) -> None:
+    for run in Run.objects.unfinished().filter(thread=thread).order_by("position"):
+        runs.cancel(run)
+    rollups.fold_thread(thread.pk)
 
 
 def delete(rows: QuerySet[Any]) -> dict[str, int]:

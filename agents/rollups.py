@@ -10,7 +10,7 @@ import functools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -102,11 +102,19 @@ def fold(*, batch: int = BATCH, batches: int = BATCHES) -> int:
     """Count what is to be counted. How many; 0 when nothing is left, or another process does it."""
     folded = 0
     for _ in range(batches):
-        done = sum(_fold(source, batch) for source in SOURCES)
+        done = sum(_fold(source.settled(), batch) for source in SOURCES)
         folded += done
         if done < batch:
             break
     return folded
+
+
+def fold_thread(thread_id: str) -> None:
+    """Count all that is to be counted of a thread, which is about to go."""
+    for source in SOURCES:
+        rows = source.rows.filter(**{source.thread: thread_id})
+        while rows.exists():
+            _fold(replace(source, rows=rows), BATCH)
 
 
 def seconds_behind() -> float:
@@ -165,6 +173,12 @@ class Source:
 
     rows: models.QuerySet[Any, Any]
     read: Callable[[dict[str, Any]], Counted]
+    thread: str = "run__thread"  # the way to it
+
+    def settled(self) -> "Source":
+        """Without the rows that may change yet."""
+        young = models.Q(result=Attempt.Result.CANCELLED, ended_at__gt=Now() - PARTIAL_PATIENCE)
+        return replace(self, rows=self.rows.exclude(young)) if self.model is Attempt else self
 
     @property
     def model(self) -> Any:
@@ -352,9 +366,9 @@ PARTIAL_PATIENCE = timedelta(seconds=5)
 _last_run = Run.objects.filter(thread=OuterRef("thread")).order_by("-position")
 SOURCES = [
     Source(
-        Attempt.objects.filter(to_count=True)
-        .exclude(result=Attempt.Result.CANCELLED, ended_at__gt=Now() - PARTIAL_PATIENCE)
-        .values("pk", "result", "error_code", "model_ms", "started_at", "ended_at", *SPENT, **RUN),
+        Attempt.objects.filter(to_count=True).values(
+            "pk", "result", "error_code", "model_ms", "started_at", "ended_at", *SPENT, **RUN
+        ),
         _attempt,
     ),
     Source(Event.objects.filter(to_count=True).values("pk", "created_at", **RUN), _cancellation),
@@ -368,6 +382,7 @@ SOURCES = [
             place=Subquery(_last_run.values("place")[:1]),
         ),
         _summary,
+        thread="thread",
     ),
 ]
 

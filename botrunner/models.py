@@ -248,8 +248,9 @@ class Reply(models.Model):
 
     question = models.ForeignKey(RoomEvent, models.CASCADE, related_name="replies")
     room = models.ForeignKey(Room, models.CASCADE, related_name="replies", db_index=False)
+    # None: the question was refused, or the run was deleted, which the room is told all the same.
     run = models.ForeignKey(
-        Run, models.CASCADE, null=True, blank=True, related_name="replies", db_index=False
+        Run, models.SET_NULL, null=True, blank=True, related_name="replies", db_index=False
     )
     cycle = models.PositiveSmallIntegerField(
         default=0, help_text="How often the run had been retried when it came to what this tells."

@@ -128,7 +128,8 @@ def _words(reply: Reply) -> tuple[str, str]:
     """What is said, and as what type of message."""
     run = reply.run
     if run is None:
-        return f"Sorry, this cannot be done. {reply.error}", "m.notice"
+        error = reply.error or "The conversation was deleted."
+        return f"Sorry, this cannot be done. {error}", "m.notice"
     if run.status == Run.Status.COMPLETED and run.answer:
         return run.answer.content, "m.text"
     if run.status == Run.Status.CANCELLED:

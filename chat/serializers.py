@@ -6,7 +6,7 @@ from rest_framework import serializers
 
 from agents.inbox import Accepted
 from agents.models import Run
-from chat.models import Message
+from chat.models import MAX_TITLE_LENGTH, Message, Thread
 
 
 class StringField(serializers.CharField):
@@ -16,6 +16,15 @@ class StringField(serializers.CharField):
         if not isinstance(data, str):
             self.fail("invalid")
         return super().to_internal_value(data)
+
+
+class FlagField(serializers.BooleanField):
+    """`true` or `false`, and nothing that merely could be one."""
+
+    def to_internal_value(self, data: Any) -> bool:
+        if not isinstance(data, bool):
+            self.fail("invalid", input=data)
+        return data
 
 
 class AskSerializer(serializers.Serializer[Any]):
@@ -29,6 +38,13 @@ class AskSerializer(serializers.Serializer[Any]):
     )
 
 
+class ThreadSerializer(serializers.Serializer[Any]):
+    """What its owner may change."""
+
+    title = StringField(required=False, allow_blank=True, max_length=MAX_TITLE_LENGTH)
+    archived = FlagField(required=False)
+
+
 def accepted_json(accepted: Accepted) -> dict[str, Any]:
     return {
         "ok": True,
@@ -38,6 +54,18 @@ def accepted_json(accepted: Accepted) -> dict[str, Any]:
         "messageId": accepted.message_id,
         "model": accepted.model,
         "correlationId": accepted.correlation_id,
+    }
+
+
+def thread_json(thread: Thread) -> dict[str, Any]:
+    """A thread of `ThreadQuerySet.with_preview()`."""
+    return {
+        "id": thread.pk,
+        "title": thread.title,
+        "preview": thread.preview,  # type: ignore[attr-defined]
+        "archived": thread.archived_at is not None,
+        "createdAt": thread.created_at,
+        "updatedAt": thread.updated_at,
     }
 
 

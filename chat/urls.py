@@ -15,11 +15,14 @@ register_converter(IdConverter, "id")
 urlpatterns = [
     path("api", views.ApiRootView.as_view()),
     path("api/chat/messages", views.MessagesView.as_view()),
+    path("api/chat/threads", views.ThreadsView.as_view()),
+    path("api/chat/threads/<id:thread_id>", views.ThreadView.as_view()),
     path("api/chat/threads/<id:thread_id>/messages", views.ThreadMessagesView.as_view()),
     path("api/chat/threads/<id:thread_id>/events", views.ThreadEventsView.as_view()),
     path("api/chat/runs/<id:run_id>", views.RunView.as_view()),
     path("api/chat/runs/<id:run_id>/events", views.RunEventsView.as_view()),
     path("api/chat/runs/<id:run_id>/cancel", views.RunCancelView.as_view()),
+    path("api/chat/runs/<id:run_id>/retry", views.RunRetryView.as_view()),
     path("api/chat/models", views.ModelsView.as_view()),
     re_path(r"^api/", views.UnknownPathView.as_view()),
 ]

@@ -16,12 +16,19 @@ from rest_framework.request import Request
 from rest_framework.response import Response
 from rest_framework.views import APIView
 
-from agents import inbox, llm, runs, stream
+from agents import inbox, llm, retention, runs, stream
 from agents.models import Run
 from chat import streams
 from chat.http import PlainAPIView
 from chat.models import Message, Thread, ThreadQuerySet
-from chat.serializers import AskSerializer, accepted_json, message_json, run_json
+from chat.serializers import (
+    AskSerializer,
+    ThreadSerializer,
+    accepted_json,
+    message_json,
+    run_json,
+    thread_json,
+)
 from realm.models import User
 
 MAX_PAGE = 200
@@ -47,6 +54,7 @@ class ChatView(PlainAPIView):
         inbox.Invalid: 400,
         inbox.UnknownThread: 404,
         inbox.KeyReused: 422,
+        Run.DoesNotExist: 404,  # deleted by another request just now
     }
 
     @property
@@ -55,6 +63,9 @@ class ChatView(PlainAPIView):
 
     def threads(self) -> ThreadQuerySet:
         return Thread.objects.open_to(self.caller)
+
+    def thread(self, thread_id: str) -> Thread:
+        return get_object_or_404(self.threads().with_preview(), pk=thread_id)
 
     def run(self, run_id: str) -> Run:
         return get_object_or_404(
@@ -127,6 +138,44 @@ class MessagesView(ChatView):
         return run if run and run.is_finished else None
 
 
+class ThreadsView(ChatView):
+    def get(self, request: Request) -> Response:
+        """The caller's threads, the last asked in first. `next` is the id to give as `before` for
+        more, null when there are none."""
+        threads = Thread.objects.listed_for(self.caller).with_preview()
+        if not _flag(request, "archived"):
+            threads = threads.active()
+        if before := request.query_params.get("before"):
+            threads = threads.before(self.thread(before))
+        limit = _limit(request.query_params.get("limit"))
+        page = list(threads[: limit + 1])
+        shown = page[:limit]
+        return Response(
+            {
+                "ok": True,
+                "threads": [thread_json(thread) for thread in shown],
+                "next": shown[-1].pk if len(page) > limit else None,
+            }
+        )
+
+
+class ThreadView(ChatView):
+    def get(self, request: Request, thread_id: str) -> Response:
+        return Response({"ok": True, "thread": thread_json(self.thread(thread_id))})
+
+    def patch(self, request: Request, thread_id: str) -> Response:
+        thread = self.thread(thread_id)
+        change = ThreadSerializer(data=request.data)
+        change.is_valid(raise_exception=True)
+        thread.change(**change.validated_data)
+        return self.get(request, thread_id)
+
+    def delete(self, request: Request, thread_id: str) -> Response:
+        """Delete the thread with all that was said in it; what goes on in it is cancelled."""
+        retention.delete_thread(self.thread(thread_id))
+        return Response(status=204)
+
+
 class ThreadMessagesView(ChatView):
     def get(self, request: Request, thread_id: str) -> Response:
         """The newest messages in the order asked. `next` is the id to give as `before` for older
@@ -171,6 +220,14 @@ class RunCancelView(ChatView):
         run = self.run(run_id)
         if not runs.cancel(run):
             raise Conflict(f"The run has ended already: it is {run.status}.")
+        return Response({"ok": True, "run": run_json(self.run(run_id))}, status=202)
+
+
+class RunRetryView(ChatView):
+    def post(self, request: Request, run_id: str) -> Response:
+        """Have a run begun anew that failed or was cancelled: 202; 409 for any other."""
+        if not runs.retry(self.run(run_id)):
+            raise Conflict(self.run(run_id).why_not_retried or "Somebody else was first.")
         return Response({"ok": True, "run": run_json(self.run(run_id))}, status=202)
 
 
@@ -225,6 +282,13 @@ def _seconds_to_wait(request: Request) -> int:
         if name.strip().lower() == "wait" and value.isascii() and value.isdigit():
             return min(int(value[:9]), settings.CHAT_MAX_WAIT_SECONDS)
     return 0
+
+
+def _flag(request: Request, name: str) -> bool:
+    value = request.query_params.get(name, "false")
+    if value not in ("true", "false"):
+        raise exceptions.ParseError(f"{name} must be true or false.")
+    return value == "true"
 
 
 def _limit(value: str | None) -> int:

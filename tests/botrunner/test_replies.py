@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from django.utils import timezone
 
-from agents import runs
+from agents import retention, runs
 from agents.models import Run
 from botrunner import replies
 from botrunner.client import MatrixError
@@ -59,6 +59,28 @@ def test_what_was_cancelled_elsewhere_is_said() -> None:
     runs.cancel(Run.objects.get())
     replies.compose(row)
     assert Reply.objects.get().parts[0]["body"] == "This was cancelled."
+
+
+@pytest.mark.parametrize("composed", [True, False])
+def test_the_room_is_told_although_the_thread_was_deleted(composed: bool) -> None:
+    command()
+    row = session()
+    take_in(row, event())
+    run = Run.objects.get()
+    if composed:
+        runs.execute(run.pk)
+        replies.compose(row)
+    retention.delete_thread(run.thread)
+    replies.compose(row)
+
+    reply = Reply.objects.get()
+    said = "Handled prompt: Hello"
+    if not composed:
+        said = "Sorry, this cannot be done. The conversation was deleted."
+    assert (reply.status, reply.parts[0]["body"]) == (Reply.Status.READY, said)
+    # And goes on to listen.
+    take_in(row, event("Again"))
+    assert Run.objects.get().thread_id != run.thread_id
 
 
 def test_a_refused_question_is_answered() -> None:
