@@ -5,6 +5,7 @@ import json
 import re
 import uuid
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -23,6 +24,7 @@ from realm.models import User
 MAX_MODEL_LENGTH = 100
 MAX_CORRELATION_LENGTH = 200
 MAX_KEY_LENGTH = 255
+MAX_DEADLINE_SECONDS = 86400
 # What no database or JSON reader can be relied on to carry.
 UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
 
@@ -78,6 +80,7 @@ def ask(
     idempotency: Idempotency | None = None,
     run_id: str | None = None,
     event_id: uuid.UUID | None = None,
+    deadline_seconds: int | None = None,
 ) -> Accepted:
     """Record a question and the run that will answer it: thread, message, run and event in one
     transaction; the event goes to the stream after the commit.
@@ -85,15 +88,25 @@ def ask(
     `threads` are those that the asker may write to. A `thread_id` that nobody has yet makes a new
     thread of that name, owned by `owner`. `event_id` is given by whoever has read the event from the
     stream already. `command`, with its `input`, is what the run carries out. `place` is where it was
-    asked, for whoever adds up what a place costs. Raises `Refused`.
+    asked, for whoever adds up what a place costs. What has not ended `deadline_seconds` from now fails.
+    Raises `Refused`.
     """
     content = clean_content(content)
     # What was sent, before any rule that a setting may change: a repeat gets its answer for good.
-    fingerprint = _fingerprint(content, model, thread_id, correlation_id, command, input)
+    fingerprint = _fingerprint(
+        content,
+        model,
+        thread_id,
+        correlation_id,
+        command,
+        input,
+        deadline_seconds=deadline_seconds,
+    )
     if idempotency and (earlier := _repeat(idempotency, fingerprint)):
         return earlier
     model = choose_model(model)
     correlation_id = _clean_correlation_id(correlation_id)
+    deadline = _clean_deadline(deadline_seconds)
     for name, value in (("threadId", thread_id), ("runId", run_id)):
         if value is not None and not CHOSEN_ID.match(value):
             raise Invalid(f"{name} must be 1 to 64 letters, digits, '_' or '-'.")
@@ -115,7 +128,13 @@ def ask(
                 threads,
                 owner,
                 event_id,
-                columns={"command": command, "input": input or {}, "place": place},
+                columns={
+                    "command": command,
+                    "input": input or {},
+                    "place": place,
+                    # By the database's clock, which the sweep goes by.
+                    "deadline_at": Now() + deadline if deadline else None,
+                },
                 is_new_thread=thread_id is None,
             )
     except IntegrityError:
@@ -168,6 +187,15 @@ def _clean_correlation_id(value: str | None) -> str | None:
     if not 1 <= len(value) <= MAX_CORRELATION_LENGTH or UNSTORABLE.search(value):
         raise Invalid(f"correlationId must be 1 to {MAX_CORRELATION_LENGTH} characters long.")
     return value
+
+
+def _clean_deadline(seconds: int | None) -> timedelta | None:
+    if seconds is None:
+        seconds = settings.CHAT_RUN_DEADLINE_SECONDS
+        return timedelta(seconds=seconds) if seconds else None
+    if not 1 <= seconds <= MAX_DEADLINE_SECONDS:
+        raise Invalid(f"deadlineSeconds must be from 1 to {MAX_DEADLINE_SECONDS}.")
+    return timedelta(seconds=seconds)
 
 
 def _write(
@@ -270,6 +298,9 @@ def _keep(idempotency: Idempotency, fingerprint: str, asked: Accepted) -> None:
     )
 
 
-def _fingerprint(*parts: Any) -> str:
-    raw = json.dumps(parts, sort_keys=True)  # takes what orjson would not, such as big numbers
+def _fingerprint(*parts: Any, **more: Any) -> str:
+    # What was added later changes nothing where it is not given: keys are kept for good.
+    given = {name: value for name, value in more.items() if value is not None}
+    # Takes what orjson would not, such as big numbers
+    raw = json.dumps([*parts, given] if given else parts, sort_keys=True)
     return hashlib.sha256(raw.encode()).hexdigest()

@@ -16,6 +16,8 @@ from chat.models import Message, Thread
 from realm.tracing import MAX_LENGTH as MAX_REQUEST_ID_LENGTH
 
 CHAT_REPLY = "chat.reply"
+# The error code of a run that had not ended at its `deadline_at`.
+OVERDUE = "deadline_exceeded"
 
 
 def today() -> date:
@@ -27,6 +29,8 @@ def new_run_id() -> str:
     return f"run_{cuid2.create_id()}"
 
 
+# A worker ends its overdue run itself, at the next token; one that is stuck does not.
+OVERDUE_PATIENCE = timedelta(seconds=1)
 # A worker beats every few seconds; one that is silent for so long is gone or stuck.
 WORKER_PATIENCE = timedelta(seconds=15)
 WORKER_MEMORY = timedelta(hours=1)
@@ -63,8 +67,15 @@ class RunQuerySet(models.QuerySet["Run"]):
             position__gt=OuterRef("position"),
             lease_expires_at__gte=Now(),
         )
-        due = self.filter(waiting | abandoned, due_at__lte=Now())
+        in_time = Q(deadline_at=None) | Q(deadline_at__gt=Now())
+        due = self.filter(waiting | abandoned, in_time, due_at__lte=Now())
         return due.first_of_thread().filter(~Exists(later))
+
+    def overdue(self) -> "RunQuerySet":
+        """Those that should have ended by now and that no worker will end."""
+        left = Q(status=Run.Status.QUEUED) | Q(lease_expires_at__lt=Now())
+        stuck = Q(deadline_at__lte=Now() - OVERDUE_PATIENCE)
+        return self.unfinished().filter(left | stuck, deadline_at__lte=Now())
 
     def untold(self) -> "RunQuerySet":
         """Claimable ones that no worker was told of, or not since the last one was lost."""
@@ -398,8 +409,8 @@ class Event(models.Model):
     published_at = models.DateTimeField(
         null=True, blank=True, help_text="When it was seen on the stream."
     )
-    # Of a cancellation without an attempt that would be counted for it: whether it is not in the
-    # rollups yet. Of all others nothing.
+    # Of an end without an attempt that would be counted for it: whether it is not in the rollups yet.
+    # Of all others nothing.
     to_count = models.BooleanField(null=True, editable=False)
 
     objects = EventQuerySet.as_manager()

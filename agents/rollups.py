@@ -1,9 +1,9 @@
 """Rollups: what ended, added up by time, model, source and result, and by day, user, place and model.
 
-Whatever ends is written with a mark that says it is to be counted (an attempt, a summary, a
-cancellation); `fold()` adds it up and takes the mark off in one transaction. So each is counted
-once, however late it was committed, whatever became of its run since, and without a lock that two
-runs would wait for.
+Whatever ends is written with a mark that says it is to be counted (an attempt, a summary, the end of
+a run without an attempt); `fold()` adds it up and takes the mark off in one transaction. So each is
+counted once, however late it was committed, whatever became of its run since, and without a lock that
+two runs would wait for.
 """
 
 import functools
@@ -19,7 +19,7 @@ from django.db.models import F, Min, OuterRef, Subquery
 from django.db.models.functions import Now
 from django.utils import timezone
 
-from agents.models import Attempt, Event, Rollup, RollupState, Run, Summary, Usage
+from agents.models import OVERDUE, Attempt, Event, Rollup, RollupState, Run, Summary, Usage
 
 BATCH = 1000
 # A fold in a worker takes no more than this many batches; the rest is for the next.
@@ -177,7 +177,8 @@ class Source:
 
     def settled(self) -> "Source":
         """Without the rows that may change yet."""
-        young = models.Q(result=Attempt.Result.CANCELLED, ended_at__gt=Now() - PARTIAL_PATIENCE)
+        cut = models.Q(result=Attempt.Result.CANCELLED) | models.Q(error_code=OVERDUE)
+        young = cut & models.Q(ended_at__gt=Now() - PARTIAL_PATIENCE)
         return replace(self, rows=self.rows.exclude(young)) if self.model is Attempt else self
 
     @property
@@ -340,8 +341,15 @@ def _attempt(row: dict[str, Any]) -> Counted:
     )
 
 
-def _cancellation(row: dict[str, Any]) -> Counted:
-    return _counted(row, at=row["created_at"], result=Attempt.Result.CANCELLED)
+def _unattempted(row: dict[str, Any]) -> Counted:
+    """A run that was cancelled, or had had its time, before any worker took it."""
+    failed = row["type"] == Event.Type.FAILED
+    return _counted(
+        row,
+        at=row["created_at"],
+        result=Attempt.Result.FAILED if failed else Attempt.Result.CANCELLED,
+        error_code=OVERDUE if failed else "",
+    )
 
 
 def _summary(row: dict[str, Any]) -> Counted:
@@ -361,7 +369,8 @@ def _ms(start: datetime, end: datetime) -> int:
     return max(0, int((end - start) / timedelta(milliseconds=1)))
 
 
-# The worker of a cancelled attempt tells a moment later what it had come to (runs._keep_partial).
+# The worker of an attempt that was cut off tells a moment later what it had come to
+# (runs._keep_partial).
 PARTIAL_PATIENCE = timedelta(seconds=5)
 _last_run = Run.objects.filter(thread=OuterRef("thread")).order_by("-position")
 SOURCES = [
@@ -371,7 +380,9 @@ SOURCES = [
         ),
         _attempt,
     ),
-    Source(Event.objects.filter(to_count=True).values("pk", "created_at", **RUN), _cancellation),
+    Source(
+        Event.objects.filter(to_count=True).values("pk", "type", "created_at", **RUN), _unattempted
+    ),
     Source(
         Summary.objects.filter(to_count=True).values(
             "pk",

@@ -24,7 +24,7 @@ from django.db.models.functions import Now
 from django.utils import timezone
 
 from agents import commands, leases, live, llm, loop, memory, prices, stream
-from agents.models import Attempt, Event, EventQuerySet, Run, Step
+from agents.models import OVERDUE, Attempt, Event, EventQuerySet, Run, RunQuerySet, Step
 from chat.models import Message
 from realm.connections import AWAY
 from realm.tracing import tagged
@@ -35,6 +35,9 @@ outcomes = structlog.get_logger(__name__)
 BACKOFF_SECONDS = 1.0
 MAX_BACKOFF_SECONDS = 60.0
 LATE_ATTEMPT_SECONDS = 30.0
+# What waits by one clock for a time of another may come a little early.
+CLOCK_SLACK_SECONDS = 0.05
+OVERDUE_BATCH = 500
 NOTHING = loop.Transcript()
 # What an attempt's own worker writes of it, once.
 RECORDED = (Attempt.Result.COMPLETED, Attempt.Result.FAILED, Attempt.Result.RETRIED)
@@ -155,10 +158,25 @@ def hand_back() -> int:
 
 def _deadline(run: Run) -> float:
     """When the run has had its time, in `time.monotonic()`. An attempt that begins late, because
-    nobody could work for a while, gets a little all the same."""
+    nobody could work for a while, gets a little all the same; but nothing goes on after the time
+    that whoever asked gave it."""
     spent = (timezone.now() - (run.started_at or timezone.now())).total_seconds()
     whole = settings.AGENT_DEADLINE_SECONDS
-    return time.monotonic() + max(whole - spent, min(whole, LATE_ATTEMPT_SECONDS))
+    left = max(whole - spent, min(whole, LATE_ATTEMPT_SECONDS))
+    return time.monotonic() + min(left, _seconds_left(run))
+
+
+def _seconds_left(run: Run) -> float:
+    """Of the time that whoever asked gave it."""
+    if run.deadline_at is None:
+        return float("inf")
+    return (run.deadline_at - timezone.now()).total_seconds()
+
+
+def _overdue() -> llm.LLMError:
+    return llm.LLMError(
+        "There was no answer in the time that was given for it.", code=OVERDUE, permanent=True
+    )
 
 
 def _persist(record: Callable[[], bool]) -> bool:
@@ -186,6 +204,8 @@ def _complete(run: Run, answer: str, transcript: loop.Transcript) -> bool:
         correlation_id=run.correlation_id,
     )
     with transaction.atomic():
+        # First, as it locks the thread: whoever asks locks that before a run (agents.inbox).
+        summary_due = memory.note_answer(run)
         won = _finish(
             run,
             Run.Status.COMPLETED,
@@ -194,14 +214,16 @@ def _complete(run: Run, answer: str, transcript: loop.Transcript) -> bool:
             answer_id=message.pk,
         )
         if not won:
+            transaction.set_rollback(True)
             return False
         message.save(force_insert=True)
-        summary_due = memory.note_answer(run)
     _log_outcome(run, Run.Status.COMPLETED, transcript)
     return summary_due
 
 
 def _fail_or_retry(run: Run, error: llm.LLMError, transcript: loop.Transcript) -> bool:
+    if _seconds_left(run) < CLOCK_SLACK_SECONDS:
+        error = _overdue()
     pause = max(error.retry_after or 0, _backoff(run.attempts_spent))
     in_time = time.monotonic() + pause < _deadline(run)
     if not error.permanent and run.attempts_spent < settings.AGENT_MAX_ATTEMPTS and in_time:
@@ -216,8 +238,9 @@ def _fail_or_retry(run: Run, error: llm.LLMError, transcript: loop.Transcript) -
             safe_error=str(error),
             error_code=error.code,
         )
-    if won:
-        _log_outcome(run, Run.Status.FAILED, transcript, error_code=error.code)
+    if not won:
+        return _keep_partial(run, transcript)
+    _log_outcome(run, Run.Status.FAILED, transcript, error_code=error.code)
     return False
 
 
@@ -348,12 +371,19 @@ def _keep_steps(run: Run, transcript: loop.Transcript) -> None:
 
 
 def _keep_partial(run: Run, transcript: loop.Transcript) -> bool:
-    """What an attempt had come to when its run was cancelled: the text so far is its last step's
-    output, and its tokens were paid for. Of a run that another worker has, nothing is kept."""
+    """What an attempt had come to when somebody else ended its run: the text so far is its last
+    step's output, and its tokens were paid for. Of a run that another worker has, nothing is kept."""
     with transaction.atomic():
-        cancelled = Run.objects.filter(pk=run.pk, attempt=run.attempt, status=Run.Status.CANCELLED)
-        if not cancelled.update(**_spent(run, transcript)):
+        ended = Run.objects.filter(
+            pk=run.pk,
+            attempt=run.attempt,
+            status__in=(Run.Status.CANCELLED, Run.Status.FAILED),
+        )
+        if not ended.update(updated_at=timezone.now()):
             return False
+        if run.steps.filter(attempt=run.attempt).exists():
+            return False  # it was recorded, and only the word of it was lost
+        ended.update(**_spent(run, transcript))
         Attempt.objects.filter(run=run, number=run.attempt).update(**_sums(transcript))
         _keep_steps(run, transcript)
     return False
@@ -386,23 +416,66 @@ def cancel(run: Run) -> bool:
         run.refresh_from_db()
         if run.is_finished:
             return False
-        with transaction.atomic():
-            now = timezone.now()
-            if Run.objects.as_read(run).update(
-                status=Run.Status.CANCELLED,
+        if _end(run, Run.Status.CANCELLED):
+            return True
+
+
+def end_overdue() -> int:
+    """End the runs whose deadline has passed, those included that no worker can be had for. How
+    many."""
+    overdue = Run.objects.overdue().order_by("deadline_at")
+    return sum(_fail_overdue(run) for run in overdue[:OVERDUE_BATCH])
+
+
+def _fail_overdue(run: Run) -> bool:
+    error = _overdue()
+    return _end(
+        run,
+        Run.Status.FAILED,
+        among=Run.objects.overdue(),
+        payload={"error": str(error)},
+        safe_error=str(error),
+        error_code=error.code,
+    )
+
+
+def _end(
+    run: Run,
+    status: Run.Status,
+    *,
+    among: RunQuerySet | None = None,
+    payload: dict[str, Any] | None = None,
+    **columns: Any,
+) -> bool:
+    """End a run over the head of its worker, if it is as it was read, and one of `among`."""
+    attempted = run.status == Run.Status.PROCESSING
+    with transaction.atomic():
+        now = timezone.now()
+        if (
+            not (Run.objects.all() if among is None else among)
+            .as_read(run)
+            .update(
+                status=status,
                 due_at=None,
                 lease_expires_at=None,
                 finished_at=now,
                 updated_at=now,
-            ):
-                attempted = run.status == Run.Status.PROCESSING
-                if attempted:
-                    _end_attempt(run, Attempt.Result.CANCELLED)
-                announce(run, Event.Type.CANCELLED, {}, to_count=None if attempted else True)
-                transaction.on_commit(partial(live.stop, run.pk), robust=True)
-                break
+                **columns,
+            )
+        ):
+            return False
+        if attempted:
+            error, code = columns.get("safe_error", ""), columns.get("error_code", "")
+            _end_attempt(run, Attempt.Result(status.value), error=error, code=code)
+        announce(
+            run,
+            Event.Type(f"agent.run.{status.value}"),
+            payload or {},
+            to_count=None if attempted else True,
+        )
+        transaction.on_commit(partial(live.stop, run.pk), robust=True)
     with _tagged(run):
-        _log_outcome(run, Run.Status.CANCELLED)
+        _log_outcome(run, status, error_code=columns.get("error_code", ""))
     return True
 
 
@@ -418,6 +491,11 @@ def retry(run: Run) -> bool:
     if not run.may_be_retried:
         return False
     event_id = uuid.uuid4()
+    again = {}
+    if run.deadline_at:
+        # As long as it was given before.
+        given = run.deadline_at - (run.retried_at or run.created_at)
+        again["deadline_at"] = Now() + given
     with transaction.atomic():
         now = timezone.now()
         if not Run.objects.as_read(run).update(
@@ -430,6 +508,7 @@ def retry(run: Run) -> bool:
             finished_at=None,
             updated_at=now,
             **_fresh(run),
+            **again,
         ):
             return False
         _hold_back_later(run)

@@ -187,6 +187,8 @@ class Keeper:
         """Do what is due. One chore that fails does not keep the others from being done; then it
         raises like `Reader.read()`."""
         self.reader.mark_published()
+        # By each worker, and without Redis too: nobody else ends these.
+        runs.end_overdue()
         if not stream.keep(self.reader.name):
             return
         failure: Exception | None = None

@@ -18,6 +18,15 @@ class StringField(serializers.CharField):
         return super().to_internal_value(data)
 
 
+class WholeField(serializers.IntegerField):
+    """A JSON number without a fraction."""
+
+    def to_internal_value(self, data: Any) -> int:
+        if not isinstance(data, int) or isinstance(data, bool):
+            self.fail("invalid")
+        return super().to_internal_value(data)
+
+
 class FlagField(serializers.BooleanField):
     """`true` or `false`, and nothing that merely could be one."""
 
@@ -35,6 +44,9 @@ class AskSerializer(serializers.Serializer[Any]):
     threadId = StringField(required=False, allow_null=True, source="thread_id")  # noqa: N815
     correlationId = StringField(  # noqa: N815
         required=False, allow_null=True, source="correlation_id"
+    )
+    deadlineSeconds = WholeField(  # noqa: N815
+        required=False, allow_null=True, source="deadline_seconds"
     )
 
 
@@ -96,8 +108,12 @@ def run_json(run: Run) -> dict[str, Any]:
         "createdAt": run.created_at,
         "updatedAt": run.updated_at,
     }
+    if run.deadline_at:
+        told["deadlineAt"] = run.deadline_at
+    if run.merged_into_id:
+        told["mergedInto"] = run.merged_into_id
     if run.answer:
         told["output"] = run.answer.content
     if run.safe_error:
-        told["safeError"] = run.safe_error
+        told |= {"safeError": run.safe_error, "errorCode": run.error_code}
     return told

@@ -51,6 +51,10 @@ QUERIES = {
         lambda: Run.objects.overlooked(after=timedelta(seconds=15)).order_by("due_at"),
         ["run_unfinished_due", "run_unfinished_in_thread"],
     ),
+    "deadlines": (
+        lambda: Run.objects.overdue().order_by("deadline_at")[:500],
+        ["run_unfinished_deadline"],
+    ),
     "relay": (
         lambda: (
             Event.objects.unpublished().filter(created_at__lt=timezone.now()).order_by("created_at")
