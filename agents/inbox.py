@@ -6,6 +6,7 @@ import re
 import uuid
 from dataclasses import dataclass
 from datetime import timedelta
+from enum import StrEnum
 from functools import partial
 from typing import Any
 
@@ -15,7 +16,7 @@ from django.db.models import F
 from django.db.models.functions import Now
 from django.utils import timezone
 
-from agents import stream
+from agents import runs, stream
 from agents.models import CHAT_REPLY, Event, IdempotencyKey, Run, new_run_id
 from chat.models import CHOSEN_ID, Message, Thread, ThreadQuerySet, new_thread_id
 from realm import tracing
@@ -43,6 +44,19 @@ class UnknownThread(Refused):
 
 class KeyReused(Refused):
     """The idempotency key stands for another request."""
+
+
+class Busy(Refused):
+    """A run of the thread has not ended, and whoever asked wanted no other beside it."""
+
+
+class WhenBusy(StrEnum):
+    """What becomes of a question whose thread has runs that have not ended."""
+
+    ENQUEUE = "enqueue"  # it waits for its turn
+    MERGE = "merge"  # those that nobody has begun are answered together with it
+    REJECT = "reject"
+    INTERRUPT = "interrupt"  # they are cancelled
 
 
 @dataclass(frozen=True)
@@ -81,6 +95,7 @@ def ask(
     run_id: str | None = None,
     event_id: uuid.UUID | None = None,
     deadline_seconds: int | None = None,
+    when_busy: WhenBusy | None = None,
 ) -> Accepted:
     """Record a question and the run that will answer it: thread, message, run and event in one
     transaction; the event goes to the stream after the commit.
@@ -89,7 +104,7 @@ def ask(
     thread of that name, owned by `owner`. `event_id` is given by whoever has read the event from the
     stream already. `command`, with its `input`, is what the run carries out. `place` is where it was
     asked, for whoever adds up what a place costs. What has not ended `deadline_seconds` from now fails.
-    Raises `Refused`.
+    `when_busy` says what becomes of it where the thread has runs that have not ended. Raises `Refused`.
     """
     content = clean_content(content)
     # What was sent, before any rule that a setting may change: a repeat gets its answer for good.
@@ -101,6 +116,7 @@ def ask(
         command,
         input,
         deadline_seconds=deadline_seconds,
+        when_busy=when_busy,
     )
     if idempotency and (earlier := _repeat(idempotency, fingerprint)):
         return earlier
@@ -136,6 +152,7 @@ def ask(
                     "deadline_at": Now() + deadline if deadline else None,
                 },
                 is_new_thread=thread_id is None,
+                when_busy=when_busy or _usual(source),
             )
     except IntegrityError:
         # Another request with the same key was first by a hair.
@@ -198,6 +215,15 @@ def _clean_deadline(seconds: int | None) -> timedelta | None:
     return timedelta(seconds=seconds)
 
 
+def _usual(source: Run.Source) -> WhenBusy:
+    """What the setting says. In rooms and on the stream there is nobody to be turned away with an
+    answer that a program could act upon: there, questions wait instead."""
+    usual = WhenBusy(settings.CHAT_WHEN_BUSY)
+    if usual is WhenBusy.REJECT and source != Run.Source.HTTP:
+        return WhenBusy.ENQUEUE
+    return usual
+
+
 def _write(
     asked: Accepted,
     content: str,
@@ -208,10 +234,14 @@ def _write(
     *,
     columns: dict[str, Any],
     is_new_thread: bool,
+    when_busy: WhenBusy,
 ) -> None:
     turn = 0 if is_new_thread else _next_turn(asked.thread_id, threads)
     if turn == 0:
         turn = _begin_thread(asked.thread_id, threads, owner)
+    if turn:
+        # The thread is locked since its turn was taken: no question can come in between.
+        _make_way(asked.thread_id, when_busy, columns["command"])
     position = 2 * turn
     message = Message.objects.create(
         id=asked.message_id,
@@ -246,6 +276,17 @@ def _write(
     )
     if not event_id:
         transaction.on_commit(partial(stream.publish, [event.as_entry()]), robust=True)
+    if turn and when_busy is WhenBusy.MERGE:
+        runs.merge_waiting(run)
+
+
+def _make_way(thread_id: str, when_busy: WhenBusy, command: str) -> None:
+    unfinished = Run.objects.unfinished().filter(thread=thread_id).order_by("position")
+    if when_busy is WhenBusy.REJECT and (going := unfinished.first()):
+        raise Busy(f"The thread is busy: its run {going.pk} has not ended.")
+    if when_busy is WhenBusy.INTERRUPT and command == CHAT_REPLY:
+        for run in unfinished.filter(command=CHAT_REPLY):
+            runs.cancel(run)
 
 
 def _next_turn(thread_id: str, threads: ThreadQuerySet) -> int:

@@ -19,7 +19,7 @@ from django.template.loader import render_to_string
 from django.utils import timezone
 
 from agents import llm, prices
-from agents.models import Run, Summary
+from agents.models import Run, Step, Summary
 from chat.models import Message, Thread
 from realm import connections
 
@@ -53,15 +53,55 @@ def context(run: Run) -> Context:
         ).order_by("-position")
         recent += untold[: window * UNSUMMARISED_WINDOWS]
     recent.reverse()
-    messages = [{"role": message.role, "content": message.content} for message in recent]
+    partial = _broken_off(run, recent)
+    messages = []
+    for message in recent:
+        messages.append({"role": message.role, "content": message.content})
+        if message.position in partial:
+            messages.append({"role": "assistant", "content": partial[message.position]})
     told = thread.summary_reach if thread.summary and thread.summary_reach < run.position else None
     if told is not None:
         text = render_to_string("agents/memory.txt", {"summary": thread.summary}).strip()
         messages.insert(0, {"role": "system", "content": text})
     return Context(
         messages=messages,
-        sent={"summaryUpTo": told, "messages": [str(message.pk) for message in recent]},
+        sent={
+            "summaryUpTo": told,
+            "messages": [str(message.pk) for message in recent],
+            **({"brokenOffAfter": sorted(partial)} if partial else {}),
+        },
     )
+
+
+def _broken_off(run: Run, recent: Sequence[Message]) -> dict[int, str]:
+    """What had come of the answers to earlier questions whose runs were cancelled or failed, by the
+    position of the question. Without a query where all were answered."""
+    positions = {message.position for message in recent}
+    unanswered = [
+        message.position
+        for message in recent
+        if message.role == Message.Role.USER
+        and message.position < run.position
+        and message.position + 1 not in positions
+    ]
+    if not unanswered:
+        return {}
+    steps = (
+        Step.objects.filter(
+            run__thread=run.thread_id,
+            run__position__in=unanswered,
+            run__status__in=(Run.Status.CANCELLED, Run.Status.FAILED),
+            kind=Step.Kind.MODEL,
+        )
+        .exclude(output="")
+        .order_by("pk")
+    )
+    # Of several, the last.
+    came = dict(steps.values_list("run__position", "output"))
+    return {
+        position: render_to_string("agents/broken_off.txt", {"text": text}).strip()
+        for position, text in came.items()
+    }
 
 
 def note_answer(run: Run) -> bool:

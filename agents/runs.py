@@ -24,7 +24,16 @@ from django.db.models.functions import Now
 from django.utils import timezone
 
 from agents import commands, leases, live, llm, loop, memory, prices, stream
-from agents.models import OVERDUE, Attempt, Event, EventQuerySet, Run, RunQuerySet, Step
+from agents.models import (
+    CHAT_REPLY,
+    OVERDUE,
+    Attempt,
+    Event,
+    EventQuerySet,
+    Run,
+    RunQuerySet,
+    Step,
+)
 from chat.models import Message
 from realm.connections import AWAY
 from realm.tracing import tagged
@@ -418,6 +427,25 @@ def cancel(run: Run) -> bool:
             return False
         if _end(run, Run.Status.CANCELLED):
             return True
+
+
+def merge_waiting(run: Run) -> None:
+    """Have a run that was just asked for answer what waits before it too: those that no worker has at
+    present, and that were asked where it was. (The answer goes to one place; what another command
+    does is not done by this one.) They end as cancelled, which names the run that answers; a claim
+    that was first is left alone."""
+    if run.command != CHAT_REPLY:
+        return
+    waiting = Run.objects.unfinished().filter(
+        thread_id=run.thread_id,
+        position__lt=run.position,
+        status=Run.Status.QUEUED,
+        command=run.command,
+        source=run.source,
+        place=run.place,
+    )
+    for each in waiting.order_by("position"):
+        _end(each, Run.Status.CANCELLED, payload={"mergedInto": run.pk}, merged_into=run)
 
 
 def end_overdue() -> int:

@@ -244,7 +244,9 @@ class Reply(models.Model):
         WAITING = "waiting"  # for the outcome of its run
         READY = "ready"
         SENT = "sent"
-        DROPPED = "dropped"  # the question was taken back, or the room lets the bot say nothing
+        # The question was taken back or is answered with a later one, or the room lets the bot say
+        # nothing.
+        DROPPED = "dropped"
 
     question = models.ForeignKey(RoomEvent, models.CASCADE, related_name="replies")
     room = models.ForeignKey(Room, models.CASCADE, related_name="replies", db_index=False)

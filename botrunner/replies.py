@@ -58,6 +58,9 @@ def compose(session: Session, run_ids: Iterable[str] | None = None) -> dict[int,
     replies = replies.select_related("run__answer", "question", "room")
     ready = {}
     for reply in replies.order_by("run__finished_at", "id")[:200]:
+        if reply.run and reply.run.merged_into_id:
+            _leave_to_the_next(reply)
+            continue
         # Whoever took the question back meanwhile has the last word.
         reply.parts, reply.device_id = contents(reply), session.device_id
         reply.status, reply.ready_at = Reply.Status.READY, timezone.now()
@@ -69,6 +72,12 @@ def compose(session: Session, run_ids: Iterable[str] | None = None) -> dict[int,
         ):
             ready[reply.pk] = reply
     return ready
+
+
+def _leave_to_the_next(reply: Reply) -> None:
+    Reply.objects.waiting().filter(pk=reply.pk, cycle=reply.cycle).update(
+        status=Reply.Status.DROPPED, error="The answer to a later question answers it too."
+    )
 
 
 def follow_retries(session: Session) -> None:

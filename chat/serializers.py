@@ -4,7 +4,7 @@ from typing import Any
 
 from rest_framework import serializers
 
-from agents.inbox import Accepted
+from agents.inbox import Accepted, WhenBusy
 from agents.models import Run
 from chat.models import MAX_TITLE_LENGTH, Message, Thread
 
@@ -16,6 +16,16 @@ class StringField(serializers.CharField):
         if not isinstance(data, str):
             self.fail("invalid")
         return super().to_internal_value(data)
+
+
+class PolicyField(StringField):
+    default_error_messages = {"invalid_choice": f"Not one of {', '.join(WhenBusy)}."}
+
+    def to_internal_value(self, data: Any) -> WhenBusy:
+        try:
+            return WhenBusy(super().to_internal_value(data))
+        except ValueError:
+            self.fail("invalid_choice")
 
 
 class WholeField(serializers.IntegerField):
@@ -44,6 +54,9 @@ class AskSerializer(serializers.Serializer[Any]):
     threadId = StringField(required=False, allow_null=True, source="thread_id")  # noqa: N815
     correlationId = StringField(  # noqa: N815
         required=False, allow_null=True, source="correlation_id"
+    )
+    whenBusy = PolicyField(  # noqa: N815
+        required=False, allow_null=True, source="when_busy"
     )
     deadlineSeconds = WholeField(  # noqa: N815
         required=False, allow_null=True, source="deadline_seconds"

@@ -54,6 +54,7 @@ class ChatView(PlainAPIView):
         inbox.Invalid: 400,
         inbox.UnknownThread: 404,
         inbox.KeyReused: 422,
+        inbox.Busy: 409,
         Run.DoesNotExist: 404,  # deleted by another request just now
     }
 

@@ -224,6 +224,9 @@ for _name, _model in [
         raise ImproperlyConfigured(f"{_name}: a model's name has at most 100 characters.")
 CHAT_MEMORY_RECENT_MESSAGES = env.integer("CHAT_MEMORY_RECENT_MESSAGES", 8, least=1, most=1000)
 CHAT_MAX_WAIT_SECONDS = env.integer("CHAT_MAX_WAIT_SECONDS", 60)
+CHAT_WHEN_BUSY = env.choice(
+    "CHAT_WHEN_BUSY", "enqueue", ("enqueue", "merge", "reject", "interrupt")
+)
 CHAT_RUN_DEADLINE_SECONDS = env.integer("CHAT_RUN_DEADLINE_SECONDS", 0, most=86400)  # 0: none
 DATA_UPLOAD_MAX_MEMORY_SIZE = env.integer("MAX_BODY_BYTES", 1024 * 1024, least=1024)
 

@@ -83,6 +83,22 @@ def test_the_room_is_told_although_the_thread_was_deleted(composed: bool) -> Non
     assert Run.objects.get().thread_id != run.thread_id
 
 
+def test_questions_that_are_answered_together_get_one_reply(settings: Any) -> None:
+    settings.CHAT_WHEN_BUSY = "merge"
+    command()
+    row = session()
+    take_in(row, event("one"))
+    take_in(row, event("two"))
+    replies.compose(row)
+    assert [reply.status for reply in Reply.objects.order_by("id")] == ["dropped", "waiting"]
+
+    runs.execute(Run.objects.latest("position").pk)
+    replies.compose(row)
+    first, second = Reply.objects.order_by("id")
+    assert (first.status, second.status) == (Reply.Status.DROPPED, Reply.Status.READY)
+    assert second.parts[0]["body"] == "Handled prompt: two"
+
+
 def test_a_refused_question_is_answered() -> None:
     command(prefix="!bot")
     row = session()
