@@ -152,7 +152,7 @@ def ask(
                     "deadline_at": Now() + deadline if deadline else None,
                 },
                 is_new_thread=thread_id is None,
-                when_busy=when_busy or _usual(source),
+                when_busy=WhenBusy(when_busy or _usual(source)),
             )
     except IntegrityError:
         # Another request with the same key was first by a hair.

@@ -14,8 +14,8 @@ class MessageInline(BodiesInline, ReadOnlyInline):
 @admin.register(Thread)
 class ThreadAdmin(Bodies, ReadOnlyAdmin):
     empty = Empty("The first message begins a thread:", ASK)
-    bodies = {"summary": "summary"}
-    list_display = ["id", "owner", "turns", "created_at", "updated_at"]
+    bodies = {"summary": "summary", "title": "title"}
+    list_display = ["id", "title", "owner", "turns", "created_at", "updated_at"]
     list_filter = [Period]
     list_select_related = ["owner"]
     ordering = ["-created_at", "id"]

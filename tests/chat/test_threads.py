@@ -10,6 +10,7 @@ from django.utils import timezone
 from rest_framework.test import APIClient
 
 from agents import memory, retention, runs
+from agents.inbox import WhenBusy
 from agents.models import Attempt, Event, Run, Usage
 from chat.models import Message, Thread
 from realm.models import User
@@ -218,7 +219,10 @@ class TestChange:
 
 class TestDelete:
     def test_it_goes_with_all_that_was_said(self, mine: APIClient, alice: User) -> None:
-        run = factories.ask(owner=alice)
+        merged = factories.ask(owner=alice)
+        run = factories.ask(
+            "And?", owner=alice, thread_id=merged.thread_id, when_busy=WhenBusy.MERGE
+        )
         runs.execute(run.pk)
         kept = thread(alice)
 

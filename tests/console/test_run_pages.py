@@ -15,6 +15,7 @@ from django.urls import reverse
 from django.utils import timezone
 
 from agents import memory, runs
+from agents.inbox import WhenBusy
 from agents.models import Attempt, Event, Run, Step
 from botrunner import replies
 from botrunner.models import Reply, Room, RoomEvent, Session
@@ -134,6 +135,17 @@ class TestTrace:
         page = text_of(admin_client, url(second))
         assert "which was asked before it" in page
         assert first.pk in page
+
+    def test_it_tells_its_deadline_and_which_run_answers_instead(
+        self, admin_client: Client
+    ) -> None:
+        first = factories.ask("one", deadline_seconds=60)
+        assert "<dt>Deadline</dt>" in text_of(admin_client, url(first))
+        second = factories.ask("two", thread_id=first.thread_id, when_busy=WhenBusy.MERGE)
+        page = text_of(admin_client, url(first))
+        assert second.pk in page
+        assert "which was asked after it, answers its question too" in page
+        assert "<dt>Deadline</dt>" not in text_of(admin_client, url(second))
 
     def test_it_asks_for_news_until_it_is_over(self, admin_client: Client) -> None:
         asked = factories.ask()
@@ -353,6 +365,17 @@ class TestThread:
         factories.ask("two", thread_id=first.thread_id)
         page = text_of(admin_client, url(first.thread))
         assert page.count("which was asked before it") == 1
+
+    def test_its_title_is_shown_to_who_may_read_what_was_said(
+        self, admin_client: Client, sign_in: SignIn
+    ) -> None:
+        thread = factories.ask().thread
+        thread.change(title="Secret plans", archived=True)
+        viewer = sign_in("Viewer")
+        for address in (url(thread), "/admin/chat/thread/"):
+            assert "Secret plans" in text_of(admin_client, address)
+            assert "Secret plans" not in text_of(viewer, address)
+        assert "Archived" in text_of(admin_client, url(thread))
 
 
 class TestRooms:
