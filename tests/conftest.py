@@ -1,3 +1,4 @@
+import importlib
 import socket
 import subprocess
 import time
@@ -15,6 +16,9 @@ from tests.redisserver import redis_executable
 
 @pytest.fixture(scope="session")
 def _llm_server() -> Iterator[FakeLLM]:
+    # The first call loads the SDK; on a busy machine that takes longer than a lease is kept that no
+    # other connection can see, for all that happens in the transaction of a test.
+    importlib.import_module("openai")
     with FakeLLM() as server:
         yield server
 
