@@ -3,6 +3,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import redis as redis_client
 from rest_framework.test import APIClient
 
 from agents import leases, live, llm, prices, stream
+from tests.fakes import receiver
 from tests.fakes.llm import FakeLLM
 from tests.redisserver import redis_executable
 
@@ -98,3 +100,12 @@ def _fresh_prices() -> None:
 def api() -> APIClient:
     """A client that nobody has signed in to."""
     return APIClient()
+
+
+@pytest.fixture
+def https_receiver(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[type[receiver.Receiver]]:
+    """Something at https://hooks.example.org that takes what is posted."""
+    with receiver.running(tmp_path, monkeypatch) as found:
+        yield found

@@ -2,26 +2,17 @@
 
 import hashlib
 import hmac
-import http.server
 import json
 import socket
-import ssl
-import threading
-import time
-from collections.abc import Iterator
-from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 
-from agents import commands, inbox, llm, runs, webhooks
+from agents import commands, inbox, llm, outgoing, runs, webhooks
 from agents.models import Run
-from agents.webhooks import public_address
+from agents.outgoing import public_address
 from tests.factories import ask, conversation
+from tests.fakes.receiver import Receiver
 
 SECRET = "a-secret-of-at-least-thirty-two-characters"
 HOOK = "https://hooks.example.org/run"
@@ -129,7 +120,7 @@ def test_amending_is_for_runs_that_wait() -> None:
 )
 def test_private_addresses_are_never_called(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     resolve(monkeypatch, "93.184.215.14", address)
-    with pytest.raises(llm.LLMError, match="not on the public network"):
+    with pytest.raises(outgoing.Forbidden, match="not on the public network"):
         public_address("hooks.example.org", 443)
 
 
@@ -143,86 +134,11 @@ def resolve(monkeypatch: pytest.MonkeyPatch, *addresses: str) -> None:
     monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: found)
 
 
-class Receiver(http.server.BaseHTTPRequestHandler):
-    answer: tuple[int, bytes] = (200, b'{"reply": "done"}')
-    pause = 0.0
-    seen: list[tuple[dict[str, str], bytes]] = []
-
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        self.seen.append((dict(self.headers), body))
-        status, answer = self.answer
-        self.send_response(status)
-        self.send_header("Location", "https://hooks.example.org/elsewhere")
-        self.send_header("Content-Length", str(len(answer)))
-        self.end_headers()
-        for piece in [bytes([byte]) for byte in answer] if self.pause else [answer]:
-            time.sleep(self.pause)
-            self.wfile.write(piece)
-
-    def log_message(self, *args: Any) -> None: ...
-
-
-class Server(http.server.ThreadingHTTPServer):
-    def __init__(self, context: ssl.SSLContext) -> None:
-        super().__init__(("127.0.0.1", 0), Receiver)
-        self.context = context
-
-    def finish_request(self, request: Any, client_address: Any) -> None:
-        try:
-            with self.context.wrap_socket(request, server_side=True) as wrapped:
-                super().finish_request(wrapped, client_address)
-        except OSError:  # the client did not like the certificate, or the answer
-            return
-
-
 @pytest.fixture
-def receiver(
-    tmp_path: Path, settings: Any, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[type[Receiver]]:
-    """A webhook at hooks.example.org, which is this machine for the test."""
-    certificate = _certificate(tmp_path)
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificate)
-    Receiver.answer, Receiver.pause, Receiver.seen = (200, b'{"reply": "done"}'), 0.0, []
-    server = Server(context)
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+def receiver(https_receiver: type[Receiver], settings: Any) -> type[Receiver]:
     settings.AGENT_WEBHOOK_HOSTS = ["hooks.example.org"]
     settings.AGENT_WEBHOOK_SECRET = SECRET
-    trusting = ssl.create_default_context(cafile=str(certificate))
-    monkeypatch.setattr(ssl, "create_default_context", lambda: trusting)
-    monkeypatch.setattr(webhooks, "public_address", lambda host, port: "127.0.0.1")
-    monkeypatch.setattr(webhooks, "DEFAULT_PORT", server.server_address[1])
-    yield Receiver
-    server.shutdown()
-    server.server_close()
-
-
-def _certificate(folder: Path) -> Path:
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "hooks.example.org")])
-    now = datetime.now(UTC)
-    certificate = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(1)
-        .not_valid_before(now - timedelta(days=1))
-        .not_valid_after(now + timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName("hooks.example.org")]), False)
-        .sign(key, hashes.SHA256())
-    )
-    path = folder / "certificate.pem"
-    path.write_bytes(
-        key.private_bytes(
-            serialization.Encoding.PEM,
-            serialization.PrivateFormat.PKCS8,
-            serialization.NoEncryption(),
-        )
-        + certificate.public_bytes(serialization.Encoding.PEM)
-    )
-    return path
+    return https_receiver
 
 
 def post(**control: Any) -> str:
@@ -264,8 +180,11 @@ def test_other_answers_are_failures(
     assert len(receiver.seen) == 1  # no redirect is followed
 
 
-def test_a_webhook_that_trickles_is_given_up(receiver: type[Receiver], settings: Any) -> None:
-    receiver.pause = 0.05
+@pytest.mark.parametrize("trickles_head", [False, True])
+def test_a_webhook_that_trickles_is_given_up(
+    receiver: type[Receiver], settings: Any, trickles_head: bool
+) -> None:
+    receiver.pause, receiver.trickles_head = 0.05, trickles_head
     settings.AGENT_WEBHOOK_TIMEOUT_SECONDS = 0.3
     with pytest.raises(llm.LLMError, match="did not answer"):
         post()
