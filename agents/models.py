@@ -412,6 +412,8 @@ class Event(models.Model):
     # Of an end without an attempt that would be counted for it: whether it is not in the rollups yet.
     # Of all others nothing.
     to_count = models.BooleanField(null=True, editable=False)
+    # Of an outcome: whether an app to the right has still to tell others of it (agents.audience).
+    to_deliver = models.BooleanField(null=True, editable=False)
 
     objects = EventQuerySet.as_manager()
 
@@ -425,6 +427,10 @@ class Event(models.Model):
             ),
             # rollups.fold()
             models.Index(fields=["id"], name="event_to_count", condition=Q(to_count=True)),
+            # hooks.deliveries.fan_out()
+            models.Index(
+                fields=["created_at"], name="event_to_deliver", condition=Q(to_deliver=True)
+            ),
             # The admin's list, newest first, whole and by type.
             models.Index(fields=["-created_at", "id"], name="event_newest"),
             models.Index(fields=["type", "-created_at"], name="event_by_type"),

@@ -85,7 +85,10 @@ def ageing() -> list[Ageing]:
         ),
         (
             "events",
-            _of_finished_runs(Event).filter(published_at__isnull=False).exclude(to_count=True),
+            _of_finished_runs(Event)
+            .filter(published_at__isnull=False)
+            .exclude(to_count=True)
+            .exclude(to_deliver=True),
             "published_at",
             "published_at",
             settings.RETENTION_EVENTS_DAYS,

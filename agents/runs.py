@@ -23,7 +23,7 @@ from django.db.models import F
 from django.db.models.functions import Now
 from django.utils import timezone
 
-from agents import commands, leases, live, llm, loop, memory, prices, stream
+from agents import audience, commands, leases, live, llm, loop, memory, prices, stream
 from agents.models import (
     CHAT_REPLY,
     OVERDUE,
@@ -408,6 +408,7 @@ def announce(
         type=type,
         correlation_id=run.correlation_id,
         to_count=to_count,
+        to_deliver=audience.wanted(type),
         payload={
             "requestEventId": str(run.request_event_id),
             "runId": run.pk,

@@ -45,6 +45,7 @@ INSTALLED_APPS = [
     "chat",
     "agents",
     "botrunner",
+    "hooks",
     "console",
     "ops",
     "config.apps.ConfigConfig",
@@ -240,14 +241,15 @@ AGENT_MAX_ATTEMPTS = env.integer("AGENT_MAX_ATTEMPTS", 5, least=1, most=100)
 AGENT_LEASE_SECONDS = env.seconds("AGENT_LEASE_SECONDS", 10, least=1)
 AGENT_DEADLINE_SECONDS = env.seconds("AGENT_DEADLINE_SECONDS", 600, least=1)
 
-# What is kept for how many days after it has served; 0 is for good. See agents/retention.py
-# and console/retention.py.
+# What is kept for how many days after it has served; 0 is for good. See the retention.py of agents,
+# console and hooks.
 RETENTION_STEPS_DAYS = env.integer("RETENTION_STEPS_DAYS", 90)
 RETENTION_ATTEMPTS_DAYS = env.integer("RETENTION_ATTEMPTS_DAYS", 90)
 RETENTION_EVENTS_DAYS = env.integer("RETENTION_EVENTS_DAYS", 30)
 RETENTION_THREADS_DAYS = env.integer("RETENTION_THREADS_DAYS", 0)
 RETENTION_AUDIT_DAYS = env.integer("RETENTION_AUDIT_DAYS", 365)
 RETENTION_BULK_DAYS = env.integer("RETENTION_BULK_DAYS", 30)
+RETENTION_DELIVERIES_DAYS = env.integer("RETENTION_DELIVERIES_DAYS", 30)
 
 # Webhooks: the hosts that a bot command may call, such as hooks.example.org or *.example.com.
 AGENT_WEBHOOK_HOSTS = env.words("AGENT_WEBHOOK_HOSTS")
@@ -257,6 +259,10 @@ if AGENT_WEBHOOK_HOSTS and len(AGENT_WEBHOOK_SECRET) < 32:
     raise ImproperlyConfigured(
         "AGENT_WEBHOOK_SECRET: with AGENT_WEBHOOK_HOSTS set it needs 32 characters or more."
     )
+
+# Webhooks that others subscribe to run outcomes: the hosts that they may be on.
+HOOKS_ALLOWED_HOSTS = env.words("HOOKS_ALLOWED_HOSTS")
+HOOKS_TIMEOUT_SECONDS = env.seconds("HOOKS_TIMEOUT_SECONDS", 15)
 
 # Bot runner
 BOT_RUNNER_USERNAME = env.text("BOT_RUNNER_USERNAME", "bot-runner")

@@ -21,6 +21,7 @@ class AuditEntry(models.Model):
         RESEND = "resend"
         ENABLE = "enable"
         DISABLE = "disable"
+        ROTATE = "rotate"
         READ = "read"
         EXPORT = "export"
         BULK = "bulk"

@@ -110,6 +110,14 @@ UNFOLD: dict[str, Any] = {
                 ),
             },
             {
+                "title": "Webhooks",
+                "separator": True,
+                "items": _models(
+                    ("Webhooks", "webhook", "hooks.subscription"),
+                    ("Deliveries", "outbox", "hooks.delivery"),
+                ),
+            },
+            {
                 "title": "Matrix",
                 "separator": True,
                 "items": _models(

@@ -16,6 +16,7 @@ from unfold.dataclasses import SearchResult
 from agents.models import Event, Run
 from botrunner.models import Reply, Room, RoomEvent
 from chat.models import CHOSEN_ID, Message, Thread
+from hooks.models import Delivery, Subscription
 from realm.models import BotCommand, BotRegistration, User
 
 # Of each kind. A correlation id may be that of many runs.
@@ -53,6 +54,8 @@ def _places(term: str) -> Iterator[tuple[QuerySet[Any], str]]:
         yield Event.objects.filter(pk=number), "event"
         yield BotRegistration.objects.filter(pk=number), "registration"
         yield BotCommand.objects.filter(pk=number), "command"
+        yield Subscription.objects.filter(pk=number), "webhook"
+        yield Delivery.objects.filter(event_id=number).defer("body"), "delivery"
     if CHOSEN_ID.match(term):
         yield Run.objects.filter(pk=term), "run"
         yield Thread.objects.filter(pk=term), "thread"
@@ -92,5 +95,7 @@ ICONS: dict[type[Model], str] = {
     Room: "meeting_room",
     RoomEvent: "notifications",
     Reply: "reply",
+    Subscription: "webhook",
+    Delivery: "outbox",
     User: "person",
 }

@@ -19,6 +19,8 @@ _OURS = (
     "STATIC_",
     "AXES_",
     "ADMIN_",
+    "HOOKS_",
+    "RETENTION_",
 )
 for _name in list(os.environ):
     if _name not in _KEEP and (

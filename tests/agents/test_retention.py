@@ -268,7 +268,7 @@ def test_their_modules_are_found_by_name(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_each_app_that_keeps_something_for_a_time_is_found() -> None:
     found = {module.__name__ for module in retention._others()}
 
-    assert found == {"botrunner.retention", "console.retention"}
+    assert found == {"botrunner.retention", "console.retention", "hooks.retention"}
     assert {"room events", "audit entries", "bulk jobs"} <= prune("--dry-run").keys()
 
 

@@ -17,6 +17,7 @@ from chat.models import Message, Thread
 from console import roles
 from console.base import ConsoleAdmin
 from console.models import AuditEntry, BulkJob
+from hooks.models import Delivery, Subscription
 from realm.models import BotCommand, BotRegistration, User
 from tests import factories
 
@@ -25,7 +26,7 @@ pytestmark = pytest.mark.django_db
 
 PAGES = sorted((model for model in admin.site._registry), key=lambda model: model._meta.label_lower)
 # What people make in forms, not the system.
-MANAGED = {User, Group, BotRegistration, BotCommand, Price}
+MANAGED = {User, Group, BotRegistration, BotCommand, Price, Subscription}
 ONLY_ADMINS = {AuditEntry, Group}
 
 
@@ -49,6 +50,7 @@ def rows() -> dict[type[Model], Any]:
         said_at=timezone.now(),
         source={},
     )
+    webhook = Subscription.objects.create(owner=alice, url="https://hooks.example.org/")
     made: list[Any] = [
         alice,
         run,
@@ -71,6 +73,10 @@ def rows() -> dict[type[Model], Any]:
         event,
         Reply.objects.create(question=event, room=room, run=run, key="k"),
         Summary.objects.create(thread=run.thread, covers_from=0, covers_to=1, text="s", model="m"),
+        webhook,
+        Delivery.objects.create(
+            subscription=webhook, event_id=run.request_event_id, run=run, body="{}"
+        ),
         AuditEntry.objects.create(name="alice", action="read"),
         BulkJob.objects.create(deed="agents.cancel_run", title="Cancel", kind="agents.run"),
     ]

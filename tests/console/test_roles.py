@@ -84,6 +84,11 @@ def test_migrating_back_to_before_the_groups_works(transactional_db: Any) -> Non
         "botrunner/roomevent/?source__content__body__startswith=S",
         "botrunner/reply/?parts__0__body__startswith=S",
         "botrunner/session/?access_token__startswith=s",
+        "hooks/subscription/?secret__startswith=w",
+        "hooks/subscription/?old_secret__startswith=w",
+        "hooks/subscription/?url__startswith=h",
+        "hooks/delivery/?body__startswith=S",
+        "hooks/delivery/?subscription__secret__startswith=w",
         "realm/user/?password__startswith=m",
     ],
 )

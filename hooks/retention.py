@@ -1,0 +1,38 @@
+"""How long deliveries are kept: RETENTION_DELIVERIES_DAYS."""
+
+from collections.abc import Iterator
+from datetime import timedelta
+
+from django.conf import settings
+from django.db.models import Q
+from django.utils import timezone
+
+from agents import retention
+from hooks.models import Delivery, DeliveryQuerySet
+
+# What else wants to write waits for one batch at the most.
+BATCH = 500
+
+
+def prune(go_on: retention.GoOn = lambda: True) -> dict[str, int]:
+    """Delete what is too old, for as long as `go_on` says so; how many rows of what."""
+
+    def deletions() -> Iterator[dict[str, int]]:
+        while keys := list(_old().order_by("created_at").values_list("pk", flat=True)[:BATCH]):
+            yield retention.delete(Delivery.objects.filter(pk__in=keys))
+
+    return retention.at_leisure(deletions(), go_on)
+
+
+def due() -> dict[str, int]:
+    """How many rows `prune` would delete."""
+    return {str(Delivery._meta.verbose_name_plural): _old().count()}
+
+
+def _old() -> DeliveryQuerySet:
+    if not settings.RETENTION_DELIVERIES_DAYS:
+        return Delivery.objects.none()
+    cutoff = timezone.now() - timedelta(days=settings.RETENTION_DELIVERIES_DAYS)
+    # What waits for a subscription that nobody enables again is not waited for.
+    ended = Q(next_try_at=None) | Q(subscription__enabled=False)
+    return Delivery.objects.filter(ended, created_at__lt=cutoff)

@@ -1,0 +1,190 @@
+"""Posts what is due: a chore of the workers.
+
+Whichever worker has the chores sends, in threads of its own, so that no run waits for a receiver. Each
+thread is a lane of one subscription: it sends one delivery after the other. There are few lanes to a
+subscription, fewer where it fails, so a slow receiver keeps none of the others waiting. Whatever a
+worker was at when it died is taken again once its lease is over.
+"""
+
+import http.client
+import logging
+import threading
+import time
+from collections import Counter
+from contextlib import suppress
+from email.utils import parsedate_to_datetime
+from uuid import UUID
+
+from django.conf import settings
+from django.db import DatabaseError, InterfaceError, connection, transaction
+from django.utils import timezone
+
+from agents import outgoing
+from hooks import signatures
+from hooks.deliveries import BATCH, fan_out
+from hooks.models import Delivery, Subscription
+from realm import connections
+
+logger = logging.getLogger(__name__)
+
+SECONDS = 1.0
+# The worker has other chores.
+FAN_OUT_SECONDS = 0.3
+LANES = 32
+LANES_EACH = 4
+# Of those that fail: the rest is for receivers that work.
+LANES_FAILING = 16
+# Then a lane makes way for another subscription.
+LANE_SECONDS = 30.0
+GONE = 410
+
+
+class Sender:
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._lanes: Counter[UUID] = Counter()
+        self._failing = 0
+
+    def tick(self) -> None:
+        """Write down what is to be delivered, and open a lane wherever something is due. Raises what
+        the database does."""
+        enough = time.monotonic() + FAN_OUT_SECONDS
+        while fan_out() == BATCH and time.monotonic() < enough:
+            pass
+        due = list(Subscription.objects.with_due().only("pk", "failing_since"))
+        with self._lock:
+            for subscription in sorted(due, key=self._turn):
+                self._open(subscription)
+
+    def _turn(self, subscription: Subscription) -> tuple[bool, int]:
+        """Those that work go first, and of them those that have no lane yet."""
+        return subscription.failing_since is not None, self._lanes[subscription.pk]
+
+    def _open(self, subscription: Subscription) -> None:
+        is_failing = subscription.failing_since is not None
+        each = 1 if is_failing else LANES_EACH
+        if self._lanes.total() >= LANES or self._lanes[subscription.pk] >= each:
+            return
+        if is_failing and self._failing >= LANES_FAILING:
+            return
+        self._lanes[subscription.pk] += 1
+        self._failing += is_failing
+        threading.Thread(
+            target=self._lane, args=(subscription.pk, is_failing), name="webhooks", daemon=True
+        ).start()
+
+    def _lane(self, subscription_id: UUID, is_failing: bool) -> None:
+        try:
+            send_due(subscription_id)
+        except (DatabaseError, InterfaceError) as error:
+            logger.warning("Webhooks have to wait: %s", error)
+        except Exception:
+            # Of this subscription; what it was at is tried again when its lease is over.
+            logger.exception("Webhooks failed unexpectedly")
+        finally:
+            connection.close()
+            with self._lock:
+                self._lanes -= Counter([subscription_id])
+                self._failing -= is_failing
+
+    @property
+    def is_busy(self) -> bool:
+        with self._lock:
+            return self._lanes.total() > 0
+
+
+def send_due(subscription_id: UUID) -> int:
+    """Send what is due to a subscription, until nothing is, or one fails. How many were sent."""
+    sent = 0
+    enough = time.monotonic() + LANE_SECONDS
+    while time.monotonic() < enough and (delivery := claim(subscription_id)):
+        if not send(delivery):
+            break
+        sent += 1
+    return sent
+
+
+def claim(subscription_id: UUID) -> Delivery | None:
+    """The next delivery that is due to a subscription, taken for this thread."""
+    due = Delivery.objects.due().filter(
+        subscription=subscription_id,
+        subscription__enabled=True,
+        subscription__owner__is_active=True,
+    )
+    # Others may be about to take the first ones.
+    for delivery in due.select_related("subscription").order_by("next_try_at")[:LANES_EACH]:
+        with transaction.atomic():
+            if delivery.claim():
+                return delivery
+    return None
+
+
+def send(delivery: Delivery) -> bool:
+    """Post a delivery that was claimed, and note how it went. Whether it was taken."""
+    subscription = delivery.subscription
+    started = time.monotonic()
+    code, error, retry_after = _post(delivery)
+    works = code is not None and 200 <= code < 300
+    with transaction.atomic():
+        if works and code is not None:
+            delivery.note_sent(code)
+        elif code == GONE:
+            delivery.note_dead(error, status_code=code)
+            subscription.disable("The receiver answered 410: it wants no more.")
+        else:
+            delivery.note_failure(error, status_code=code, retry_after=retry_after)
+        subscription.note(works=works)
+    logger.log(
+        logging.INFO if works else logging.WARNING,
+        "Webhook %s of %s to %s, try %d, %d ms: %s",
+        delivery.event_id,
+        delivery.run_id,
+        outgoing.host_of(subscription.url),
+        delivery.attempts,
+        (time.monotonic() - started) * 1000,
+        error or code,
+    )
+    return works
+
+
+def _post(delivery: Delivery) -> tuple[int | None, str, float]:
+    """The status of the answer, what is wrong with it, and in how many seconds it wants another."""
+    connections.give_back()
+    subscription, body = delivery.subscription, delivery.body.encode()
+    headers = {
+        "Content-Type": "application/json",
+        **signatures.headers(str(delivery.event_id), body, subscription.secrets),
+    }
+    try:
+        with outgoing.post(
+            subscription.url,
+            body,
+            headers,
+            hosts=settings.HOOKS_ALLOWED_HOSTS,
+            deadline=time.monotonic() + settings.HOOKS_TIMEOUT_SECONDS,
+        ) as response:
+            return response.status, _complaint(response.status), _retry_after(response)
+    except outgoing.Forbidden as error:
+        return None, str(error), 0
+    except outgoing.NO_ANSWER as error:
+        return None, f"It did not answer ({type(error).__name__}).", 0
+
+
+def _complaint(status: int) -> str:
+    if 200 <= status < 300:
+        return ""
+    if 300 <= status < 400:
+        return f"It answered {status}, a redirect: none is followed. Subscribe the URL it leads to."
+    return f"It answered {status}."
+
+
+def _retry_after(response: http.client.HTTPResponse) -> float:
+    """Seconds or a date, 0 for nothing that makes sense."""
+    told = response.headers.get("Retry-After", "")
+    if told.isascii() and told.isdigit():
+        return float(told[:9])
+    with suppress(ValueError):
+        when = parsedate_to_datetime(told)
+        if when.tzinfo:
+            return max(0.0, (when - timezone.now()).total_seconds())
+    return 0.0

@@ -1,0 +1,32 @@
+"""Signatures as Standard Webhooks has them, https://www.standardwebhooks.com: receivers find a library
+for them in their language."""
+
+import base64
+import hashlib
+import hmac
+import secrets
+import time
+from collections.abc import Iterable
+
+PREFIX = "whsec_"
+SECRET_BYTES = 32
+
+
+def new_secret() -> str:
+    return PREFIX + base64.b64encode(secrets.token_bytes(SECRET_BYTES)).decode()
+
+
+def headers(event_id: str, body: bytes, keys: Iterable[str]) -> dict[str, str]:
+    """Those of a delivery that is sent now; one signature for each of `keys`."""
+    now = str(int(time.time()))
+    content = f"{event_id}.{now}.".encode() + body
+    return {
+        "webhook-id": event_id,
+        "webhook-timestamp": now,
+        "webhook-signature": " ".join(_sign(key, content) for key in keys),
+    }
+
+
+def _sign(secret: str, content: bytes) -> str:
+    key = base64.b64decode(secret.removeprefix(PREFIX))
+    return "v1," + base64.b64encode(hmac.digest(key, content, hashlib.sha256)).decode()

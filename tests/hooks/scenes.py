@@ -1,0 +1,75 @@
+from datetime import timedelta
+from typing import Any
+
+from django.utils import timezone
+
+from agents import runs
+from agents.models import Run
+from botrunner.models import Session
+from hooks.deliveries import fan_out
+from hooks.models import Delivery, Subscription
+from realm.models import BotCommand, User
+from tests.botrunner import scenes as matrix
+from tests.factories import ask
+from tests.fakes.receiver import HOST
+
+URL = f"https://{HOST}/outcomes"
+
+
+def admin(name: str = "root") -> User:
+    user: User = User.objects.filter(username=name).first() or User.objects.create_superuser(name)
+    return user
+
+
+def subscribe(owner: User | None = None, **columns: Any) -> Subscription:
+    made = Subscription(**{"owner": owner or admin(), "url": URL} | columns)
+    made.full_clean()
+    made.save()
+    return made
+
+
+def cancelled(**asked: Any) -> Run:
+    """A run that has ended."""
+    run = ask(**asked)
+    assert runs.cancel(run)
+    return run
+
+
+def answered(**asked: Any) -> Run:
+    run = ask(**asked)
+    runs.execute(run.pk)
+    run.refresh_from_db()
+    assert run.status == Run.Status.COMPLETED
+    return run
+
+
+def delivery(subscription: Subscription | None = None, **asked: Any) -> Delivery:
+    """One that is due."""
+    run = cancelled(**asked)
+    subscription = subscription or subscribe()
+    Delivery.objects.bulk_create(
+        [Delivery(subscription=subscription, event_id=run.events.last().pk, run=run, body="{}")]
+    )
+    return Delivery.objects.select_related("subscription").get(run=run)
+
+
+def fired(command: BotCommand, session: Session) -> Run:
+    """A run that a bot fired in a room, ended."""
+    matrix.take_in(session, matrix.event("Hello", sender=command.registration.username))
+    run: Run = Run.objects.get(replies__bot_command=command)
+    runs.cancel(run)
+    return run
+
+
+def told() -> set[tuple[str, str]]:
+    """Who is told of which run, after all outcomes have been looked at."""
+    while fan_out():
+        pass
+    rows = Delivery.objects.values_list("subscription__owner__username", "run_id")
+    return set(rows)
+
+
+def make_due() -> None:
+    """As time would."""
+    past = timezone.now() - timedelta(seconds=1)
+    Delivery.objects.filter(next_try_at__isnull=False).update(next_try_at=past)
