@@ -24,6 +24,7 @@ TOKENS = re.compile(
     | (?P<user>://(?:[^\s/:@"']*:)?)[^\s/"'\\]+(?=@)
     | \beyJ[\w-]{8,}\.[\w-]{4,}\.[\w-]*            # a JWT
     | \b(?:sk|syt|mct|mat)[-_][\w-]{8,}            # keys of OpenAI's kind, tokens of Synapse and MAS
+    | \bwhsec_[\w+/=]{8,}                          # what webhooks are signed with
     | (?<=DETAIL:)(?:[^"\n\\]|\\(?!n))+            # PostgreSQL quotes the row that it refuses
     """,
     re.VERBOSE | re.IGNORECASE,
@@ -52,6 +53,7 @@ HINTS = (
     "syt_",
     "mct_",
     "mat_",
+    "whsec_",
     "detail:",
 )
 

@@ -10,7 +10,6 @@ from django.utils.html import format_html
 from unfold.decorators import action, display
 from unfold.enums import ActionVariant
 
-from agents import outgoing
 from chat.models import Thread
 from console import audit, bulk
 from console.base import (
@@ -125,7 +124,7 @@ class SubscriptionAdmin(Reasoned, ConsoleAdmin):
 
     @admin.display(description="receiver", ordering="url")
     def host(self, subscription: Subscription) -> str:
-        return outgoing.host_of(subscription.url)
+        return subscription.host
 
     @display(description="state", label={"enabled": "success", "disabled": "danger"})
     def state(self, subscription: Subscription) -> str:

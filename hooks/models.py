@@ -3,7 +3,7 @@
 import random
 import uuid
 from collections.abc import Collection
-from datetime import timedelta
+from datetime import datetime, timedelta
 
 from django.conf import settings
 from django.core.exceptions import ValidationError
@@ -104,10 +104,18 @@ class Subscription(models.Model):
 
     def __str__(self) -> str:
         # Not the whole URL, which may hold a secret of the receiver.
-        return f"{outgoing.host_of(self.url)} ({self.pk})"
+        return f"{self.host} ({self.pk})"
+
+    @property
+    def host(self) -> str:
+        return outgoing.host_of(self.url)
+
+    @property
+    def is_allowed(self) -> bool:
+        return outgoing.allowed(self.url, settings.HOOKS_ALLOWED_HOSTS)
 
     def clean(self) -> None:
-        if not outgoing.allowed(self.url, settings.HOOKS_ALLOWED_HOSTS):
+        if not self.is_allowed:
             allowed = ", ".join(settings.HOOKS_ALLOWED_HOSTS) or "none"
             raise ValidationError(
                 {
@@ -162,8 +170,13 @@ class DeliveryQuerySet(models.QuerySet["Delivery"]):
     def due(self) -> "DeliveryQuerySet":
         return self.filter(next_try_at__lte=Now())
 
-    def dead(self) -> "DeliveryQuerySet":
-        return self.filter(status=Delivery.Status.DEAD)
+    def unfinished(self) -> "DeliveryQuerySet":
+        """Those to an enabled subscription: what a disabled one is owed may wait for ever."""
+        return self.filter(next_try_at__isnull=False, subscription__enabled=True)
+
+    def dead_since(self, moment: datetime) -> "DeliveryQuerySet":
+        """Of outcomes since that moment, what was given up."""
+        return self.filter(status=Delivery.Status.DEAD, created_at__gte=moment)
 
 
 class Delivery(models.Model):

@@ -15,6 +15,7 @@ from contextlib import suppress
 from email.utils import parsedate_to_datetime
 from uuid import UUID
 
+import structlog
 from django.conf import settings
 from django.db import DatabaseError, InterfaceError, connection, transaction
 from django.utils import timezone
@@ -26,6 +27,7 @@ from hooks.models import Delivery, Subscription
 from realm import connections
 
 logger = logging.getLogger(__name__)
+outcomes = structlog.get_logger(__name__)
 
 SECONDS = 1.0
 # The worker has other chores.
@@ -134,15 +136,17 @@ def send(delivery: Delivery) -> bool:
         else:
             delivery.note_failure(error, status_code=code, retry_after=retry_after)
         subscription.note(works=works)
-    logger.log(
-        logging.INFO if works else logging.WARNING,
-        "Webhook %s of %s to %s, try %d, %d ms: %s",
-        delivery.event_id,
-        delivery.run_id,
-        outgoing.host_of(subscription.url),
-        delivery.attempts,
-        (time.monotonic() - started) * 1000,
-        error or code,
+    log = outcomes.info if works else outcomes.warning
+    log(
+        "Webhook sent" if works else "Webhook failed",
+        event_id=str(delivery.event_id),
+        run=delivery.run_id,
+        subscription=str(subscription.pk),
+        host=subscription.host,
+        attempt=delivery.attempts,
+        status=code,
+        ms=round((time.monotonic() - started) * 1000),
+        **({"error": error} if error else {}),
     )
     return works
 

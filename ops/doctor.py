@@ -8,7 +8,7 @@ import socket
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from typing import Any
 
@@ -17,11 +17,13 @@ from django.conf import settings
 from django.contrib.staticfiles import finders
 from django.core import checks
 from django.db import connection
+from django.utils import timezone
 from redis.exceptions import RedisError
 
 from agents import llm, stream
 from agents.models import Run, Worker
 from botrunner.models import Session
+from hooks.models import Delivery, Subscription
 from ops import health
 from ops.bounded import Bounded, NoAnswer, ask_all
 
@@ -32,6 +34,7 @@ CLIENT = "/_matrix/client/v3"
 CLOCK_WARN_SECONDS, CLOCK_BROKEN_SECONDS = 5.0, 60.0
 LEAST_REDIS = (6, 2)  # XAUTOCLAIM, XTRIM MINID
 LEAST_POSTGRESQL = 14
+DEAD_FOR = timedelta(days=7)
 # The system check that the model's own check below says better.
 SAID_ELSEWHERE = {"botrealm.W001"}
 
@@ -386,6 +389,29 @@ def _metrics() -> Findings:
         yield OK, "The web processes add up what they count.", ""
 
 
+def _webhooks() -> Findings:
+    enabled = list(Subscription.objects.enabled())
+    yield OK, f"{len(enabled)} are told of outcomes.", ""
+    if unheard := sorted({each.host for each in enabled if not each.is_allowed}):
+        yield (
+            WARN,
+            f"HOOKS_ALLOWED_HOSTS does not name {', '.join(unheard)} (any more).",
+            "Name the host there, or disable the webhook.",
+        )
+    if failing := sorted({each.host for each in enabled if each.failing_since}):
+        yield (
+            WARN,
+            f"The last delivery to {', '.join(failing)} failed.",
+            "The admin's page Deliveries tells why. It is tried again for a day.",
+        )
+    if dead := Delivery.objects.dead_since(timezone.now() - DEAD_FOR).count():
+        yield (
+            WARN,
+            f"{dead} deliveries of the last {DEAD_FOR.days} days were given up.",
+            "Mend the receiver, then send them again: Deliveries, status dead.",
+        )
+
+
 def _clock(whose: str, time: datetime | None) -> Findings:
     if time is None:
         return
@@ -427,4 +453,5 @@ CHECKS: dict[str, Callable[[], Findings]] = {
     "ports": _ports,
     "static files": _static,
     "metrics": _metrics,
+    "webhooks": _webhooks,
 }

@@ -16,7 +16,7 @@ from collections import Counter as Tally
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from itertools import accumulate
 from math import log10
 from typing import Any
@@ -44,6 +44,7 @@ from prometheus_client.registry import Collector
 from agents import prices, rollups, stream
 from agents.models import Attempt, Rollup, Run
 from botrunner.models import Reply
+from hooks.models import Delivery
 from ops import health
 from ops.bounded import Bounded, NoAnswer, ask_all
 
@@ -249,6 +250,16 @@ def _gauges_of_database() -> Iterator[Metric]:
     yield _gauge("botrealm_runs_in_hand", "Runs that workers hold.", told["runsInHand"])
     ready = Reply.objects.ready().count()
     yield _gauge("botrealm_replies_ready", "Replies that wait for their room.", ready)
+    yield _gauge(
+        "botrealm_webhooks_waiting",
+        "Deliveries to webhooks that have not been taken yet.",
+        Delivery.objects.unfinished().count(),
+    )
+    yield _gauge(
+        "botrealm_webhooks_dead",
+        "Deliveries of the last day that were given up.",
+        Delivery.objects.dead_since(timezone.now() - timedelta(days=1)).count(),
+    )
     # Left out, and so no reason for an alert, where no bot has ever been at work.
     if (seconds := health.bot_sync_seconds()) is not None:
         yield _gauge(

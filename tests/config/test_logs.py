@@ -10,6 +10,7 @@ import structlog
 from django.core.exceptions import ImproperlyConfigured
 
 from config import logs
+from config.scrub import Scrubber
 
 
 def passes(levels: str, name: str, level: str) -> bool:
@@ -97,3 +98,8 @@ def test_a_traceback_is_one_field_of_one_line(line: Any) -> None:
             logger.exception("It broke")
 
     assert "RuntimeError: canary" in line(fail)["exception"]
+
+
+def test_a_webhooks_secret_is_taken_out() -> None:
+    secret = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
+    assert secret not in Scrubber()(f"It is {secret}.")

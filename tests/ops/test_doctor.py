@@ -18,6 +18,8 @@ from agents import stream, workers
 from botrunner.models import Session
 from ops import doctor
 from tests.fakes.llm import Failure, FakeLLM
+from tests.fakes.receiver import HOST
+from tests.hooks import scenes as webhooks
 from tests.realm.homeserver import Homeserver, answer
 
 pytestmark = pytest.mark.django_db(transaction=True)
@@ -266,3 +268,25 @@ def test_a_directory_for_metrics_that_is_not_there(settings: Any) -> None:
     settings.PROMETHEUS_MULTIPROC_DIR = "/proc/nothing"
 
     assert one("metrics")[0] == doctor.BROKEN
+
+
+class TestWebhooks:
+    def test_there_is_nothing_to_say_of_those_that_work(self, settings: Any) -> None:
+        settings.HOOKS_ALLOWED_HOSTS = [HOST]
+        webhooks.subscribe()
+        assert one("webhooks") == (doctor.OK, "1 are told of outcomes.")
+
+    def test_what_was_given_up_is_said(self, settings: Any) -> None:
+        settings.HOOKS_ALLOWED_HOSTS = [HOST]
+        delivery = webhooks.delivery()
+        delivery.claim()
+        delivery.note_dead("It answered 500.", status_code=500)
+        delivery.subscription.note(works=False)
+        settings.HOOKS_ALLOWED_HOSTS = []
+
+        said = [said for level, said in found("webhooks") if level == doctor.WARN]
+        assert said == [
+            f"HOOKS_ALLOWED_HOSTS does not name {HOST} (any more).",
+            f"The last delivery to {HOST} failed.",
+            "1 deliveries of the last 7 days were given up.",
+        ]

@@ -21,6 +21,8 @@ from chat.models import Message, Thread
 from ops import metrics
 from tests import factories
 from tests.fakes.llm import Failure, FakeLLM
+from tests.fakes.receiver import HOST
+from tests.hooks import scenes as webhooks
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -364,3 +366,19 @@ def test_the_alerts_ask_for_what_there_is(everything: set[str]) -> None:
         assert rule["annotations"]["summary"]
         named = asked_for(rule["annotations"].get("description", ""))
         assert named <= everything
+
+
+def test_deliveries_that_wait_and_that_were_given_up_are_counted(
+    redis: Redis, settings: Any
+) -> None:
+    settings.HOOKS_ALLOWED_HOSTS = [HOST]
+    dead, waiting, owed = [webhooks.delivery(webhooks.subscribe()) for _ in range(3)]
+    dead.claim()
+    dead.note_dead("It answered 500.", status_code=500)
+    owed.subscription.disable("a holiday")
+
+    told = scrape()
+
+    assert waiting.subscription.enabled
+    assert told.value("botrealm_webhooks_waiting") == 1
+    assert told.value("botrealm_webhooks_dead") == 1
