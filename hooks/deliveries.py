@@ -5,32 +5,33 @@ what is to be delivered to whom is worked out soon after, off the way of the run
 outbox: an outcome that was recorded is told, whoever dies in between.
 """
 
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterator
 from typing import Any
 from uuid import UUID
 
 import orjson
 from django.db import transaction
-from django.db.models import Exists
+from django.db.models import Exists, Q
 
 from agents.models import Event
 from botrunner.models import Reply
-from hooks.models import Delivery, Subscription, readers
-from realm.models import BotRegistration
+from hooks.models import EVENTS, Delivery, Subscription, all_readers, readers
 
 BATCH = 500
-# What each outcome is called here, and which column says whether a subscription is to it.
-OUTCOMES = {
-    Event.Type.COMPLETED: ("run.completed", "on_completed"),
-    Event.Type.FAILED: ("run.failed", "on_failed"),
-    Event.Type.CANCELLED: ("run.cancelled", "on_cancelled"),
-}
 
 
 def wanted(type: str) -> Any:
     """For agents.audience."""
-    _, column = OUTCOMES[Event.Type(type)]
+    column = EVENTS.get(_name(type))
+    if column is None:
+        return None
     return Exists(Subscription.objects.filter(**{column: True}, enabled=True))
+
+
+def _name(type: str) -> str:
+    """What an outcome is called here."""
+    return type.removeprefix("agent.")
 
 
 def fan_out() -> int:
@@ -47,14 +48,13 @@ def fan_out() -> int:
     return len(events)
 
 
-def _deliveries(events: list[Event]) -> Iterable[Delivery]:
-    subscriptions = list(Subscription.objects.enabled().select_related("owner", "registration"))
-    reach = _Reach(events, subscriptions)
+def _deliveries(events: list[Event]) -> Iterator[Delivery]:
+    audience = _Audience(events)
     for event in events:
-        name, column = OUTCOMES[Event.Type(event.type)]
+        name = _name(event.type)
         told = ""
-        for subscription in subscriptions:
-            if getattr(subscription, column) and reach.covers(subscription, event):
+        for subscription in audience.of(event):
+            if getattr(subscription, EVENTS[name]):
                 told = told or _body(name, event)
                 yield Delivery(
                     subscription=subscription,
@@ -65,39 +65,52 @@ def _deliveries(events: list[Event]) -> Iterable[Delivery]:
                 )
 
 
-class _Reach:
-    """Which subscription is told of which run: of a registration, those that it fired; without one,
-    all where its owner may read what others said, else those of the owner's threads and bots."""
+class _Audience:
+    """Who is told of which run. A subscription to a registration: of what that fired. One without: of
+    all, where its owner may read what others said; else of the owner's threads, and of what the
+    owner's registrations fired."""
 
-    def __init__(self, events: list[Event], subscriptions: list[Subscription]) -> None:
-        everybody = readers({each.owner_id for each in subscriptions})
-        self._everybody = {each.pk for each in subscriptions if each.owner_id in everybody}
-        asked = {each.registration_id for each in subscriptions} - {None}
-        owners = {each.owner_id for each in subscriptions if each.pk not in self._everybody}
-        self._bots: dict[int, set[UUID]] = {}
-        if owners:
-            bots = BotRegistration.objects.filter(user__in=owners).values_list("user_id", "pk")
-            for owner, bot in bots:
-                self._bots.setdefault(owner, set()).add(bot)
-        self._fired_by: dict[str, set[UUID]] = {}
-        if asked or self._bots:
-            replies = Reply.objects.filter(
-                run__in=[event.run_id for event in events], registration__isnull=False
-            )
-            for run, registration in replies.values_list("run_id", "registration_id"):
-                self._fired_by.setdefault(run, set()).add(registration)
+    def __init__(self, events: list[Event]) -> None:
+        replies = Reply.objects.filter(
+            run__in={event.run_id for event in events}, registration__isnull=False
+        ).values_list("run_id", "registration_id", "registration__user_id")
+        self._fired: dict[str, set[tuple[UUID, int]]] = defaultdict(set)
+        for run, registration, owner in replies:
+            self._fired[run].add((registration, owner))
+        self._everybodys: list[Subscription] = []
+        self._by_owner: dict[int | None, list[Subscription]] = defaultdict(list)
+        self._by_registration: dict[UUID, list[Subscription]] = defaultdict(list)
+        concerned = self._concerned(events)
+        may_read_all = readers({each.owner_id for each in concerned})
+        for each in concerned:
+            reads_all = each.owner_id in may_read_all
+            if each.registration is not None:
+                if reads_all or each.registration.user_id == each.owner_id:
+                    self._by_registration[each.registration.pk].append(each)
+            elif reads_all:
+                self._everybodys.append(each)
+            else:
+                self._by_owner[each.owner_id].append(each)
 
-    def covers(self, subscription: Subscription, event: Event) -> bool:
-        fired_by = self._fired_by.get(event.run_id, set())
-        is_owners = subscription.pk in self._everybody
-        if subscription.registration is not None:
-            mine = is_owners or subscription.registration.user_id == subscription.owner_id
-            return mine and subscription.registration_id in fired_by
-        return (
-            is_owners
-            or event.run.thread.owner_id == subscription.owner_id
-            or bool(fired_by & self._bots.get(subscription.owner_id, set()))
+    def _concerned(self, events: list[Event]) -> list[Subscription]:
+        """Those that may be told of any of them: not of all the subscriptions that there are."""
+        fired = set().union(*self._fired.values())
+        owners = {event.run.thread.owner_id for event in events} | {owner for _, owner in fired}
+        is_concerned = (
+            Q(registration__in=[registration for registration, _ in fired])
+            | Q(registration=None, owner__in=owners - {None})
+            | Q(registration=None, owner__in=all_readers().values("pk"))
         )
+        rows = Subscription.objects.enabled().filter(is_concerned)
+        return list(rows.select_related("registration").order_by("pk"))
+
+    def of(self, event: Event) -> Iterator[Subscription]:
+        fired = self._fired.get(event.run_id, set())
+        yield from self._everybodys
+        for owner in {event.run.thread.owner_id, *(owner for _, owner in fired)}:
+            yield from self._by_owner.get(owner, ())
+        for registration, _ in fired:
+            yield from self._by_registration.get(registration, ())
 
 
 def _body(type: str, event: Event) -> str:
@@ -118,10 +131,9 @@ def _body(type: str, event: Event) -> str:
         "createdAt": run.created_at,
         "updatedAt": at,
     }
-    if event.type == Event.Type.COMPLETED:
-        data["output"] = event.payload["output"]
-    if event.type == Event.Type.FAILED:
-        data["safeError"] = event.payload["error"]
+    for told, key in (("output", "output"), ("error", "safeError")):
+        if told in event.payload:
+            data[key] = event.payload[told]
     return orjson.dumps(
         {"type": type, "timestamp": at, "data": data}, option=orjson.OPT_UTC_Z
     ).decode()

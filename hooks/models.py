@@ -17,6 +17,13 @@ from agents.models import Run
 from hooks.signatures import new_secret
 from realm.models import BotRegistration, User
 
+# What can be told, and the column that says whether a subscription is to it.
+EVENTS = {
+    "run.completed": "on_completed",
+    "run.failed": "on_failed",
+    "run.cancelled": "on_cancelled",
+}
+MAX_EACH = 100
 # So long both the new secret and the one before it sign, for receivers to change over.
 OVERLAP = timedelta(hours=24)
 # Tries grow apart from seconds to hours; the last one is about a day after the first.
@@ -28,12 +35,16 @@ MAX_PAUSE = timedelta(hours=24)
 LEASE_MARGIN = timedelta(seconds=60)
 
 
-def readers(users: Collection[int]) -> set[int]:
-    """Those of them who may read what others said and were told."""
-    allowed = User.objects.with_perm(
+def all_readers() -> models.QuerySet[User]:
+    """Who may read what others said and were told."""
+    return User.objects.with_perm(
         "chat.read_messages", backend="django.contrib.auth.backends.ModelBackend"
     )
-    return set(allowed.filter(pk__in=users).values_list("pk", flat=True))
+
+
+def readers(users: Collection[int]) -> set[int]:
+    """Those of them who may."""
+    return set(all_readers().filter(pk__in=users).values_list("pk", flat=True))
 
 
 class SubscriptionQuerySet(models.QuerySet["Subscription"]):
@@ -107,6 +118,10 @@ class Subscription(models.Model):
         return f"{self.host} ({self.pk})"
 
     @property
+    def events(self) -> list[str]:
+        return [name for name, column in EVENTS.items() if getattr(self, column)]
+
+    @property
     def host(self) -> str:
         return outgoing.host_of(self.url)
 
@@ -122,8 +137,11 @@ class Subscription(models.Model):
                     "url": f"It must be https://, on a host that HOOKS_ALLOWED_HOSTS names: {allowed}."
                 }
             )
-        if not (self.on_completed or self.on_failed or self.on_cancelled):
+        if not self.events:
             raise ValidationError("Choose at least one outcome.")
+        others = Subscription.objects.of(self.owner).exclude(pk=self.pk)
+        if others.count() >= MAX_EACH:
+            raise ValidationError(f"Nobody may have more than {MAX_EACH} webhooks.")
         if self.registration and not self.may_reach(self.registration):
             raise ValidationError({"registration": "This bot is registered by somebody else."})
 

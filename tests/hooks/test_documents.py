@@ -44,7 +44,7 @@ def test_the_shell_that_verifies(secret: str, tmp_path: Path) -> None:
     (tmp_path / "body").write_bytes(BODY)
     given = {"SECRET": secret, "ID": ID, "TIMESTAMP": headers["webhook-timestamp"]}
     told = subprocess.run(
-        ["sh", "-c", block("sh")],
+        ["sh", "-c", block("sh", 1)],
         cwd=tmp_path,
         env={"PATH": "/usr/bin:/bin"} | given,
         capture_output=True,

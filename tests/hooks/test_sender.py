@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 from django.utils import timezone
+from redis import Redis
 from standardwebhooks import Webhook, WebhookVerificationError
 
-from agents import outgoing
+from agents import outgoing, runtime, stream
 from agents.chores import CHORES
 from hooks import models, sender
 from hooks.models import Delivery, Subscription
@@ -267,8 +268,21 @@ class TestSendingAgain:
         assert not delivery.resend()
 
 
-def test_workers_send() -> None:
-    assert any(getattr(chore, "__self__", None).__class__ is Sender for chore, _ in CHORES)
+@pytest.mark.django_db(transaction=True)
+def test_a_worker_tells_of_an_outcome(receiver: type[Receiver], redis: Redis) -> None:
+    scenes.subscribe()
+    run = scenes.cancelled()
+    stream.ensure_group()
+    keeper = runtime.Keeper(runtime.Reader("worker-1"))
+
+    def sent() -> bool:
+        keeper.tick()
+        return Delivery.objects.filter(run=run, status="sent").exists()
+
+    until(sent)
+    assert len(receiver.seen) == 1
+    [sending] = [chore.__self__ for chore, _ in CHORES if hasattr(chore, "__self__")]
+    until(lambda: not sending.is_busy)
 
 
 @pytest.mark.django_db(transaction=True)

@@ -1,0 +1,143 @@
+"""Webhooks of a realm user, over JSON:API."""
+
+import uuid
+from typing import Any
+
+import pytest
+
+from hooks import models
+from hooks.models import Subscription
+from realm.models import User
+from tests import factories
+from tests.botrunner import scenes as matrix
+from tests.hooks import scenes
+from tests.realm.conftest import client_of, only_error
+
+pytestmark = pytest.mark.django_db
+PATH = "/_webhook-subscription"
+
+
+@pytest.fixture
+def alice() -> User:
+    return factories.user("alice")
+
+
+def document(**attributes: Any) -> dict[str, Any]:
+    return {
+        "data": {"type": "webhook-subscription", "attributes": {"url": scenes.URL} | attributes}
+    }
+
+
+def post(user: User, **attributes: Any) -> Any:
+    return client_of(user).send("POST", PATH, document(**attributes))
+
+
+def test_a_user_subscribes_and_is_given_the_secret_once(alice: User) -> None:
+    response = post(alice)
+
+    assert response.status_code == 201, response.content
+    made = Subscription.objects.get()
+    data = response.json()["data"]
+    created = data["attributes"].pop("createdAt")
+    assert data == {
+        "type": "webhook-subscription",
+        "id": str(made.pk),
+        "attributes": {
+            "url": scenes.URL,
+            "botId": None,
+            "events": ["run.completed", "run.failed", "run.cancelled"],
+            "enabled": True,
+            "disabledReason": "",
+            "secret": made.secret,
+        },
+    }
+    assert made.owner == alice
+    assert response.headers["Cache-Control"] == "no-store"
+
+    [listed] = client_of(alice).get("/_webhook-subscriptions").json()["data"]
+    assert listed["attributes"] == {
+        key: value
+        for key, value in (data["attributes"] | {"createdAt": created}).items()
+        if key != "secret"
+    }
+
+
+def test_to_some_outcomes_of_one_bot(alice: User) -> None:
+    bot = matrix.command().registration
+    assert bot.user == alice
+    response = post(alice, botId=str(bot.pk), events=["run.failed"])
+
+    assert response.status_code == 201
+    made = Subscription.objects.get()
+    assert (made.registration, made.events) == (bot, ["run.failed"])
+
+
+@pytest.mark.parametrize(
+    ("attributes", "pointer"),
+    [
+        ({"url": "https://other.example.org/"}, "/data/attributes/url"),
+        ({"url": "http://hooks.example.org/"}, "/data/attributes/url"),
+        ({"url": "https://hooks.example.org/\x00"}, "/data/attributes/url"),
+        ({"url": None}, "/data/attributes/url"),
+        ({"url": 1}, "/data/attributes/url"),
+        ({"events": []}, "/data/attributes/events"),
+        ({"events": ["run.started"]}, "/data/attributes/events/0"),
+        ({"events": "run.failed"}, "/data/attributes/events"),
+        ({"botId": "x"}, "/data/attributes/botId"),
+    ],
+)
+def test_what_cannot_be_is_refused(alice: User, attributes: dict[str, Any], pointer: str) -> None:
+    error = only_error(post(alice, **attributes), 400)
+
+    assert error["source"] == {"pointer": pointer}
+    assert not Subscription.objects.exists()
+
+
+def test_the_server_chooses_secret_and_state(alice: User) -> None:
+    post(alice, secret="whsec_bWluZQ==", enabled=False, owner="@bob:localhost")
+
+    made = Subscription.objects.get()
+    assert (made.enabled, made.owner) == (True, alice)
+    assert made.secret != "whsec_bWluZQ=="
+
+
+def test_nobody_subscribes_to_the_bot_of_another(alice: User) -> None:
+    bot = matrix.command(matrix.BOB).registration
+    only_error(post(alice, botId=str(bot.pk)), 403)
+    only_error(post(alice, botId=str(uuid.uuid4())), 404)
+    assert not Subscription.objects.exists()
+
+
+def test_there_is_an_end_to_how_many(alice: User, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "MAX_EACH", 2)
+    assert [post(alice).status_code for _ in range(3)] == [201, 201, 400]
+    assert post(factories.user("bob")).status_code == 201
+
+
+def test_each_sees_and_deletes_their_own(alice: User) -> None:
+    hers, his = scenes.subscribe(alice), scenes.subscribe(factories.user("bob"))
+    browser = client_of(alice)
+    listed = browser.get("/_webhook-subscriptions").json()["data"]
+    assert [each["id"] for each in listed] == [str(hers.pk)]
+
+    only_error(browser.delete(f"{PATH}/{his.pk}"), 403)
+    assert browser.delete(f"{PATH}/{hers.pk}").status_code == 204
+    body = {"data": {"type": "webhook-subscription", "id": str(hers.pk)}}
+    assert browser.send("DELETE", PATH, body).status_code == 204
+    assert list(Subscription.objects.all()) == [his]
+
+
+def test_nobody_without_a_token(client: Any) -> None:
+    for method, path in [("post", PATH), ("get", "/_webhook-subscriptions"), ("delete", PATH)]:
+        assert getattr(client, method)(path).status_code == 401
+
+
+@pytest.mark.parametrize("rows", [1, 10])
+def test_a_list_takes_as_few_queries_for_many(
+    alice: User, rows: int, django_assert_num_queries: Any
+) -> None:
+    bot = matrix.command().registration
+    for _ in range(rows):
+        scenes.subscribe(alice, registration=bot)
+    with django_assert_num_queries(2):
+        assert len(client_of(alice).get("/_webhook-subscriptions").json()["data"]) == rows
