@@ -213,7 +213,7 @@ class DeliveryAdmin(Reasoned, Bodies, ReadOnlyAdmin):
     list_display = [
         "type",
         "state",
-        "subscription",
+        "receiver",
         "run",
         "attempts",
         "status_code",
@@ -255,6 +255,10 @@ class DeliveryAdmin(Reasoned, Bodies, ReadOnlyAdmin):
 
     def thread_of(self, delivery: Delivery) -> Thread:
         return delivery.run.thread
+
+    @admin.display
+    def receiver(self, delivery: Delivery) -> str:
+        return delivery.subscription.host
 
     @display(description="status", label=LABELS)
     def state(self, delivery: Delivery) -> str:

@@ -70,9 +70,11 @@ class Subscription(models.Model):
         null=True,
         blank=True,
         related_name="subscriptions",
-        help_text="Only runs that this bot fired.",
+        help_text="Only runs that this bot fired. Empty: all that the owner may read.",
     )
-    url = models.CharField("URL", max_length=2000, help_text="https://...")
+    url = models.CharField(
+        "URL", max_length=2000, help_text="https://, on a host that HOOKS_ALLOWED_HOSTS names."
+    )
     secret = models.CharField(max_length=100, default=new_secret, editable=False)
     old_secret = models.CharField(max_length=100, blank=True, editable=False)
     old_secret_until = models.DateTimeField(null=True, blank=True, editable=False)
@@ -88,6 +90,7 @@ class Subscription(models.Model):
     objects = SubscriptionQuerySet.as_manager()
 
     class Meta:
+        verbose_name = "webhook"
         ordering = ["created_at", "id"]
         permissions = [("switch_subscription", "Can enable and disable webhooks")]
         indexes = [

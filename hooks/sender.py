@@ -8,6 +8,8 @@ worker was at when it died is taken again once its lease is over.
 
 import http.client
 import logging
+import socket
+import ssl
 import threading
 import time
 from collections import Counter
@@ -171,7 +173,17 @@ def _post(delivery: Delivery) -> tuple[int | None, str, float]:
     except outgoing.Forbidden as error:
         return None, str(error), 0
     except outgoing.NO_ANSWER as error:
-        return None, f"It did not answer ({type(error).__name__}).", 0
+        return None, _trouble(error), 0
+
+
+def _trouble(error: Exception) -> str:
+    if isinstance(error, TimeoutError):
+        return "It did not answer in time."
+    if isinstance(error, socket.gaierror):
+        return "Its name leads to no address."
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"Its certificate is not good: {error.verify_message}."
+    return f"It did not answer ({type(error).__name__})."
 
 
 def _complaint(status: int) -> str:

@@ -35,14 +35,6 @@ def cancelled(**asked: Any) -> Run:
     return run
 
 
-def answered(**asked: Any) -> Run:
-    run = ask(**asked)
-    runs.execute(run.pk)
-    run.refresh_from_db()
-    assert run.status == Run.Status.COMPLETED
-    return run
-
-
 def delivery(subscription: Subscription | None = None, **asked: Any) -> Delivery:
     """One that is due."""
     run = cancelled(**asked)
