@@ -80,7 +80,10 @@ def read(
 def public_address(host: str, port: int) -> str:
     """An address of `host`, after all of them have proven public: a name that has a private one too
     is not to be trusted. Raises `Forbidden`, `OSError`."""
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except UnicodeError:  # a label that is empty, or too long
+        raise Forbidden("This is no name of a host.") from None
     addresses = [str(info[4][0]).split("%")[0] for info in found]
     if not addresses or not all(_is_public(address) for address in addresses):
         raise Forbidden("This address is not on the public network.")

@@ -7,26 +7,34 @@ outbox: an outcome that was recorded is told, whoever dies in between.
 
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 from uuid import UUID
 
 import orjson
 from django.db import transaction
-from django.db.models import Exists, Q
+from django.db.models import Q
+from django.db.models.expressions import RawSQL
 
 from agents.models import Event
 from botrunner.models import Reply
 from hooks.models import EVENTS, Delivery, Subscription, all_readers, readers
 
-BATCH = 500
+BATCH = 200
 
 
 def wanted(type: str) -> Any:
     """For agents.audience."""
     column = EVENTS.get(_name(type))
-    if column is None:
-        return None
-    return Exists(Subscription.objects.filter(**{column: True}, enabled=True))
+    return _is_anybody(column) if column else None
+
+
+@cache
+def _is_anybody(column: str) -> RawSQL:
+    """Made once: Django takes three times as long to put this together as to insert the event."""
+    rows = Subscription.objects.filter(**{column: True}, enabled=True).order_by().values("pk")[:1]
+    sql, params = rows.query.sql_with_params()
+    return RawSQL(f"EXISTS({sql})", params)  # noqa: S611
 
 
 def _name(type: str) -> str:

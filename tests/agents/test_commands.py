@@ -129,6 +129,12 @@ def test_public_addresses_are_called(monkeypatch: pytest.MonkeyPatch) -> None:
     assert public_address("hooks.example.org", 443) == "93.184.215.14"
 
 
+@pytest.mark.parametrize("host", [".example.org", "a..example.org", f"{'a' * 64}.example.org"])
+def test_what_is_no_name_is_not_called(host: str) -> None:
+    with pytest.raises(outgoing.Forbidden, match="no name"):
+        public_address(host, 443)
+
+
 def resolve(monkeypatch: pytest.MonkeyPatch, *addresses: str) -> None:
     found = [(0, 0, 0, "", (address, 443)) for address in addresses]
     monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: found)
