@@ -11,7 +11,7 @@ from django.db import transaction
 from django.db.models.functions import Now
 from django.utils import timezone
 
-from botrunner.matching import Listeners, at, matches_any
+from botrunner.matching import Listeners, at, cancels, matches_any
 from botrunner.models import MAX_TYPE_LENGTH, Room, RoomEvent, Session
 from botrunner.said import ENCRYPTED, MARK, REDACTION, Said, storable
 from botrunner.verdicts import stored
@@ -175,6 +175,8 @@ def _row_of(room: Room, said: Said, listeners: Listeners, questions: set[str]) -
             return _pending(room, said, kind)
         verb = "edits" if kind == RoomEvent.Kind.EDIT else "takes back"
         return _ignored(room, said, f"It {verb} nothing that is known as a question here.")
+    if cancels(said, listeners.me):
+        return _pending(room, said, RoomEvent.Kind.CANCEL)
     heard = listeners.hear(said)
     verdicts = stored(heard.verdicts)
     if heard.fired:

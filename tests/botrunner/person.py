@@ -126,6 +126,16 @@ class Person:
             == {"event_id": question}
         ]
 
+    def edits(self, question: str) -> list[str]:
+        """What the answers to it were changed to, in that order."""
+        answers = {event.event_id for event in self.answers(question)}
+        return [
+            event.source["content"]["m.new_content"]["body"]
+            for event in self.events
+            if not isinstance(event, MegolmEvent)
+            and event.source["content"].get("m.relates_to", {}).get("event_id") in answers
+        ]
+
     async def answer(self, question: str) -> Any:
         found = await self.until(lambda: self.answers(question))
         assert len(found) == 1

@@ -9,9 +9,10 @@ from nio.store import SqliteStore
 from vodozemac import PreKeyMessage, SessionCreationException
 
 from botrunner.client import Homeserver
-from botrunner.models import RoomEvent, Session
+from botrunner.models import Reply, RoomEvent, Session
 from tests.botrunner.person import Person, run
 from tests.botrunner.world import ENCRYPTION, World, register
+from tests.fakes.llm import Reply as Answer
 from tests.synapse import Account
 
 pytestmark = pytest.mark.system
@@ -41,6 +42,45 @@ def test_answers_in_an_encrypted_room_and_after_a_restart(
         for event in world.synapse.messages(alice, room)
         if event["sender"] == world.bot_id and "state_key" not in event
     )
+
+
+def test_an_answer_is_written_live_and_goes_on_after_a_kill(
+    world: World, alice: Account, tmp_path: Path, model: Any
+) -> None:
+    words = tuple(f"{number} " for number in range(60))
+    model.script(Answer(words, delta_latency=0.15), Answer(words, delta_latency=0.15))
+    world.env |= {"OPENAI_BASE_URL": model.url, "OPENAI_API_KEY": "sk-test"}
+    world.env["BOT_STREAM_EDITS"] = "1"
+    register(alice)
+    world.start("worker", "bot")
+    room = world.invite(alice, initial_state=[ENCRYPTION])
+
+    async def scene() -> list[str]:
+        async with Person(world.synapse, alice, tmp_path) as person:
+            question = await person.say(room, "Count")
+            await person.until(lambda: len(person.edits(question)) >= 2)
+            world.kill("bot")
+            told = len(person.edits(question))
+            world.start("bot")
+            await person.until(lambda: len(person.edits(question)) > told)
+            assert "".join(words) not in person.edits(question)  # the model still speaks
+            await person.until(lambda: person.edits(question)[-1:] == ["".join(words)])
+            draft = await person.answer(question)
+            assert draft.decrypted
+            assert "".join(words).startswith(draft.body.rstrip())
+
+            second = await person.say(room, "Again")
+            await person.until(lambda: person.edits(second))
+            await person.say(room, "!cancel")
+            last = "This was cancelled."
+            await person.until(lambda: person.edits(second)[-1].endswith(last))
+            assert person.edits(second)[-1].startswith("0 1 ")
+            return [draft.event_id, (await person.answer(second)).event_id]
+
+    answers = run(scene())
+    assert [reply.event_ids for reply in Reply.objects.order_by("id")] == [
+        [each] for each in answers
+    ]
 
 
 def test_encryption_switched_on_later_is_respected(
