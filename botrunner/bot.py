@@ -16,7 +16,7 @@ from redis.exceptions import RedisError
 from agents import stream
 from agents.events import Malformed, Told
 from botrunner import accounts, acting, membership, retention, timeline
-from botrunner.client import Homeserver, LoginRefused, MatrixError, TokenRefused
+from botrunner.client import Homeserver, KeysOutdated, LoginRefused, MatrixError, TokenRefused
 from botrunner.gaps import batch_of
 from botrunner.models import Session
 from botrunner.replies import Sender
@@ -70,10 +70,14 @@ class Bot:
         return Drafts(self.homeserver, self.session)
 
     async def run(self) -> None:
-        """Work until told to stop. Raises `LoginRefused`, `LeaseLost`, and what nobody foresaw."""
+        """Work until told to stop. Raises `LoginRefused`, `LeaseLost`, `KeysOutdated`, and what nobody
+        foresaw."""
         try:
             await self._connect()
             await self._work()
+        except KeysOutdated:
+            await unit(self.session.distrust_keys)(self.homeserver.key_writes)
+            raise
         finally:
             with contextlib.suppress(RedisError):
                 # The stream keeps what a group has not read.
@@ -136,6 +140,7 @@ class Bot:
             return
         batch = self._batch
         if not batch.is_empty or time.monotonic() - self._written_at > PROGRESS_SECONDS:
+            batch.key_writes = self.homeserver.key_writes
             self._has_pending |= bool(await unit(timeline.write_down)(session, self.holder, batch))
             session.since, self._written_at = batch.next_batch, time.monotonic()
         self._batch, self._position = None, batch.next_batch

@@ -23,6 +23,7 @@ from botrunner.client import Homeserver, MatrixError
 from botrunner.models import Reply, Room, Session
 from botrunner.replies import MAX_CONTENT_BYTES, edit_of, parts_of
 from botrunner.said import MARK
+from botrunner.timeline import LeaseLost
 from botrunner.units import unit
 
 logger = logging.getLogger(__name__)
@@ -187,6 +188,8 @@ class Drafts:
                         draft.hear(told)
         except (DatabaseError, InterfaceError) as error:
             logger.info("The answer of run %s is not shown while it is written: %s", run_id, error)
+        except LeaseLost:
+            draft.over = True  # another process goes on with it
         except Exception:
             # Its end is told without it.
             logger.exception("The answer of run %s is not shown while it is written", run_id)

@@ -39,6 +39,9 @@ class Session(models.Model):
     # Kept over logins: transaction ids and keys belong to a device.
     device_id = models.CharField(max_length=255, blank=True)
     access_token = models.TextField(blank=True)
+    key_writes = models.PositiveBigIntegerField(
+        default=0, help_text="Less was written to a key store that comes from a backup."
+    )
     since = models.TextField(blank=True, help_text="Everything before this has been written down.")
     holder = models.CharField(max_length=255, blank=True, help_text="The process that works.")
     lease_expires_at = models.DateTimeField(null=True, blank=True)
@@ -78,6 +81,10 @@ class Session(models.Model):
         Session.objects.filter(pk=self.pk).update(
             last_error=error, last_error_at=Now(), connected_since=None
         )
+
+    def distrust_keys(self, writes: int) -> None:
+        """Let a store that this was written to count as outdated."""
+        Session.objects.filter(pk=self.pk).update(key_writes=writes + 1)
 
     def set_login(self, user_id: str, device_id: str, access_token: str) -> None:
         self.user_id, self.device_id, self.access_token = user_id, device_id, access_token
