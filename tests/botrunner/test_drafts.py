@@ -104,7 +104,7 @@ class Homeserver:
 
 
 class Stage:
-    """A bot of which only what is about replies is at work. `restart` is what a kill leaves."""
+    """A bot of which only what is about replies is at work."""
 
     def __init__(self) -> None:
         self.homeserver: Any = Homeserver()
@@ -126,12 +126,15 @@ class Stage:
         for worker in self.workers:
             await asyncio.to_thread(worker.join, 10)
 
-    async def restart(self) -> None:
-        """The process is killed: what was being sent is not waited for."""
+    async def kill(self) -> None:
+        """What is being sent is not waited for."""
         for draft in self.drafts._drafts.values():
             if draft.task:
                 draft.task.cancel()
         await self.drafts._hub.close()
+
+    async def restart(self) -> None:
+        await self.kill()
         self._start()
         await self.drafts.follow()
 
@@ -246,13 +249,13 @@ def test_in_a_thread_the_draft_is_there_too(model: FakeLLM) -> None:
     play(scene)
 
 
-@pytest.mark.parametrize("at", ["between", "sending", "unknown", "before the reply"])
+@pytest.mark.parametrize("at", ["between", "sending", "unknown", "unknown for long", "at the end"])
 def test_after_a_kill_it_goes_on_with_the_same_message(model: FakeLLM, at: str) -> None:
     model.script(TALK)
 
     async def scene(stage: Stage) -> None:
         homeserver = stage.homeserver
-        if at == "unknown":  # it arrived, and the bot was not told
+        if at.startswith("unknown"):  # it arrived, and the bot was not told
             homeserver.fate = ["lost"]
         run_id = await stage.ask()
         if at == "sending":  # nothing of it has arrived
@@ -261,7 +264,9 @@ def test_after_a_kill_it_goes_on_with_the_same_message(model: FakeLLM, at: str) 
         await stage.until(lambda: homeserver.asked)
         if at == "between":
             await stage.until(lambda: len(homeserver.sent) >= 2)
-        if at == "before the reply":
+        if at == "unknown for long":
+            await stage.kill()
+        if at in ("unknown for long", "at the end"):
             await asyncio.to_thread(worker.join, 10)
         await stage.restart()
         homeserver.slow.set()
