@@ -128,9 +128,10 @@ class Stage:
 
     async def kill(self) -> None:
         """What is being sent is not waited for."""
-        for draft in self.drafts._drafts.values():
-            if draft.task:
-                draft.task.cancel()
+        tasks = [draft.task for draft in self.drafts._drafts.values() if draft.task]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         await self.drafts._hub.close()
 
     async def restart(self) -> None:
