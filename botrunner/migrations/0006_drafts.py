@@ -7,7 +7,7 @@ class Migration(migrations.Migration):
 
     dependencies = [
         ('agents', '0005_outcomes_are_read_from_rollups'),
-        ('botrunner', '0004_newest_of_sender'),
+        ('botrunner', '0005_replies_outlive_their_runs'),
         ('realm', '0002_switch_permission'),
     ]
 

@@ -6,7 +6,7 @@ from django.db import migrations, models
 class Migration(migrations.Migration):
 
     dependencies = [
-        ('botrunner', '0005_drafts'),
+        ('botrunner', '0006_drafts'),
     ]
 
     operations = [
