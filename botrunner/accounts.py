@@ -51,7 +51,7 @@ async def connect(homeserver: Homeserver, session: Session) -> None:
     if not session.device_id:
         # Written down before it is used: a crash in between leaves no device behind.
         session.device_id = f"BOTREALM{secrets.token_hex(4).upper()}"
-        await unit(session.save)(update_fields=["device_id"])
+        await unit(session.save)(update_fields=["device_id", "key_writes"])
     await _log_in(homeserver, session)
     logger.info("Logged in as %s, device %s", homeserver.user_id, homeserver.device_id)
     await _tend_device(homeserver)
@@ -64,10 +64,11 @@ async def _tend_device(homeserver: Homeserver) -> None:
 
 
 async def _give_up_device(homeserver: Homeserver, session: Session) -> None:
-    """Its keys are lost: it could read nothing any more, and the server takes no others for it."""
+    """Its keys are lost, or of the past: it could read nothing any more, and the server takes no others
+    for it."""
     logger.error(
-        "The keys of device %s are not in BOT_RUNNER_STORE: a new device takes its place, which "
-        "cannot read what was encrypted for the old one",
+        "The keys of device %s are not in BOT_RUNNER_STORE, or those of a backup: a new device takes "
+        "its place, which cannot read what was encrypted for the old one",
         session.device_id,
     )
     await unit(session.note_error)(f"The keys of device {session.device_id} were lost.")
@@ -78,6 +79,7 @@ async def _give_up_device(homeserver: Homeserver, session: Session) -> None:
     except MatrixError as error:
         logger.info("The lost device could not be logged out: %s", error)
     homeserver.nio.access_token = session.device_id = session.access_token = ""
+    session.key_writes = 0
     homeserver.token_refused.clear()
 
 

@@ -54,6 +54,8 @@ def act(pk: int, me: str) -> None:
                 note = _ask(event, said, me)
             elif event.kind == RoomEvent.Kind.EDIT:
                 note = _edit(event, said, me)
+            elif event.kind == RoomEvent.Kind.CANCEL:
+                note = _cancel(event, said, me)
             else:
                 note = _take_back(said)
         if note:
@@ -153,12 +155,36 @@ def _take_back(said: Said) -> str:
     for reply in open_replies:
         if reply.run:
             runs.cancel(reply.run)
+        if reply.drafted_at:
+            continue  # what is in the room already is brought to its end
         reply.status, reply.error = Reply.Status.DROPPED, "The question was taken back."
         reply.save(update_fields=["status", "error"])
     RoomEvent.objects.filter(event_id=said.redacts, kind=RoomEvent.Kind.SEALED).update(
         state=RoomEvent.State.IGNORED, note="It was taken back.", source=None
     )
     return "" if open_replies else "There was nothing to cancel."
+
+
+def _cancel(event: RoomEvent, said: Said, me: str) -> str:
+    """End what the sender has asked here, in the same Matrix thread if it is said in one."""
+    asked = Reply.objects.waiting().filter(
+        question__sender=said.sender,
+        run__thread__conversation__room=event.room,
+        run__thread__conversation__root=said.thread_root,
+    )
+    cancelled = [runs.cancel(reply.run) for reply in asked.select_related("run") if reply.run]
+    if any(cancelled):
+        return ""
+    if not Listeners([said.sender], me).hear(said).fired:
+        # It may have been meant for another bot.
+        return "There was nothing to cancel."
+    Reply.objects.create(
+        question=event,
+        room=event.room,
+        key=f"{event.event_id}.cancel"[:255],
+        error="Nothing that you asked is being answered here.",
+    )
+    return ""
 
 
 def sealed() -> list[tuple[int, str, Any]]:

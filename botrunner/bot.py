@@ -7,6 +7,7 @@ import math
 import random
 import time
 from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
 
 from django.conf import settings
 from django.db import DatabaseError, DataError, IntegrityError, InterfaceError
@@ -15,12 +16,15 @@ from redis.exceptions import RedisError
 from agents import stream
 from agents.events import Malformed, Told
 from botrunner import accounts, acting, membership, retention, timeline
-from botrunner.client import Homeserver, LoginRefused, MatrixError, TokenRefused
+from botrunner.client import Homeserver, KeysOutdated, LoginRefused, MatrixError, TokenRefused
 from botrunner.gaps import batch_of
 from botrunner.models import Session
 from botrunner.replies import Sender
 from botrunner.timeline import Batch
 from botrunner.units import pause, unit, unless
+
+if TYPE_CHECKING:
+    from botrunner.drafts import Drafts
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +49,8 @@ class Bot:
         self.homeserver = Homeserver(
             settings.MATRIX_URL, settings.BOT_RUNNER_USERNAME, settings.BOT_RUNNER_STORE
         )
-        self.sender = Sender(self.homeserver, session)
+        self.drafts = self._new_drafts()
+        self.sender = Sender(self.homeserver, session, self.drafts)
         self._rooms: set[str] = set()  # that the bot is in
         self._batch: Batch | None = None
         # Up to where has been read; what the session has written down may be a little behind.
@@ -54,17 +59,32 @@ class Bot:
         # Left over by the process before this one.
         self._has_pending = self._has_keys = True
         self._invited = asyncio.Event()
+        self._asked = asyncio.Event()
+
+    def _new_drafts(self) -> "Drafts | None":
+        if not settings.BOT_STREAM_EDITS:
+            return None
+        # With a Redis client and a reader of its own: no memory for those who do not stream.
+        from botrunner.drafts import Drafts
+
+        return Drafts(self.homeserver, self.session)
 
     async def run(self) -> None:
-        """Work until told to stop. Raises `LoginRefused`, `LeaseLost`, and what nobody foresaw."""
+        """Work until told to stop. Raises `LoginRefused`, `LeaseLost`, `KeysOutdated`, and what nobody
+        foresaw."""
         try:
             await self._connect()
             await self._work()
+        except KeysOutdated:
+            await unit(self.session.distrust_keys)(self.homeserver.key_writes)
+            raise
         finally:
             with contextlib.suppress(RedisError):
                 # The stream keeps what a group has not read.
                 await asyncio.to_thread(stream.unfollow, settings.BOT_RUNNER_CONSUMER_GROUP)
             await self.sender.close()
+            if self.drafts:
+                await self.drafts.close()
             await self.homeserver.close()
 
     async def _connect(self) -> None:
@@ -88,17 +108,17 @@ class Bot:
 
     async def _work(self) -> None:
         """Everything side by side. The first to break ends the others."""
-        tasks = [
-            asyncio.create_task(self._repeat(name, step, every))
-            for name, step, every in (
-                ("sync", self.sync, 0),
-                ("outcomes", self._outcomes, 0),
-                ("sweep", self.sender.compose, SWEEP_SECONDS),
-                ("typing", self.sender.show_typing, SWEEP_SECONDS / 2),
-                ("joins", self._joins, SWEEP_SECONDS),
-                ("pruning", self._prune, PRUNE_SECONDS),
-            )
+        steps: list[tuple[str, Callable[[], Awaitable[None]], float]] = [
+            ("sync", self.sync, 0),
+            ("outcomes", self._outcomes, 0),
+            ("sweep", self.sender.compose, SWEEP_SECONDS),
+            ("typing", self.sender.show_typing, SWEEP_SECONDS / 2),
+            ("joins", self._joins, SWEEP_SECONDS),
+            ("pruning", self._prune, PRUNE_SECONDS),
         ]
+        if self.drafts:
+            steps.append(("drafts", self._draft, SWEEP_SECONDS))
+        tasks = [asyncio.create_task(self._repeat(*step)) for step in steps]
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
         finally:
@@ -120,6 +140,7 @@ class Bot:
             return
         batch = self._batch
         if not batch.is_empty or time.monotonic() - self._written_at > PROGRESS_SECONDS:
+            batch.key_writes = self.homeserver.key_writes
             self._has_pending |= bool(await unit(timeline.write_down)(session, self.holder, batch))
             session.since, self._written_at = batch.next_batch, time.monotonic()
         self._batch, self._position = None, batch.next_batch
@@ -166,6 +187,7 @@ class Bot:
                         raise
                     logger.exception("Event %d could not be handled", pk)
                     await unit(acting.give_up)(pk)
+            self._asked.set()
         self._has_pending = False
 
     async def _outcomes(self) -> None:
@@ -183,6 +205,11 @@ class Bot:
     async def _joins(self) -> None:
         self._invited.clear()
         await membership.join_due(self.homeserver, self.session)
+
+    async def _draft(self) -> None:
+        self._asked.clear()
+        if self.drafts:
+            await self.drafts.follow()
 
     async def _prune(self) -> None:
         """Batch by batch, so that a sync in between waits for one of them at the most."""
@@ -208,8 +235,8 @@ class Bot:
                 wait = _backoff(failures, error)
                 if name == "sync":
                     await self._lost_contact(error)
-            wakers = [self._invited] if name == "joins" and not failures else []
-            await pause(wait, self.stopping, *wakers)
+            wakers = {"joins": [self._invited], "drafts": [self._asked]}.get(name, [])
+            await pause(wait, self.stopping, *([] if failures else wakers))
 
     async def _lost_contact(self, error: Exception) -> None:
         self.session.connected_since = None

@@ -8,6 +8,7 @@ loaded.
 import asyncio
 import json
 import logging
+import sqlite3
 from collections.abc import Awaitable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +28,9 @@ from nio import (
     SyncResponse,
 )
 from nio.exceptions import EncryptionError, LocalProtocolError, OlmUnverifiedDeviceError
-from nio.store import SqliteStore
+from peewee import OperationalError
 
+from botrunner.keystore import Store, writes_of
 from botrunner.models import Session
 
 logger = logging.getLogger(__name__)
@@ -71,6 +73,10 @@ class LoginRefused(MatrixError):
     """Name or password is wrong, or the account is closed."""
 
 
+class KeysOutdated(Exception):
+    """The homeserver has later keys of the device than the store."""
+
+
 @dataclass(frozen=True)
 class News:
     """One answer of /sync: as the server gave it, and what nio could decrypt of it, by event id."""
@@ -102,7 +108,7 @@ class Homeserver:
             username,
             store_path=str(store),
             config=AsyncClientConfig(
-                store=SqliteStore,
+                store=Store,
                 encryption_enabled=True,
                 max_limit_exceeded=0,
                 max_timeouts=0,
@@ -140,12 +146,24 @@ class Homeserver:
             raise
 
     def restore(self, session: Session) -> None:
-        self.nio.restore_login(session.user_id, session.device_id, session.access_token)
+        try:
+            self.nio.restore_login(session.user_id, session.device_id, session.access_token)
+        except OperationalError as error:
+            raise MatrixError("STORE", f"The key store cannot be opened: {error}") from error
 
     def has_keys_of(self, session: Session) -> bool:
-        """Whether the keys of the session's device are in the store. Without them the device is deaf
-        for good: the server has its old keys and takes no others."""
-        return (self.store / f"{session.user_id}_{session.device_id}.db").exists()
+        """Whether the keys of the session's device are in the store, and not those of a backup. Without
+        them the device is deaf for good: the server has its latest keys and takes no others."""
+        path = self.store / f"{session.user_id}_{session.device_id}.db"
+        try:
+            writes = writes_of(path)
+        except sqlite3.OperationalError as error:
+            raise MatrixError("STORE", f"The key store cannot be read: {error}") from error
+        return writes is not None and writes >= session.key_writes
+
+    @property
+    def key_writes(self) -> int:
+        return self.nio.store.writes if self.nio.store else 0
 
     def know_room(self, room_id: str, *, encrypted: bool) -> None:
         """nio learns rooms only from a sync that brings their state, which a later one does not."""
@@ -234,9 +252,13 @@ class Homeserver:
         olm = self.nio.olm
         keys = olm.share_keys()
         olm.save_account()
-        answer = KeysUploadResponse.from_dict(
-            await self.request("POST", f"{API}/keys/upload", keys)
-        )
+        try:
+            told = await self.request("POST", f"{API}/keys/upload", keys)
+        except MatrixError as error:
+            if error.status == 400 and "already exists" in str(error):
+                raise KeysOutdated(str(error)) from None
+            raise
+        answer = KeysUploadResponse.from_dict(told)
         if not isinstance(answer, KeysUploadResponse):
             raise MatrixError("UNREADABLE", "The answer is not that of /keys/upload.")
         await self.nio.receive_response(answer)
@@ -272,7 +294,9 @@ class Homeserver:
         await self._call(self.nio.room_typing(room_id, is_typing, int(seconds * 1000)))
 
     async def send(self, room_id: str, content: dict[str, Any], transaction: str) -> str:
-        """Send a message, encrypted where the room is; the id of its event."""
+        """Send a message, encrypted where the room is; the id of its event. Raises `LeaseLost`."""
+        if self.nio.store:
+            self.nio.store.make_sure()
         self.know_room(room_id, encrypted=False)
         if not self.is_encrypted(room_id):
             await self._make_sure_plain(room_id)

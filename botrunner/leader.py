@@ -16,6 +16,7 @@ from django.db import DatabaseError, InterfaceError, connection
 
 from botrunner import accounts
 from botrunner.bot import Bot
+from botrunner.client import KeysOutdated
 from botrunner.models import Session
 from botrunner.timeline import LeaseLost
 from botrunner.units import pause, unit
@@ -47,6 +48,10 @@ class Leader:
                 self._tell(f"Another bot runner works with {session}; standing by")
             except LeaseLost:
                 self._tell("Another bot runner has taken over")
+            except KeysOutdated as error:
+                self._tell(
+                    "The homeserver has later keys of the device than BOT_RUNNER_STORE", error
+                )
             except (DatabaseError, InterfaceError) as error:
                 self._tell("The database is away", error)
             await pause(STANDBY_SECONDS, self.stopping)

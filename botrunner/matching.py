@@ -14,6 +14,8 @@ from botrunner.verdicts import MAX_KEPT, Verdict
 from realm.filters import BOT_TRIGGER, ROOM_MESSAGE, Filter, InvalidFilter
 from realm.models import BotCommand, BotRegistration
 
+CANCEL = "!cancel"
+
 
 @dataclass(frozen=True)
 class Heard:
@@ -153,10 +155,18 @@ def question(wanted: Filter, said: Said, me: str) -> str:
     if said.type != ROOM_MESSAGE:
         return _input_text(said.content.get("input"))
     body = said.body.removeprefix(wanted.prefix or "").strip()
-    if wanted.mention:
-        localpart = re.escape(me[1:].partition(":")[0])
-        body = re.sub(rf"\A(?:{re.escape(me)}|@?{localpart})\s*[:,]?\s+", "", body)
-    return body
+    return _without_mention(body, me) if wanted.mention else body
+
+
+def cancels(said: Said, me: str) -> bool:
+    """Whether somebody says that they want no answer any more."""
+    is_text = said.type == ROOM_MESSAGE and said.content_type == "m.text"
+    return is_text and _without_mention(said.body, me).lower() == CANCEL
+
+
+def _without_mention(body: str, me: str) -> str:
+    localpart = re.escape(me[1:].partition(":")[0])
+    return re.sub(rf"\A(?:{re.escape(me)}|@?{localpart})\s*[:,]?\s+", "", body)
 
 
 def _input_text(given: Any) -> str:

@@ -39,6 +39,9 @@ class Session(models.Model):
     # Kept over logins: transaction ids and keys belong to a device.
     device_id = models.CharField(max_length=255, blank=True)
     access_token = models.TextField(blank=True)
+    key_writes = models.PositiveBigIntegerField(
+        default=0, help_text="Less was written to a key store that comes from a backup."
+    )
     since = models.TextField(blank=True, help_text="Everything before this has been written down.")
     holder = models.CharField(max_length=255, blank=True, help_text="The process that works.")
     lease_expires_at = models.DateTimeField(null=True, blank=True)
@@ -78,6 +81,10 @@ class Session(models.Model):
         Session.objects.filter(pk=self.pk).update(
             last_error=error, last_error_at=Now(), connected_since=None
         )
+
+    def distrust_keys(self, writes: int) -> None:
+        """Let a store that this was written to count as outdated."""
+        Session.objects.filter(pk=self.pk).update(key_writes=writes + 1)
 
     def set_login(self, user_id: str, device_id: str, access_token: str) -> None:
         self.user_id, self.device_id, self.access_token = user_id, device_id, access_token
@@ -164,6 +171,7 @@ class RoomEvent(models.Model):
         QUESTION = "question"  # it matched a bot command when it came
         EDIT = "edit"  # of a question, if it is not ignored
         REDACTION = "redaction"  # of a question, if it is not ignored
+        CANCEL = "cancel"  # whoever asked wants no answer any more
         SEALED = "sealed"  # encrypted with a key that has not come yet
         REMARK = "remark"  # anything else
 
@@ -274,6 +282,13 @@ class Reply(models.Model):
     # The contents to send, frozen: what is repeated is the same. How many were, and as what events.
     parts = models.JSONField(default=list, blank=True)
     event_ids = models.JSONField(default=list, blank=True)
+    # With BOT_STREAM_EDITS the first part may be in the room before the outcome is known.
+    drafted_at = models.DateTimeField(
+        null=True, blank=True, help_text="Since then a draft of it may be in the room."
+    )
+    draft_id = models.CharField(
+        max_length=255, blank=True, help_text="The draft's event, once the homeserver has told."
+    )
     device_id = models.CharField(
         max_length=255, blank=True, help_text="That tried to send it first."
     )
@@ -308,6 +323,10 @@ class Reply(models.Model):
         ]
         constraints = [
             models.UniqueConstraint(fields=["run", "cycle"], name="reply_tells_an_outcome_once"),
+            models.CheckConstraint(
+                condition=Q(draft_id="") | Q(drafted_at__isnull=False),
+                name="reply_draft_was_begun_before_it_was_sent",
+            ),
         ]
 
     def __str__(self) -> str:
@@ -317,3 +336,16 @@ class Reply(models.Model):
         """Let it not wait for its next try. False where it does not wait for one."""
         waits = Reply.objects.ready().filter(pk=self.pk, due_at__isnull=False)
         return bool(waits.update(due_at=None))
+
+    def begin_draft(self, device_id: str) -> bool:
+        """Note that a draft is about to be sent. False when the outcome is known meanwhile."""
+        now = timezone.now()
+        waiting = Reply.objects.waiting().filter(pk=self.pk)
+        if not waiting.update(drafted_at=now, device_id=device_id):
+            return False
+        self.drafted_at, self.device_id = now, device_id
+        return True
+
+    def note_draft(self, event_id: str) -> None:
+        self.draft_id = event_id
+        Reply.objects.filter(pk=self.pk).update(draft_id=event_id)

@@ -13,19 +13,22 @@ import random
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import structlog
 from django.db.models import Exists, F, OuterRef, Q
 from django.utils import timezone
 
-from agents.models import Run
+from agents.models import Run, Step
 from botrunner.client import Homeserver, MatrixError, TokenRefused
 from botrunner.models import Reply, Room, Session
 from botrunner.said import MARK, Said
 from botrunner.units import unit
 from chat.markdown import to_html
 from realm.tracing import tagged
+
+if TYPE_CHECKING:
+    from botrunner.drafts import Drafts
 
 logger = logging.getLogger(__name__)
 outcomes = structlog.get_logger(__name__)
@@ -44,9 +47,11 @@ RETRY_MEMORY = timedelta(days=7)
 FINISHED = (Run.Status.COMPLETED, Run.Status.FAILED, Run.Status.CANCELLED)
 
 
-def compose(session: Session, run_ids: Iterable[str] | None = None) -> dict[int, Reply]:
+def compose(
+    session: Session, run_ids: Iterable[str] | None = None, drafts: Mapping[int, str] | None = None
+) -> dict[int, Reply]:
     """Make the replies whose runs have ended ready to be sent; all of them, or those of `run_ids`.
-    Which they are, by primary key."""
+    Which they are, by primary key. `drafts`: what some of them have said so far."""
     if run_ids is None:
         follow_retries(session)
     replies = Reply.objects.waiting().filter(room__session=session)
@@ -62,7 +67,9 @@ def compose(session: Session, run_ids: Iterable[str] | None = None) -> dict[int,
             _leave_to_the_next(reply)
             continue
         # Whoever took the question back meanwhile has the last word.
-        reply.parts, reply.device_id = contents(reply), session.device_id
+        reply.parts = contents(reply, (drafts or {}).get(reply.pk, ""))
+        # A draft is known to the device that sent it.
+        reply.device_id = reply.device_id or session.device_id
         reply.status, reply.ready_at = Reply.Status.READY, timezone.now()
         changed = ("parts", "device_id", "status", "ready_at")
         if (
@@ -111,9 +118,12 @@ def follow_retries(session: Session) -> None:
         Reply.objects.bulk_create([again], ignore_conflicts=True)
 
 
-def contents(reply: Reply) -> list[dict[str, Any]]:
-    """The contents of the events that tell a reply."""
-    text, msgtype = _words(reply)
+def contents(reply: Reply, written: str = "") -> list[dict[str, Any]]:
+    """The contents of the events that tell a reply. `written`: what its draft says."""
+    return parts_of(reply, *_words(reply, written))
+
+
+def parts_of(reply: Reply, text: str, msgtype: str) -> list[dict[str, Any]]:
     said = Said.parse(reply.question.source)
     root = said.thread_root if said else ""
     relation: dict[str, Any] = {"m.in_reply_to": {"event_id": reply.question.event_id}}
@@ -133,7 +143,7 @@ def contents(reply: Reply) -> list[dict[str, Any]]:
     ]
 
 
-def _words(reply: Reply) -> tuple[str, str]:
+def _words(reply: Reply, written: str) -> tuple[str, str]:
     """What is said, and as what type of message."""
     run = reply.run
     if run is None:
@@ -141,9 +151,34 @@ def _words(reply: Reply) -> tuple[str, str]:
         return f"Sorry, this cannot be done. {error}", "m.notice"
     if run.status == Run.Status.COMPLETED and run.answer:
         return run.answer.content, "m.text"
+    sentence = f"Sorry, this did not work. {run.safe_error}".strip()
     if run.status == Run.Status.CANCELLED:
-        return "This was cancelled.", "m.notice"
-    return f"Sorry, this did not work. {run.safe_error}".strip(), "m.notice"
+        sentence = "This was cancelled."
+    if reply.drafted_at and (written := written or _last_words(run)):
+        fence = "\n```" if written.count("```") % 2 else ""
+        return f"{written.rstrip()}{fence}\n\n{sentence}", "m.text"
+    return sentence, "m.notice"
+
+
+def _last_words(run: Run) -> str:
+    """What the model had written when its run ended without an answer, as far as its worker told."""
+    steps = run.steps.filter(kind=Step.Kind.MODEL).exclude(output="").order_by("-attempt", "-id")
+    return steps.values_list("output", flat=True).first() or ""
+
+
+def edit_of(event_id: str, content: dict[str, Any]) -> dict[str, Any]:
+    """What puts `content` in the place of an event's."""
+    new = {name: value for name, value in content.items() if name != "m.relates_to"}
+    # For clients that know no edits. Both together have to fit into an event.
+    fallback = {"body": f"* {new['body']}", "formatted_body": f"* {new['formatted_body']}"}
+    if len(json.dumps([fallback, new], ensure_ascii=False).encode()) > MAX_CONTENT_BYTES:
+        fallback = dict.fromkeys(fallback, "* (This message was edited.)")
+    return {
+        **new,
+        **fallback,
+        "m.new_content": new,
+        "m.relates_to": {"rel_type": "m.replace", "event_id": event_id},
+    }
 
 
 def _message(text: str, msgtype: str) -> dict[str, Any]:
@@ -239,10 +274,12 @@ def set_found(reply: Reply, event_ids: list[str], device_id: str) -> None:
     others = Reply.objects.filter(question=reply.question_id).exclude(pk=reply.pk)
     known = {sent for ids in others.values_list("event_ids", flat=True) for sent in ids}
     unknown = [event_id for event_id in event_ids if event_id not in known]
+    if reply.drafted_at and len(unknown) == 1:  # the draft, which may not say all
+        reply.draft_id, unknown = unknown[0], []
     reply.device_id, reply.event_ids = device_id, unknown[: len(reply.parts)]
     if len(reply.event_ids) >= len(reply.parts):
         reply.status, reply.sent_at = Reply.Status.SENT, timezone.now()
-    reply.save(update_fields=["device_id", "event_ids", "status", "sent_at"])
+    reply.save(update_fields=["device_id", "event_ids", "draft_id", "status", "sent_at"])
 
 
 def not_sent(reply: Reply, error: MatrixError) -> None:
@@ -288,9 +325,12 @@ def typing_rooms(session: Session) -> set[str]:
 class Sender:
     """Sends what is ready: one task for each room that has something."""
 
-    def __init__(self, homeserver: Homeserver, session: Session) -> None:
+    def __init__(
+        self, homeserver: Homeserver, session: Session, drafts: "Drafts | None" = None
+    ) -> None:
         self.homeserver = homeserver
         self.session = session
+        self.drafts = drafts
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._more: set[int] = set()  # rooms whose task has to look again
         self._slots = asyncio.Semaphore(ROOMS_AT_ONCE)
@@ -310,7 +350,7 @@ class Sender:
 
     def _ready(self, run_ids: Iterable[str] | None) -> dict[int, Outgoing | None]:
         """The rooms with something to say, and what comes first in those that nobody serves."""
-        ready = compose(self.session, run_ids)
+        ready = compose(self.session, run_ids, self._written())
         rooms = {reply.room_id for reply in ready.values()}
         if run_ids is None:
             rooms.update(rooms_to_serve(self.session))
@@ -319,6 +359,9 @@ class Sender:
             room: None if room in self._tasks else next_of(room, device_id, ready)
             for room in sorted(rooms)
         }
+
+    def _written(self) -> dict[int, str] | None:
+        return self.drafts.written() if self.drafts else None
 
     async def close(self) -> None:
         """Let what is being sent come to its end."""
@@ -374,14 +417,13 @@ class Sender:
             run=reply.run_id,
         ):
             try:
+                if self.drafts:
+                    await self.drafts.settle(reply)
                 if outgoing.moved:
                     found = await self._find(outgoing)
                     await unit(set_found)(reply, found, self.homeserver.device_id)
                 for number in range(len(reply.event_ids), len(reply.parts)):
-                    sent = await self.homeserver.send(
-                        outgoing.room_id, reply.parts[number], f"{reply.key}.{number}"
-                    )
-                    await unit(part_sent)(reply, sent)
+                    await unit(part_sent)(reply, await self._say(outgoing, number))
             except MatrixError as error:
                 await unit(not_sent)(reply, error)
             else:
@@ -389,6 +431,17 @@ class Sender:
                 outcomes.info(
                     "Replied", parts=len(reply.parts), ms=round(asked.total_seconds() * 1000)
                 )
+
+    async def _say(self, outgoing: Outgoing, number: int) -> str:
+        """Send a part of a reply; the id of its event."""
+        reply, room_id = outgoing.reply, outgoing.room_id
+        content, transaction = reply.parts[number], f"{reply.key}.{number}"
+        if number or not reply.drafted_at:
+            return await self.homeserver.send(room_id, content, transaction)
+        # Where it is not known whether the draft got through, its transaction id tells.
+        draft = reply.draft_id or await self.homeserver.send(room_id, content, transaction)
+        await self.homeserver.send(room_id, edit_of(draft, content), f"{transaction}.final")
+        return draft
 
     async def _find(self, outgoing: Outgoing) -> list[str]:
         """The events by which another device of the bot told (a part of) this reply."""

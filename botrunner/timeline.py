@@ -11,7 +11,7 @@ from django.db import transaction
 from django.db.models.functions import Now
 from django.utils import timezone
 
-from botrunner.matching import Listeners, at, matches_any
+from botrunner.matching import Listeners, at, cancels, matches_any
 from botrunner.models import MAX_TYPE_LENGTH, Room, RoomEvent, Session
 from botrunner.said import ENCRYPTED, MARK, REDACTION, Said, storable
 from botrunner.verdicts import stored
@@ -51,6 +51,8 @@ class Batch:
     joined: list[RoomNews] = field(default_factory=list)
     invites: list[Invite] = field(default_factory=list)
     left: list[str] = field(default_factory=list)
+    # That the key store had seen when this was in it.
+    key_writes: int = 0
 
     @property
     def is_empty(self) -> bool:
@@ -62,7 +64,7 @@ def write_down(session: Session, holder: str, batch: Batch) -> int:
     many events are to be acted upon. Raises `LeaseLost`."""
     with transaction.atomic():
         kept = Session.objects.held_by(holder).filter(pk=session.pk, since=session.since)
-        if not kept.update(since=batch.next_batch, last_sync_at=Now()):
+        if not kept.update(since=batch.next_batch, last_sync_at=Now(), key_writes=batch.key_writes):
             raise LeaseLost
         rooms = _joined(session, batch.joined)
         new = _keep(list(zip(rooms, batch.joined, strict=True)), session.user_id)
@@ -175,6 +177,8 @@ def _row_of(room: Room, said: Said, listeners: Listeners, questions: set[str]) -
             return _pending(room, said, kind)
         verb = "edits" if kind == RoomEvent.Kind.EDIT else "takes back"
         return _ignored(room, said, f"It {verb} nothing that is known as a question here.")
+    if cancels(said, listeners.me):
+        return _pending(room, said, RoomEvent.Kind.CANCEL)
     heard = listeners.hear(said)
     verdicts = stored(heard.verdicts)
     if heard.fired:

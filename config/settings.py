@@ -279,6 +279,8 @@ BOT_RUNNER_LEASE_SECONDS = env.seconds("BOT_RUNNER_LEASE_SECONDS", 6, least=1)
 # The keys of encrypted rooms. Every host that runs a bot runner must see the same directory.
 BOT_RUNNER_STORE = BASE_DIR / env.text("BOT_RUNNER_STORE", "db/botrunner")
 BOT_RUNNER_CONSUMER_GROUP = env.text("BOT_RUNNER_CONSUMER_GROUP", "bot_runner")
+# Whether an answer is in its room while it is written, in a message that is edited.
+BOT_STREAM_EDITS = env.flag("BOT_STREAM_EDITS", False)
 
 # Celery. The database is the queue of record, so a task is no more than a wake-up: nothing waits for
 # Celery's own redelivery, which takes minutes, and nothing is scheduled with its countdown or eta.

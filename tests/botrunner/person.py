@@ -126,6 +126,26 @@ class Person:
             == {"event_id": question}
         ]
 
+    def answers_in(self, room_id: str) -> list[Any]:
+        """To whatever was asked there, those that were decrypted."""
+        return [
+            event
+            for event in self.events
+            if not isinstance(event, MegolmEvent)
+            and getattr(event, "room_id", "") == room_id
+            and "m.in_reply_to" in event.source["content"].get("m.relates_to", {})
+        ]
+
+    def edits(self, question: str) -> list[str]:
+        """What the answers to it were changed to, in that order."""
+        answers = {event.event_id for event in self.answers(question)}
+        return [
+            event.source["content"]["m.new_content"]["body"]
+            for event in self.events
+            if not isinstance(event, MegolmEvent)
+            and event.source["content"].get("m.relates_to", {}).get("event_id") in answers
+        ]
+
     async def answer(self, question: str) -> Any:
         found = await self.until(lambda: self.answers(question))
         assert len(found) == 1

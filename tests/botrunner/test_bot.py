@@ -18,6 +18,22 @@ from botrunner.timeline import Batch, RoomNews
 from tests.botrunner.scenes import HOLDER, ROOM, command, event, session
 
 
+@pytest.mark.django_db
+@pytest.mark.parametrize("streams", [False, True])
+def test_who_does_not_stream_has_no_reader_of_what_runs_tell(
+    settings: Any, tmp_path: Path, streams: bool
+) -> None:
+    settings.BOT_RUNNER_STORE, settings.BOT_STREAM_EDITS = tmp_path, streams
+    row = session()
+
+    async def scene() -> Bot:
+        bot = Bot(row, HOLDER, asyncio.Event())
+        await bot.homeserver.close()
+        return bot
+
+    assert bool(asyncio.run(scene()).drafts) == streams
+
+
 @pytest.mark.django_db(transaction=True)
 def test_an_event_that_cannot_be_handled_holds_up_none_of_the_others(
     settings: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -3,6 +3,7 @@
 import asyncio
 import http.server
 import json
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -11,7 +12,9 @@ from typing import Any
 
 import pytest
 
-from botrunner.client import Homeserver, LoginRefused, MatrixError, TokenRefused
+from botrunner.client import Homeserver, KeysOutdated, LoginRefused, MatrixError, TokenRefused
+from botrunner.models import Session
+from botrunner.timeline import LeaseLost
 from tests.botrunner.scenes import ALICE, ME, event
 
 
@@ -217,6 +220,84 @@ def test_a_crash_during_the_upload_of_keys_leaves_none_that_nobody_can_use(
     first, second = (body for _, path, body in server.asked if "/keys/upload" in path)
     assert first["device_keys"] == second["device_keys"]
     assert first["one_time_keys"].items() <= second["one_time_keys"].items()
+
+
+def test_who_was_frozen_while_another_took_over_writes_and_sends_nothing(
+    server: Scripted, tmp_path: Path
+) -> None:
+    """Its keys are those of the past: written down, they would make the device deaf."""
+    counted = {"one_time_key_counts": {"signed_curve25519": 50, "curve25519": 0}}
+    encryption = event({"algorithm": "m.megolm.v1.aes-sha2"}, type="m.room.encryption")
+    join = {"join": {"!a": room({**encryption, "state_key": ""})}}
+    server.answers |= {
+        "/keys/upload": (200, counted),
+        "/sync": (200, {"next_batch": "s1", "rooms": join}),
+        "/send/": (200, {"event_id": "$sent"}),
+    }
+
+    def client() -> Homeserver:
+        homeserver = Homeserver(server.url, "bot-runner", tmp_path)
+        homeserver.nio.restore_login(ME, "DEVICE", "token")
+        return homeserver
+
+    async def scene() -> None:
+        frozen = client()
+        leader = client()
+        content = {"body": "x", "msgtype": "m.text"}
+        for step in (
+            frozen.tend_keys,
+            lambda: sync(frozen),
+            lambda: frozen.send("!plain:x", content, "t1"),
+        ):
+            with pytest.raises(LeaseLost):
+                await step()
+        assert not [path for _, path, _ in server.asked if "/sync" not in path]
+        await leader.tend_keys()
+        await sync(leader)
+        await leader.send("!plain:x", content, "t1")
+        await frozen.close()
+        await leader.close()
+
+    asyncio.run(scene())
+
+
+def test_keys_of_the_past_are_told_from_those_that_were_in_use(
+    server: Scripted, use: Any, tmp_path: Path
+) -> None:
+    session = Session(user_id=ME, device_id="DEVICE")
+
+    async def scene(homeserver: Homeserver) -> None:
+        session.key_writes = homeserver.key_writes
+        assert homeserver.has_keys_of(session)
+        homeserver.nio.olm.save_account()
+        assert homeserver.has_keys_of(session)  # what was not written down yet
+        session.key_writes = homeserver.key_writes + 1
+        assert not homeserver.has_keys_of(session)
+
+    use(scene)
+    [path] = tmp_path.glob("*.db")
+    with sqlite3.connect(path) as database:
+        database.execute("DROP TABLE keeper")
+    session.key_writes = 0
+    homeserver = Homeserver(server.url, "bot-runner", tmp_path)
+    assert homeserver.has_keys_of(session)  # from before they were counted
+    path.write_bytes(b"What a broken backup may leave. " * 100)
+    assert not homeserver.has_keys_of(session)
+    path.unlink()
+    assert not homeserver.has_keys_of(session)
+    asyncio.run(homeserver.close())
+
+
+def test_a_homeserver_that_has_later_keys_is_told_apart(server: Scripted, use: Any) -> None:
+    """As after database and key store were restored together."""
+    error = "One time key signed_curve25519:AAAAAQ already exists."
+    server.answers["/keys/upload"] = (400, {"errcode": "M_UNKNOWN", "error": error})
+
+    async def scene(homeserver: Homeserver) -> None:
+        with pytest.raises(KeysOutdated):
+            await homeserver.tend_keys()
+
+    use(scene)
 
 
 def test_plain_text_is_sent_only_after_the_room_has_proven_plain(

@@ -1,17 +1,22 @@
 """Encrypted rooms of a real homeserver."""
 
 import shutil
+import signal
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
+from django.db import connection
 from nio.store import SqliteStore
 from vodozemac import PreKeyMessage, SessionCreationException
 
 from botrunner.client import Homeserver
-from botrunner.models import RoomEvent, Session
+from botrunner.models import Reply, RoomEvent, Session
 from tests.botrunner.person import Person, run
 from tests.botrunner.world import ENCRYPTION, World, register
+from tests.fakes.llm import Reply as Answer
 from tests.synapse import Account
 
 pytestmark = pytest.mark.system
@@ -41,6 +46,45 @@ def test_answers_in_an_encrypted_room_and_after_a_restart(
         for event in world.synapse.messages(alice, room)
         if event["sender"] == world.bot_id and "state_key" not in event
     )
+
+
+def test_an_answer_is_written_live_and_goes_on_after_a_kill(
+    world: World, alice: Account, tmp_path: Path, model: Any
+) -> None:
+    words = tuple(f"{number} " for number in range(60))
+    model.script(Answer(words, delta_latency=0.15), Answer(words, delta_latency=0.15))
+    world.env |= {"OPENAI_BASE_URL": model.url, "OPENAI_API_KEY": "sk-test"}
+    world.env["BOT_STREAM_EDITS"] = "1"
+    register(alice)
+    world.start("worker", "bot")
+    room = world.invite(alice, initial_state=[ENCRYPTION])
+
+    async def scene() -> list[str]:
+        async with Person(world.synapse, alice, tmp_path) as person:
+            question = await person.say(room, "Count")
+            await person.until(lambda: len(person.edits(question)) >= 2)
+            world.kill("bot")
+            told = len(person.edits(question))
+            world.start("bot")
+            await person.until(lambda: len(person.edits(question)) > told)
+            assert "".join(words) not in person.edits(question)  # the model still speaks
+            await person.until(lambda: person.edits(question)[-1:] == ["".join(words)])
+            draft = await person.answer(question)
+            assert draft.decrypted
+            assert "".join(words).startswith(draft.body.rstrip())
+
+            second = await person.say(room, "Again")
+            await person.until(lambda: person.edits(second))
+            await person.say(room, "!cancel")
+            last = "This was cancelled."
+            await person.until(lambda: person.edits(second)[-1].endswith(last))
+            assert person.edits(second)[-1].startswith("0 1 ")
+            return [draft.event_id, (await person.answer(second)).event_id]
+
+    answers = run(scene())
+    assert [reply.event_ids for reply in Reply.objects.order_by("id")] == [
+        [each] for each in answers
+    ]
 
 
 def test_encryption_switched_on_later_is_respected(
@@ -99,6 +143,106 @@ def _assert_signed(known: dict, user_id: str, device_id: str) -> None:
     signers = known["self_signing_keys"][user_id]["keys"]
     signatures = known["device_keys"][user_id][device_id]["signatures"][user_id]
     assert signers.keys() <= signatures.keys()
+
+
+def test_who_was_frozen_and_comes_back_ruins_no_keys_and_says_nothing_twice(
+    world: World, alice: Account, account: Any, tmp_path: Path
+) -> None:
+    bob = account("bob")
+    register(alice)
+    register(bob)
+    world.start("worker", "bot")
+    room = world.invite(alice, initial_state=[ENCRYPTION])
+    world.start("bot2")
+    world.wait("it to stand by", lambda: "standing by" in world.log("bot2"))
+
+    async def ask(person: Person, room: str, words: str) -> None:
+        question = await person.say(room, words)
+        answer = await person.answer(question)
+        assert (answer.decrypted, answer.body) == (True, f"Handled prompt: {words}")
+
+    async def scene() -> None:
+        async with (
+            Person(world.synapse, alice, tmp_path) as person,
+            Person(world.synapse, bob, tmp_path) as other,
+        ):
+            await ask(person, room, "one")
+            freeze(world)
+            # It has what comes next on its socket, too.
+            await ask(person, room, "two")
+            theirs = world.invite(bob, initial_state=[ENCRYPTION])
+            await other.sync()
+            await ask(other, theirs, "of somebody new")
+            world.processes["bot"].send_signal(signal.SIGCONT)
+            world.wait("it to notice", lambda: "has taken over" in world.log("bot"))
+            await ask(person, room, "three")
+            world.kill("bot2")
+            for number in range(3):
+                await ask(person, room, f"four {number}")
+                await ask(other, theirs, f"five {number}")
+            assert len(person.answers_in(room)) == 6
+            assert len(other.answers_in(theirs)) == 4
+
+    run(scene())
+
+
+def freeze(world: World) -> None:
+    """Stop the bot where it holds no lock of SQLite: of those nobody can relieve it."""
+    [store] = (world.directory / "store").glob("*.db")
+    files = [store]
+    if connection.vendor == "sqlite":
+        files.append(Path(connection.settings_dict["NAME"]))
+    while True:
+        world.processes["bot"].send_signal(signal.SIGSTOP)
+        if not any(map(is_locked, files)):
+            return
+        world.processes["bot"].send_signal(signal.SIGCONT)
+
+
+def is_locked(path: Path) -> bool:
+    """For longer than the others, who are not frozen, need it."""
+    with closing(sqlite3.connect(path, timeout=0.5)) as database:
+        try:
+            database.execute("BEGIN EXCLUSIVE")
+        except sqlite3.OperationalError:
+            return True
+    return False
+
+
+def test_with_keys_from_a_backup_it_goes_on_as_another_device(
+    world: World, alice: Account, tmp_path: Path
+) -> None:
+    register(alice)
+    world.start("worker", "bot")
+    room = world.invite(alice, initial_state=[ENCRYPTION])
+    store, backup = world.directory / "store", tmp_path / "backup"
+
+    async def scene() -> None:
+        async with Person(world.synapse, alice, tmp_path) as person:
+            await person.answer(await person.say(room, "before the backup"))
+            world.kill("bot", signal.SIGTERM)
+            shutil.copytree(store, backup)
+            world.start("bot")
+            await person.answer(await person.say(room, "after it"))
+            world.kill("bot", signal.SIGTERM)
+            shutil.rmtree(store)
+            shutil.copytree(backup, store)
+            world.start("bot")
+            world.wait("it to say so", lambda: "those of a backup" in world.log())
+            world.wait("it to connect", lambda: world.log().count("Connected") == 3)
+            await person.sync()  # which tells of the new device
+            for words in ("after it came back", "and once more"):
+                answer = await person.answer(await person.say(room, words))
+                assert answer.body == f"Handled prompt: {words}"
+
+            # It is another device by now, whose keys are as they should be.
+            device = world.log().count("Logged in as")
+            world.kill("bot", signal.SIGTERM)
+            world.start("bot")
+            await person.answer(await person.say(room, "after a restart"))
+            assert world.log().count("Logged in as") == device == 2
+
+    run(scene())
 
 
 def test_what_cannot_be_decrypted_is_answered_when_its_key_comes(

@@ -7,7 +7,7 @@ from django.db import IntegrityError
 
 from agents import runs
 from agents.models import Run
-from botrunner import acting, timeline
+from botrunner import acting, replies, timeline
 from botrunner.models import Conversation, Reply, Room, RoomEvent, Session
 from botrunner.said import MARK, since_own_join
 from botrunner.timeline import Batch, Invite, LeaseLost, RoomNews
@@ -292,6 +292,53 @@ def test_a_redaction_in_newer_rooms_names_its_event_in_the_content() -> None:
     said = event()
     take_in(row, said, event({"redacts": said["event_id"]}, type="m.room.redaction"))
     assert Run.objects.get().status == Run.Status.CANCELLED
+
+
+class TestCancelling:
+    """`!cancel`, said in a room."""
+
+    THREAD = {"m.relates_to": {"rel_type": "m.thread", "event_id": "$root"}}
+
+    def states(self, *said: Any) -> list[str]:
+        """Of the runs, after Alice and Bob may ask anything."""
+        command(ALICE)
+        command(BOB)
+        take_in(session(), *said)
+        return list(Run.objects.order_by("pk").values_list("status", flat=True))
+
+    @pytest.mark.parametrize(
+        "words", ["!cancel", " !Cancel ", f"{ME}: !cancel", "bot-runner !cancel"]
+    )
+    def test_whoever_asked_may(self, words: str) -> None:
+        assert self.states(event(), event(words)) == ["cancelled"]
+        assert Reply.objects.get().status == Reply.Status.WAITING
+
+    def test_all_that_they_asked_there(self) -> None:
+        assert self.states(event("1"), event("2"), event("!cancel")) == ["cancelled", "cancelled"]
+
+    def test_nobody_else_may(self) -> None:
+        assert self.states(event(), event("!cancel", BOB)) == ["queued"]
+
+    def test_a_thread_is_a_place_of_its_own(self) -> None:
+        there = {"msgtype": "m.text", "body": "Hello", **self.THREAD}
+        assert self.states(event(there), event("!cancel")) == ["queued"]
+        take_in(Session.objects.get(), event({**there, "body": "!cancel"}))
+        assert Run.objects.get().status == "cancelled"
+
+    def test_who_has_nothing_to_cancel_is_told(self) -> None:
+        assert self.states(event("!cancel")) == []
+        replies.compose(Session.objects.get())
+        body = Reply.objects.get().parts[0]["body"]
+        assert body == "Sorry, this cannot be done. Nothing that you asked is being answered here."
+
+    def test_what_another_bot_may_be_meant_by_is_let_be(self) -> None:
+        take_in(session(), event("!cancel"))
+        said = RoomEvent.objects.get()
+        assert (said.state, said.note) == ("ignored", "There was nothing to cancel.")
+        assert not Reply.objects.exists()
+
+    def test_words_that_only_hold_it_are_a_question(self) -> None:
+        assert self.states(event("What does !cancel do?")) == ["queued"]
 
 
 @pytest.mark.parametrize("root", ["$" * 256, "", 5, None])

@@ -12,6 +12,8 @@ import httpx2
 from django.conf import settings
 from django.core.management.base import BaseCommand, CommandError, CommandParser
 
+from botrunner.said import MARK
+
 CLIENT = "/_matrix/client/v3"
 CALL_SECONDS = 30
 JOIN_SECONDS = 20
@@ -202,7 +204,10 @@ def answer_to(event_id: str, page: dict[str, Any]) -> dict[str, Any] | None:
     for event in page["chunk"]:
         replied = event["content"].get("m.relates_to", {}).get("m.in_reply_to", {})
         if replied.get("event_id") == event_id:
-            return dict(event["content"])
+            relations = event.get("unsigned", {}).get("m.relations", {})
+            edit = relations.get("m.replace", {}).get("content", {})
+            content = dict(edit.get("m.new_content") or event["content"])
+            return None if content.get(MARK, {}).get("draft") else content
     return None
 
 
