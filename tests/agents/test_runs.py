@@ -251,6 +251,17 @@ class TestRetry:
         model.wait_for_disconnects()
 
 
+def test_a_run_costs_eight_statements(django_assert_max_num_queries: Any) -> None:
+    first = factories.ask()
+    runs.execute(first.pk)
+    run = factories.ask(thread_id=first.thread_id)
+    # Claim: read, update. Context: read. Outcome: run, attempt, step, event, message. And what begins
+    # and ends the two transactions.
+    with django_assert_max_num_queries(8 + 4):
+        runs.execute(run.pk)
+    assert reload(run).status == Run.Status.COMPLETED
+
+
 class TestClaim:
     def test_a_run_is_claimed_once(self) -> None:
         run = factories.ask()
