@@ -5,6 +5,7 @@ The reader takes entries through the consumer group and hands each run to a Cele
 looks each second for what was missed: by Redis, by a dead worker, by an attempt that is due again.
 """
 
+import gc
 import logging
 import os
 import random
@@ -54,6 +55,7 @@ SWEEP_BATCH = 500
 SUMMARY_SECONDS = 15.0
 FOLD_SECONDS = 5.0
 SWITCH_SECONDS = 0.0005
+GARBAGE_OBJECTS = 10_000
 LAST_SECONDS = 1.0
 PRUNE_SECONDS = 15.0
 # The keeper does its chores in turn, and has more pressing ones than old rows.
@@ -110,10 +112,10 @@ class Reader:
         if not threads:
             return []
         unfinished = Run.objects.unfinished().filter(thread=OuterRef("pk")).order_by("position")
-        following = Thread.objects.filter(pk__in=threads).annotate(
-            run_id=Subquery(unfinished.values("pk")[:1])
+        following = Thread.objects.filter(pk__in=threads).values_list(
+            Subquery(unfinished.values("pk")[:1]), flat=True
         )
-        return list(following.exclude(run_id=None).values_list("run_id", flat=True))
+        return list(filter(None, following))
 
     def _parse(self, entries: list[stream.Entry]) -> Iterator[tuple[stream.Entry, Told]]:
         for entry in entries:
@@ -344,6 +346,9 @@ class Runtime(bootsteps.StartStopStep):
         # Short turns: a run goes through three threads, and each waits its turn for the interpreter.
         sys.setswitchinterval(SWITCH_SECONDS)
         llm.warm_up()
+        # What has been loaded stays: looked through for garbage time and again, it cost a tenth.
+        gc.freeze()
+        gc.set_threshold(GARBAGE_OBJECTS, *gc.get_threshold()[1:])
         reader = Reader(self.name)
 
         def read() -> None:
