@@ -77,6 +77,22 @@ class RunQuerySet(models.QuerySet["Run"]):
         stuck = Q(deadline_at__lte=Now() - OVERDUE_PATIENCE)
         return self.unfinished().filter(left | stuck, deadline_at__lte=Now())
 
+    def claimable_as_read(self, run: "Run") -> "RunQuerySet":
+        """This run, if nobody has changed its state since it was read, and if it is claimable. Says of
+        `claimable()` what is not known of the run anyway: it is asked for each run."""
+        read = self.as_read(run).filter(due_at__lte=Now())
+        if run.status != Run.Status.QUEUED:
+            read = read.filter(lease_expires_at__lt=Now())
+        if run.deadline_at:
+            read = read.filter(deadline_at__gt=Now())
+        others = Run.objects.unfinished().filter(thread=run.thread_id)
+        if run.position:
+            read = read.filter(~Exists(others.filter(position__lt=run.position)))
+        if run.retries:
+            later = others.filter(position__gt=run.position, lease_expires_at__gte=Now())
+            read = read.filter(~Exists(later))
+        return read
+
     def untold(self) -> "RunQuerySet":
         """Claimable ones that no worker was told of, or not since the last one was lost."""
         return self.claimable().filter(UNTOLD)

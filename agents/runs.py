@@ -82,23 +82,19 @@ def _tagged(run: Run) -> AbstractContextManager[None]:
 
 def claim(run_id: str) -> Run | None:
     """Take a run for this worker, or None when it is not to be had."""
-    run = Run.objects.select_related("thread").filter(pk=run_id).first()
+    run = next(iter(Run.objects.select_related("thread").filter(pk=run_id)), None)
     if run is None or run.is_finished:
         return None
     worker, now = leases.worker_name(), timezone.now()
     with transaction.atomic():
-        taken = (
-            Run.objects.claimable()
-            .as_read(run)
-            .update(
-                status=Run.Status.PROCESSING,
-                attempt=run.attempt + 1,
-                worker=worker,
-                claimed_at=now,
-                lease_expires_at=Now() + leases.duration(),
-                started_at=run.started_at or now,
-                updated_at=now,
-            )
+        taken = Run.objects.claimable_as_read(run).update(
+            status=Run.Status.PROCESSING,
+            attempt=run.attempt + 1,
+            worker=worker,
+            claimed_at=now,
+            lease_expires_at=Now() + leases.duration(),
+            started_at=run.started_at or now,
+            updated_at=now,
         )
         if taken and run.status == Run.Status.PROCESSING:
             _end_attempt(run, Attempt.Result.LOST, code="worker_lost")

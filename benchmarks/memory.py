@@ -34,8 +34,8 @@ def main() -> None:
     parser.add_argument("--sample", type=int, default=1_000, help="events between two samples")
     options = parser.parse_args()
     with _redis() as redis_url, homeserver(redis_url) as (synapse, alice, bots):
-        user_id, process = bots["runbot"]
-        bot = Answerer("runbot", process, made_rooms(synapse, alice, user_id, ROOMS))
+        user_id, process, worker = bots["runbot"]
+        bot = Answerer("runbot", process, worker, made_rooms(synapse, alice, user_id, ROOMS))
         bots["bare nio"][1].terminate()
         asyncio.run(_measure(synapse, alice, bot, options.events, options.sample))
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import secrets
 import statistics
 import subprocess
 import sys
@@ -45,16 +46,45 @@ ROUNDS = 4
 
 
 @dataclass(frozen=True)
+class Cpu:
+    """Seconds, of the bot and of the worker behind it."""
+
+    bot: float = 0.0
+    worker: float = 0.0
+
+    def __add__(self, other: Cpu) -> Cpu:
+        return Cpu(self.bot + other.bot, self.worker + other.worker)
+
+    def __sub__(self, other: Cpu) -> Cpu:
+        return Cpu(self.bot - other.bot, self.worker - other.worker)
+
+    def per_reply(self, replies: int) -> dict[str, float]:
+        return {
+            "cpu_ms_per_reply": _ms(self.bot / replies),
+            "worker_cpu_ms_per_reply": _ms(self.worker / replies),
+        }
+
+
+def _seconds(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return float(times.user + times.system)
+
+
+# Its user id, its process, and that of its worker.
+Bot = tuple[str, psutil.Process, psutil.Process | None]
+
+
+@dataclass(frozen=True)
 class Answerer:
     """A bot, and its rooms with Alice."""
 
     name: str
     process: psutil.Process
+    worker: psutil.Process | None
     rooms: list[str]
 
-    def cpu(self) -> float:
-        times = self.process.cpu_times()
-        return float(times.user + times.system)
+    def cpu(self) -> Cpu:
+        return Cpu(_seconds(self.process), _seconds(self.worker) if self.worker else 0.0)
 
     def memory_mb(self) -> float:
         return round(self.process.memory_full_info().pss / 1e6, 1)
@@ -65,8 +95,8 @@ async def rooms(system: System) -> AsyncIterator[Result]:
     messages, count = system.scaled(100, 8), system.scaled(20, 4)
     with homeserver(system.stack.redis_url) as (synapse, alice, bots):
         answerers = [
-            Answerer(name, process, made_rooms(synapse, alice, user, count))
-            for name, (user, process) in bots.items()
+            Answerer(name, process, worker, made_rooms(synapse, alice, user, count))
+            for name, (user, process, worker) in bots.items()
         ]
         async with aiohttp.ClientSession() as http:
             probe = Probe(synapse, alice, http)
@@ -80,7 +110,7 @@ async def rooms(system: System) -> AsyncIterator[Result]:
 
 async def _measure(probe: Probe, answerers: list[Answerer], messages: int) -> AsyncIterator[Result]:
     times: dict[str, list[tuple[float, float]]] = defaultdict(list)
-    spent: dict[str, float] = defaultdict(float)
+    spent: dict[str, Cpu] = defaultdict(Cpu)
     # In turns, because the machine's speed drifts.
     for answerer in answerers * ROUNDS:
         before = answerer.cpu()
@@ -93,7 +123,7 @@ async def _measure(probe: Probe, answerers: list[Answerer], messages: int) -> As
             "reply_p95_ms": _ms(statistics.quantiles(replies, n=20)[-1]),
             "send_p50_ms": _ms(statistics.median(sends)),
             "ratio": round(statistics.median(replies) / statistics.median(sends), 2),
-            "cpu_ms_per_reply": _ms(spent[answerer.name] / len(sends)),
+            **spent[answerer.name].per_reply(len(sends)),
         }
         yield Result("rooms", f"{answerer.name}, one in flight", figures)
     for answerer in answerers:
@@ -123,7 +153,7 @@ async def _burst(probe: Probe, answerer: Answerer, messages: int) -> dict[str, f
         "replies_per_second": round(messages / duration, 1),
         "ratio": round(duration / accepted, 2),
         "doubled": float(sum(probe.count[question] > 1 for question, _, _ in asked)),
-        "cpu_ms_per_reply": _ms((answerer.cpu() - cpu) / messages),
+        **(answerer.cpu() - cpu).per_reply(messages),
         "pss_mb": answerer.memory_mb(),
     }
 
@@ -193,7 +223,7 @@ def _ms(seconds: float) -> float:
 @contextmanager
 def homeserver(
     redis_url: str,
-) -> Iterator[tuple[Synapse, Account, dict[str, tuple[str, psutil.Process]]]]:
+) -> Iterator[tuple[Synapse, Account, dict[str, Bot]]]:
     """Everything that it takes, with both bots; gone afterwards."""
     with tempfile.TemporaryDirectory(prefix="rooms-") as folder:
         directory = Path(folder)
@@ -221,13 +251,17 @@ def homeserver(
                     "BOT_RUNNER_STORE": str(directory / "store"),
                     "OPENAI_API_KEY": "",
                     "OPENAI_BASE_URL": "",
+                    # As in production: with DEBUG Django keeps all queries.
+                    "DEBUG": "false",
+                    "SECRET_KEY": secrets.token_urlsafe(50),
+                    "REALM_SECRET_SEED": secrets.token_urlsafe(50),
                 }
                 manage = [sys.executable, "manage.py"]
                 for command in (["migrate"], ["shell", "-c", SETUP]):
                     subprocess.run(
                         [*manage, *command], cwd=BASE_DIR, env=env, check=True, capture_output=True
                     )
-                start(sys.executable, "-m", "celery", "-A", "config", "worker", env=env)
+                worker = start(sys.executable, "-m", "celery", "-A", "config", "worker", env=env)
                 module = [sys.executable, "-m", "benchmarks.bare_bot"]
                 yield (
                     synapse,
@@ -236,8 +270,9 @@ def homeserver(
                         "bare nio": (
                             bare.user_id,
                             start(*module, synapse.url, "bare", bare.password),
+                            None,
                         ),
-                        "runbot": (bot.user_id, start(*manage, "runbot", env=env)),
+                        "runbot": (bot.user_id, start(*manage, "runbot", env=env), worker),
                     },
                 )
         finally:

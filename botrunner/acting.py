@@ -12,14 +12,14 @@ from django.utils import timezone
 
 from agents import inbox, runs
 from agents.models import CHAT_REPLY, Run
-from botrunner.matching import Listeners, question
+from botrunner.matching import Listener, Listeners, question
 from botrunner.models import Conversation, Reply, RoomEvent
 from botrunner.said import Said, storable
-from botrunner.timeline import SPOKEN, is_own_or_other_bots, rows_of
+from botrunner.timeline import SPOKEN, Kept, is_own_or_other_bots, kept_of
 from botrunner.verdicts import stored
 from chat.models import Thread
 from realm.filters import Filter, InvalidFilter
-from realm.models import BotCommand
+from realm.models import BotCommand, User
 from realm.tracing import tagged
 
 logger = logging.getLogger(__name__)
@@ -71,20 +71,31 @@ def give_up(pk: int) -> None:
     )
 
 
+def ask(kept: Kept, me: str) -> None:
+    """Ask what a question just written down fires, in the transaction that does so."""
+    event = kept.row
+    with tagged(room=event.room.room_id, event_id=event.event_id, request_id=event.event_id):
+        for listener, wanted in kept.fired:
+            _ask_one(event, kept.said, listener, question(wanted, kept.said, me))
+
+
 def _ask(event: RoomEvent, said: Said, me: str) -> str:
     # Once more, as commands and registrations are now.
     heard = Listeners([said.sender], me).hear(said)
     event.verdicts = stored(heard.verdicts)
-    for command, wanted in heard.fired:
-        _ask_one(event, said, command, question(wanted, said, me))
+    for listener, wanted in heard.fired:
+        _ask_one(event, said, listener, question(wanted, said, me))
     return f"What it fired was taken away. {heard.why_nothing}" if heard.why_nothing else ""
 
 
-def _ask_one(event: RoomEvent, said: Said, command: BotCommand, asked: str) -> None:
-    user = command.registration.user
-    conversation = Conversation.objects.filter(room=event.room, root=said.thread_root).first()
+def _ask_one(event: RoomEvent, said: Said, command: Listener, asked: str) -> None:
+    conversations = Conversation.objects.filter(room=event.room_id, root=said.thread_root)
+    thread_id = next(iter(conversations.values_list("thread_id", flat=True)[:1]), None)
     reply = Reply(
-        question=event, room=event.room, registration=command.registration, bot_command=command
+        question=event,
+        room=event.room,
+        registration_id=command.registration_id,
+        bot_command_id=command.command_id,
     )
     try:
         if command.command == CHAT_REPLY and not asked:
@@ -93,20 +104,20 @@ def _ask_one(event: RoomEvent, said: Said, command: BotCommand, asked: str) -> N
             content=asked or command.command,
             source=Run.Source.MATRIX,
             threads=Thread.objects.all(),
-            owner=user,
-            thread_id=conversation.thread_id if conversation else None,
+            owner=User(pk=command.user_id),
+            thread_id=thread_id,
             place=event.room.room_id,
             command=command.command,
             input=_input(event, said),
             correlation_id=said.event_id[: inbox.MAX_CORRELATION_LENGTH],
         )
     except inbox.Refused as error:
-        reply.key = f"{event.event_id}.{command.pk}"[:255]
+        reply.key = f"{event.event_id}.{command.command_id}"[:255]
         reply.error = str(error)
         reply.save()
         logger.info("A question was refused: %s", error)
         return
-    if conversation is None:
+    if thread_id is None:
         Conversation.objects.create(
             room=event.room, root=said.thread_root, thread_id=accepted.thread_id
         )
@@ -204,7 +215,7 @@ def unseal(pk: int, source: dict[str, Any], me: str) -> None:
         said = Said.parse(source)
         opened = None
         if said and said.type in SPOKEN and not is_own_or_other_bots(said, me):
-            [opened] = rows_of([(event.room, said)], me)
+            opened = kept_of([(event.room, said)], me)[0].row
         if opened is None or opened.kind == RoomEvent.Kind.SEALED:
             event.state, event.source = RoomEvent.State.IGNORED, None
             event.note = "It is nothing that a person says."

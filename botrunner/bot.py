@@ -7,6 +7,7 @@ import math
 import random
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from django.conf import settings
@@ -141,7 +142,12 @@ class Bot:
         batch = self._batch
         if not batch.is_empty or time.monotonic() - self._written_at > PROGRESS_SECONDS:
             batch.key_writes = self.homeserver.key_writes
-            self._has_pending |= bool(await unit(timeline.write_down)(session, self.holder, batch))
+            # What was said before goes first.
+            is_next = not (self._has_pending or self._has_keys)
+            ask = partial(acting.ask, me=self.homeserver.user_id) if is_next else None
+            left = await unit(timeline.write_down)(session, self.holder, batch, ask)
+            self._has_pending |= bool(left)
+            self._asked.set()
             session.since, self._written_at = batch.next_batch, time.monotonic()
         self._batch, self._position = None, batch.next_batch
         self._rooms = self._rooms.union(news.room_id for news in batch.joined) - set(batch.left)

@@ -300,14 +300,23 @@ class Homeserver:
         self.know_room(room_id, encrypted=False)
         if not self.is_encrypted(room_id):
             await self._make_sure_plain(room_id)
-        if self.is_encrypted(room_id):
-            await self._know_members(room_id)
+        if not self.is_encrypted(room_id):
+            return await self._send_plain(room_id, content, transaction)
+        await self._know_members(room_id)
         response = await self._call(
             self.nio.room_send(
                 room_id, "m.room.message", content, transaction, ignore_unverified_devices=True
             )
         )
         return str(response.event_id)
+
+    async def _send_plain(self, room_id: str, content: dict[str, Any], transaction: str) -> str:
+        room, transaction = quote(room_id, safe=""), quote(transaction, safe="")
+        path = f"{API}/rooms/{room}/send/m.room.message/{transaction}"
+        answer = await self.request("PUT", path, content)
+        if not isinstance(answer.get("event_id"), str):
+            raise MatrixError("UNREADABLE", "The answer is not that of a message sent.")
+        return str(answer["event_id"])
 
     def distrust_plain(self) -> None:
         """Encryption may have been switched on while no sync came through."""

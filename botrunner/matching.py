@@ -3,16 +3,17 @@
 import fnmatch
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
+from uuid import UUID
 
 import orjson
 
 from botrunner.said import Said, text_of
 from botrunner.verdicts import MAX_KEPT, Verdict
 from realm.filters import BOT_TRIGGER, ROOM_MESSAGE, Filter, InvalidFilter
-from realm.models import BotCommand, BotRegistration
+from realm.models import BotRegistration
 
 CANCEL = "!cancel"
 
@@ -22,7 +23,7 @@ class Heard:
     """What an event fires, in that order, and what was said by the commands that were looked at: by
     all that fire, and as many others as are kept."""
 
-    fired: list[tuple[BotCommand, Filter]]
+    fired: list[tuple["Listener", Filter]]
     verdicts: list[Verdict]
     why_nothing: str = ""
 
@@ -30,24 +31,29 @@ class Heard:
 @dataclass(frozen=True)
 class Listener:
     """A registered command, read once for all the events of a batch; or a registration that has
-    none."""
+    none. Values of the rows and not the rows themselves: it is read for each message."""
 
-    registration: BotRegistration
-    command: BotCommand | None = None
+    registration_id: UUID
+    user_id: int
+    is_enabled: bool
+    is_active: bool
+    registered_at: datetime
+    command_id: UUID | None = None
+    command: str = ""
+    commanded_at: datetime | None = None
     wanted: Filter | None = None
     in_words: str = ""
 
     def objection(self, said: Said, me: str) -> str:
         """Why it does not fire on the event; empty when it does."""
-        registration = self.registration
-        if not registration.enabled:
+        if not self.is_enabled:
             return "The registration is disabled."
-        if not registration.user.is_active:
+        if not self.is_active:
             return "The user of the registration is not active."
-        if registration.created_at > said.said_at:
-            registered, spoken = at(registration.created_at), at(said.said_at)
+        if self.registered_at > said.said_at:
+            registered, spoken = at(self.registered_at), at(said.said_at)
             return f"Registered at {registered}, after this was said at {spoken}."
-        if self.command is None:
+        if self.command_id is None:
             return "The registration has no command."
         if self.wanted is None:
             return "The filter cannot be read."
@@ -55,9 +61,9 @@ class Listener:
 
     def verdict(self, words: str, *, fires: bool) -> Verdict:
         return Verdict(
-            registration_id=str(self.registration.pk),
-            command_id=str(self.command.pk) if self.command else "",
-            command=self.command.command if self.command else "",
+            registration_id=str(self.registration_id),
+            command_id=str(self.command_id or ""),
+            command=self.command,
             filter=self.in_words,
             words=words,
             fires=fires,
@@ -71,14 +77,9 @@ class Listeners:
     def __init__(self, senders: Iterable[str], me: str) -> None:
         self.me = me
         self._of: dict[str, list[Listener]] = {}
-        registrations = (
-            BotRegistration.objects.filter(username__in={*senders, me})
-            .select_related("user")
-            .prefetch_related("commands")
-        )
-        for registration in registrations:
-            mine = self._of.setdefault(registration.username, [])
-            mine += _listeners(registration)
+        registrations = BotRegistration.objects.filter(username__in={*senders, me}).order_by()
+        for username, *row in registrations.values_list("username", *COLUMNS):
+            self._of.setdefault(username, []).append(_listener(*row))
         for listeners in self._of.values():
             listeners.sort(key=_age)
 
@@ -86,16 +87,16 @@ class Listeners:
         """The sender's commands are asked first, then those of the bot's own user. The same command
         is fired once, however often it is registered."""
         listeners = [*self._of.get(said.sender, []), *self._of.get(self.me, [])]
-        fired: dict[str, tuple[BotCommand, Filter]] = {}
+        fired: dict[str, tuple[Listener, Filter]] = {}
         verdicts: list[Verdict] = []
         for listener in listeners:
             words = listener.objection(said, self.me)
             command, wanted = listener.command, listener.wanted
-            if not words and command and wanted:
-                if command.command in fired:
+            if not words and wanted:
+                if command in fired:
                     words = "The same command has fired already."
                 else:
-                    fired[command.command] = command, wanted
+                    fired[command] = listener, wanted
             if not words or len(verdicts) < MAX_KEPT:
                 verdicts.append(listener.verdict(words or "It fires.", fires=not words))
         if fired:
@@ -106,21 +107,43 @@ class Listeners:
         return Heard([], verdicts, f"None of {len(listeners)} that were looked at fires on it.")
 
 
-def _listeners(registration: BotRegistration) -> list[Listener]:
-    found = []
-    for command in registration.commands.all():
-        try:
-            wanted = command.when
-        except InvalidFilter as error:
-            found.append(Listener(registration, command, in_words=f"never: {error}"))
-        else:
-            found.append(Listener(registration, command, wanted, wanted.in_words()))
-    return found or [Listener(registration)]
+# In the order of a listener's fields.
+COLUMNS = [
+    "pk",
+    "user_id",
+    "enabled",
+    "user__is_active",
+    "created_at",
+    "commands__pk",
+    "commands__command",
+    "commands__created_at",
+    "commands__filter",
+]
+
+
+def _listener(*row: Any) -> Listener:
+    *registration, command_id, command, commanded_at, filter_ = row
+    listener = Listener(*registration)
+    if command_id is None:
+        return listener
+    try:
+        wanted = Filter.parse(filter_)
+        words = wanted.in_words()
+    except InvalidFilter as error:
+        wanted, words = None, f"never: {error}"
+    return replace(
+        listener,
+        command_id=command_id,
+        command=command,
+        commanded_at=commanded_at,
+        wanted=wanted,
+        in_words=words,
+    )
 
 
 def _age(listener: Listener) -> tuple[datetime, str]:
-    row = listener.command or listener.registration
-    return row.created_at, str(row.pk)
+    since = listener.commanded_at or listener.registered_at
+    return since, str(listener.command_id or listener.registration_id)
 
 
 def objection(wanted: Filter, said: Said, me: str) -> str:

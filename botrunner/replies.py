@@ -10,7 +10,7 @@ import html
 import json
 import logging
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, cast
@@ -45,6 +45,16 @@ RECONCILE_PAGES = 20
 # A run that was asked for again longer ago is looked at no more.
 RETRY_MEMORY = timedelta(days=7)
 FINISHED = (Run.Status.COMPLETED, Run.Status.FAILED, Run.Status.CANCELLED)
+RELATED = ("run__answer", "question", "room")
+# What it takes to make a reply and to send it, and no more: it is read while somebody waits.
+COLUMNS = (
+    *("key", "status", "cycle", "parts", "event_ids", "device_id", "attempts", "error"),
+    *("room_id", "run_id", "registration_id", "created_at", "drafted_at", "draft_id"),
+    *("run__status", "run__safe_error", "run__finished_at", "run__answer__content"),
+    "run__merged_into_id",
+    *("question__event_id", "question__source", "question__created_at"),
+    *("room__room_id", "room__membership"),
+)
 
 
 def compose(
@@ -57,12 +67,11 @@ def compose(
     replies = Reply.objects.waiting().filter(room__session=session)
     ended = Q(run__status__in=FINISHED, run__retries=F("cycle"))
     if run_ids is None:
-        replies = replies.filter(Q(run=None) | ended)
+        replies = replies.filter(Q(run=None) | ended).order_by("run__finished_at", "id")[:200]
     else:
         replies = replies.filter(ended, run_id__in=list(run_ids))
-    replies = replies.select_related("run__answer", "question", "room")
     ready = {}
-    for reply in replies.order_by("run__finished_at", "id")[:200]:
+    for reply in sorted(replies.select_related(*RELATED).only(*COLUMNS), key=_ended_at):
         if reply.run and reply.run.merged_into_id:
             _leave_to_the_next(reply)
             continue
@@ -85,6 +94,11 @@ def _leave_to_the_next(reply: Reply) -> None:
     Reply.objects.waiting().filter(pk=reply.pk, cycle=reply.cycle).update(
         status=Reply.Status.DROPPED, error="The answer to a later question answers it too."
     )
+
+
+def _ended_at(reply: Reply) -> tuple[datetime, int]:
+    ended = reply.run.finished_at if reply.run else reply.created_at
+    return ended or reply.created_at, reply.pk
 
 
 def follow_retries(session: Session) -> None:
@@ -129,18 +143,26 @@ def parts_of(reply: Reply, text: str, msgtype: str) -> list[dict[str, Any]]:
     relation: dict[str, Any] = {"m.in_reply_to": {"event_id": reply.question.event_id}}
     if root:
         relation |= {"rel_type": "m.thread", "event_id": root, "is_falling_back": False}
-    pieces = split(text, MAX_CONTENT_BYTES)
-    if len(pieces) > MAX_PARTS:
-        pieces = [*pieces[: MAX_PARTS - 1], "(The rest of this answer is too long for a room.)"]
+    messages = _messages(text, msgtype)
     return [
         {
-            **_message(piece, msgtype),
+            **message,
             "m.mentions": {},
             "m.relates_to": relation,
             MARK: {"key": reply.key, "part": number},
         }
-        for number, piece in enumerate(pieces)
+        for number, message in enumerate(messages)
     ]
+
+
+def _messages(text: str, msgtype: str) -> list[dict[str, Any]]:
+    whole = _message(text, msgtype)
+    if _size(whole) <= MAX_CONTENT_BYTES:
+        return [whole]
+    pieces = split(text, MAX_CONTENT_BYTES)
+    if len(pieces) > MAX_PARTS:
+        pieces = [*pieces[: MAX_PARTS - 1], "(The rest of this answer is too long for a room.)"]
+    return [_message(piece, msgtype) for piece in pieces]
 
 
 def _words(reply: Reply, written: str) -> tuple[str, str]:
@@ -193,7 +215,7 @@ def _message(text: str, msgtype: str) -> dict[str, Any]:
 def split(text: str, limit: int) -> list[str]:
     """Pieces of a Markdown text whose messages have up to `limit` bytes each: cut between lines where
     that is possible; a block of code goes on as one."""
-    if _size(text) <= limit:
+    if _size(_message(text, "m.text")) <= limit:
         return [text]
     pieces: list[str] = []
     lines: list[str] = []
@@ -221,9 +243,9 @@ def _short_lines(text: str, limit: int) -> Iterable[str]:
         yield from (line[start : start + limit] for start in range(0, max(len(line), 1), limit))
 
 
-def _size(text: str) -> int:
-    """Of the message that tells `text`, as JSON, both bodies together."""
-    return len(json.dumps(_message(text, "m.text"), ensure_ascii=False).encode())
+def _size(message: dict[str, Any]) -> int:
+    """As JSON, both bodies together."""
+    return len(json.dumps(message, ensure_ascii=False).encode())
 
 
 @dataclass(frozen=True)
@@ -247,7 +269,7 @@ def next_of(
     `loaded`, by primary key, is not read again."""
     # Most often there is none, so this asks for little.
     queue = Reply.objects.ready().filter(room=room).order_by("ready_at", "id")
-    first = queue.values_list("pk", "due_at").first()
+    first = next(iter(queue.values_list("pk", "due_at")[:1]), None)
     if first is None or (first[1] and first[1] > timezone.now()):
         return None
     reply = (loaded or {}).get(first[0])
@@ -397,17 +419,19 @@ class Sender:
                 if outgoing is None:
                     outgoing = await unit(next_of)(room, self.homeserver.device_id)
                 while outgoing or room in self._more:
-                    if outgoing:
-                        await self._send(outgoing)
                     self._more.discard(room)
-                    outgoing = await unit(next_of)(room, self.homeserver.device_id)
+                    if outgoing:
+                        outgoing = await self._send(outgoing)
+                    else:
+                        outgoing = await unit(next_of)(room, self.homeserver.device_id)
         except Exception as error:  # told to whoever looks after this process
             self._broken = error
         finally:
             del self._tasks[room]
 
-    async def _send(self, outgoing: Outgoing) -> None:
-        reply = outgoing.reply
+    async def _send(self, outgoing: Outgoing) -> Outgoing | None:
+        """Send a reply, or what is left of it; the one after it in its room."""
+        reply, after = outgoing.reply, None
         event_id, registration = reply.question.event_id, str(reply.registration_id or "")
         with tagged(
             room=outgoing.room_id,
@@ -421,16 +445,26 @@ class Sender:
                     await self.drafts.settle(reply)
                 if outgoing.moved:
                     found = await self._find(outgoing)
-                    await unit(set_found)(reply, found, self.homeserver.device_id)
+                    after = await unit(self._change)(
+                        set_found, reply, found, self.homeserver.device_id
+                    )
                 for number in range(len(reply.event_ids), len(reply.parts)):
-                    await unit(part_sent)(reply, await self._say(outgoing, number))
+                    sent = await self._say(outgoing, number)
+                    after = await unit(self._change)(part_sent, reply, sent)
             except MatrixError as error:
-                await unit(not_sent)(reply, error)
+                after = await unit(self._change)(not_sent, reply, error)
             else:
                 asked = timezone.now() - reply.question.created_at
                 outcomes.info(
                     "Replied", parts=len(reply.parts), ms=round(asked.total_seconds() * 1000)
                 )
+        return after
+
+    def _change(self, change: Callable[..., None], reply: Reply, *news: Any) -> Outgoing | None:
+        """Change a reply by what became of it. The one after it in its room, once it is done with."""
+        change(reply, *news)
+        is_open = reply.status == Reply.Status.READY
+        return None if is_open else next_of(reply.room_id, self.homeserver.device_id)
 
     async def _say(self, outgoing: Outgoing, number: int) -> str:
         """Send a part of a reply; the id of its event."""

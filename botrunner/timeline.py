@@ -1,7 +1,7 @@
 """What is said in the rooms, written down with the sync position in one transaction."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -11,14 +11,17 @@ from django.db import transaction
 from django.db.models.functions import Now
 from django.utils import timezone
 
-from botrunner.matching import Listeners, at, cancels, matches_any
+from botrunner.matching import Listener, Listeners, at, cancels, matches_any
 from botrunner.models import MAX_TYPE_LENGTH, Room, RoomEvent, Session
 from botrunner.said import ENCRYPTED, MARK, REDACTION, Said, storable
 from botrunner.verdicts import stored
-from realm.filters import EVENT_TYPES
+from realm.connections import AWAY
+from realm.filters import EVENT_TYPES, Filter
 
 logger = logging.getLogger(__name__)
 
+# More questions are each acted upon in a transaction of their own: others wait for the database.
+MAX_AT_ONCE = 8
 # What people say. A sync asks for no more, but anything may come out of an encrypted event.
 SPOKEN = {*EVENT_TYPES, ENCRYPTED, REDACTION}
 
@@ -59,22 +62,34 @@ class Batch:
         return not (self.joined or self.invites or self.left)
 
 
-def write_down(session: Session, holder: str, batch: Batch) -> int:
+@dataclass(frozen=True)
+class Kept:
+    """What was said, as it is kept, and which commands it fires."""
+
+    row: RoomEvent
+    said: Said
+    fired: list[tuple[Listener, Filter]] = field(default_factory=list)
+
+
+def write_down(
+    session: Session, holder: str, batch: Batch, ask: Callable[[Kept], None] | None = None
+) -> int:
     """Keep what was said, what became of the bot's rooms, and the position, in one transaction. How
-    many events are to be acted upon. Raises `LeaseLost`."""
+    many events are left to be acted upon: with `ask`, a few questions are asked at once, which has
+    them on their way sooner. Raises `LeaseLost`."""
     with transaction.atomic():
         kept = Session.objects.held_by(holder).filter(pk=session.pk, since=session.since)
         if not kept.update(since=batch.next_batch, last_sync_at=Now(), key_writes=batch.key_writes):
             raise LeaseLost
         rooms = _joined(session, batch.joined)
-        new = _keep(list(zip(rooms, batch.joined, strict=True)), session.user_id)
+        left = _keep(list(zip(rooms, batch.joined, strict=True)), session.user_id, ask)
         for invite in batch.invites:
             _invited(session, invite)
         if batch.left:
             Room.objects.filter(session=session, room_id__in=batch.left).update(
                 membership=Room.Membership.LEFT, join_due_at=None, updated_at=Now()
             )
-    return new
+    return left
 
 
 def _joined(session: Session, joined: list[RoomNews]) -> list[Room]:
@@ -123,18 +138,51 @@ def _invited(session: Session, invite: Invite) -> None:
     )
 
 
-def _keep(news: list[tuple[Room, RoomNews]], me: str) -> int:
-    rows = [
+def _keep(
+    news: list[tuple[Room, RoomNews]], me: str, ask: Callable[[Kept], None] | None = None
+) -> int:
+    kept = [
         _ignored(room, said, "It was said before the bot came into the room.")
         for room, each in news
         for said in _spoken(each.earlier, me)
         if not _is_too_old(said)
     ]
-    rows += rows_of([(room, said) for room, each in news for said in _spoken(each.events, me)], me)
-    if rows:
+    kept += kept_of([(room, said) for room, each in news for said in _spoken(each.events, me)], me)
+    pending = [each for each in kept if each.row.state == RoomEvent.State.PENDING]
+    if ask and _are_few_questions(pending) and _keep_and_ask(kept, pending, ask):
+        return 0
+    if kept:
         # Of the same event, the row that is there stays.
-        RoomEvent.objects.bulk_create(rows, ignore_conflicts=True)
-    return sum(row.state == RoomEvent.State.PENDING for row in rows)
+        RoomEvent.objects.bulk_create([each.row for each in kept], ignore_conflicts=True)
+    return len(pending)
+
+
+def _are_few_questions(pending: list[Kept]) -> bool:
+    return 0 < len(pending) <= MAX_AT_ONCE and all(
+        each.row.kind == RoomEvent.Kind.QUESTION for each in pending
+    )
+
+
+def _keep_and_ask(kept: list[Kept], pending: list[Kept], ask: Callable[[Kept], None]) -> bool:
+    """False when nothing of it could be done: one of the events is there already, or a question
+    cannot be asked, which must not hold up the rest."""
+    try:
+        with transaction.atomic():
+            for each in pending:
+                each.row.state = RoomEvent.State.HANDLED
+            RoomEvent.objects.bulk_create([each.row for each in kept])
+            for each in pending:
+                ask(each)
+    except AWAY:
+        raise  # the database is away, and the batch comes again
+    except Exception as error:
+        logger.debug("Not asked at once: %s", error)
+        for each in kept:
+            each.row.pk = None
+        for each in pending:
+            each.row.state = RoomEvent.State.PENDING
+        return False
+    return True
 
 
 def _spoken(events: Iterable[Any], me: str) -> list[Said]:
@@ -143,24 +191,24 @@ def _spoken(events: Iterable[Any], me: str) -> list[Said]:
     return [said for said in found if said.type in SPOKEN and not is_own_or_other_bots(said, me)]
 
 
-def rows_of(spoken: list[tuple[Room, Said]], me: str) -> list[RoomEvent]:
+def kept_of(spoken: list[tuple[Room, Said]], me: str) -> list[Kept]:
     """As what the events are kept. What is for the bot waits to be acted upon; of anything else there
     stays that it was said, not what, and why it is not for the bot."""
     if not spoken:
         return []
     listeners = Listeners({said.sender for _, said in spoken}, me)
     targets = [target for _, said in spoken if (target := said.redacts or said.edits)]
-    questions = RoomEvent.objects.questions_among(targets)
-    rows = []
+    questions = RoomEvent.objects.questions_among(targets) if targets else set()
+    found = []
     for room, said in spoken:
-        row = _row_of(room, said, listeners, questions)
-        if row.kind in RoomEvent.QUESTIONS:
-            questions.add(row.event_id)
-        rows.append(row)
-    return rows
+        kept = _kept_of(room, said, listeners, questions)
+        if kept.row.kind in RoomEvent.QUESTIONS:
+            questions.add(said.event_id)
+        found.append(kept)
+    return found
 
 
-def _row_of(room: Room, said: Said, listeners: Listeners, questions: set[str]) -> RoomEvent:
+def _kept_of(room: Room, said: Said, listeners: Listeners, questions: set[str]) -> Kept:
     if _is_too_old(said):
         age = settings.BOT_RUNNER_MAX_EVENT_AGE
         return _ignored(
@@ -182,16 +230,26 @@ def _row_of(room: Room, said: Said, listeners: Listeners, questions: set[str]) -
     heard = listeners.hear(said)
     verdicts = stored(heard.verdicts)
     if heard.fired:
-        return _pending(room, said, RoomEvent.Kind.QUESTION, verdicts=verdicts)
+        return _pending(room, said, RoomEvent.Kind.QUESTION, heard.fired, verdicts=verdicts)
     return _ignored(room, said, heard.why_nothing, verdicts=verdicts)
 
 
-def _pending(room: Room, said: Said, kind: RoomEvent.Kind, **reasons: Any) -> RoomEvent:
-    return _row(room, said, kind=kind, source=storable(said.source), **reasons)
+def _pending(
+    room: Room,
+    said: Said,
+    kind: RoomEvent.Kind,
+    fired: Iterable[tuple[Listener, Filter]] = (),
+    **reasons: Any,
+) -> Kept:
+    source = storable(said.source)
+    row = _row(room, said, kind=kind, source=source, **reasons)
+    # The words as they are kept: what is asked goes into the database too.
+    return Kept(row, Said.parse(source) or said, list(fired))
 
 
-def _ignored(room: Room, said: Said, note: str, **reasons: Any) -> RoomEvent:
-    return _row(room, said, kind=_kind(said), state=RoomEvent.State.IGNORED, note=note, **reasons)
+def _ignored(room: Room, said: Said, note: str, **reasons: Any) -> Kept:
+    state = RoomEvent.State.IGNORED
+    return Kept(_row(room, said, kind=_kind(said), state=state, note=note, **reasons), said)
 
 
 def _row(room: Room, said: Said, **values: Any) -> RoomEvent:

@@ -399,7 +399,7 @@ class History:
             room_id=room.pk,
             run_id=run["id"],
             registration_id=self.registrations[owner.pk].pk,
-            bot_command_id=heard.fired[0][0].pk,
+            bot_command_id=heard.fired[0][0].command_id,
             key=run["id"],
             status=Reply.Status.DROPPED if dropped else Reply.Status.SENT,
             error="The room lets the bot say nothing." if dropped else "",

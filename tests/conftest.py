@@ -31,8 +31,15 @@ def model(_llm_server: FakeLLM, settings: Any) -> Iterator[FakeLLM]:
     _llm_server.reset()
     settings.OPENAI_BASE_URL = _llm_server.url
     settings.OPENAI_API_KEY = "sk-canary-0123456789"
-    llm._client.cache_clear()
+    _close_client()
     yield _llm_server
+    _close_client()
+
+
+def _close_client() -> None:
+    """Its connections with it: left to the garbage, they are warned of in another test."""
+    if llm._client.cache_info().currsize:
+        llm._client().close()
     llm._client.cache_clear()
 
 

@@ -44,7 +44,9 @@ def key_of(table: str) -> str:
 
 QUERIES = {
     "claim": (
-        lambda: Run.objects.claimable().filter(pk="run_1"),
+        lambda: Run.objects.claimable_as_read(
+            Run(pk="run_1", thread_id="thr_1", position=398, retries=1)
+        ),
         ["run_unfinished_in_thread"],
     ),
     "sweep": (

@@ -251,7 +251,48 @@ class TestRetry:
         model.wait_for_disconnects()
 
 
+def test_a_run_costs_eight_statements(django_assert_max_num_queries: Any) -> None:
+    first = factories.ask()
+    runs.execute(first.pk)
+    run = factories.ask(thread_id=first.thread_id)
+    # Claim: read, update. Context: read. Outcome: run, attempt, step, event, message. And what begins
+    # and ends the two transactions.
+    with django_assert_max_num_queries(8 + 4):
+        runs.execute(run.pk)
+    assert reload(run).status == Run.Status.COMPLETED
+
+
 class TestClaim:
+    def test_one_run_is_claimable_by_the_same_rule_as_many(self) -> None:
+        hour = timedelta(hours=1)
+
+        def asked(thread_id: str | None = None, **columns: Any) -> str:
+            run = factories.ask(thread_id=thread_id)
+            Run.objects.filter(pk=run.pk).update(**columns)
+            return run.pk
+
+        processing = {"status": Run.Status.PROCESSING, "attempt": 1}
+        live, lapsed = {"lease_expires_at": Now() + hour}, {"lease_expires_at": Now() - hour}
+        yes = {
+            asked("first"),
+            asked(deadline_at=Now() + hour),
+            asked(**processing, **lapsed),
+            asked("again", retries=1),
+        }
+        asked("again", **processing, **lapsed)
+        asked("first")
+        asked(due_at=Now() + hour)
+        asked(deadline_at=Now() - hour)
+        asked(**processing, **live)
+        asked(**processing, **lapsed, deadline_at=Now() - hour)
+        asked("beside", retries=1)
+        asked("beside", **processing, **live)
+
+        one_by_one = {
+            run.pk for run in Run.objects.all() if Run.objects.claimable_as_read(run).exists()
+        }
+        assert one_by_one == set(Run.objects.claimable().values_list("pk", flat=True)) == yes
+
     def test_a_run_is_claimed_once(self) -> None:
         run = factories.ask()
 

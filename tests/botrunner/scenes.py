@@ -3,10 +3,11 @@
 import itertools
 import time
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 from botrunner import acting, timeline
-from botrunner.models import Room, Session
+from botrunner.models import Room, RoomEvent, Session
 from botrunner.timeline import Batch, RoomNews
 from realm.models import BotCommand, BotRegistration, User
 
@@ -60,9 +61,13 @@ def event(
 
 
 def take_in(session: Session, *events: dict[str, Any]) -> int:
-    """Write events of the room down as a sync brings them, and act upon them."""
+    """Write events of the room down as a sync brings them, and act upon them. How many were for the
+    bot."""
     batch = Batch(f"{session.since}+", [RoomNews(ROOM, list(events), False)])
-    new = timeline.write_down(session, HOLDER, batch)
+    kept = RoomEvent.objects.exclude(state=RoomEvent.State.IGNORED)
+    before = kept.count()
+    timeline.write_down(session, HOLDER, batch, partial(acting.ask, me=ME))
+    new = kept.count() - before
     session.since = batch.next_batch
     for pk in acting.pending():
         acting.act(pk, ME)

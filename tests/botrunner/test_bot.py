@@ -1,21 +1,21 @@
 """The bot's own loop. Without a homeserver."""
 
 import asyncio
-import itertools
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from asgiref.sync import async_to_sync
-from django.db import connections
+from django.db import OperationalError, connections
 
 from agents import inbox
 from agents.models import Run
-from botrunner import timeline
+from botrunner import acting, timeline
 from botrunner.bot import Bot
-from botrunner.models import RoomEvent
+from botrunner.models import RoomEvent, Session
 from botrunner.timeline import Batch, RoomNews
-from tests.botrunner.scenes import HOLDER, ROOM, command, event, session
+from tests.botrunner.scenes import HOLDER, ME, ROOM, command, event, session
 
 
 @pytest.mark.django_db
@@ -34,23 +34,26 @@ def test_who_does_not_stream_has_no_reader_of_what_runs_tell(
     assert bool(asyncio.run(scene()).drafts) == streams
 
 
+@pytest.mark.parametrize("asked_at_once", [True, False])
 @pytest.mark.django_db(transaction=True)
 def test_an_event_that_cannot_be_handled_holds_up_none_of_the_others(
-    settings: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked_at_once: bool
 ) -> None:
     settings.BOT_RUNNER_STORE = tmp_path
     command()
     row = session()
-    events = [event("one"), event("two"), event("three")]
-    assert timeline.write_down(row, HOLDER, Batch("s1", [RoomNews(ROOM, events, False)])) == 3
-    calls, ask = itertools.count(), inbox.ask
+    asked = inbox.ask
 
-    def fails_once(**asked: Any) -> Any:
-        if next(calls) == 1:
+    def fails_for_one(*, content: str, **rest: Any) -> Any:
+        if content == "two":
             raise ZeroDivisionError("nobody foresaw this")
-        return ask(**asked)
+        return asked(content=content, **rest)
 
-    monkeypatch.setattr(inbox, "ask", fails_once)
+    monkeypatch.setattr(inbox, "ask", fails_for_one)
+    news = RoomNews(ROOM, [event("one"), event("two"), event("three")], False)
+    ask = partial(acting.ask, me=ME) if asked_at_once else None
+    assert timeline.write_down(row, HOLDER, Batch("s1", [news]), ask) == 3
+    assert not Run.objects.exists()
 
     async def scene() -> None:
         bot = Bot(row, HOLDER, asyncio.Event())
@@ -63,3 +66,20 @@ def test_an_event_that_cannot_be_handled_holds_up_none_of_the_others(
     assert states == ["handled", "failed", "handled"]
     assert Run.objects.count() == 2
     connections.close_all()
+
+
+@pytest.mark.django_db
+def test_while_the_database_is_away_a_batch_is_not_half_written(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    command()
+    row = session()
+
+    def away(**asked: Any) -> Any:
+        raise OperationalError
+
+    monkeypatch.setattr(inbox, "ask", away)
+    batch = Batch("s1", [RoomNews(ROOM, [event()], False)])
+    with pytest.raises(OperationalError):
+        timeline.write_down(row, HOLDER, batch, partial(acting.ask, me=ME))
+    assert (Session.objects.get().since, RoomEvent.objects.exists()) == ("s0", False)

@@ -28,6 +28,12 @@ from tests.botrunner.scenes import (
 pytestmark = pytest.mark.django_db
 
 
+@pytest.fixture(autouse=True, params=[timeline.MAX_AT_ONCE, 0], ids=["at once", "one by one"])
+def _at_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is told here holds however the questions are asked."""
+    monkeypatch.setattr(timeline, "MAX_AT_ONCE", request.param)
+
+
 def questions() -> list[str]:
     return list(Message.objects.order_by("created_at").values_list("content", flat=True))
 
@@ -57,6 +63,22 @@ def test_the_same_event_is_taken_in_once() -> None:
     take_in(row, said)
     take_in(row, said)
     assert Run.objects.count() == 1
+
+
+def test_what_is_known_keeps_nothing_new_from_being_asked() -> None:
+    command()
+    said = event("known")
+    row = session()
+    take_in(row, said)
+    take_in(row, said, event("new"))
+    assert questions() == ["known", "new"]
+
+
+def test_what_is_redacted_in_the_same_breath_is_not_answered() -> None:
+    command()
+    said = event("rash")
+    take_in(session(), said, event({"redacts": said["event_id"]}, type="m.room.redaction"))
+    assert Run.objects.get().status == Run.Status.CANCELLED
 
 
 def test_events_and_position_are_written_together(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,69 @@
+"""What a question in a room costs the bot: someone waits for each of these statements."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import pytest
+from django.db import connection
+from django.test.utils import CaptureQueriesContext
+
+from agents import runs
+from agents.models import Run
+from botrunner import acting, replies, timeline
+from botrunner.models import Reply, RoomEvent
+from botrunner.timeline import Batch, RoomNews
+from tests.botrunner.scenes import HOLDER, ME, ROOM, command, event, session, take_in
+
+pytestmark = pytest.mark.django_db
+
+
+@contextmanager
+def at_most(most: int) -> Iterator[None]:
+    """Statements, without those that begin and end transactions."""
+    with CaptureQueriesContext(connection) as queries:
+        yield
+    told = [query["sql"] for query in queries]
+    told = [sql for sql in told if sql.startswith(("SELECT", "INSERT", "UPDATE", "DELETE"))]
+    assert len(told) <= most, "\n".join(told)
+
+
+def test_a_question_and_its_reply_cost_sixteen_statements() -> None:
+    command()
+    row = session()
+    take_in(row, event("The first begins a conversation."))
+    runs.execute(Run.objects.get().pk)
+    Reply.objects.update(status=Reply.Status.SENT)
+    batch = Batch("s2", [RoomNews(ROOM, [event("The second goes on with it.")], False)])
+
+    with at_most(11):
+        timeline.write_down(row, HOLDER, batch, partial(acting.ask, me=ME))
+    run = Run.objects.unfinished().get()
+    runs.execute(run.pk)
+    with at_most(3):
+        ready = replies.compose(row, [run.pk])
+        [reply] = ready.values()
+        outgoing = replies.next_of(reply.room_id, row.device_id, ready)
+    assert outgoing is not None
+    # All that sending it looks at has been read.
+    with at_most(0):
+        assert outgoing.reply.parts[0]["body"].endswith("goes on with it.")
+        assert outgoing.reply.question.event_id
+        assert outgoing.reply.question.created_at
+        assert outgoing.reply.registration_id
+    with at_most(2):
+        replies.part_sent(outgoing.reply, "$sent")
+        assert replies.next_of(outgoing.reply.room_id, row.device_id) is None
+    assert Reply.objects.get(run=run).status == Reply.Status.SENT
+
+
+def test_more_questions_at_once_cost_no_more_of_the_way_in() -> None:
+    command()
+    row = session()
+    take_in(row, event("The first begins a conversation."))
+    several = [event(f"Question {number}") for number in range(4)]
+    batch = Batch("s2", [RoomNews(ROOM, several, False)])
+    with at_most(4 + 4 * 7):
+        timeline.write_down(row, HOLDER, batch, partial(acting.ask, me=ME))
+    assert Run.objects.count() == 5
+    assert not RoomEvent.objects.filter(state=RoomEvent.State.PENDING).exists()
