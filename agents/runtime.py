@@ -16,7 +16,6 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from datetime import timedelta
 from functools import partial
@@ -40,19 +39,7 @@ from django.utils import timezone
 from kombu.exceptions import OperationalError as BrokerError
 from redis.exceptions import RedisError
 
-from agents import (
-    inbox,
-    leases,
-    live,
-    llm,
-    memory,
-    retention,
-    rollups,
-    runs,
-    stream,
-    tasks,
-    workers,
-)
+from agents import inbox, live, llm, memory, retention, rollups, runs, stream, tasks, workers
 from agents.chores import CHORES
 from agents.events import Malformed, Told
 from agents.models import Event, Run
@@ -69,8 +56,6 @@ SUMMARY_SECONDS = 15.0
 FOLD_SECONDS = 5.0
 SWITCH_SECONDS = 0.0005
 GARBAGE_OBJECTS = 10_000
-# One of so many threads of a worker may carry out a run that Celery does not know of.
-LANE_SHARE = 25
 LAST_SECONDS = 1.0
 PRUNE_SECONDS = 15.0
 # The keeper does its chores in turn, and has more pressing ones than old rows.
@@ -87,11 +72,10 @@ ENTRY_PATIENCE = timedelta(seconds=10)
 
 
 class Reader:
-    """Turns entries of the stream into tasks. `begin` may take a run without one."""
+    """Turns entries of the stream into tasks."""
 
-    def __init__(self, name: str, begin: Callable[[str], bool] = lambda run_id: False) -> None:
+    def __init__(self, name: str) -> None:
         self.name = name
-        self.begin = begin
         self._seen: deque[uuid.UUID] = deque()
 
     def read(self) -> None:
@@ -100,8 +84,8 @@ class Reader:
         self.handle(stream.read(self.name))
 
     def handle(self, entries: list[stream.Entry]) -> None:
-        """Hand the runs of these entries to Celery, or begin them here, and acknowledge. Whatever is
-        repeated after dying in between is harmless: a run is claimed once."""
+        """Hand the runs of these entries to Celery and acknowledge. Whatever is repeated after dying
+        in between is harmless: a run is claimed once."""
         if not entries:
             return
         told = dict(self._parse(entries))
@@ -111,11 +95,7 @@ class Reader:
             if event.run_id and event.run_id not in known and self._take_in(entry, event):
                 known.add(event.run_id)
         ended = {event.ended_thread for event in told.values() if event.ended_thread}
-        hand_over(
-            run_id
-            for run_id in (*(requested & known), *self._following(ended))
-            if not self.begin(run_id)
-        )
+        hand_over([*(requested & known), *self._following(ended)])
         self._seen.extend(event.id for event in told.values())
         stream.acknowledge(entries)
 
@@ -181,50 +161,6 @@ def hand_over(run_ids: Iterable[str]) -> None:
     with current_app.producer_pool.acquire(block=True) as producer:
         for run_id in run_ids:
             tasks.execute.apply_async((run_id,), producer=producer, retry=False)
-
-
-class Lane:
-    """The short way for a run whose worker has little to do: into a thread of its own pool, without
-    the way to the broker and back, which takes longer than an instant answer. Only for a few at a
-    time: the others are shared out by the broker, among all workers, and Celery does not count these.
-    """
-
-    def __init__(self, worker: Any) -> None:
-        self._worker = worker
-        self._width = max(1, worker.concurrency // LANE_SHARE)
-        self._runs: set[str] = set()
-
-    def begin(self, run_id: str) -> bool:
-        """False when the run is to go the long way."""
-        executor = getattr(self._worker.pool, "executor", None)
-        in_hand = leases.heartbeat().in_hand()
-        is_free = len(self._runs) < self._width and in_hand < self._worker.concurrency
-        if not is_free or not isinstance(executor, ThreadPoolExecutor):
-            return False
-        self._runs.add(run_id)
-        try:
-            future = executor.submit(self._carry_out, run_id)
-        except RuntimeError:  # the pool is being stopped
-            self._runs.discard(run_id)
-            return False
-        future.add_done_callback(partial(self._done, run_id))
-        return True
-
-    def _done(self, run_id: str, future: Future[None]) -> None:
-        self._runs.discard(run_id)
-        if future.cancelled():  # the pool was stopped before it began
-            with suppress(BrokerError):
-                hand_over([run_id])
-
-    def _carry_out(self, run_id: str) -> None:
-        try:
-            close_old_connections()
-            tasks.execute.run(run_id)
-        except Exception:
-            # The lease lapses, or the sweep finds the run unclaimed.
-            logger.exception("Run %s was not carried out", run_id)
-        finally:
-            close_old_connections()
 
 
 class Keeper:
@@ -413,7 +349,7 @@ class Runtime(bootsteps.StartStopStep):
         # What has been loaded stays: looked through for garbage time and again, it cost a tenth.
         gc.freeze()
         gc.set_threshold(GARBAGE_OBJECTS, *gc.get_threshold()[1:])
-        reader = Reader(self.name, Lane(parent).begin)
+        reader = Reader(self.name)
 
         def read() -> None:
             reader.read()

@@ -5,11 +5,7 @@ import base64
 import json
 import time
 import uuid
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
-from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import orjson
@@ -122,91 +118,6 @@ class TestPublishing:
 
         assert Run.objects.get() == run
         assert Event.objects.unpublished().count() == 1
-
-
-class Pool(ThreadPoolExecutor):
-    """Of a worker: what it was given waits until the test lets it go."""
-
-    def __init__(self) -> None:
-        super().__init__(1)
-        self.waiting: list[tuple[Future[Any], Callable[[], Any]]] = []
-
-    def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
-        future: Future[Any] = Future()
-        self.waiting.append((future, partial(fn, *args, **kwargs)))
-        return future
-
-    def work(self) -> None:
-        for future, call in self.waiting:
-            future.set_result(call())
-        self.waiting.clear()
-
-
-class TestLane:
-    @pytest.fixture
-    def pool(self) -> Pool:
-        return Pool()
-
-    @pytest.fixture
-    def reader(self, pool: Pool, redis: Redis, broker: Broker) -> runtime.Reader:
-        stream.ensure_group()
-        worker = SimpleNamespace(concurrency=50, pool=SimpleNamespace(executor=pool))
-        return runtime.Reader("worker-1", runtime.Lane(worker).begin)
-
-    def test_a_worker_with_little_to_do_begins_a_run_itself(
-        self, reader: runtime.Reader, redis: Redis, broker: Broker, pool: Pool
-    ) -> None:
-        run = factories.ask()
-        reader.read()
-        pool.work()
-
-        run.refresh_from_db()
-        assert run.status == Run.Status.COMPLETED
-        assert (broker.handed(), pending(redis)) == ([], 0)
-
-    def test_what_is_more_is_shared_out_by_the_broker(
-        self, reader: runtime.Reader, redis: Redis, broker: Broker, pool: Pool
-    ) -> None:
-        asked = {factories.ask().pk for _ in range(5)}
-        reader.read()
-        handed = broker.handed()
-        assert (len(pool.waiting), len(handed)) == (2, 3)
-        pool.work()
-        done = Run.objects.filter(status=Run.Status.COMPLETED).values_list("pk", flat=True)
-        assert {*done, *handed} == asked
-
-        factories.ask()
-        reader.handle(stream.read("worker-1"))
-        assert len(pool.waiting) == 1
-
-    def test_a_defect_takes_no_place_for_good(
-        self, reader: runtime.Reader, pool: Pool, monkeypatch: pytest.MonkeyPatch, caplog: Any
-    ) -> None:
-        monkeypatch.setattr(runs, "execute", lambda run_id: 1 / 0)
-        for _ in range(3):
-            factories.ask()
-            reader.read()
-            assert len(pool.waiting) == 1
-            pool.work()
-        assert "was not carried out" in caplog.text
-
-    def test_what_the_pool_has_not_begun_when_it_stops_goes_to_the_others(
-        self, reader: runtime.Reader, broker: Broker, pool: Pool
-    ) -> None:
-        run = factories.ask()
-        reader.read()
-        [(future, _)] = pool.waiting
-        future.cancel()
-        assert broker.handed() == [run.pk]
-
-    def test_a_pool_that_has_been_stopped_takes_nothing(
-        self, reader: runtime.Reader, broker: Broker, pool: Pool, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(pool, "submit", partial(ThreadPoolExecutor.submit, pool))
-        pool.shutdown()
-        run = factories.ask()
-        reader.read()
-        assert broker.handed() == [run.pk]
 
 
 class TestReader:
