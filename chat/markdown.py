@@ -12,7 +12,7 @@ TAGS = {
     *("li", "b", "i", "u", "strong", "em", "s", "code", "hr", "br", "div", "table", "thead"),
     *("tbody", "tr", "th", "td", "caption", "pre", "span", "details", "summary"),
 }
-ATTRIBUTES = {"a": {"href"}, "ol": {"start"}, "code": {"class"}}
+ATTRIBUTES = {"*": set(), "a": {"href"}, "ol": {"start"}, "code": {"class"}}
 SCHEMES = {"https", "http", "ftp", "mailto", "magnet"}
 
 
@@ -22,13 +22,16 @@ def _parser() -> MarkdownIt:
     return MarkdownIt("js-default", {"linkify": False, "breaks": True}).disable("image")
 
 
-def to_html(text: str) -> str:
+def to_html(text: str, *, apart: bool = False) -> str:
+    """`apart`: links open a page of their own, which is told nothing of ours. Rooms have no use for
+    that: a client opens links as it likes."""
     return nh3.clean(
         _parser().render(text),
         tags=TAGS,
         attributes=ATTRIBUTES,
         url_schemes=SCHEMES,
-        link_rel=None,
+        link_rel="noopener noreferrer nofollow" if apart else None,
+        set_tag_attribute_values={"a": {"target": "_blank"}} if apart else None,
         attribute_filter=_attribute,
     ).strip()
 
@@ -36,4 +39,6 @@ def to_html(text: str) -> str:
 def _attribute(tag: str, name: str, value: str) -> str | None:
     if (tag, name) == ("code", "class"):
         return value if value.startswith("language-") else None
+    if name == "href" and value.partition(":")[0].lower() not in SCHEMES:
+        return None  # a link to a place of ours, which no answer has any business with
     return value

@@ -87,7 +87,8 @@ def number_asked(request: Request) -> int:
 
 
 def _after(request: Request) -> str:
-    return request.query_params.get("after") or request.headers.get("Last-Event-ID") or ""
+    # A browser that comes back by itself repeats the address that it began with.
+    return request.headers.get("Last-Event-ID") or request.query_params.get("after") or ""
 
 
 async def run_events(

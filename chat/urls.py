@@ -1,7 +1,8 @@
+from django.contrib.auth.views import LogoutView
 from django.urls import path, re_path, register_converter
 from django.urls.converters import StringConverter
 
-from chat import views
+from chat import pages, views
 
 
 class IdConverter(StringConverter):
@@ -13,6 +14,14 @@ class IdConverter(StringConverter):
 register_converter(IdConverter, "id")
 
 urlpatterns = [
+    path("", pages.HomePage.as_view(), name="chat"),
+    path("logout", LogoutView.as_view(next_page="chat"), name="chat_logout"),
+    path("threads/<id:thread_id>", pages.ThreadPage.as_view(), name="chat_thread"),
+    path("threads/<id:thread_id>/change", pages.ChangeForm.as_view(), name="chat_change"),
+    path("threads/<id:thread_id>/delete", pages.DeleteForm.as_view(), name="chat_delete"),
+    path("runs/<id:run_id>", pages.TurnPart.as_view(), name="chat_run"),
+    path("runs/<id:run_id>/cancel", pages.CancelForm.as_view(), name="chat_cancel"),
+    path("runs/<id:run_id>/retry", pages.RetryForm.as_view(), name="chat_retry"),
     path("api", views.ApiRootView.as_view()),
     path("api/chat/messages", views.MessagesView.as_view()),
     path("api/chat/threads", views.ThreadsView.as_view()),

@@ -1,11 +1,13 @@
 from django.contrib import admin
 from django.urls import include, path
-from django.views.generic import RedirectView
+
+from chat import pages
+from console.login import ChatLoginForm
 
 admin.autodiscover()
 
 urlpatterns = [
-    path("", RedirectView.as_view(pattern_name="admin:index")),
+    path("login", pages.SignIn.as_view(authentication_form=ChatLoginForm), name="chat_login"),
     path("", include("chat.urls")),
     # Before the realm server's, which answers for all that begins with `_`.
     path("", include("hooks.urls")),

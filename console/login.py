@@ -11,6 +11,7 @@ from axes.models import AccessAttempt
 from django import forms
 from django.conf import settings
 from django.contrib import admin, messages
+from django.contrib.auth import forms as auth_forms
 from django.core.exceptions import ValidationError
 from django.http import HttpRequest, HttpResponse
 from django.shortcuts import redirect, render
@@ -46,17 +47,25 @@ class CodeField(forms.CharField):
         return "".join((super().to_python(value) or "").split())
 
 
-class LoginForm(AuthenticationForm):
+class AsksForCode(forms.Form):
     code = CodeField(required=False, label="Code of your authenticator app, if you use one")
 
     def confirm_login_allowed(self, user: Any) -> None:
-        super().confirm_login_allowed(user)
+        super().confirm_login_allowed(user)  # type: ignore[misc]
         device = device_of(user)
         if device is None:
             return
         # Fields are cleaned before this is called.
         check(device, self.cleaned_data.get("code", ""))
         user.otp_device = device  # django_otp notes it in the session once it is there
+
+
+class LoginForm(AsksForCode, AuthenticationForm):
+    """To the admin, for staff."""
+
+
+class ChatLoginForm(AsksForCode, auth_forms.AuthenticationForm):
+    """To the chat page, for everybody with a password."""
 
 
 class CodeForm(forms.Form):

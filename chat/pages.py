@@ -1,0 +1,181 @@
+"""The chat page: HTML that is whole without a script, and the parts that its script fetches."""
+
+from typing import Any
+
+from django.conf import settings
+from django.contrib.auth import views as auth
+from django.contrib.auth.views import redirect_to_login
+from django.http import Http404, HttpRequest, HttpResponse
+from django.http.response import HttpResponseBase
+from django.shortcuts import get_object_or_404, redirect, render
+from django.urls import reverse
+from django.utils.cache import add_never_cache_headers
+from django.views import View
+
+from agents import inbox, llm, retention, runs
+from agents.models import Run
+from chat import turns
+from chat.models import MAX_TITLE_LENGTH, Thread, ThreadQuerySet
+from realm.models import User
+
+THREADS = 30
+HEADERS = {
+    # What a model says may end up in a page; whatever it contrives, it runs and loads nothing.
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
+    "connect-src 'self'; img-src 'self'; form-action 'self'; base-uri 'none'; "
+    "frame-ancestors 'none'",
+    # Nor are the names in its links looked up before somebody follows one.
+    "X-DNS-Prefetch-Control": "off",
+}
+
+
+class Guarded(View):
+    def dispatch(self, request: HttpRequest, *args: Any, **kwargs: Any) -> HttpResponseBase:
+        response = super().dispatch(request, *args, **kwargs)
+        for name, value in HEADERS.items():
+            response.headers[name] = value
+        add_never_cache_headers(response)
+        return response
+
+
+class SignIn(Guarded, auth.LoginView):
+    template_name = "chat/login.html"
+    redirect_authenticated_user = True
+    next_page = "chat"
+
+
+class ChatPage(Guarded):
+    """For whoever has signed in, and anybody where CHAT_ALLOW_ANONYMOUS is on."""
+
+    def dispatch(self, request: HttpRequest, *args: Any, **kwargs: Any) -> HttpResponseBase:
+        if settings.CHAT_ALLOW_ANONYMOUS or request.user.is_authenticated:
+            return super().dispatch(request, *args, **kwargs)
+        return redirect_to_login(request.get_full_path(), reverse("chat_login"))
+
+    @property
+    def caller(self) -> User | None:
+        return self.request.user if self.request.user.is_authenticated else None
+
+    def threads(self) -> ThreadQuerySet:
+        return Thread.objects.open_to(self.caller)
+
+    def thread(self, thread_id: str) -> Thread:
+        return get_object_or_404(self.threads().with_preview(), pk=thread_id)
+
+    def run(self, run_id: str) -> Run:
+        mine = Run.objects.filter(thread__in=self.threads())
+        return get_object_or_404(mine.select_related("thread"), pk=run_id)
+
+    def page(self, thread: Thread | None = None, *, status: int = 200, **more: Any) -> HttpResponse:
+        part = turns.part(thread, before=self._turn("before")) if thread else None
+        context = {
+            **self._listed(),
+            **self._models(part.last_model if part else ""),
+            "thread": thread,
+            "part": part,
+            **more,
+        }
+        return render(self.request, "chat/page.html", context, status=status)
+
+    def ask(self, thread: Thread | None) -> HttpResponse:
+        """Take the question of a form."""
+        try:
+            asked = inbox.ask(
+                content=self.request.POST.get("content", ""),
+                model=self.request.POST.get("model") or None,
+                thread_id=thread.pk if thread else None,
+                source=Run.Source.HTTP,
+                threads=self.threads(),
+                owner=self.caller,
+            )
+        except inbox.Refused as error:
+            draft = self.request.POST.get("content", "")
+            return self.page(thread, status=400, error=str(error), draft=draft)
+        return _shown(asked.thread_id, asked.run_id)
+
+    def _listed(self) -> dict[str, Any]:
+        archived = "archived" in self.request.GET
+        threads = Thread.objects.listed_for(self.caller).with_preview()
+        threads = threads.exclude(archived_at=None) if archived else threads.active()
+        if edge := self.request.GET.get("older"):
+            threads = threads.before(self.thread(edge))
+        page = list(threads[: THREADS + 1])
+        return {
+            "threads": page[:THREADS],
+            "older": page[THREADS - 1].pk if len(page) > THREADS else None,
+            "archived": archived,
+        }
+
+    def _models(self, last: str) -> dict[str, Any]:
+        allowed = settings.CHAT_ALLOWED_MODELS
+        default = settings.CHAT_DEFAULT_MODEL
+        return {
+            "models": allowed,
+            "chosen": last if last and (not allowed or last in allowed) else default,
+            "echo": not llm.configured(),
+        }
+
+    def _turn(self, name: str) -> int | None:
+        value = self.request.GET.get(name, "")
+        if not value:
+            return None
+        if not (value.isascii() and value.isdigit() and len(value) <= 9):
+            raise Http404
+        return int(value)
+
+
+class HomePage(ChatPage):
+    def get(self, request: HttpRequest) -> HttpResponse:
+        return self.page()
+
+    def post(self, request: HttpRequest) -> HttpResponse:
+        return self.ask(None)
+
+
+class ThreadPage(ChatPage):
+    def get(self, request: HttpRequest, thread_id: str) -> HttpResponse:
+        return self.page(self.thread(thread_id))
+
+    def post(self, request: HttpRequest, thread_id: str) -> HttpResponse:
+        return self.ask(self.thread(thread_id))
+
+
+class ChangeForm(ChatPage):
+    def post(self, request: HttpRequest, thread_id: str) -> HttpResponse:
+        """Rename the thread, or move it into the archive and out of it."""
+        title, archived = request.POST.get("title"), request.POST.get("archived")
+        self.thread(thread_id).change(
+            title=None if title is None else inbox.UNSTORABLE.sub("", title)[:MAX_TITLE_LENGTH],
+            archived=None if archived is None else archived == "true",
+        )
+        return redirect("chat_thread", thread_id)
+
+
+class DeleteForm(ChatPage):
+    def post(self, request: HttpRequest, thread_id: str) -> HttpResponse:
+        retention.delete_thread(self.thread(thread_id))
+        return redirect("chat")
+
+
+class TurnPart(ChatPage):
+    def get(self, request: HttpRequest, run_id: str) -> HttpResponse:
+        """A question with what has come of it so far, as the page of its thread shows it."""
+        return render(request, "chat/turn.html", {"turn": turns.turn_of(self.run(run_id))})
+
+
+class CancelForm(ChatPage):
+    def post(self, request: HttpRequest, run_id: str) -> HttpResponse:
+        run = self.run(run_id)
+        runs.cancel(run)
+        return _shown(run.thread_id, run.pk)
+
+
+class RetryForm(ChatPage):
+    def post(self, request: HttpRequest, run_id: str) -> HttpResponse:
+        run = self.run(run_id)
+        runs.retry(run)
+        return _shown(run.thread_id, run.pk)
+
+
+def _shown(thread_id: str, run_id: str) -> HttpResponse:
+    return redirect(f"{reverse('chat_thread', args=[thread_id])}#{run_id}")

@@ -1,0 +1,388 @@
+"""The chat page without a script: what it shows to whom, and its forms."""
+
+import re
+from typing import Any
+
+import pytest
+from django.core.management import call_command
+from django.test import Client
+from django.utils import timezone
+from redis import Redis
+
+from agents import runs
+from agents.models import Run, Step, Worker
+from chat.markdown import to_html
+from chat.models import Thread
+from console.models import AuditEntry
+from realm.models import User
+from tests.chat.hostile import HOSTILE
+from tests.factories import ask, conversation
+from tests.fakes.llm import CONTEXT_TOO_LONG, Failure, FakeLLM, Reply, call_tool
+
+pytestmark = pytest.mark.django_db
+PASSWORD = "correct horse battery"
+
+
+@pytest.fixture
+def alice() -> User:
+    return User.objects.create_user("alice", password=PASSWORD)
+
+
+@pytest.fixture
+def browser(alice: User) -> Client:
+    """Alice's."""
+    client = Client(enforce_csrf_checks=False)
+    client.force_login(alice)
+    return client
+
+
+@pytest.fixture
+def stranger() -> Client:
+    client = Client()
+    client.force_login(User.objects.create_user("charlie"))
+    return client
+
+
+def text_of(page: Any) -> str:
+    """The words of it."""
+    return " ".join(re.sub(r"<[^>]+>", " ", page.text).split())
+
+
+def addresses(page: Any, under: str = "/threads/") -> list[str]:
+    return [each for each in re.findall(r'href="([^"]+)"', page.text) if each.startswith(under)]
+
+
+class TestSigningIn:
+    @pytest.fixture(autouse=True)
+    def _not_for_everybody(self, settings: Any) -> None:
+        settings.CHAT_ALLOW_ANONYMOUS = False
+
+    def test_whoever_has_not_is_asked_to_and_comes_back(self, client: Client, alice: User) -> None:
+        thread = ask("Hello", owner=alice).thread_id
+        sent = client.get(f"/threads/{thread}")
+        assert sent["Location"] == f"/login?next=/threads/{thread}"
+        form = client.get(sent["Location"])
+        assert form.status_code == 200
+        assert "Content-Security-Policy" in form
+
+        data = {"username": "alice", "password": PASSWORD, "next": f"/threads/{thread}"}
+        assert client.post("/login", data)["Location"] == f"/threads/{thread}"
+
+        assert client.get(f"/threads/{thread}").status_code == 200
+        assert AuditEntry.objects.filter(action="login", name="alice").exists()
+
+    @pytest.mark.parametrize("method", ["get", "post"])
+    @pytest.mark.parametrize("path", ["/", "/threads/x", "/runs/x", "/runs/x/retry"])
+    def test_nothing_is_told_without(self, client: Client, method: str, path: str) -> None:
+        assert getattr(client, method)(path)["Location"].startswith("/login?next=")
+
+    def test_a_wrong_password_is_said(self, client: Client, alice: User) -> None:
+        page = client.post("/login", {"username": "alice", "password": "wrong"})
+        assert page.status_code == 200
+        assert "Please enter a correct" in page.text
+
+    def test_too_many_wrong_passwords_lock_the_name(self, client: Client, alice: User) -> None:
+        for _ in range(5):
+            client.post("/login", {"username": "alice", "password": "wrong"})
+        page = client.post("/login", {"username": "alice", "password": PASSWORD})
+        assert page.status_code == 429
+
+    def test_it_leads_nowhere_else(self, client: Client, alice: User) -> None:
+        data = {"username": "alice", "password": PASSWORD, "next": "https://elsewhere.example/"}
+        assert client.post("/login", data)["Location"] == "/"
+
+    def test_and_out(self, browser: Client) -> None:
+        assert browser.get("/").status_code == 200
+        assert browser.get("/logout").status_code == 405
+        browser.post("/logout")
+        assert browser.get("/").status_code == 302
+
+
+class TestWhoseThreads:
+    def test_ones_own_are_listed_the_last_asked_in_first(
+        self, browser: Client, alice: User, stranger: Client
+    ) -> None:
+        first = ask("What is **first**?", owner=alice).thread_id
+        second = ask("And second?", owner=alice).thread_id
+        ask("Nobody's")
+        assert addresses(browser.get("/")) == [f"/threads/{second}", f"/threads/{first}"]
+        ask("Again", owner=alice, thread_id=first)
+        page = browser.get("/")
+        assert addresses(page) == [f"/threads/{first}", f"/threads/{second}"]
+        assert "What is **first**?" in text_of(page)
+        assert not addresses(stranger.get("/"))
+
+    @pytest.mark.parametrize(
+        ("method", "path"),
+        [
+            ("get", "/threads/{thread}"),
+            ("post", "/threads/{thread}"),
+            ("post", "/threads/{thread}/change"),
+            ("post", "/threads/{thread}/delete"),
+            ("get", "/runs/{run}"),
+            ("post", "/runs/{run}/cancel"),
+            ("post", "/runs/{run}/retry"),
+        ],
+    )
+    def test_anothers_are_not_there(
+        self, stranger: Client, client: Client, alice: User, method: str, path: str
+    ) -> None:
+        run = ask("A secret", owner=alice)
+        path = path.format(thread=run.thread_id, run=run.pk)
+        for somebody in (stranger, client):
+            page = getattr(somebody, method)(path, {"content": "Hi", "title": "Mine"})
+            assert page.status_code == 404
+            assert "secret" not in page.text
+        run.refresh_from_db()
+        assert (run.status, run.thread.turns, run.thread.title) == ("queued", 1, "")
+
+    def test_a_list_does_not_begin_at_anothers(self, stranger: Client, alice: User) -> None:
+        thread = ask("A secret", owner=alice).thread_id
+        assert stranger.get("/", {"older": thread}).status_code == 404
+
+    def test_the_list_goes_on(self, browser: Client, alice: User) -> None:
+        threads = [ask(f"Question {n}", owner=alice).thread_id for n in range(65)][::-1]
+        seen: list[str] = []
+        path: str | None = "/"
+        while path:
+            page = browser.get(path)
+            seen += addresses(page)
+            more = re.search(r'id="older"[^>]* href="([^"]+)"', page.text)
+            path = "/" + more[1].replace("&amp;", "&") if more else None
+        assert seen == [f"/threads/{each}" for each in threads]
+
+
+class TestAConversation:
+    def test_an_answer_is_shown_with_what_it_took(
+        self, browser: Client, alice: User, model: FakeLLM, settings: Any
+    ) -> None:
+        settings.AGENT_TOOLS = ["current_time"]
+        model.script(call_tool("current_time"), Reply("It is **late**.\n\n```python\nx < 1\n```"))
+        run = ask("How late is it?\n<b>Tell</b> me", owner=alice)
+        runs.execute(run.pk)
+        for path in (f"/threads/{run.thread_id}", f"/runs/{run.pk}"):
+            page = browser.get(path)
+            assert "How late is it?\n&lt;b&gt;Tell&lt;/b&gt; me" in page.text
+            assert "<p>It is <strong>late</strong>.</p>" in page.text
+            assert '<pre><code class="language-python">x &lt; 1\n</code></pre>' in page.text
+            kinds = re.findall(r'class="kind">(\w*)<', page.text)
+            assert [kind for kind in kinds if kind] == ["model", "tool", "model"]
+            run.refresh_from_db()
+            assert f"{run.prompt_tokens + run.completion_tokens} tokens" in text_of(page)
+
+    def test_a_long_one_is_read_page_by_page(self, browser: Client, alice: User) -> None:
+        thread = conversation(50, thread=Thread.objects.create(owner=alice))
+        seen: list[str] = []
+        path: str | None = f"/threads/{thread.pk}"
+        while path:
+            page = browser.get(path)
+            seen = re.findall(r"<p>(question \d+)</p>", page.text) + seen
+            more = re.search(r'id="earlier"[^>]* href="([^"]+)"', page.text)
+            path = f"/threads/{thread.pk}{more[1]}" if more else None
+        assert seen == [f"question {n}" for n in range(50)]
+
+    def test_a_long_one_costs_no_more(
+        self, browser: Client, alice: User, django_assert_max_num_queries: Any
+    ) -> None:
+        thread = conversation(40, thread=Thread.objects.create(owner=alice))
+        for run in Run.objects.all():
+            Step.objects.create(run=run, attempt=1, kind="model", name="m", duration_ms=1)
+        with django_assert_max_num_queries(8):
+            browser.get(f"/threads/{thread.pk}")
+
+    @pytest.mark.parametrize("value", ["x", "-1", "1.5", "²", "9" * 20])
+    def test_a_place_that_is_none_is_not_there(
+        self, browser: Client, alice: User, value: str
+    ) -> None:
+        run = ask("Hello", owner=alice)
+        assert browser.get(f"/threads/{run.thread_id}", {"before": value}).status_code == 404
+
+    def test_a_failure_is_told_in_safe_words_and_can_be_tried_again(
+        self, browser: Client, alice: User, model: FakeLLM
+    ) -> None:
+        model.script(CONTEXT_TOO_LONG)
+        run = ask("Hello", owner=alice)
+        runs.execute(run.pk)
+        run.refresh_from_db()
+        page = browser.get(f"/threads/{run.thread_id}")
+        assert run.safe_error in text_of(page)
+        assert "Traceback" not in page.text
+
+        done = browser.post(f"/runs/{run.pk}/retry")
+
+        assert done["Location"] == f"/threads/{run.thread_id}#{run.pk}"
+        run.refresh_from_db()
+        assert run.status == "queued"
+
+    def test_a_question_can_be_stopped(self, browser: Client, alice: User) -> None:
+        run = ask("Hello", owner=alice)
+        assert browser.post(f"/runs/{run.pk}/cancel")["Location"].endswith(f"#{run.pk}")
+        page = browser.get(f"/runs/{run.pk}")
+        assert "Stopped." in text_of(page)
+        assert "Try again" in text_of(page)
+        assert browser.post(f"/runs/{run.pk}/cancel").status_code == 302
+
+    def test_what_a_stopped_answer_had_said_is_shown(self, browser: Client, alice: User) -> None:
+        run = ask("Hello", owner=alice)
+        runs.claim(run.pk)
+        runs.cancel(run)
+        run.refresh_from_db()
+        Step.objects.create(
+            run=run, attempt=run.attempt, kind="model", name="m", output="So *far*", duration_ms=1
+        )
+        assert "<p>So <em>far</em></p>" in browser.get(f"/runs/{run.pk}").text
+
+
+class TestWaiting:
+    def state(self, browser: Client, run: Run) -> str:
+        found = re.search(r'<p class="state">([^<]*)</p>', browser.get(f"/runs/{run.pk}").text)
+        assert found
+        return found[1]
+
+    def worker(self) -> None:
+        now = timezone.now()
+        columns = {"concurrency": 1, "started_at": now, "beat_at": now, "read_at": now}
+        Worker.objects.create(worker="w", name="w", host="h", pid=1, version="v", **columns)
+
+    def test_redis_is_away(self, browser: Client, alice: User) -> None:
+        assert self.state(browser, ask("Hi", owner=alice)).startswith("Redis is away.")
+
+    def test_no_worker_is_there(self, browser: Client, alice: User, redis: Redis) -> None:
+        assert self.state(browser, ask("Hi", owner=alice)).startswith("No worker is running.")
+
+    def test_a_worker_is_there(self, browser: Client, alice: User, redis: Redis) -> None:
+        self.worker()
+        first = ask("Hi", owner=alice)
+        second = ask("And?", owner=alice, thread_id=first.thread_id)
+        assert self.state(browser, first) == "Waiting for a worker."
+        assert self.state(browser, second) == "Waiting for the answer before it."
+        runs.claim(first.pk)
+        assert self.state(browser, first) == "Answering."
+
+    def test_the_model_is_away(
+        self, browser: Client, alice: User, redis: Redis, model: FakeLLM
+    ) -> None:
+        self.worker()
+        model.script(Failure(429, retry_after=30))
+        run = ask("Hi", owner=alice)
+        runs.execute(run.pk)
+        assert self.state(browser, run).startswith("The model did not answer (attempt 1 of 5).")
+
+
+class TestForms:
+    def test_a_question_begins_a_conversation(self, browser: Client, alice: User) -> None:
+        done = browser.post("/", {"content": " What? ", "model": "gpt-4o"})
+        run = Run.objects.get()
+        assert done["Location"] == f"/threads/{run.thread_id}#{run.pk}"
+        assert (run.model, run.message.content) == ("gpt-4o", "What?")
+        assert run.thread.owner == alice
+
+    def test_a_question_goes_on_with_one(self, browser: Client, alice: User) -> None:
+        first = ask("Hello", owner=alice, model="gpt-4o")
+        page = browser.get(f"/threads/{first.thread_id}")
+        assert re.search(r'name="model" value="gpt-4o"', page.text), "the model of last time"
+
+        browser.post(f"/threads/{first.thread_id}", {"content": "And?", "model": ""})
+
+        first.thread.refresh_from_db()
+        assert first.thread.turns == 2
+
+    def test_a_question_that_is_refused_is_not_lost(
+        self, browser: Client, alice: User, settings: Any
+    ) -> None:
+        settings.CHAT_ALLOWED_MODELS = ["gpt-4o-mini"]
+        page = browser.post("/", {"content": "A <long> question", "model": "other"})
+        assert page.status_code == 400
+        assert "not allowed" in page.text
+        assert "A &lt;long&gt; question</textarea>" in page.text
+        assert not Run.objects.exists()
+
+    def test_models_that_are_allowed_are_offered(self, browser: Client, settings: Any) -> None:
+        settings.CHAT_ALLOWED_MODELS = ["one", "two"]
+        settings.CHAT_DEFAULT_MODEL = "two"
+        options = re.findall(r"<option( selected)?>(\w+)</option>", browser.get("/").text)
+        assert options == [("", "one"), (" selected", "two")]
+
+    def test_an_echo_is_called_one(self, browser: Client, model: FakeLLM, settings: Any) -> None:
+        assert "echo" not in browser.get("/").text
+        settings.OPENAI_API_KEY = settings.OPENAI_BASE_URL = ""
+        assert "every answer is an echo" in browser.get("/").text
+
+    def test_a_thread_is_renamed_put_away_and_taken_out_again(
+        self, browser: Client, alice: User
+    ) -> None:
+        thread = ask("Hello", owner=alice).thread
+        path = f"/threads/{thread.pk}"
+        browser.post(f"{path}/change", {"title": "Of <greetings>"})
+        assert "Of &lt;greetings&gt;" in browser.get("/").text
+
+        browser.post(f"{path}/change", {"archived": "true"})
+        assert not addresses(browser.get("/"))
+        assert addresses(browser.get("/?archived")) == [f"{path}?archived"]
+        assert "Archived" in text_of(browser.get(path))
+
+        browser.post(f"{path}/change", {"archived": "false"})
+        assert addresses(browser.get("/")) == [path]
+        thread.refresh_from_db()
+        assert thread.title == "Of <greetings>"
+
+    def test_a_thread_is_deleted(self, browser: Client, alice: User) -> None:
+        thread = ask("Hello", owner=alice).thread_id
+        assert browser.post(f"/threads/{thread}/delete")["Location"] == "/"
+        assert not Thread.objects.exists()
+
+    @pytest.mark.parametrize("path", ["/", "/login", "/logout", "/threads/{0}", "/runs/{1}/cancel"])
+    def test_another_site_posts_none_of_them(self, alice: User, path: str) -> None:
+        run = ask("Hello", owner=alice)
+        client = Client(enforce_csrf_checks=True)
+        client.force_login(alice)
+        page = client.post(path.format(run.thread_id, run.pk), {"content": "Hi"})
+        assert page.status_code == 403
+        assert Run.objects.get().status == "queued"
+
+    def test_nobody_in_particular_may_where_that_is_allowed(self, client: Client) -> None:
+        client.post("/", {"content": "Hi"})
+        thread = Thread.objects.get()
+        assert thread.owner is None
+        assert addresses(client.get("/")) == [f"/threads/{thread.pk}"]
+        assert "Sign in" in text_of(client.get("/"))
+
+
+class TestSafety:
+    @pytest.mark.parametrize("path", ["/", "/threads/{0}", "/runs/{1}", "/login"])
+    def test_pages_load_and_run_only_what_is_ours(
+        self, client: Client, browser: Client, alice: User, path: str
+    ) -> None:
+        run = ask("Hello", owner=alice)
+        somebody = client if path == "/login" else browser
+        page = somebody.get(path.format(run.thread_id, run.pk))
+        assert page.status_code == 200
+        assert page["Content-Security-Policy"] == (
+            "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+            "img-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+        )
+        assert "no-store" in page["Cache-Control"]
+        # Which the policy would keep from working.
+        assert not re.search(r"<style|\sstyle=|\son\w+=|<script(?! type=\"module\" src)", page.text)
+
+    @pytest.mark.parametrize("said", HOSTILE)
+    def test_what_a_model_says_is_text_or_harmless(self, said: str) -> None:
+        html = to_html(said, apart=True)
+        tags = re.findall(r"<\s*/?\s*([a-z0-9]+)([^>]*)>", html)
+        for name, attributes in tags:
+            assert name not in {"script", "img", "svg", "math", "style", "iframe", "form", "input"}
+            assert name not in {"object", "embed", "link", "meta", "base", "video", "audio"}
+            names = set(re.findall(r'([\w:-]+)="', attributes))
+            assert names <= {"href", "target", "rel", "start", "class"}
+            for address in re.findall(r'href="([^"]*)"', attributes):
+                assert re.match(r"(https?|ftp|mailto|magnet):", address)
+            for kind in re.findall(r'class="([^"]*)"', attributes):
+                assert kind.startswith("language-")
+
+    def test_links_open_apart(self) -> None:
+        html = to_html("[x](https://e.org)", apart=True)
+        assert 'target="_blank"' in html
+        assert 'rel="noopener noreferrer nofollow"' in html
+
+    def test_every_file_is_there(self, browser: Client) -> None:
+        call_command("findstatic", "chat/page.css", "chat/page.js", "chat/icon.svg", verbosity=0)
