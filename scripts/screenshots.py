@@ -9,8 +9,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,6 +20,7 @@ from PIL import Image
 from playwright.sync_api import Browser, BrowserContext, sync_playwright
 from playwright.sync_api import Page as Tab
 
+from tests.chromium import executable
 from tests.fakes.llm import LLMProcess
 from tests.system.stack import BASE_DIR, Stack
 
@@ -95,7 +94,9 @@ SHOTS = [
 
 
 def main(names: list[str]) -> None:
-    program = chromium()
+    program = executable()
+    if program is None:
+        sys.exit("There is no Chromium: apt install chromium, or name a browser by CHROMIUM.")
     IMAGES.mkdir(exist_ok=True)
     with LLMProcess() as llm, Stack(llm.url, CHAT_DEFAULT_MODEL="gpt-4o-mini") as stack:
         llm.configure(latency=0.2)
@@ -118,14 +119,6 @@ def main(names: list[str]) -> None:
                     cancel_running(tab, stack)
                     photograph(tab, "cancelled")
             browser.close()
-
-
-def chromium() -> str:
-    named = os.environ.get("CHROMIUM", "").strip()
-    names = [named] if named else ["chromium", "chromium-browser", "google-chrome"]
-    if found := next(filter(None, map(shutil.which, names)), None):
-        return found
-    sys.exit(f"There is no {names[0]}: apt install chromium, or name a browser by CHROMIUM.")
 
 
 def manage(stack: Stack, *command: str) -> str:

@@ -1,0 +1,357 @@
+"""The chat page in a real browser, on the real processes."""
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+from playwright.sync_api import Browser, Page, Request, expect, sync_playwright
+
+from tests.chat.hostile import HOSTILE
+from tests.chromium import executable
+from tests.fakes.llm import Failure, FakeLLM, Hang, Reply, call_tool
+from tests.system.stack import Stack
+
+pytestmark = pytest.mark.system
+
+PATIENCE = 30_000  # milliseconds, on a busy machine
+GROUPS = 5
+SLOW = Reply(tuple(f"*word{number}* " for number in range(40)), delta_latency=0.1)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    program = executable()
+    if program is None:
+        missing = "There is no Chromium: apt install chromium, or name a browser by CHROMIUM."
+        pytest.fail(missing) if os.environ.get("CI") == "true" else pytest.skip(missing)
+    expect.set_options(timeout=PATIENCE)
+    with sync_playwright() as playwright:
+        launched = playwright.chromium.launch(
+            executable_path=program, args=["--disable-gpu", "--disable-background-networking"]
+        )
+        yield launched
+        launched.close()
+
+
+@pytest.fixture(scope="module")
+def llm() -> Iterator[FakeLLM]:
+    with FakeLLM() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def stack(browser: Browser, llm: FakeLLM) -> Iterator[Stack]:
+    env = {"CHAT_ALLOW_ANONYMOUS": "false", "AGENT_TOOLS": "current_time"}
+    with Stack(llm.url, CHAT_ALLOWED_MODELS="gpt-4o-mini,gpt-4o", **env) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def session(browser: Browser, stack: Stack) -> Any:
+    """That of somebody who has signed in."""
+    with window(browser) as page:
+        page.goto(stack.url)
+        page.fill("[name=username]", "admin")
+        page.fill("[name=password]", (stack.directory / "admin-password").read_text().strip())
+        page.press("[name=password]", "Enter")
+        page.wait_for_url(f"{stack.url}/")
+        return page.context.storage_state()
+
+
+@pytest.fixture
+def page(browser: Browser, stack: Stack, session: Any, llm: FakeLLM) -> Iterator[Page]:
+    """A window at the beginning of a conversation, in which no script fails."""
+    llm.reset()
+    with window(browser, storage_state=session) as opened:
+        problems: list[Any] = []
+        opened.on("pageerror", lambda problem: problems.append(problem))
+        opened.goto(stack.url)
+        yield opened
+        assert not problems
+
+
+@contextmanager
+def window(browser: Browser, **options: Any) -> Iterator[Page]:
+    with browser.new_context(**options) as context:
+        context.set_default_timeout(PATIENCE)
+        yield context.new_page()
+
+
+def ask(page: Page, content: str) -> None:
+    page.fill("#question", content)
+    page.press("#question", "Enter")
+
+
+def turn(page: Page, status: str) -> Any:
+    """The last question, once its run is in this state."""
+    last = page.locator("#turns .turn").last
+    expect(last).to_have_attribute("data-status", status)
+    return last
+
+
+def test_an_answer_streams_as_text_and_ends_as_what_it_means(page: Page, llm: FakeLLM) -> None:
+    llm.script(call_tool("current_time"), SLOW)
+    ask(page, "How late is it?")
+    draft = page.locator(".draft")
+    expect(draft).to_contain_text("*word1*")
+    assert "word39" not in draft.inner_text()
+    expect(page.locator("h1")).to_have_text("How late is it?")
+    expect(page.locator("#thread-list [aria-current=page]")).to_have_text("How late is it?")
+    page.locator(".steps summary").click()
+    expect(page.locator(".steps li")).to_have_count(3)
+
+    answered = turn(page, "completed")
+
+    expect(answered.locator(".prose em")).to_have_count(40)
+    expect(answered.locator(".steps .kind")).to_have_text(["model", "tool", "model"])
+    expect(answered.locator(".steps .tokens").last).to_contain_text("out")
+    expect(answered).not_to_have_attribute("aria-busy", "true")
+    expect(page.locator("#stop")).to_be_hidden()
+    expect(page.locator("#question")).to_be_focused()
+
+
+def test_the_keyboard_is_enough(page: Page, llm: FakeLLM) -> None:
+    llm.script(Hang(3, Reply("So far, so good, and more")), Reply("Done now."))
+    page.fill("#question", "One")
+    page.press("#question", "Shift+Enter")
+    page.keyboard.type("Two")
+    page.keyboard.press("Enter")
+    expect(page.locator(".question p")).to_have_text(re.compile("^One\nTwo$"))
+    expect(page.locator(".draft")).not_to_be_empty()
+    said = page.locator(".draft").inner_text()
+
+    page.keyboard.press("Escape")
+
+    stopped = turn(page, "cancelled")
+    expect(stopped.locator(".prose")).to_have_text(said.strip())
+    expect(stopped.locator(".state")).to_have_text("Stopped.")
+    stopped.get_by_role("button", name="Try again").press("Enter")
+    expect(turn(page, "completed").locator(".prose")).to_have_text("Done now.")
+
+
+def test_a_failure_is_told_and_can_be_tried_again(page: Page, llm: FakeLLM) -> None:
+    llm.script(Failure(400, message="internal detail"), Reply("Better."))
+    ask(page, "Hello")
+    failed = turn(page, "failed")
+    expect(failed.locator(".state")).to_have_text("The model refused the request.")
+    assert "internal detail" not in page.content()
+    failed.get_by_role("button", name="Try again").click()
+    expect(turn(page, "completed").locator(".prose")).to_have_text("Better.")
+
+
+def test_the_model_is_chosen(page: Page, llm: FakeLLM) -> None:
+    page.select_option("#model", "gpt-4o")
+    ask(page, "Hello")
+    turn(page, "completed")
+    assert llm.requests[0].model == "gpt-4o"
+    expect(page.locator("#model")).to_have_value("gpt-4o")
+
+
+def test_questions_that_wait_are_answered_one_after_the_other(page: Page, llm: FakeLLM) -> None:
+    llm.script(SLOW)
+    ask(page, "First")
+    expect(page.locator(".draft")).not_to_be_empty()
+    ask(page, "Second")
+    expect(page.locator(".turn")).to_have_count(2)
+    expect(page.locator(".turn .state").last).to_have_text("Waiting for the answer before it.")
+    turn(page, "completed")
+    expect(page.locator(".turn[data-status=completed]")).to_have_count(2)
+
+
+def test_it_comes_back_by_itself(page: Page, llm: FakeLLM, stack: Stack) -> None:
+    llm.script(SLOW)
+    ask(page, "Hello")
+    expect(page.locator(".draft")).to_contain_text("word3")
+    old = stack.kill("web")
+    expect(page.locator("#notice")).to_have_text("Reconnecting…")
+    page.fill("#question", "Meanwhile")
+    page.press("#question", "Enter")
+    expect(page.locator("#question")).to_have_value("Meanwhile")
+    stack.wait_restarted("web", old)
+    stack.wait_ready()
+
+    expect(page.locator(".turn").first.locator(".prose em")).to_have_count(40)
+    expect(page.locator("#notice")).to_have_text("")
+    page.press("#question", "Enter")
+    expect(page.locator(".turn")).to_have_count(2)
+    turn(page, "completed")
+
+
+def test_what_is_asked_in_another_window_appears(
+    page: Page, browser: Browser, session: Any, stack: Stack
+) -> None:
+    ask(page, "Hello")
+    turn(page, "completed")
+    with window(browser, storage_state=session) as other:
+        other.goto(page.url)
+        ask(other, "From elsewhere")
+        turn(other, "completed")
+    expect(turn(page, "completed").locator(".question")).to_contain_text("From elsewhere")
+
+
+def test_whoever_is_signed_out_meanwhile_loses_nothing(page: Page, stack: Stack) -> None:
+    page.context.clear_cookies()
+    ask(page, "Hello")
+    expect(page.locator("#notice")).to_contain_text("signed out")
+    expect(page.locator("#question")).to_have_value("Hello")
+    page.reload()
+    page.wait_for_url("**/login?next=/")
+
+
+def test_what_a_model_says_runs_and_loads_nothing(page: Page, llm: FakeLLM, stack: Stack) -> None:
+    elsewhere: list[str] = []
+    ours = urlsplit(stack.url).netloc
+
+    def note(request: Request) -> None:
+        if urlsplit(request.url).netloc != ours or request.resource_type == "image":
+            elsewhere.append(request.url)
+
+    parts = [HOSTILE[n::GROUPS] for n in range(GROUPS)]
+    # By the question, because summaries are asked for as well.
+    answers = {
+        f"Part {n}": Reply("\n\n".join([*part, f"The end of {n}"])) for n, part in enumerate(parts)
+    }
+    llm.reset(lambda call: answers.get(call.last_user, Reply("Hello.")))
+    ask(page, "Hello")
+    turn(page, "completed")
+    page.on("request", note)
+    page.on("dialog", lambda dialog: elsewhere.append("a dialog"))
+    page.evaluate(
+        "window.refused = [];"
+        "document.addEventListener('securitypolicyviolation', e => refused.push(e.blockedURI))"
+    )
+    for number in range(GROUPS):
+        ask(page, f"Part {number}")
+        expect(page.locator(".turn")).to_have_count(number + 2)
+        expect(turn(page, "completed").locator(".prose")).to_contain_text(f"The end of {number}")
+    # Not only what the page puts in when it comes: also what it is made with.
+    refused = page.evaluate("refused")
+    page.reload()
+    expect(page.locator(".turn").last).to_contain_text(f"The end of {GROUPS - 1}")
+    page.evaluate(
+        """for (const each of document.querySelectorAll('.prose *')) {
+            for (const kind of ['mouseover', 'focus', 'toggle', 'error', 'load']) {
+                each.dispatchEvent(new Event(kind, { bubbles: true }));
+            }
+        }"""
+    )
+
+    assert page.title() != "run"
+    assert not [url for url in elsewhere if not url.endswith("/icon.svg")]
+    assert not refused, "It is the sanitiser that holds, and not the policy alone."
+    for kind in ("script", "img", "iframe", "style", "form", "svg", "[id]", "[name]", "[onerror]"):
+        assert not page.locator(f".prose {kind}").count()
+    assert page.evaluate("document.getElementById('composer').tagName") == "FORM"
+
+
+def test_what_would_get_past_the_sanitiser_is_stopped_by_the_policy(page: Page) -> None:
+    failures: list[str | None] = []
+    page.on("requestfailed", lambda request: failures.append(request.failure))
+    arrived: list[str] = []
+    page.on("response", lambda response: arrived.append(response.url))
+    refused = page.evaluate(
+        """async () => {
+            const refused = [];
+            const note = (event) => refused.push(event.effectiveDirective);
+            document.addEventListener('securitypolicyviolation', note);
+            const box = document.body.appendChild(document.createElement('div'));
+            box.innerHTML = `<img src="http://evil.example/a.png" onerror="document.title='run'">
+                <p style="color: red">red</p><iframe src="http://evil.example"></iframe>
+                <form action="http://evil.example"><button id="out">out</button></form>`;
+            const script = document.createElement('script');
+            script.textContent = "document.title = 'run'";
+            box.append(script);
+            fetch('http://evil.example').catch(() => {});
+            document.getElementById('out').click();
+            await new Promise(done => setTimeout(done, 500));
+            return refused;
+        }"""
+    )
+    assert set(refused) >= {"img-src", "frame-src", "script-src-elem", "connect-src", "form-action"}
+    assert page.title() != "run"
+    assert set(failures) <= {"csp"}
+    assert not [url for url in arrived if "evil" in url]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_fits_a_phone(
+    browser: Browser, stack: Stack, session: Any, llm: FakeLLM, scheme: Any
+) -> None:
+    llm.reset()
+    wide = "word" * 100
+    llm.script(Reply(f"{wide}\n\n```\n{wide}\n```\n\n| {wide} | b |\n| - | - |\n| c | {wide} |"))
+    phone = {"viewport": {"width": 360, "height": 640}, "has_touch": True, "is_mobile": True}
+    with window(browser, storage_state=session, color_scheme=scheme, **phone) as page:
+        page.goto(stack.url)
+        page.fill("#question", wide)
+        page.press("#question", "Enter")  # begins a line
+        page.get_by_role("button", name="Send").tap()
+        turn(page, "completed")
+        assert page.evaluate("document.documentElement.scrollWidth") == 360
+        assert (
+            page.evaluate("getComputedStyle(document.body).backgroundColor")
+            == {"light": "rgb(255, 255, 255)", "dark": "rgb(23, 23, 28)"}[scheme]
+        )
+
+        expect(page.locator("#threads")).to_be_hidden()
+        page.get_by_role("button", name="Conversations").tap()
+        page.locator("#threads").get_by_role("link", name="New conversation").tap()
+        page.wait_for_url(f"{stack.url}/")
+
+
+def test_it_is_whole_without_a_script(
+    browser: Browser, stack: Stack, session: Any, llm: FakeLLM
+) -> None:
+    llm.reset()
+    llm.script(Reply("It is **so**.", latency=1))
+    with window(browser, storage_state=session, java_script_enabled=False) as page:
+        page.goto(stack.url)
+        page.fill("#question", "Is it?")
+        page.get_by_role("button", name="Send").click()
+        page.wait_for_url(f"{stack.url}/threads/**")
+        while page.locator(".turn").get_attribute("data-status") != "completed":
+            again = page.get_by_role("link", name="Look again")
+            assert again.count(), page.content()
+            page.reload()
+        expect(page.locator(".prose strong")).to_have_text("so")
+
+        page.locator("[popovertarget=menu]").click()
+        page.fill("#title", "Of being so")
+        page.get_by_role("button", name="Rename", exact=True).click()
+        expect(page.locator("h1")).to_have_text("Of being so")
+        page.locator("[popovertarget=menu]").click()
+        page.get_by_text("Delete…").click()
+        page.get_by_role("button", name="Delete for good").click()
+        page.wait_for_url(f"{stack.url}/")
+        expect(page.locator("#thread-list")).not_to_contain_text("Of being so")
+
+
+def test_a_screen_reader_is_told(page: Page, llm: FakeLLM) -> None:
+    """The tree that it reads, with names and roles."""
+    llm.script(Reply("Fine."))
+    ask(page, "How are you?")
+    turn(page, "completed")
+    expect(page.locator("body")).to_match_aria_snapshot(
+        """
+        - navigation "Conversations":
+          - link "New conversation"
+          - list
+        - main:
+          - heading "How are you?" [level=1]
+          - button "Rename, archive or delete this conversation"
+          - log "Questions and answers":
+            - article:
+              - heading "Question" [level=2]
+              - paragraph: How are you?
+              - heading "Answer" [level=2]
+              - paragraph: Fine.
+          - status
+          - textbox "Your question"
+          - combobox "Model"
+          - button "Send"
+        """
+    )
