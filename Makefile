@@ -48,7 +48,7 @@ format: $(READY) ## Format the code and fix what can be fixed
 bench: $(READY) $(REDIS) $(HOMESERVER) ## Measure; ARGS go to the benchmarks
 	$(BIN)/python -m benchmarks $(ARGS)
 
-screenshots: $(READY) $(REDIS) ## Photograph the admin into docs/images; ARGS name some of the pictures
+screenshots: $(READY) $(REDIS) ## Photograph the admin and the chat page into docs/images; ARGS name some of the pictures
 	$(BIN)/python -m scripts.screenshots $(ARGS)
 
 $(READY): $(wildcard requirements/*.txt)

@@ -136,7 +136,7 @@ def main() -> None:
     print(f"""
 Botrealm is ready.
 
-  Open   {URL}/
+  Chat   {URL}/
   Admin  {URL}/admin/  {account()}
   API    {URL}/api
   Realm  http://localhost:{REALM_PORT}/

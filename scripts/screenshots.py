@@ -1,5 +1,5 @@
-"""Photograph the console, as `make screenshots` does: a stack of its own, a week of made-up runs, and
-the system's Chromium (CHROMIUM names another). The pictures go to docs/images.
+"""Photograph the console and the chat page, as `make screenshots` does: a stack of their own, a week of
+made-up runs, and the system's Chromium (CHROMIUM names another). The pictures go to docs/images.
 
     .venv/bin/python -m scripts.screenshots [NAME ...]
 """
@@ -20,8 +20,9 @@ from PIL import Image
 from playwright.sync_api import Browser, BrowserContext, sync_playwright
 from playwright.sync_api import Page as Tab
 
+from scripts import talk
 from tests.chromium import executable
-from tests.fakes.llm import LLMProcess
+from tests.fakes.llm import FakeLLM, LLMProcess
 from tests.system.stack import BASE_DIR, Stack
 
 IMAGES = BASE_DIR / "docs" / "images"
@@ -93,32 +94,74 @@ SHOTS = [
 ]
 
 
+CHAT_SHOTS = [
+    Shot("chat", "answered", size=(1280, 1060)),
+    Shot("chat-phone", "answered", size=PHONE),
+    Shot("chat-dark", "written", dark=True),
+]
+
+
 def main(names: list[str]) -> None:
     program = executable()
     if program is None:
         sys.exit("There is no Chromium: apt install chromium, or name a browser by CHROMIUM.")
     IMAGES.mkdir(exist_ok=True)
+    of_chat = {shot.name for shot in CHAT_SHOTS}
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=program)
+        if not names or of_chat & {*names}:
+            of_the_chat_page(browser, names)
+        if not names or {*names} - of_chat:
+            of_the_console(browser, names)
+        browser.close()
+
+
+def of_the_chat_page(browser: Browser, names: list[str]) -> None:
+    models = {"CHAT_ALLOWED_MODELS": "gpt-4o-mini,gpt-4o", "AGENT_TOOLS": "current_time"}
+    with FakeLLM(talk.answer) as llm, Stack(llm.url, **models) as stack:
+        with opened(browser, stack, Shot("", "")) as tab:
+            for question in [*talk.EARLIER, talk.QUESTION]:
+                tab.goto(stack.url)
+                ask(tab, question)
+            ask(tab, talk.NEXT)
+            conversation = tab.url
+        for shot in CHAT_SHOTS:
+            if not names or shot.name in names:
+                with opened(browser, stack, shot) as tab:
+                    tab.goto(conversation)
+                    if shot.of == "written":
+                        ask(tab, talk.LAST, until=".draft:has-text('thrown away')")
+                    else:
+                        tab.locator(".steps summary").last.click()
+                    keep(tab, shot.name)
+
+
+def ask(tab: Tab, question: str, *, until: str = ".turn:last-child[data-status=completed]") -> None:
+    tab.fill("#question", question)
+    tab.press("#question", "Enter")
+    tab.locator(f".turn:last-child:has-text({json.dumps(question[:40])})").wait_for()
+    tab.locator(until).wait_for()
+
+
+def of_the_console(browser: Browser, names: list[str]) -> None:
     with LLMProcess() as llm, Stack(llm.url, CHAT_DEFAULT_MODEL="gpt-4o-mini") as stack:
         llm.configure(latency=0.2)
         manage(stack, "seed_demo", "--failing", "0.1")
         pages = json.loads(manage(stack, "shell", "--verbosity", "0", "--command", PICK))
-        with sync_playwright() as playwright:
-            browser = playwright.chromium.launch(executable_path=program)
-            for shot in SHOTS:
-                if not names or shot.name in names:
-                    with opened(browser, stack, shot) as tab:
-                        tab.goto(stack.url + pages[shot.of])
-                        photograph(tab, shot.name)
-            if not names or "bulk-job" in names:
-                with opened(browser, stack, Shot("bulk-job", "runs")) as tab:
-                    retry_failed(tab, stack)
-                    photograph(tab, "bulk-job")
-            if not names or "cancelled" in names:
-                llm.configure(latency=60)
-                with opened(browser, stack, Shot("cancelled", "runs")) as tab:
-                    cancel_running(tab, stack)
-                    photograph(tab, "cancelled")
-            browser.close()
+        for shot in SHOTS:
+            if not names or shot.name in names:
+                with opened(browser, stack, shot) as tab:
+                    tab.goto(stack.url + pages[shot.of])
+                    photograph(tab, shot.name)
+        if not names or "bulk-job" in names:
+            with opened(browser, stack, Shot("bulk-job", "runs")) as tab:
+                retry_failed(tab, stack)
+                photograph(tab, "bulk-job")
+        if not names or "cancelled" in names:
+            llm.configure(latency=60)
+            with opened(browser, stack, Shot("cancelled", "runs")) as tab:
+                cancel_running(tab, stack)
+                photograph(tab, "cancelled")
 
 
 def manage(stack: Stack, *command: str) -> str:
@@ -188,6 +231,7 @@ def cancel_running(tab: Tab, stack: Stack) -> None:
 
 
 def photograph(tab: Tab, name: str) -> None:
+    """The whole of a page."""
     tab.wait_for_load_state("networkidle")
     tab.evaluate("document.fonts.ready")
     width, height = (tab.evaluate(f"window.inner{side}") for side in ("Width", "Height"))
@@ -197,7 +241,12 @@ def photograph(tab: Tab, name: str) -> None:
         ".map(each => each.getBoundingClientRect().top + each.scrollHeight))"
     )
     tab.set_viewport_size({"width": width, "height": min(max(math.ceil(tall), height), TALLEST)})
-    wide = tab.evaluate("document.documentElement.scrollWidth")
+    keep(tab, name)
+
+
+def keep(tab: Tab, name: str) -> None:
+    """What the window shows."""
+    wide, width = tab.evaluate("[document.documentElement.scrollWidth, window.innerWidth]")
     if wide > width:
         print(f"{name} is {wide} wide, and its window {width}.", file=sys.stderr)
     path = IMAGES / f"{name}.webp"

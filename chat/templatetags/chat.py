@@ -6,6 +6,7 @@ from django.utils.text import Truncator
 
 from chat.markdown import to_html
 from chat.models import Thread
+from console import formats
 
 register = template.Library()
 
@@ -20,16 +21,11 @@ def prose(text: str) -> SafeString:
 def heading(thread: Thread) -> str:
     """The title of a thread of `with_preview()`, or the first words of its first question."""
     words = thread.title or " ".join(thread.preview.split())  # type: ignore[attr-defined]
-    return Truncator(words).chars(60) or "Untitled"
+    return Truncator(words).chars(100) or "Untitled"
 
 
 @register.filter
-def seconds(took: timedelta | int | None) -> str:
+def duration(took: timedelta | int | None) -> str:
     """A time span, or a number of milliseconds."""
-    if took is None:
-        return ""
-    whole = took.total_seconds() if isinstance(took, timedelta) else took / 1000
-    if whole < 60:
-        return f"{whole:.1f} s"
-    minutes, rest = divmod(int(whole), 60)
-    return f"{minutes} min {rest} s"
+    ms = took.total_seconds() * 1000 if isinstance(took, timedelta) else took
+    return "" if ms is None else formats.duration(ms)

@@ -10,6 +10,7 @@ const notice = document.getElementById("notice");
 const composer = document.getElementById("composer");
 const question = document.getElementById("question");
 const stopNow = document.getElementById("stop");
+const earlier = new URLSearchParams(location.search).has("before");
 const stepTemplate = document.getElementById("step");
 
 class Refused extends Error {}
@@ -44,7 +45,9 @@ async function ask(url, options = {}) {
 }
 
 function post(url, data, headers = {}) {
-  const token = document.querySelector("[name=csrfmiddlewaretoken]").value;
+  // That of now: whoever signs in again, in another tab, gets a new one.
+  const cookie = document.cookie.match(/(?:^|; )csrftoken=([^;]+)/);
+  const token = cookie?.[1] ?? document.querySelector("[name=csrfmiddlewaretoken]").value;
   return ask(url, {
     method: "POST",
     headers: { "Content-Type": "application/json", "X-CSRFToken": token, ...headers },
@@ -133,7 +136,7 @@ function follow() {
   if (turn) {
     stopNow.setAttribute("form", `stop-${turn.dataset.run}`);
     stream = new RunStream(turn);
-  } else if (threadId && !document.hidden) {
+  } else if (threadId && !document.hidden && !earlier) {
     stream = new ThreadStream();
   }
 }
@@ -248,7 +251,8 @@ class RunStream extends Stream {
     put("kind", told.kind);
     put("name", told.name);
     const ended = told.durationMs !== undefined;
-    put("time", ended ? `${(told.durationMs / 1000).toFixed(1)} s` : "…");
+    const ms = told.durationMs;
+    put("time", !ended ? "…" : ms < 1000 ? `${ms} ms` : `${(ms / 1000).toFixed(ms < 10000 ? 1 : 0)} s`);
     if (told.promptTokens || told.completionTokens) {
       put("tokens", `${told.promptTokens} in, ${told.completionTokens} out`);
     }
@@ -323,6 +327,18 @@ class ThreadStream extends Stream {
     }, last ? 2 * Number(last.dataset.turn) + 2 : 0);
   }
 
+  async stillThere() {
+    try {
+      if ((await ask(`/api/chat/threads/${threadId}`)).ok) return true;
+      say("This conversation is not here any more.", "problem");
+    } catch (error) {
+      if (!(error instanceof Refused)) return true;
+      say(error.message, "problem");
+    }
+    this.close();
+    return false;
+  }
+
   // In another window, or by another program.
   async asked(runId) {
     if (document.getElementById(runId)) return;
@@ -351,7 +367,7 @@ composer.addEventListener("submit", async (event) => {
     if (!response.ok) throw new Refused(await why(response));
     const accepted = await response.json();
     forget();
-    if (!threadId) return location.assign(`/threads/${accepted.threadId}`);
+    if (!threadId || earlier) return location.assign(`/threads/${accepted.threadId}`);
     document.scrollingElement.scrollTop = document.scrollingElement.scrollHeight;
     put(await turnOf(accepted.runId));
     if (!(stream instanceof RunStream)) follow();
@@ -359,7 +375,8 @@ composer.addEventListener("submit", async (event) => {
     current?.parentElement.prepend(current);
   } catch (error) {
     if (error instanceof Refused) key = null;
-    say(error instanceof Refused ? error.message : `${error.message} Send it again when you like.`, "problem");
+    const hint = error instanceof Refused ? "" : " Send it again when you like.";
+    say(error.message + hint, "problem");
   } finally {
     composer.removeAttribute("aria-busy");
   }
@@ -413,6 +430,11 @@ document.addEventListener("click", async (event) => {
   }
 });
 
+// What unfolds at the end of the page would hide behind the composer.
+document.addEventListener("toggle", (event) => {
+  if (event.target.open) event.target.scrollIntoView({ block: "nearest" });
+}, true);
+
 // Where there is no Shift, Enter begins a line.
 const hasKeys = !matchMedia("(pointer: coarse)").matches;
 question.addEventListener("keydown", (event) => {
@@ -429,7 +451,7 @@ document.addEventListener("keydown", (event) => {
 
 // What is written and not sent outlives a reload.
 const draftName = `draft ${threadId ?? ""}`;
-question.addEventListener("input", () => {
+composer.addEventListener("input", () => {
   key = null;
   sessionStorage.setItem(draftName, question.value);
 });
