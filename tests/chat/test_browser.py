@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -182,6 +183,16 @@ def test_it_comes_back_by_itself(page: Page, llm: FakeLLM, stack: Stack) -> None
     expect(page.locator("#notice")).to_have_text("")
     page.press("#question", "Enter")
     expect(page.locator(".turn")).to_have_count(2)
+    turn(page, "completed")
+
+
+def test_it_says_that_redis_is_away(page: Page, llm: FakeLLM, stack: Stack) -> None:
+    redis = stack.kill("redis", signal.SIGSTOP)
+    try:
+        ask(page, "Hello")
+        expect(page.locator(".turn .state")).to_contain_text("Redis is away.")
+    finally:
+        os.kill(redis, signal.SIGCONT)
     turn(page, "completed")
 
 

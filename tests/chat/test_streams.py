@@ -132,6 +132,9 @@ def test_it_goes_on_after_any_event_in_any_process(model: FakeLLM) -> None:
             events = await response.until("run.completed")
         async with request(f"{path}?after={last}") as response:
             assert await response.until("run.completed") == events
+        # As a browser does that was sent off with the parameter and comes back with the header.
+        async with request(f"{path}?after=0-0", last_event_id=last) as response:
+            assert await response.until("run.completed") == events
         return events
 
     async def again() -> None:
