@@ -145,7 +145,7 @@ class ChangeForm(ChatPage):
         """Rename the thread, or move it into the archive and out of it."""
         title, archived = request.POST.get("title"), request.POST.get("archived")
         self.thread(thread_id).change(
-            title=None if title is None else inbox.UNSTORABLE.sub("", title)[:MAX_TITLE_LENGTH],
+            title=None if title is None else _clean_title(title),
             archived=None if archived is None else archived == "true",
         )
         return redirect("chat_thread", thread_id)
@@ -179,3 +179,7 @@ class RetryForm(ChatPage):
 
 def _shown(thread_id: str, run_id: str) -> HttpResponse:
     return redirect(f"{reverse('chat_thread', args=[thread_id])}#{run_id}")
+
+
+def _clean_title(title: str) -> str:
+    return inbox.UNSTORABLE.sub("", title).strip()[:MAX_TITLE_LENGTH]

@@ -326,6 +326,16 @@ class TestForms:
         thread.refresh_from_db()
         assert thread.title == "Of <greetings>"
 
+    @pytest.mark.parametrize(
+        ("title", "shown"), [("  ", "Hello"), (" a\x00b ", "ab"), ("x" * 300, "x" * 99 + "…")]
+    )
+    def test_any_title_can_be_shown(
+        self, browser: Client, alice: User, title: str, shown: str
+    ) -> None:
+        path = f"/threads/{ask('Hello', owner=alice).thread_id}"
+        assert browser.post(f"{path}/change", {"title": title})["Location"] == path
+        assert f"<h1>{shown}</h1>" in browser.get(path).text
+
     def test_a_thread_is_deleted(self, browser: Client, alice: User) -> None:
         thread = ask("Hello", owner=alice).thread_id
         assert browser.post(f"/threads/{thread}/delete")["Location"] == "/"
