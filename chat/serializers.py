@@ -105,6 +105,14 @@ def message_json(message: Message) -> dict[str, Any]:
     }
 
 
+def usage_json(run: Run) -> dict[str, int]:
+    return {
+        "promptTokens": run.prompt_tokens,
+        "completionTokens": run.completion_tokens,
+        "totalTokens": run.prompt_tokens + run.completion_tokens,
+    }
+
+
 def run_json(run: Run) -> dict[str, Any]:
     """A run with `answer` loaded."""
     told = {
@@ -113,11 +121,7 @@ def run_json(run: Run) -> dict[str, Any]:
         "correlationId": run.correlation_id,
         "status": run.status,
         "model": run.model,
-        "usage": {
-            "promptTokens": run.prompt_tokens,
-            "completionTokens": run.completion_tokens,
-            "totalTokens": run.prompt_tokens + run.completion_tokens,
-        },
+        "usage": usage_json(run),
         "createdAt": run.created_at,
         "updatedAt": run.updated_at,
     }
