@@ -4,6 +4,7 @@ of them can be asked for."""
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 from django.db.models import F, Model, QuerySet
@@ -16,8 +17,8 @@ from rest_framework_json_api.utils import format_field_name, get_serializer_fiel
 
 from agents import inbox
 from agents.models import Run
+from chat.keyset import Order
 from chat.models import CHOSEN_ID, Message, Thread, ThreadQuerySet
-from chat.pages import Order
 from chat.serializers import usage_json
 from realm.jsonapi import Conflict, JSONAPIRenderer, Malformed, StringField
 
@@ -129,11 +130,13 @@ class Compound:
             found = field.load(rows, target.rows(self.threads), self.known)
             self._load(found, target, [path[1:] for path in paths if path[0] == name and path[1:]])
 
-    def included(self) -> "Iterable[tuple[type[ResourceSerializer], list[Any]]]":
-        for model, rows in self.known.rows.items():
-            added = [row for row in rows.values() if (model, row.pk) not in self.primary]
-            if added:
-                yield self.kinds[model], added
+    @cached_property
+    def included(self) -> "list[tuple[type[ResourceSerializer], list[Any]]]":
+        added = [
+            (model, [row for row in rows.values() if (model, row.pk) not in self.primary])
+            for model, rows in self.known.rows.items()
+        ]
+        return [(self.kinds[model], rows) for model, rows in added if rows]
 
 
 class DocumentRenderer(JSONAPIRenderer):
@@ -167,7 +170,7 @@ class DocumentRenderer(JSONAPIRenderer):
     ) -> None:
         """All that there is to add, with the first of the primary resources."""
         context = fields.serializer.context
-        for kind, rows in context["compound"].included() if not included_cache else []:
+        for kind, rows in context["compound"].included if not included_cache else []:
             told = kind(rows, many=True, context=context)
             for row, data in zip(rows, told.data, strict=True):
                 built = cls.build_json_resource_obj(
@@ -258,7 +261,8 @@ class MessageSerializer(ResourceSerializer):
 
 class RunSerializer(ResourceSerializer):
     usage = serializers.SerializerMethodField()
-    output = serializers.CharField(source="answer.content", default=None)
+    output = serializers.CharField(source="answer.content", default=None, allow_null=True)
+    safe_error = serializers.SerializerMethodField()
     thread = ToOne("threads", "thread_id")
     message = ToOne("messages", "message_id")
     answer = ToOne("messages", "answer_id")
@@ -305,11 +309,8 @@ class RunSerializer(ResourceSerializer):
     def get_usage(self, run: Run) -> dict[str, int]:
         return usage_json(run)
 
-    def to_representation(self, instance: Run) -> Any:
-        told = super().to_representation(instance)
-        if "safe_error" in told:
-            told["safe_error"] = told["safe_error"] or None
-        return told
+    def get_safe_error(self, run: Run) -> str | None:
+        return run.safe_error or None
 
 
 class ThreadLink(serializers.Field):

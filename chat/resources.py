@@ -11,7 +11,7 @@ from rest_framework_json_api.utils import get_included_resources
 
 from agents import inbox
 from agents.models import Run
-from chat import pages
+from chat import keyset
 from chat.callers import CallersView
 from chat.documents import (
     Compound,
@@ -55,7 +55,7 @@ class ResourcesView(CallersView, JSONAPIView):
 
     def owner(self) -> Any:
         """What the address leads through."""
-        return self.one(self.parent.rows(self.threads()), self.kwargs["pk"])
+        return self.one(self.parent.rows(self.threads()), self.kwargs["id"])
 
     @property
     def relationship(self) -> Relationship:
@@ -65,8 +65,8 @@ class ResourcesView(CallersView, JSONAPIView):
         self.compound = self._compound([row])
         return self.get_serializer(row).data
 
-    def page(self, rows: QuerySet[Any], order: pages.Order) -> tuple[Any, dict[str, str | None]]:
-        page = pages.cut(rows, self.request.query_params, order, self._address)
+    def page(self, rows: QuerySet[Any], order: keyset.Order) -> tuple[Any, dict[str, str | None]]:
+        page = keyset.cut(rows, self.request.query_params, order, self._address)
         self.compound = self._compound(page.rows)
         return self.get_serializer(page.rows, many=True).data, page.links
 
@@ -79,8 +79,8 @@ class ResourcesView(CallersView, JSONAPIView):
 
 
 class ResourceView(ResourcesView):
-    def get(self, request: Request, pk: Any) -> Response:
-        return Response(self.told(self.one(self.rows(), pk)))
+    def get(self, request: Request, id: Any) -> Response:
+        return Response(self.told(self.one(self.rows(), id)))
 
 
 class CollectionView(ResourcesView):
@@ -89,15 +89,15 @@ class CollectionView(ResourcesView):
         if self.request.method == "POST":
             return frozenset()
         filters = {f"filter[{name}]" for name in self.serializer_class.filters}
-        return pages.PARAMETERS | {"sort"} | filters
+        return keyset.PARAMETERS | {"sort"} | filters
 
-    def get(self, request: Request, pk: Any = None) -> Response:
-        order = pages.chosen(request.query_params, self.sorts)
+    def get(self, request: Request, id: Any = None) -> Response:
+        order = keyset.chosen(request.query_params, self.sorts)
         data, links = self.page(self.filtered(self.rows()), order)
         return Response({"results": data, "links": links})
 
     @property
-    def sorts(self) -> dict[str, pages.Order]:
+    def sorts(self) -> dict[str, keyset.Order]:
         return dict(self.serializer_class.sorts)
 
     def filtered(self, rows: QuerySet[Any]) -> QuerySet[Any]:
@@ -115,12 +115,12 @@ class OfThreadView(CollectionView):
         return super().rows().filter(thread=self.owner())
 
     @property
-    def sorts(self) -> dict[str, pages.Order]:
+    def sorts(self) -> dict[str, keyset.Order]:
         return {"position": ("position", "id")} | super().sorts
 
 
 class RelatedView(ResourcesView):
-    def get(self, request: Request, pk: Any) -> Response:
+    def get(self, request: Request, id: Any) -> Response:
         other = getattr(self.owner(), self.relationship.column)
         if other is None:
             return Response(None)
@@ -135,16 +135,16 @@ class LinkageView(ResourcesView):
 
     @property
     def query_parameters(self) -> frozenset[str]:  # type: ignore[override]
-        return pages.PARAMETERS if isinstance(self.relationship, OfThread) else frozenset()
+        return keyset.PARAMETERS if isinstance(self.relationship, OfThread) else frozenset()
 
-    def get(self, request: Request, pk: Any) -> Response:
+    def get(self, request: Request, id: Any) -> Response:
         owner, relationship = self.owner(), self.relationship
         related = request.path.replace("/relationships/", "/")
         links: dict[str, str | None] = {"self": request.path, "related": related}
         data: Any
         if isinstance(relationship, OfThread):
             rows = self.rows().filter(thread=owner)
-            page = pages.cut(rows, request.query_params, ("position", "id"), self._address)
+            page = keyset.cut(rows, request.query_params, ("position", "id"), self._address)
             data = [{"type": relationship.kind, "id": str(row.pk)} for row in page.rows]
             links |= page.links
         else:

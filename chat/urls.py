@@ -29,7 +29,7 @@ def resource_paths(
 ) -> Iterator[URLPattern]:
     """The list, each one of it, and wherever its relationships lead."""
     base = f"api/{serializer.Meta.resource_name}"
-    one = f"{base}/<{converter}:pk>"
+    one = f"{base}/<{converter}:id>"
     yield path(base, collection.as_view(serializer_class=serializer))
     yield path(one, resources.ResourceView.as_view(serializer_class=serializer))
     for name, field in serializer().fields.items():

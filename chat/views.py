@@ -151,7 +151,7 @@ class ThreadMessagesView(ChatView):
         ones, null when there are none."""
         thread = get_object_or_404(self.threads(), pk=thread_id)
         messages = Message.objects.filter(thread=thread).order_by("-position")
-        if before := request.query_params.get("before"):
+        if (before := request.query_params.get("before")) is not None:
             edge = get_object_or_404(Message, pk=_uuid(before, "before"), thread=thread)
             messages = messages.filter(position__lt=edge.position)
         limit = _limit(request.query_params.get("limit"))
@@ -177,7 +177,7 @@ class RunEventsView(ChatView):
         to tell: 204, at which a browser stops asking."""
         run, after = self.run(run_id), streams.place_asked(request)
         if after and after.attempt > run.attempt:
-            raise exceptions.ParseError("That is the id of no event of this run.")
+            raise exceptions.NotFound("The run has no such event.")
         if after == (run.attempt, streams.END) and run.is_finished:
             return HttpResponse(status=204)
         return streams.EventStream(streams.run_events(run, after))
