@@ -35,9 +35,82 @@ from openapi.parts import (
     refusals,
     text,
 )
+from openapi.plain import MESSAGE_EXAMPLE, RUN_EXAMPLE
 from realm.jsonapi import MAX_INCLUDE_DEPTH, JSONAPIView, told_here
 
 EXAMPLE_IDS = {"threads": THREAD_ID, "messages": MESSAGE_ID, "runs": RUN_ID}
+
+
+def _links(kind: str, *relations: str) -> Schema:
+    at = f"/api/{kind}/{EXAMPLE_IDS[kind]}"
+    links = {
+        name: {"links": {"self": f"{at}/relationships/{name}", "related": f"{at}/{name}"}}
+        for name in relations
+    }
+    return {"relationships": links, "links": {"self": at}}
+
+
+def _to(kind: str) -> Schema:
+    return {"data": {"type": kind, "id": EXAMPLE_IDS[kind]}}
+
+
+def _example(kind: str, told: Schema, **linkage: str | None) -> Schema:
+    made = {"type": kind, "id": EXAMPLE_IDS[kind], "attributes": told, **_links(kind, *linkage)}
+    for name, target in linkage.items():
+        if target:
+            made["relationships"][name] |= _to(target)
+    return made
+
+
+NOT_ATTRIBUTES = {"id", "threadId"}
+EXAMPLES = {
+    "threads": _example(
+        "threads",
+        {"createdAt": "2026-11-21T13:24:10.502882Z", "updatedAt": "2026-11-21T13:24:10.502882Z"},
+        messages=None,
+        runs=None,
+    ),
+    "messages": _example(
+        "messages",
+        {name: said for name, said in MESSAGE_EXAMPLE.items() if name not in NOT_ATTRIBUTES}
+        | {"position": 0},
+        thread="threads",
+        run="runs",
+    ),
+    "runs": _example(
+        "runs",
+        {name: said for name, said in RUN_EXAMPLE.items() if name not in NOT_ATTRIBUTES}
+        | {
+            "source": "http",
+            "attempt": 1,
+            "safeError": None,
+            "startedAt": "2026-11-21T13:24:10.520113Z",
+            "finishedAt": "2026-11-21T13:24:11.120007Z",
+        },
+        thread="threads",
+        message="messages",
+        answer="messages",
+    ),
+    "bot-registration": {
+        "type": "bot-registration",
+        "id": realm.BOT_ID,
+        "attributes": {
+            "username": realm.USER,
+            "enabled": True,
+            "createdAt": "2026-11-21T13:24:10.502882Z",
+        },
+    },
+    "bot-command": {
+        "type": "bot-command",
+        "id": "3f6c1a52-5a0e-4a5e-8a55-6f0f3f1d9b10",
+        "attributes": {
+            "botId": realm.BOT_ID,
+            "command": "chat.reply",
+            "filter": realm.EXAMPLE_FILTER,
+            "createdAt": "2026-11-21T13:24:10.502882Z",
+        },
+    },
+}
 
 
 def identifier(kind: str) -> Schema:
@@ -70,12 +143,19 @@ class ResourceObject(JsonApiResourceObject):
                 told[member]["additionalProperties"] = False
                 told[member].pop("required", None)  # fields[...] leaves out what it likes
         for told_as in told["attributes"]["properties"].values():
-            told_as.pop("x-spec-enum-id", None)
+            # What depends on the database, and a mark of drf-spectacular's own.
+            for noise in (
+                "x-spec-enum-id",
+                *(["maximum", "format"] if "minimum" in told_as else []),
+            ):
+                told_as.pop(noise, None)
         hidden = [name for name, field in self.serializer.fields.items() if field.write_only]
         for name in hidden:
             told["attributes"]["properties"].pop(format_field_name(name))
         told["id"] = text()
         self._schema["required"] = ["type", "id"]
+        if example := EXAMPLES.get(get_resource_type_from_serializer(self.serializer)):
+            self._schema["example"] = example
         if isinstance(self.serializer, ResourceSerializer):
             told["links"] = record(self=LINK)
             self._schema["required"].append("links")

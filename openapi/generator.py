@@ -12,7 +12,7 @@ from drf_spectacular.settings import patched_settings
 from drf_spectacular.validation import validate_schema
 
 from openapi import documents, plain
-from openapi.parts import DOCUMENT_SCHEMAS
+from openapi.parts import DOCUMENT_RESPONSES, DOCUMENT_SCHEMAS
 
 SETTINGS = {
     "TITLE": "Botrealm",
@@ -32,6 +32,7 @@ SETTINGS = {
     "SECURITY": [{"realmToken": []}, {"session": []}],
     "APPEND_COMPONENTS": {
         "schemas": plain.SCHEMAS | DOCUMENT_SCHEMAS,
+        "responses": plain.RESPONSES | DOCUMENT_RESPONSES,
         "securitySchemes": {
             "realmToken": {
                 "type": "http",

@@ -1,5 +1,6 @@
 """What the descriptions are put together from."""
 
+from http import HTTPStatus
 from typing import Any
 
 Schema = dict[str, Any]
@@ -139,9 +140,32 @@ DOCUMENT_SCHEMAS: dict[str, Schema] = {
 
 def refusals(*codes: int) -> dict[str, Schema]:
     """In JSON:API."""
-    told = content(MEDIA_TYPE, ref("Errors"))
-    return {str(code): answer(REASONS[code], told) for code in sorted(codes)}
+    return {str(code): ref(f"Document{code}", "responses") for code in sorted(codes)}
 
+
+# What is told beside the status, where one code is as good an example as any.
+CODES = {400: "malformed", 401: "not_authenticated", 403: "permission_denied", 404: "not_found"}
+PLACES = {400: {"parameter": "include"}, 409: {"pointer": "/data/type"}}
+
+
+def refused(code: int) -> Schema:
+    error: Schema = {
+        "status": str(code),
+        "code": CODES.get(code) or HTTPStatus(code).name.lower(),
+        "title": HTTPStatus(code).phrase,
+        "detail": REASONS[code],
+        "meta": {"request_id": "61131f1255d545179a64ebad5795ca56"},
+    }
+    if code in PLACES:
+        error["source"] = PLACES[code]
+    return {"errors": [error]}
+
+
+DOCUMENT_RESPONSES = {
+    f"Document{code}": answer(why, content(MEDIA_TYPE, ref("Errors"), refused(code)))
+    for code, why in REASONS.items()
+    if code >= 400
+}
 
 IDEMPOTENCY_KEY = header(
     "Idempotency-Key",

@@ -169,13 +169,15 @@ def events(description: str) -> Schema:
     )
 
 
+RESPONSES = {
+    f"Plain{code}": answer(why, content(JSON, ref("Error"), {"ok": False, "error": why}))
+    for code, why in REASONS.items()
+    if code >= 400
+}
+
+
 def refusals(*codes: int) -> dict[str, Schema]:
-    return {
-        str(code): answer(
-            REASONS[code], content(JSON, ref("Error"), {"ok": False, "error": REASONS[code]})
-        )
-        for code in codes
-    }
+    return {str(code): ref(f"Plain{code}", "responses") for code in sorted(codes)}
 
 
 def operation(
