@@ -19,7 +19,7 @@ from agents import inbox
 from agents.models import Run
 from chat.keyset import Order
 from chat.models import CHOSEN_ID, Message, Thread, ThreadQuerySet
-from chat.serializers import usage_json
+from chat.serializers import PolicyField, WholeField, usage_json
 from realm.jsonapi import Conflict, JSONAPIRenderer, Malformed, StringField
 
 # Of each thread that `include` adds them to; all of them are at the relationship's own address.
@@ -227,7 +227,7 @@ class ThreadSerializer(ResourceSerializer):
     class Meta:
         model = Thread
         resource_name = "threads"
-        fields = ["created_at", "updated_at", "messages", "runs"]
+        fields = ["title", "archived_at", "created_at", "updated_at", "messages", "runs"]
 
     @classmethod
     def rows(cls, threads: ThreadQuerySet) -> QuerySet[Thread]:
@@ -263,14 +263,18 @@ class RunSerializer(ResourceSerializer):
     usage = serializers.SerializerMethodField()
     output = serializers.CharField(source="answer.content", default=None, allow_null=True)
     safe_error = serializers.SerializerMethodField()
+    error_code = serializers.SerializerMethodField()
     thread = ToOne("threads", "thread_id")
     message = ToOne("messages", "message_id")
     answer = ToOne("messages", "answer_id")
+    # That answers its question too.
+    merged_into = ToOne("runs", "merged_into_id")
 
     included_serializers = {
         "thread": ThreadSerializer,
         "message": MessageSerializer,
         "answer": MessageSerializer,
+        "merged_into": "self",
     }
     filters = {
         "thread": Filter("thread"),
@@ -291,15 +295,18 @@ class RunSerializer(ResourceSerializer):
             "attempt",
             "output",
             "safe_error",
+            "error_code",
             "usage",
             "correlation_id",
             "created_at",
             "started_at",
             "finished_at",
+            "deadline_at",
             "updated_at",
             "thread",
             "message",
             "answer",
+            "merged_into",
         ]
 
     @classmethod
@@ -311,6 +318,9 @@ class RunSerializer(ResourceSerializer):
 
     def get_safe_error(self, run: Run) -> str | None:
         return run.safe_error or None
+
+    def get_error_code(self, run: Run) -> str | None:
+        return run.error_code or None if run.safe_error else None
 
 
 class ThreadLink(serializers.Field):
@@ -335,6 +345,8 @@ class QuestionSerializer(serializers.Serializer):
     content = StringField(error_messages={"blank": "Write at least 1 character."})
     model = StringField(required=False, allow_null=True, max_length=100)
     correlation_id = StringField(required=False, allow_null=True)
+    when_busy = PolicyField(required=False, allow_null=True)
+    deadline_seconds = WholeField(required=False, allow_null=True)
     thread = ThreadLink(required=False, allow_null=True, source="thread_id")
 
     class Meta:

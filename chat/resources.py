@@ -24,6 +24,7 @@ from chat.documents import (
     ResourceSerializer,
 )
 from realm.jsonapi import (
+    Conflict,
     JSONAPIView,
     Malformed,
     Missing,
@@ -160,6 +161,8 @@ class MessagesView(CollectionView):
     def handle_exception(self, exc: Exception) -> Response:
         if isinstance(exc, inbox.Invalid):
             exc = Malformed(str(exc), "invalid", **WHERE[exc.name])
+        elif isinstance(exc, inbox.Busy):
+            exc = Conflict(str(exc), "thread_is_busy")
         elif isinstance(exc, inbox.KeyReused):
             exc = Unprocessable(str(exc), "idempotency_key_reused", header="Idempotency-Key")
         return super().handle_exception(exc)
@@ -187,6 +190,7 @@ WHERE = {
     "content": {"pointer": "/data/attributes/content"},
     "model": {"pointer": "/data/attributes/model"},
     "correlationId": {"pointer": "/data/attributes/correlationId"},
+    "deadlineSeconds": {"pointer": "/data/attributes/deadlineSeconds"},
     "threadId": {"pointer": "/data/relationships/thread/data/id"},
     "Idempotency-Key": {"header": "Idempotency-Key"},
 }

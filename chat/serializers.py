@@ -29,12 +29,13 @@ class PolicyField(StringField):
 
 
 class WholeField(serializers.IntegerField):
-    """A JSON number without a fraction."""
+    """A JSON number without a fraction: 60.0 is 60."""
 
     def to_internal_value(self, data: Any) -> int:
-        if not isinstance(data, int) or isinstance(data, bool):
+        whole = isinstance(data, int) or (isinstance(data, float) and data.is_integer())
+        if not whole or isinstance(data, bool):
             self.fail("invalid")
-        return super().to_internal_value(data)
+        return super().to_internal_value(int(data))
 
 
 class FlagField(serializers.BooleanField):

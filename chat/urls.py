@@ -2,6 +2,7 @@ from collections.abc import Iterator
 
 from django.urls import URLPattern, path, re_path, register_converter
 from django.urls.converters import StringConverter
+from rest_framework_json_api.utils import format_field_name
 
 from chat import resources, views
 from chat.documents import (
@@ -37,8 +38,9 @@ def resource_paths(
             to_many = isinstance(field, OfThread)
             related = resources.OfThreadView if to_many else resources.RelatedView
             lead = {"serializer_class": field.target, "parent": serializer, "relation": name}
-            yield path(f"{one}/{name}", related.as_view(**lead))
-            yield path(f"{one}/relationships/{name}", resources.LinkageView.as_view(**lead))
+            member = format_field_name(name)
+            yield path(f"{one}/{member}", related.as_view(**lead))
+            yield path(f"{one}/relationships/{member}", resources.LinkageView.as_view(**lead))
 
 
 urlpatterns = [

@@ -114,7 +114,7 @@ class ThreadsView(ChatView):
         threads = Thread.objects.listed_for(self.caller).with_preview()
         if not _flag(request, "archived"):
             threads = threads.active()
-        if before := request.query_params.get("before"):
+        if (before := request.query_params.get("before")) is not None:
             threads = threads.before(self.thread(before))
         limit = _limit(request.query_params.get("limit"))
         page = list(threads[: limit + 1])

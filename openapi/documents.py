@@ -35,7 +35,7 @@ from openapi.parts import (
     refusals,
     text,
 )
-from openapi.plain import MESSAGE_EXAMPLE, RUN_EXAMPLE
+from openapi.plain import MESSAGE_EXAMPLE, RUN_EXAMPLE, THREAD_EXAMPLE
 from realm.jsonapi import MAX_INCLUDE_DEPTH, JSONAPIView, told_here
 
 EXAMPLE_IDS = {"threads": THREAD_ID, "messages": MESSAGE_ID, "runs": RUN_ID}
@@ -51,14 +51,14 @@ def _links(kind: str, *relations: str) -> Schema:
 
 
 def _to(kind: str) -> Schema:
-    return {"data": {"type": kind, "id": EXAMPLE_IDS[kind]}}
+    return {"type": kind, "id": EXAMPLE_IDS[kind]}
 
 
 def _example(kind: str, told: Schema, **linkage: str | None) -> Schema:
     made = {"type": kind, "id": EXAMPLE_IDS[kind], "attributes": told, **_links(kind, *linkage)}
     for name, target in linkage.items():
-        if target:
-            made["relationships"][name] |= _to(target)
+        if kind != "threads":  # whose relationships are lists, told where they are included
+            made["relationships"][name]["data"] = _to(target) if target else None
     return made
 
 
@@ -66,7 +66,8 @@ NOT_ATTRIBUTES = {"id", "threadId"}
 EXAMPLES = {
     "threads": _example(
         "threads",
-        {"createdAt": "2026-11-21T13:24:10.502882Z", "updatedAt": "2026-11-21T13:24:10.502882Z"},
+        {name: THREAD_EXAMPLE[name] for name in ("title", "createdAt", "updatedAt")}
+        | {"archivedAt": None},
         messages=None,
         runs=None,
     ),
@@ -84,12 +85,15 @@ EXAMPLES = {
             "source": "http",
             "attempt": 1,
             "safeError": None,
+            "errorCode": None,
+            "deadlineAt": None,
             "startedAt": "2026-11-21T13:24:10.520113Z",
             "finishedAt": "2026-11-21T13:24:11.120007Z",
         },
         thread="threads",
         message="messages",
         answer="messages",
+        mergedInto=None,
     ),
     "bot-registration": {
         "type": "bot-registration",

@@ -4,7 +4,7 @@ from typing import Any
 
 from agents import inbox
 from agents.models import Run
-from chat.models import Message
+from chat.models import MAX_TITLE_LENGTH, Message
 from chat.views import MAX_PAGE
 from openapi.parts import (
     ATTRIBUTE_NAMES,
@@ -48,6 +48,17 @@ WISHES: dict[str, Schema] = {
         "pattern": VISIBLE,
         "description": "The client's own; events and the run carry it.",
     },
+    "whenBusy": {
+        "enum": [*inbox.WhenBusy, None],
+        "description": "What becomes of it while runs of its thread have not ended: it waits, is "
+        "answered together with those that wait, is refused (409), or cancels them.",
+    },
+    "deadlineSeconds": {
+        "type": ["integer", "null"],
+        "minimum": 1,
+        "maximum": inbox.MAX_DEADLINE_SECONDS,
+        "description": "What has not ended by then fails.",
+    },
 }
 STATUSES = text(enum=Run.Status.values)
 
@@ -62,9 +73,20 @@ SCHEMAS = {
     ),
     "Error": record(ok={"const": False}, error=text(description="What is wrong, safe to show.")),
     "Usage": record(promptTokens=COUNT, completionTokens=COUNT, totalTokens=COUNT),
+    "Thread": record(
+        id=text(pattern=ID),
+        title=text(maxLength=MAX_TITLE_LENGTH, description="Empty where nobody gave it one."),
+        preview=text(description="The first words that were asked in it."),
+        archived={"type": "boolean"},
+        createdAt=moment(),
+        updatedAt=moment(),
+    ),
     "Run": record(
+        "deadlineAt",
+        "mergedInto",
         "output",
         "safeError",
+        "errorCode",
         id=text(pattern=ID),
         threadId=text(pattern=ID),
         correlationId=text(),
@@ -74,7 +96,10 @@ SCHEMAS = {
         createdAt=moment(),
         updatedAt=moment(),
         output=text(description="The answer, as Markdown. Of a completed run."),
+        deadlineAt=moment(),
+        mergedInto=text(pattern=ID, description="The run that answers its question too."),
         safeError=text(description="What went wrong. Of a failed run."),
+        errorCode=text(description="The same for programs."),
     ),
     "Message": record(
         id=text(format="uuid"),
@@ -142,6 +167,14 @@ ACCEPTED_EXAMPLE = {
     "messageId": MESSAGE_ID,
     "model": "gpt-4o-mini",
     "correlationId": "order-4711",
+}
+THREAD_EXAMPLE = {
+    "id": THREAD_ID,
+    "title": "My order",
+    "preview": "Where is my order?",
+    "archived": False,
+    "createdAt": "2026-11-21T13:24:10.502882Z",
+    "updatedAt": "2026-11-21T13:24:10.502882Z",
 }
 MESSAGE_EXAMPLE = {
     "id": MESSAGE_ID,
@@ -236,6 +269,7 @@ OPERATIONS: dict[tuple[str, str], Schema] = {
         },
         400,
         404,
+        409,
         411,
         413,
         422,
@@ -260,6 +294,61 @@ OPERATIONS: dict[tuple[str, str], Schema] = {
                 },
             ),
         },
+    ),
+    ("GET", "/api/chat/threads"): operation(
+        "listThreads",
+        "One's threads, the last asked in first",
+        told(
+            "`next` is the `before` of the page after it.",
+            {"threads": [THREAD_EXAMPLE], "next": None},
+            threads=many(ref("Thread")),
+            next={"type": ["string", "null"], "pattern": ID},
+        ),
+        400,
+        404,
+        parameters=[
+            query("limit", "How many.", {"type": "integer", "minimum": 1, "maximum": MAX_PAGE}),
+            query("before", "A thread: those after it in this order.", text(pattern=ID)),
+            query("archived", "With those that are archived.", {"type": "boolean"}),
+        ],
+    ),
+    ("GET", "/api/chat/threads/{thread_id}"): operation(
+        "readThread",
+        "A thread",
+        told("The thread.", {"thread": THREAD_EXAMPLE}, thread=ref("Thread")),
+        404,
+        parameters=[THREAD_PATH],
+    ),
+    ("PATCH", "/api/chat/threads/{thread_id}"): operation(
+        "changeThread",
+        "Give a thread a title, archive it or bring it back",
+        told("As it is now.", {"thread": THREAD_EXAMPLE}, thread=ref("Thread")),
+        400,
+        404,
+        411,
+        413,
+        parameters=[THREAD_PATH],
+        requestBody={
+            "required": False,
+            "content": content(
+                JSON,
+                {
+                    "type": "object",
+                    "properties": {
+                        "title": text(maxLength=MAX_TITLE_LENGTH, pattern=r"^[^\x00]*$"),
+                        "archived": {"type": "boolean"},
+                    },
+                },
+                {"title": "My order"},
+            ),
+        },
+    ),
+    ("DELETE", "/api/chat/threads/{thread_id}"): operation(
+        "deleteThread",
+        "Delete a thread with all that was said in it",
+        {"204": answer("It is gone; what went on in it is cancelled.")},
+        404,
+        parameters=[THREAD_PATH],
     ),
     ("GET", "/api/chat/threads/{thread_id}/messages"): operation(
         "readMessages",
@@ -326,6 +415,23 @@ OPERATIONS: dict[tuple[str, str], Schema] = {
                     JSON,
                     record(ok=OK, run=ref("Run")),
                     {"ok": True, "run": RUN_EXAMPLE | {"status": "cancelled"}},
+                ),
+            )
+        },
+        404,
+        409,
+        parameters=[RUN_PATH],
+    ),
+    ("POST", "/api/chat/runs/{run_id}/retry"): operation(
+        "retryRun",
+        "Have a run begun anew that failed or was cancelled",
+        {
+            "202": answer(
+                "It begins anew.",
+                content(
+                    JSON,
+                    record(ok=OK, run=ref("Run")),
+                    {"ok": True, "run": RUN_EXAMPLE | {"status": "queued"}},
                 ),
             )
         },

@@ -4,6 +4,8 @@ from typing import Any
 
 from drf_spectacular.utils import extend_schema_field
 
+from hooks.models import EVENTS
+from hooks.serializers import NewSubscriptionSerializer, SubscriptionSerializer
 from openapi.parts import (
     ATTRIBUTE_NAMES,
     MEDIA_TYPE,
@@ -27,6 +29,7 @@ from realm.serializers import ServerSessionSerializer as SessionSerializer
 
 BOT_ID = "9b2c3f0e-8a4b-4a57-9f3c-0d8f5c1f2f11"
 USER = "@you:localhost"
+HOOK_URL = "https://hooks.example.org/runs"
 ACCESS_TOKEN = "syt_eW91_0123456789"  # noqa: S105
 FILTER = record(
     "prefix",
@@ -169,7 +172,47 @@ def commands(schema: Any) -> Schema:
     return show("listCommands", "The commands of one's bots", told, of_bot, some)
 
 
+def subscribe(schema: Any) -> Schema:
+    """Which hosts may be named, a setting says."""
+    events = many(text(enum=list(EVENTS))) | {"minItems": 1}
+    made = make(
+        "subscribe",
+        "Have the outcomes of one's runs posted to a URL",
+        new_resource(
+            "webhook-subscription",
+            {
+                "type": "object",
+                "properties": {
+                    "url": text(maxLength=2000, pattern="^https://"),
+                    "botId": {"type": ["string", "null"], "format": "uuid"},
+                    "events": events,
+                },
+                "required": ["url"],
+                **ATTRIBUTE_NAMES,
+            },
+        ),
+        schema.resource(NewSubscriptionSerializer),
+        {"data": {"type": "webhook-subscription", "attributes": {"url": HOOK_URL}}},
+    )
+    made["description"] = "The answer has the secret that deliveries are signed with, once."
+    return made
+
+
+def subscriptions(schema: Any) -> Schema:
+    told = schema.resource(SubscriptionSerializer)
+    names = ("url", "botId", "events", "enabled", "disabledReason", "createdAt")
+    return show("listWebhooks", "One's webhooks", told, fields("webhook-subscription", *names))
+
+
 OPERATIONS = {
+    ("POST", "/_webhook-subscription"): subscribe,
+    ("GET", "/_webhook-subscriptions"): subscriptions,
+    ("DELETE", "/_webhook-subscription"): lambda _: drop(
+        "deleteWebhook", "webhook-subscription", in_body=True
+    ),
+    ("DELETE", "/_webhook-subscription/{id}"): lambda _: drop(
+        "deleteWebhookById", "webhook-subscription", in_body=False
+    ),
     ("POST", "/_server-session"): session,
     ("POST", "/_bot-registration"): register,
     ("GET", "/_bot-registrations"): registrations,

@@ -108,7 +108,7 @@ class TestResources:
                 seen[at] = told(client.get(at))
                 waiting += links_in(seen[at])
 
-        assert len(seen) == 3 + 2 * 5 + 3 * 5 + 2 * 7
+        assert len(seen) == 3 + 2 * 5 + 3 * 5 + 2 * 9
         for at, document in seen.items():
             if "/relationships/" in at:
                 assert document["links"]["self"] == at
@@ -483,6 +483,20 @@ class TestAsking:
             assert response.json()["data"]["relationships"]["thread"]["data"]["id"] == name
         assert thread.messages.count() == 3
 
+    def test_what_becomes_of_it_while_its_thread_is_busy(self, client: Client) -> None:
+        client.send("POST", "/api/messages", question(thread="t"))
+
+        rejected = client.send("POST", "/api/messages", question(thread="t", whenBusy="reject"))
+        assert only_error(rejected, 409)["code"] == "thread_is_busy"
+
+        merging = question(thread="t", whenBusy="merge", deadlineSeconds=60)
+        merged = client.send("POST", "/api/messages?include=run", merging).json()
+        run = merged["included"][0]
+        assert run["attributes"]["deadlineAt"]
+        earlier = Run.objects.get(merged_into__isnull=False)
+        leads = told(client.get(f"/api/runs/{earlier.pk}/mergedInto"))
+        assert leads["data"]["id"] == run["id"]
+
     def test_a_repeat_with_the_same_key(self, client: Client) -> None:
         def asked(document: Any) -> Any:
             return client.send(
@@ -529,6 +543,9 @@ class TestAsking:
             (question(model="x" * 101), 400, "/data/attributes/model"),
             (question(model=""), 400, "/data/attributes/model"),
             (question(correlationId="x" * 201), 400, "/data/attributes/correlationId"),
+            (question(whenBusy="wait"), 400, "/data/attributes/whenBusy"),
+            (question(deadlineSeconds=0), 400, "/data/attributes/deadlineSeconds"),
+            (question(deadlineSeconds="1"), 400, "/data/attributes/deadlineSeconds"),
             (question(correlationId=[]), 400, "/data/attributes/correlationId"),
             (question(thread="a/b"), 400, "/data/relationships/thread/data/id"),
             (question(thread="x" * 65), 400, "/data/relationships/thread/data/id"),

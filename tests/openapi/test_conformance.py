@@ -24,6 +24,7 @@ SCHEMATHESIS = Path(sys.executable).parent / "schemathesis"
 @pytest.mark.django_db(transaction=True)
 def test_the_server_does_what_its_description_says(redis: Any, settings: Any) -> None:
     settings.CHAT_ALLOW_ANONYMOUS = False
+    settings.HOOKS_ALLOWED_HOSTS = ["hooks.example.org"]
     # Named as the examples are.
     user = User.objects.create_matrix_user(USER)
     BotRegistration.objects.create(id=BOT_ID, user=user, username=USER)
