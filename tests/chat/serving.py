@@ -4,6 +4,7 @@ import asyncio
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import uvicorn
 
@@ -27,7 +28,9 @@ async def serving() -> AsyncIterator[str]:
         await task
 
 
-async def output_of(*command: str, seconds: float, **environment: str) -> tuple[int, str]:
+async def output_of(
+    *command: str, seconds: float, folder: Path, **environment: str
+) -> tuple[int, str]:
     """How a process ended, and all that it said."""
     process = await asyncio.create_subprocess_exec(
         *command,
@@ -35,6 +38,7 @@ async def output_of(*command: str, seconds: float, **environment: str) -> tuple[
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
         env=os.environ | environment,
+        cwd=folder,
     )
     try:
         async with asyncio.timeout(seconds):

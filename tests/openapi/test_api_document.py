@@ -75,7 +75,13 @@ def test_every_command_of_the_document_does_what_it_says(
             worker = asyncio.create_task(work())
             try:
                 ended[:] = await output_of(
-                    "bash", "-c", script(tmp_path), seconds=90, URL=url, TOKEN=tokens.issue(USER)
+                    "bash",
+                    "-c",
+                    script(tmp_path),
+                    seconds=90,
+                    folder=tmp_path,
+                    URL=url,
+                    TOKEN=tokens.issue(USER),
                 )
             finally:
                 worker.cancel()

@@ -22,7 +22,9 @@ SCHEMATHESIS = Path(sys.executable).parent / "schemathesis"
 
 
 @pytest.mark.django_db(transaction=True)
-def test_the_server_does_what_its_description_says(redis: Any, settings: Any) -> None:
+def test_the_server_does_what_its_description_says(
+    redis: Any, settings: Any, tmp_path: Path
+) -> None:
     settings.CHAT_ALLOW_ANONYMOUS = False
     settings.HOOKS_ALLOWED_HOSTS = ["hooks.example.org"]
     # Named as the examples are.
@@ -43,6 +45,7 @@ def test_the_server_does_what_its_description_says(redis: Any, settings: Any) ->
                 f"--url={url}",
                 f"--header=Authorization: Bearer {tokens.issue(USER)}",
                 seconds=240,
+                folder=tmp_path,
             )
 
     with Homeserver() as homeserver:
