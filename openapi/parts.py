@@ -170,6 +170,11 @@ DOCUMENT_RESPONSES = {
 IDEMPOTENCY_KEY = header(
     "Idempotency-Key",
     "The same key with the same request gets the first answer again, for good.",
-    text(minLength=1, maxLength=255, pattern="^[!-~]+$"),
+    # Printable, as Latin-1 has it; blanks at its ends are not part of a header.
+    text(
+        minLength=1,
+        maxLength=255,
+        pattern=r"^[!-~\xa1-\xac\xae-\xff]([ -~\xa1-\xac\xae-\xff]*[!-~\xa1-\xac\xae-\xff])?$",
+    ),
 )
 REPLAYED = {"Idempotency_Replayed": "`true` where the answer is that of an earlier request."}
