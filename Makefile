@@ -30,16 +30,22 @@ test-quick: $(READY) $(REDIS) ## Run those that stay within a process, on all co
 test-systems: $(READY) $(REDIS) $(HOMESERVER) ## Run those that start the real processes and kill them
 	$(BIN)/python -m pytest -m system $(ARGS) || [ $$? -eq 5 ]
 
-lint: $(READY) ## Check format, lint, types, imports and migrations
+lint: $(READY) ## Check format, lint, types, imports, migrations and docs/openapi.yaml
 	@status=0; \
 	for check in "ruff format --check ." "ruff check ." mypy lint-imports; do \
 		echo "$$check"; $(BIN)/$$check || status=1; \
 	done; \
-	$(MAKE) --no-print-directory migrations-check || status=1; \
+	$(MAKE) --no-print-directory --keep-going migrations-check schema-check || status=1; \
 	exit $$status
 
 migrations-check: $(READY) ## Fail if a model has changed without a migration
 	$(BIN)/python manage.py makemigrations --check --dry-run
+
+schema: $(READY) ## Describe the HTTP API anew: docs/openapi.yaml
+	$(BIN)/python -m openapi
+
+schema-check: $(READY) ## Fail if docs/openapi.yaml is not what the code serves
+	$(BIN)/python -m openapi --check
 
 format: $(READY) ## Format the code and fix what can be fixed
 	$(BIN)/ruff format .
@@ -74,4 +80,4 @@ $(HOMESERVER): $(READY)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/homeserver.txt \
 		&& touch $@ || echo "Synapse could not be installed: Matrix rooms need a homeserver of yours, by MATRIX_URL." >&2
 
-.PHONY: help run test test-quick test-systems lint migrations-check format bench screenshots
+.PHONY: help run test test-quick test-systems lint migrations-check schema schema-check format bench screenshots

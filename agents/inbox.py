@@ -35,7 +35,11 @@ class Refused(Exception):
 
 
 class Invalid(Refused):
-    """A value is wrong."""
+    """A value is wrong; the message begins with its name."""
+
+    @property
+    def name(self) -> str:
+        return str(self).partition(" ")[0]
 
 
 class UnknownThread(Refused):
@@ -77,6 +81,12 @@ class Idempotency:
 
     caller: str
     key: str
+
+    def __post_init__(self) -> None:
+        if not 1 <= len(self.key) <= MAX_KEY_LENGTH or not self.key.isprintable():
+            raise Invalid(
+                f"Idempotency-Key must be 1 to {MAX_KEY_LENGTH} printable characters long."
+            )
 
 
 def ask(

@@ -29,12 +29,13 @@ class PolicyField(StringField):
 
 
 class WholeField(serializers.IntegerField):
-    """A JSON number without a fraction."""
+    """A JSON number without a fraction: 60.0 is 60."""
 
     def to_internal_value(self, data: Any) -> int:
-        if not isinstance(data, int) or isinstance(data, bool):
+        whole = isinstance(data, int) or (isinstance(data, float) and data.is_integer())
+        if not whole or isinstance(data, bool):
             self.fail("invalid")
-        return super().to_internal_value(data)
+        return super().to_internal_value(int(data))
 
 
 class FlagField(serializers.BooleanField):
@@ -105,6 +106,14 @@ def message_json(message: Message) -> dict[str, Any]:
     }
 
 
+def usage_json(run: Run) -> dict[str, int]:
+    return {
+        "promptTokens": run.prompt_tokens,
+        "completionTokens": run.completion_tokens,
+        "totalTokens": run.prompt_tokens + run.completion_tokens,
+    }
+
+
 def run_json(run: Run) -> dict[str, Any]:
     """A run with `answer` loaded."""
     told = {
@@ -113,11 +122,7 @@ def run_json(run: Run) -> dict[str, Any]:
         "correlationId": run.correlation_id,
         "status": run.status,
         "model": run.model,
-        "usage": {
-            "promptTokens": run.prompt_tokens,
-            "completionTokens": run.completion_tokens,
-            "totalTokens": run.prompt_tokens + run.completion_tokens,
-        },
+        "usage": usage_json(run),
         "createdAt": run.created_at,
         "updatedAt": run.updated_at,
     }

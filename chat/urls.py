@@ -1,8 +1,20 @@
-from django.contrib.auth.views import LogoutView
-from django.urls import path, re_path, register_converter
-from django.urls.converters import StringConverter
+from collections.abc import Iterator
 
-from chat import pages, views
+from django.contrib.auth.views import LogoutView
+from django.urls import URLPattern, path, re_path, register_converter
+from django.urls.converters import StringConverter
+from rest_framework_json_api.utils import format_field_name
+
+from chat import pages, resources, views
+from chat.documents import (
+    MessageSerializer,
+    OfThread,
+    Relationship,
+    ResourceSerializer,
+    RunSerializer,
+    ThreadSerializer,
+)
+from realm import jsonapi
 
 
 class IdConverter(StringConverter):
@@ -12,6 +24,25 @@ class IdConverter(StringConverter):
 
 
 register_converter(IdConverter, "id")
+
+
+def resource_paths(
+    serializer: type[ResourceSerializer], converter: str, collection: type[resources.CollectionView]
+) -> Iterator[URLPattern]:
+    """The list, each one of it, and wherever its relationships lead."""
+    base = f"api/{serializer.Meta.resource_name}"
+    one = f"{base}/<{converter}:id>"
+    yield path(base, collection.as_view(serializer_class=serializer))
+    yield path(one, resources.ResourceView.as_view(serializer_class=serializer))
+    for name, field in serializer().fields.items():
+        if isinstance(field, Relationship):
+            to_many = isinstance(field, OfThread)
+            related = resources.OfThreadView if to_many else resources.RelatedView
+            lead = {"serializer_class": field.target, "parent": serializer, "relation": name}
+            member = format_field_name(name)
+            yield path(f"{one}/{member}", related.as_view(**lead))
+            yield path(f"{one}/relationships/{member}", resources.LinkageView.as_view(**lead))
+
 
 urlpatterns = [
     path("", pages.HomePage.as_view(), name="chat"),
@@ -33,5 +64,9 @@ urlpatterns = [
     path("api/chat/runs/<id:run_id>/cancel", views.RunCancelView.as_view()),
     path("api/chat/runs/<id:run_id>/retry", views.RunRetryView.as_view()),
     path("api/chat/models", views.ModelsView.as_view()),
+    *resource_paths(ThreadSerializer, "id", resources.CollectionView),
+    *resource_paths(MessageSerializer, "uuid", resources.MessagesView),
+    *resource_paths(RunSerializer, "id", resources.CollectionView),
+    re_path(r"^api/(threads|messages|runs)(/|$)", jsonapi.UnknownPathView.as_view()),
     re_path(r"^api/", views.UnknownPathView.as_view()),
 ]

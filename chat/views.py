@@ -11,16 +11,15 @@ from django.http import HttpResponse
 from django.http.response import HttpResponseBase
 from django.shortcuts import get_object_or_404
 from rest_framework import exceptions
-from rest_framework.permissions import BasePermission
 from rest_framework.request import Request
 from rest_framework.response import Response
-from rest_framework.views import APIView
 
 from agents import inbox, llm, retention, runs, stream
 from agents.models import Run
 from chat import streams
+from chat.callers import CallersView
 from chat.http import PlainAPIView
-from chat.models import Message, Thread, ThreadQuerySet
+from chat.models import Message, Thread
 from chat.serializers import (
     AskSerializer,
     ThreadSerializer,
@@ -29,7 +28,6 @@ from chat.serializers import (
     run_json,
     thread_json,
 )
-from realm.models import User
 
 MAX_PAGE = 200
 # A waiting request holds one of the few threads of its process; half of them stay free. Whoever finds
@@ -37,19 +35,7 @@ MAX_PAGE = 200
 WAITING_SEATS = threading.BoundedSemaphore(4)
 
 
-class MayChat(BasePermission):
-    """Whoever has proven who they are, and anybody where CHAT_ALLOW_ANONYMOUS is on."""
-
-    def has_permission(self, request: Request, view: APIView) -> bool:
-        if settings.CHAT_ALLOW_ANONYMOUS or request.user.is_authenticated:
-            return True
-        raise exceptions.NotAuthenticated(
-            "Sign in, or send a realm-server JWT as 'Authorization: Bearer ...'."
-        )
-
-
-class ChatView(PlainAPIView):
-    permission_classes = [MayChat]
+class ChatView(CallersView, PlainAPIView):
     statuses = {
         inbox.Invalid: 400,
         inbox.UnknownThread: 404,
@@ -57,13 +43,6 @@ class ChatView(PlainAPIView):
         inbox.Busy: 409,
         Run.DoesNotExist: 404,  # deleted by another request just now
     }
-
-    @property
-    def caller(self) -> User | None:
-        return self.request.user if self.request.user.is_authenticated else None
-
-    def threads(self) -> ThreadQuerySet:
-        return Thread.objects.open_to(self.caller)
 
     def thread(self, thread_id: str) -> Thread:
         return get_object_or_404(self.threads().with_preview(), pk=thread_id)
@@ -96,7 +75,7 @@ class MessagesView(ChatView):
             source=Run.Source.HTTP,
             threads=self.threads(),
             owner=self.caller,
-            idempotency=self._idempotency(request),
+            idempotency=self.idempotency(),
         )
         headers = {"Location": f"/api/chat/runs/{accepted.run_id}"}
         if accepted.repeated:
@@ -118,17 +97,6 @@ class MessagesView(ChatView):
         frames = streams.run_events(run, None, accepted_json(accepted))
         return streams.EventStream(frames, **headers)
 
-    def _idempotency(self, request: Request) -> inbox.Idempotency | None:
-        key = request.headers.get("Idempotency-Key")
-        if key is None:
-            return None
-        if not 1 <= len(key) <= inbox.MAX_KEY_LENGTH or not key.isprintable():
-            raise exceptions.ParseError(
-                f"Idempotency-Key must be 1 to {inbox.MAX_KEY_LENGTH} printable characters long."
-            )
-        caller = f"user:{self.caller.pk}" if self.caller else "anonymous"
-        return inbox.Idempotency(caller=caller, key=key)
-
     def _outcome(self, run_id: str, seconds: int) -> Run | None:
         """The run, if it has ended within `seconds`."""
         with _seat() as seated, stream.outcome_of(run_id) as outcome:
@@ -146,7 +114,7 @@ class ThreadsView(ChatView):
         threads = Thread.objects.listed_for(self.caller).with_preview()
         if not _flag(request, "archived"):
             threads = threads.active()
-        if before := request.query_params.get("before"):
+        if (before := request.query_params.get("before")) is not None:
             threads = threads.before(self.thread(before))
         limit = _limit(request.query_params.get("limit"))
         page = list(threads[: limit + 1])
@@ -183,7 +151,7 @@ class ThreadMessagesView(ChatView):
         ones, null when there are none."""
         thread = get_object_or_404(self.threads(), pk=thread_id)
         messages = Message.objects.filter(thread=thread).order_by("-position")
-        if before := request.query_params.get("before"):
+        if (before := request.query_params.get("before")) is not None:
             edge = get_object_or_404(Message, pk=_uuid(before, "before"), thread=thread)
             messages = messages.filter(position__lt=edge.position)
         limit = _limit(request.query_params.get("limit"))
@@ -209,7 +177,7 @@ class RunEventsView(ChatView):
         to tell: 204, at which a browser stops asking."""
         run, after = self.run(run_id), streams.place_asked(request)
         if after and after.attempt > run.attempt:
-            raise exceptions.ParseError("That is the id of no event of this run.")
+            raise exceptions.NotFound("The run has no such event.")
         if after == (run.attempt, streams.END) and run.is_finished:
             return HttpResponse(status=204)
         return streams.EventStream(streams.run_events(run, after))

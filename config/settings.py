@@ -51,6 +51,7 @@ INSTALLED_APPS = [
     "config.apps.ConfigConfig",
     "rest_framework",
     "rest_framework_json_api",
+    "drf_spectacular_sidecar",
     # Before the admin, whose templates it replaces.
     "unfold",
     "unfold.contrib.filters",

@@ -2,12 +2,15 @@ from django.contrib import admin
 from django.urls import include, path
 
 from chat import pages
+from config import description
 from console.login import ChatLoginForm
 
 admin.autodiscover()
 
 urlpatterns = [
     path("login", pages.SignIn.as_view(authentication_form=ChatLoginForm), name="chat_login"),
+    path("api/schema", description.schema),
+    path("api/docs", description.page),
     path("", include("chat.urls")),
     # Before the realm server's, which answers for all that begins with `_`.
     path("", include("hooks.urls")),

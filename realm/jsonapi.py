@@ -5,6 +5,7 @@ specification where clients are careless or hostile: whatever comes in, the answ
 """
 
 import logging
+import re
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from http import HTTPStatus
@@ -28,6 +29,7 @@ from rest_framework_json_api import parsers, renderers
 from rest_framework_json_api.utils import (
     format_field_name,
     get_resource_name,
+    get_resource_type_from_serializer,
     is_relationship_field,
     undo_format_field_name,
 )
@@ -43,7 +45,8 @@ MAX_INCLUDE_PATHS = 20
 
 
 class Refusal(exceptions.APIException):
-    """What is wrong, and where: a JSON pointer into the document or the name of a query parameter."""
+    """What is wrong, and where: a JSON pointer into the document, or the name of a query parameter or
+    of a header."""
 
     def __init__(
         self,
@@ -52,9 +55,10 @@ class Refusal(exceptions.APIException):
         *,
         pointer: str | None = None,
         parameter: str | None = None,
+        header: str | None = None,
     ) -> None:
         super().__init__(detail, code)
-        places = {"pointer": pointer, "parameter": parameter}
+        places = {"pointer": pointer, "parameter": parameter, "header": header}
         self.source = {kind: place for kind, place in places.items() if place is not None}
 
 
@@ -86,6 +90,11 @@ class LengthRequired(Refusal):
 class TooLarge(Refusal):
     status_code = status.HTTP_413_REQUEST_ENTITY_TOO_LARGE
     default_code = "too_large"
+
+
+class Unprocessable(Refusal):
+    status_code = status.HTTP_422_UNPROCESSABLE_ENTITY
+    default_code = "unprocessable"
 
 
 class BadGateway(Refusal):
@@ -133,7 +142,14 @@ class JSONParser(JSONAPIParser):
 
 
 class JSONAPIRenderer(renderers.JSONRenderer):
-    pass
+    @classmethod
+    def _filter_sparse_fields(cls, serializer: Any, fields: Any, resource_name: str) -> Any:
+        # As the serializer does, and djangorestframework-jsonapi does not for names in camelCase.
+        wanted = serializer.context["request"].query_params.get(f"fields[{resource_name}]")
+        if wanted is None:
+            return fields
+        names = {undo_format_field_name(name) for name in wanted.split(",")}
+        return {name: field for name, field in fields.items() if name in names}
 
 
 class JSONRenderer(JSONAPIRenderer):
@@ -176,7 +192,7 @@ class JSONAPIView(GenericAPIView[Any]):
     http_method_names = ["get", "post", "patch", "delete", "head"]
     # What a domain exception means in HTTP.
     refusals: ClassVar[Mapping[type[Exception], type[exceptions.APIException]]] = {}
-    # Families: `filter` allows filter[name], too. `fields` and `include` are every view's own.
+    # Beside `include` and `fields[...]`, which every view has.
     query_parameters: ClassVar[frozenset[str]] = frozenset()
 
     def initial(self, request: Request, *args: Any, **kwargs: Any) -> None:
@@ -207,12 +223,16 @@ class JSONAPIView(GenericAPIView[Any]):
             raise exceptions.UnsupportedMediaType(request.content_type[:100])
 
     def _check_query(self, request: Request) -> None:
-        for name in request.query_params:
-            family = name.partition("[")[0]
-            if family not in {"fields", "include", *self.query_parameters}:
+        serializer = self.get_serializer_class()
+        for name, values in request.query_params.lists():
+            if name.startswith("fields["):
+                _check_sparse_fields(serializer, name, values[-1])
+            elif name == "include":
+                _check_include(serializer, values[-1])
+            elif name not in self.query_parameters:
                 raise Malformed("There is no such query parameter here.", parameter=name[:100])
-        if "include" in request.query_params:
-            _check_include(self.get_serializer_class(), request.query_params["include"])
+            if len(values) > 1:
+                raise Malformed("It may be given once only.", parameter=name[:100])
 
 
 class UnknownPathView(JSONAPIView):
@@ -235,8 +255,10 @@ class StringField(CharField):
 
 
 class DocumentErrors:
-    """Under `/_`, what goes wrong outside of the views (forbidden hosts, broken requests) is told in
-    a document too, not in an HTML page."""
+    """Where documents are spoken, what goes wrong outside of the views (forbidden hosts, broken
+    requests) is told in a document too, not in an HTML page."""
+
+    PLACES = re.compile(r"/(_|api/(threads|messages|runs)(/|\Z))")
 
     def __init__(self, get_response: Callable[[HttpRequest], HttpResponse]) -> None:
         self.get_response = get_response
@@ -244,7 +266,7 @@ class DocumentErrors:
     def __call__(self, request: HttpRequest) -> HttpResponse:
         response = self.get_response(request)
         is_page = response.get("Content-Type", "").startswith("text/html")
-        if response.status_code < 400 or not is_page or not request.path.startswith("/_"):
+        if response.status_code < 400 or not is_page or not self.PLACES.match(request.path):
             return response
         phrase = _phrase(response.status_code)
         error = error_object(response.status_code, phrase.lower().replace(" ", "_"), phrase)
@@ -453,3 +475,25 @@ def _check_include(serializer: Any, value: str) -> None:
             at = (getattr(at, "included_serializers", None) or {}).get(undo_format_field_name(step))
             if at is None:
                 raise Malformed("There is no such path to include here.", parameter="include")
+
+
+def _check_sparse_fields(serializer: Any, parameter: str, value: str) -> None:
+    wanted = parameter.removeprefix("fields[").removesuffix("]")
+    for told in told_here(serializer):
+        if get_resource_type_from_serializer(told) == wanted and parameter.endswith("]"):
+            break
+    else:
+        raise Malformed("No resource of this type is told here.", parameter=parameter[:100])
+    known = {format_field_name(name) for name in told().fields}
+    for name in value.split(",") if value else []:
+        if name not in known:
+            raise Malformed("The resource has no such field.", parameter=parameter)
+
+
+def told_here(serializer: Any) -> list[Any]:
+    """The kinds of resources that a document about this one may have."""
+    kinds = [serializer]
+    for kind in kinds:
+        included = (getattr(kind, "included_serializers", None) or {}).values()
+        kinds.extend(other for other in included if other not in kinds)
+    return kinds

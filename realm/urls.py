@@ -8,10 +8,10 @@ urlpatterns = [
     path("_bot-registrations", views.BotRegistrationsView.as_view()),
     path("_bot-registration", views.BotRegistrationView.as_view()),
     path(
-        "_bot-registration/<str:pk>",
+        "_bot-registration/<str:id>",
         views.BotRegistrationView.as_view(http_method_names=["delete"]),
     ),
     path("_bot-commands", views.BotCommandsView.as_view()),
-    path("_bot-commands/<str:pk>", views.BotCommandsView.as_view(http_method_names=["delete"])),
+    path("_bot-commands/<str:id>", views.BotCommandsView.as_view(http_method_names=["delete"])),
     re_path(r"^_", UnknownPathView.as_view()),
 ]

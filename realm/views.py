@@ -103,8 +103,8 @@ class BotRegistrationView(RealmServerView):
     def post(self, request: Request) -> Response:
         return self.create(request, user=self.caller)
 
-    def delete(self, request: Request, pk: str | None = None) -> Response:
-        return self.destroy(request, pk, BotRegistration)
+    def delete(self, request: Request, id: str | None = None) -> Response:
+        return self.destroy(request, id, BotRegistration)
 
 
 class BotRegistrationsView(RealmServerView):
@@ -129,8 +129,8 @@ class BotCommandsView(RealmServerView):
     def post(self, request: Request) -> Response:
         return self.create(request)
 
-    def delete(self, request: Request, pk: str | None = None) -> Response:
-        return self.destroy(request, pk, BotCommand)
+    def delete(self, request: Request, id: str | None = None) -> Response:
+        return self.destroy(request, id, BotCommand)
 
     def _bot_id(self, request: Request) -> uuid.UUID | None:
         value = request.query_params.get("botId")

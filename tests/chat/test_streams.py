@@ -221,14 +221,19 @@ def test_a_new_attempt_begins_anew(model: FakeLLM) -> None:
 
 
 @pytest.mark.parametrize(
-    "value", ["x", "1", "1-", "-1", "1-x", "1-2-3", "99999999999-1", "9-1", "1-99999999999", "1-²"]
+    ("value", "status"),
+    [
+        *((v, 400) for v in ("x", "1", "1-", "-1", "1-x", "1-2-3", "99999999999-1", "1-²")),
+        ("1-99999999999", 400),
+        ("9-1", 404),
+    ],
 )
-def test_a_place_that_is_none_is_refused(value: str) -> None:
+def test_a_place_that_is_none_is_refused(value: str, status: int) -> None:
     run = ask("Hi")
 
     async def scene() -> None:
         async with request(f"/api/chat/runs/{run.pk}/events", last_event_id=value) as response:
-            assert response.status == 400
+            assert response.status == status
             assert b'"ok":false' in (await response.end()).body
 
     go(scene())

@@ -386,8 +386,35 @@ def test_more_query_parameters_than_anybody_needs(client: Client) -> None:
 
 def test_fields_of_nothing(client: Client, alice: User) -> None:
     BotRegistration.objects.create(user=alice, username="@alice:localhost")
-    for query in ("fields[bot-registration]=", "fields[x]=y", "fields=%00", "include="):
-        assert client.get(f"/_bot-registrations?{query}").status_code == 200
+    for query in ("fields[bot-registration]=", "include="):
+        [told] = client.get(f"/_bot-registrations?{query}").json()["data"]
+        assert "attributes" in told or query.startswith("fields")
+
+
+def test_some_fields(client: Client, alice: User) -> None:
+    BotRegistration.objects.create(user=alice, username="@alice:localhost")
+
+    query = "fields[bot-registration]=createdAt,enabled"
+    [told] = client.get(f"/_bot-registrations?{query}").json()["data"]
+
+    assert set(told["attributes"]) == {"createdAt", "enabled"}
+
+
+@pytest.mark.parametrize(
+    ("query", "parameter"),
+    [
+        ("fields[x]=y", "fields[x]"),
+        ("fields[bot-registration]=createdAt,nope", "fields[bot-registration]"),
+        ("fields[bot-registration]=created_at", "fields[bot-registration]"),
+        ("fields[bot-registration=enabled", "fields[bot-registration"),
+        ("fields=%00", "fields"),
+        ("fields[]=x", "fields[]"),
+        ("include=&include=", "include"),
+    ],
+)
+def test_fields_that_there_are_not(client: Client, query: str, parameter: str) -> None:
+    error = only_error(client.get(f"/_bot-registrations?{query}"), 400)
+    assert error["source"] == {"parameter": parameter}
 
 
 def test_a_host_that_is_not_ours(nobody: Client) -> None:

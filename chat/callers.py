@@ -1,0 +1,41 @@
+"""Who talks to the chat server, in whichever form, and what they may see."""
+
+from django.conf import settings
+from rest_framework import exceptions
+from rest_framework.permissions import BasePermission
+from rest_framework.request import Request
+from rest_framework.views import APIView
+
+from agents import inbox
+from chat.models import Thread, ThreadQuerySet
+from realm.models import User
+
+
+class MayChat(BasePermission):
+    """Whoever has proven who they are, and anybody where CHAT_ALLOW_ANONYMOUS is on."""
+
+    def has_permission(self, request: Request, view: APIView) -> bool:
+        if settings.CHAT_ALLOW_ANONYMOUS or request.user.is_authenticated:
+            return True
+        raise exceptions.NotAuthenticated(
+            "Sign in, or send a realm-server JWT as 'Authorization: Bearer ...'."
+        )
+
+
+class CallersView(APIView):
+    permission_classes = [MayChat]
+
+    @property
+    def caller(self) -> User | None:
+        return self.request.user if self.request.user.is_authenticated else None
+
+    def threads(self) -> ThreadQuerySet:
+        return Thread.objects.open_to(self.caller)
+
+    def idempotency(self) -> inbox.Idempotency | None:
+        """Raises `inbox.Invalid`."""
+        key = self.request.headers.get("Idempotency-Key")
+        if key is None:
+            return None
+        caller = f"user:{self.caller.pk}" if self.caller else "anonymous"
+        return inbox.Idempotency(caller=caller, key=key)

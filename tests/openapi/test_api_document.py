@@ -1,0 +1,99 @@
+"""docs/api.md is run as it stands, and what it shows is what is answered."""
+
+import asyncio
+import json
+import re
+import shlex
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agents import runs
+from agents.models import Run
+from realm import tokens
+from realm.models import User
+from tests.chat.listening import go
+from tests.chat.serving import output_of, serving
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+BLOCK = re.compile(r"^```(sh|json)\n(.*?)^```$", re.M | re.S)
+USER = "@you:localhost"
+
+
+def commands() -> Iterator[tuple[str, Any]]:
+    """Each block of commands, and the answer that is shown right after it."""
+    blocks = [*BLOCK.findall((ROOT / "docs/api.md").read_text()), ("sh", "")]
+    for (kind, text), (next_kind, next_text) in pairwise(blocks):
+        if kind == "sh":
+            yield text, json.loads(next_text) if next_kind == "json" else None
+
+
+def script(folder: Path) -> str:
+    """All of them, one after the other in one shell; what each says goes to a file of its own."""
+    lines = [
+        "set -euo pipefail",
+        'curl() { command curl --silent --show-error --max-time 30 "$@"; }',
+    ]
+    for number, (text, _) in enumerate(commands()):
+        place = shlex.quote(str(folder / str(number)))
+        lines += [f"echo {number}", f"{{\n{text}\n}} > {place}"]
+    return "\n".join(lines).replace("/tmp/answer.json", str(folder / "answer.json"))
+
+
+def shape(value: Any) -> Any:
+    """What there is, without what it says: of a list, what its members are."""
+    if isinstance(value, dict):
+        return {name: shape(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [shape(each) for each in value[:1]]
+    return type(value).__name__
+
+
+async def work() -> None:
+    """What a worker does."""
+    while True:
+        for run in await asyncio.to_thread(
+            list, Run.objects.unfinished().values_list("pk", flat=True)
+        ):
+            await asyncio.to_thread(runs.execute, run)
+        await asyncio.sleep(0.05)
+
+
+@pytest.mark.django_db(transaction=True)
+def test_every_command_of_the_document_does_what_it_says(
+    redis: Any, settings: Any, tmp_path: Path
+) -> None:
+    settings.CHAT_ALLOW_ANONYMOUS = False
+    User.objects.create_matrix_user(USER)
+    ended: list[Any] = []
+
+    async def scene() -> None:
+        async with serving() as url:
+            worker = asyncio.create_task(work())
+            try:
+                ended[:] = await output_of(
+                    "bash",
+                    "-c",
+                    script(tmp_path),
+                    seconds=90,
+                    folder=tmp_path,
+                    URL=url,
+                    TOKEN=tokens.issue(USER),
+                )
+            finally:
+                worker.cancel()
+
+    go(scene())
+
+    code, said = ended
+    assert code == 0, said
+    for number, (text, shown) in enumerate(commands()):
+        answer = (tmp_path / str(number)).read_text()
+        if shown is None:
+            assert '"ok":false' not in answer, text
+            assert '"errors"' not in answer, text
+        else:
+            assert shape(json.loads(answer)) == shape(shown), text

@@ -1,0 +1,57 @@
+"""What docs/openapi.yaml says is what the server does: schemathesis makes up requests, good and bad
+ones, and checks the answers."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agents import runs
+from openapi.parts import RUN_ID, THREAD_ID
+from openapi.realm import ACCESS_TOKEN, BOT_ID, USER
+from realm import tokens
+from realm.models import BotRegistration, User
+from tests import factories
+from tests.chat.listening import go
+from tests.chat.serving import output_of, serving
+from tests.realm.homeserver import Homeserver
+
+HERE = Path(__file__).resolve().parent
+SCHEMATHESIS = Path(sys.executable).parent / "schemathesis"
+
+
+@pytest.mark.django_db(transaction=True)
+def test_the_server_does_what_its_description_says(
+    redis: Any, settings: Any, tmp_path: Path
+) -> None:
+    settings.CHAT_ALLOW_ANONYMOUS = False
+    settings.HOOKS_ALLOWED_HOSTS = ["hooks.example.org"]
+    # Named as the examples are.
+    user = User.objects.create_matrix_user(USER)
+    BotRegistration.objects.create(id=BOT_ID, user=user, username=USER)
+    factories.ask(owner=user, thread_id=THREAD_ID, run_id=RUN_ID)
+    runs.execute(RUN_ID)
+    told: list[Any] = []
+
+    async def scene() -> None:
+        async with serving() as url:
+            told[:] = await output_of(
+                str(SCHEMATHESIS),
+                f"--config-file={HERE / 'schemathesis.toml'}",
+                "run",
+                "--checks=all",
+                str(HERE.parent.parent / "docs/openapi.yaml"),
+                f"--url={url}",
+                f"--header=Authorization: Bearer {tokens.issue(USER)}",
+                seconds=240,
+                folder=tmp_path,
+            )
+
+    with Homeserver() as homeserver:
+        settings.MATRIX_URL = homeserver.url
+        homeserver.users[ACCESS_TOKEN] = USER
+        go(scene())
+
+    code, said = told
+    assert code == 0, said
