@@ -15,6 +15,10 @@ class MayChat(BasePermission):
     """Whoever has proven who they are, and anybody where CHAT_ALLOW_ANONYMOUS is on."""
 
     def has_permission(self, request: Request, view: APIView) -> bool:
+        # The chat page says for whom it was made: what they wrote is not to become somebody else's.
+        asker = request.headers.get("X-Asked-By")
+        if asker and asker != str(request.user.pk):
+            raise exceptions.NotAuthenticated("You are not signed in as before.")
         if settings.CHAT_ALLOW_ANONYMOUS or request.user.is_authenticated:
             return True
         raise exceptions.NotAuthenticated(

@@ -328,7 +328,11 @@ class ThreadLink(serializers.Field):
 
     def to_internal_value(self, data: Any) -> str:
         pointer = "/data/relationships/thread/data"
-        if not isinstance(data, dict):
+        if not (
+            isinstance(data, dict)
+            and isinstance(data.get("type"), str)
+            and isinstance(data.get("id"), str)
+        ):
             raise Malformed("A message is in one thread.", pointer=pointer)
         if data["type"] != "threads":
             raise Conflict("The type here is 'threads'.", pointer=f"{pointer}/type")
@@ -336,7 +340,7 @@ class ThreadLink(serializers.Field):
             raise Malformed(
                 "1 to 64 letters, digits, '_' or '-'.", "invalid", pointer=f"{pointer}/id"
             )
-        return str(data["id"])
+        return data["id"]
 
 
 class QuestionSerializer(serializers.Serializer):

@@ -1,6 +1,7 @@
 """Markdown as models write it, as HTML that is safe to show: in a room and on the chat page."""
 
 import functools
+import html
 
 import nh3
 from markdown_it import MarkdownIt
@@ -13,18 +14,25 @@ TAGS = {
     *("tbody", "tr", "th", "td", "caption", "pre", "span", "details", "summary"),
 }
 ATTRIBUTES = {"*": set(), "a": {"href"}, "ol": {"start"}, "code": {"class"}}
+# What nests deeper, or is longer, takes seconds: 32,000 opening brackets are enough. The one is left
+# out, the other is shown as it was written.
+MAX_NESTING = 20
+MAX_LENGTH = 50_000
 SCHEMES = {"https", "http", "ftp", "mailto", "magnet"}
 
 
 @functools.cache
 def _parser() -> MarkdownIt:
     # js-default: no raw HTML.
-    return MarkdownIt("js-default", {"linkify": False, "breaks": True}).disable("image")
+    options = {"linkify": False, "breaks": True, "maxNesting": MAX_NESTING}
+    return MarkdownIt("js-default", options).disable("image")
 
 
 def to_html(text: str, *, apart: bool = False) -> str:
     """`apart`: links open a page of their own, which is told nothing of ours. Rooms have no use for
     that: a client opens links as it likes."""
+    if len(text) > MAX_LENGTH:
+        return f"<pre>{html.escape(text)}</pre>"
     return nh3.clean(
         _parser().render(text),
         tags=TAGS,

@@ -1,5 +1,6 @@
 """The chat page: HTML that is whole without a script, and the parts that its script fetches."""
 
+import secrets
 from typing import Any
 
 from django.conf import settings
@@ -15,7 +16,7 @@ from django.views import View
 from agents import inbox, llm, retention, runs
 from agents.models import Run
 from chat import turns
-from chat.models import MAX_TITLE_LENGTH, Thread, ThreadQuerySet
+from chat.models import CHOSEN_ID, MAX_TITLE_LENGTH, Thread, ThreadQuerySet
 from realm.models import User
 
 THREADS = 30
@@ -43,6 +44,11 @@ class SignIn(Guarded, auth.LoginView):
     redirect_authenticated_user = True
     next_page = "chat"
 
+    def get_redirect_url(self) -> str:  # type: ignore[override]
+        # Not in a circle, which Django would break with an exception.
+        url = super().get_redirect_url()
+        return "" if url == self.request.path else url
+
 
 class ChatPage(Guarded):
     """For whoever has signed in, and anybody where CHAT_ALLOW_ANONYMOUS is on."""
@@ -50,7 +56,11 @@ class ChatPage(Guarded):
     def dispatch(self, request: HttpRequest, *args: Any, **kwargs: Any) -> HttpResponseBase:
         if settings.CHAT_ALLOW_ANONYMOUS or request.user.is_authenticated:
             return super().dispatch(request, *args, **kwargs)
-        return redirect_to_login(request.get_full_path(), reverse("chat_login"))
+        there = request.get_full_path()
+        if not hasattr(self, "get"):  # a form's address cannot be looked at
+            thread = kwargs.get("thread_id")
+            there = reverse("chat_thread", args=[thread]) if thread else reverse("chat")
+        return redirect_to_login(there, reverse("chat_login"))
 
     @property
     def caller(self) -> User | None:
@@ -73,13 +83,18 @@ class ChatPage(Guarded):
             **self._models(part.last_model if part else ""),
             "thread": thread,
             "part": part,
+            "key": secrets.token_hex(16),
             **more,
         }
         return render(self.request, "chat/page.html", context, status=status)
 
     def ask(self, thread: Thread | None) -> HttpResponse:
-        """Take the question of a form."""
+        """Take the question of a form: once, and only of the one for whom it was made."""
+        asker, key = self.request.POST.get("asker"), self.request.POST.get("key")
+        who = f"user:{self.caller.pk}" if self.caller else "anonymous"
         try:
+            if asker and asker != str(self.request.user.pk):
+                raise inbox.Refused("You are not signed in as before. Send it again if you like.")
             asked = inbox.ask(
                 content=self.request.POST.get("content", ""),
                 model=self.request.POST.get("model") or None,
@@ -87,6 +102,7 @@ class ChatPage(Guarded):
                 source=Run.Source.HTTP,
                 threads=self.threads(),
                 owner=self.caller,
+                idempotency=inbox.Idempotency(caller=who, key=key) if key else None,
             )
         except inbox.Refused as error:
             draft = self.request.POST.get("content", "")
@@ -98,6 +114,8 @@ class ChatPage(Guarded):
         threads = Thread.objects.listed_for(self.caller).with_preview()
         threads = threads.exclude(archived_at=None) if archived else threads.active()
         if edge := self.request.GET.get("older"):
+            if not CHOSEN_ID.match(edge):
+                raise Http404
             threads = threads.before(self.thread(edge))
         page = list(threads[: THREADS + 1])
         return {

@@ -91,6 +91,22 @@ class TestSigningIn:
         data = {"username": "alice", "password": PASSWORD, "next": "https://elsewhere.example/"}
         assert client.post("/login", data)["Location"] == "/"
 
+    def test_nor_round_in_a_circle(self, browser: Client) -> None:
+        assert browser.get("/login", {"next": "/login"})["Location"] == "/"
+
+    @pytest.mark.parametrize(
+        ("form", "seen"),
+        [
+            ("/threads/x/change", "/threads/x"),
+            ("/threads/x/delete", "/threads/x"),
+            ("/runs/x/retry", "/"),
+        ],
+    )
+    def test_whoever_sends_a_form_too_late_comes_back_to_a_page(
+        self, client: Client, form: str, seen: str
+    ) -> None:
+        assert client.post(form)["Location"] == f"/login?next={seen}"
+
     def test_and_out(self, browser: Client) -> None:
         assert browser.get("/").status_code == 200
         assert browser.get("/logout").status_code == 405
@@ -197,6 +213,10 @@ class TestAConversation:
         run = ask("Hello", owner=alice)
         assert browser.get(f"/threads/{run.thread_id}", {"before": value}).status_code == 404
 
+    @pytest.mark.parametrize("edge", ["\0", "a/b", "x" * 65])
+    def test_nor_does_a_list_begin_there(self, browser: Client, edge: str) -> None:
+        assert browser.get("/", {"older": edge}).status_code == 404
+
     def test_a_failure_is_told_in_safe_words_and_can_be_tried_again(
         self, browser: Client, alice: User, model: FakeLLM
     ) -> None:
@@ -276,6 +296,28 @@ class TestForms:
         assert done["Location"] == f"/threads/{run.thread_id}#{run.pk}"
         assert (run.model, run.message.content) == ("gpt-4o", "What?")
         assert run.thread.owner == alice
+
+    def test_a_form_that_is_sent_twice_asks_once(self, browser: Client) -> None:
+        found = re.search(r'name="key" value="(\w+)"', browser.get("/").text)
+        assert found
+        data = {"content": "What?", "key": found[1]}
+        assert browser.post("/", data)["Location"] == browser.post("/", data)["Location"]
+        assert Run.objects.count() == 1
+
+    def test_a_form_is_not_taken_from_another(
+        self, browser: Client, stranger: Client, client: Client, alice: User
+    ) -> None:
+        assert f'name="asker" value="{alice.pk}"' in browser.get("/").text
+        for other in (stranger, client):
+            page = other.post("/", {"content": "What?", "asker": alice.pk})
+            assert page.status_code == 400
+            assert "What?</textarea>" in page.text
+            sent = {"X-Asked-By": str(alice.pk)}
+            answer = other.post(
+                "/api/chat/messages", b'{"content": "?"}', "text/plain", headers=sent
+            )
+            assert answer.status_code == 401
+        assert not Run.objects.exists()
 
     def test_a_question_goes_on_with_one(self, browser: Client, alice: User) -> None:
         first = ask("Hello", owner=alice, model="gpt-4o")
@@ -388,6 +430,12 @@ class TestSafety:
                 assert re.match(r"(https?|ftp|mailto|magnet):", address)
             for kind in re.findall(r'class="([^"]*)"', attributes):
                 assert kind.startswith("language-")
+
+    def test_what_takes_long_to_read_is_shown_as_it_was_written(self) -> None:
+        assert "<b>" not in to_html("<b>" + "x" * 50_000)
+        assert to_html("*" * 50_001) == f"<pre>{'*' * 50_001}</pre>"
+        # Takes minutes where it may nest for as long as it likes.
+        assert "[[[" in to_html("[" * 40_000)
 
     def test_links_open_apart(self) -> None:
         html = to_html("[x](https://e.org)", apart=True)

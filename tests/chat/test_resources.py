@@ -585,6 +585,11 @@ class TestAsking:
         assert error["source"] == {"pointer": where}
         assert not Message.objects.exists()
 
+    @pytest.mark.parametrize("thread", [{}, {"type": "threads", "id": 5}, {"id": "x"}])
+    def test_a_thread_among_the_attributes(self, client: Client, thread: Any) -> None:
+        only_error(client.send("POST", "/api/messages", question() | _attributes(thread)), 400)
+        assert not Message.objects.exists()
+
     @pytest.mark.parametrize("key", ["", "x" * 256, "a\tb"])
     def test_keys_that_are_none(self, client: Client, key: str) -> None:
         response = client.send(
@@ -654,3 +659,7 @@ class TestHostileRequests:
         for path in (".".join(["messages", "thread"] * 50), ",".join(["messages"] * 1000)):
             error = only_error(client.get(f"/api/threads?include={path}"), 400)
             assert error["source"] == {"parameter": "include"}
+
+
+def _attributes(thread: Any) -> dict[str, Any]:
+    return {"data": {"type": "messages", "attributes": {"content": "x", "thread": thread}}}

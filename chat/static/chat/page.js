@@ -50,7 +50,12 @@ function post(url, data, headers = {}) {
   const token = cookie?.[1] ?? document.querySelector("[name=csrfmiddlewaretoken]").value;
   return ask(url, {
     method: "POST",
-    headers: { "Content-Type": "application/json", "X-CSRFToken": token, ...headers },
+    headers: {
+      "Content-Type": "application/json",
+      "X-CSRFToken": token,
+      "X-Asked-By": body.dataset.user,
+      ...headers,
+    },
     body: JSON.stringify(data),
   });
 }
@@ -125,6 +130,7 @@ function keepingTheEnd(change) {
 }
 
 const going = () => turns.querySelector(".turn[aria-busy]");
+const listensToARun = () => stream instanceof RunStream && !stream.closed;
 
 // Listening
 
@@ -321,7 +327,10 @@ class RunStream extends Stream {
 class ThreadStream extends Stream {
   constructor() {
     // Its events are numbered, each question and each outcome: those of what is shown are not told.
-    const last = turns.lastElementChild;
+    // Up to the first one that is missing here.
+    let last = turns.firstElementChild;
+    const number = (turn) => Number(turn.dataset.turn);
+    for (let next; (next = last?.nextElementSibling) && number(next) === number(last) + 1; ) last = next;
     super(`/api/chat/threads/${threadId}/events`, {
       "message.created": ({ runId }) => this.asked(runId),
     }, last ? 2 * Number(last.dataset.turn) + 2 : 0);
@@ -344,7 +353,10 @@ class ThreadStream extends Stream {
     if (document.getElementById(runId)) return;
     try {
       put(await turnOf(runId));
-    } catch {
+    } catch (error) {
+      if (error instanceof Refused) return;
+      await pause(2000);
+      if (stream === this) follow();
       return;
     }
     if (!this.closed && going()) follow();
@@ -361,6 +373,7 @@ composer.addEventListener("submit", async (event) => {
   if (threadId) asked.threadId = threadId;
   key ??= Array.from(crypto.getRandomValues(new Uint8Array(16)), (byte) => byte.toString(16)).join("-");
   composer.setAttribute("aria-busy", "true");
+  question.readOnly = true; // what is written meanwhile would be lost
   say("");
   try {
     const response = await post("/api/chat/messages", asked, { "Idempotency-Key": key });
@@ -369,8 +382,10 @@ composer.addEventListener("submit", async (event) => {
     forget();
     if (!threadId || earlier) return location.assign(`/threads/${accepted.threadId}`);
     document.scrollingElement.scrollTop = document.scrollingElement.scrollHeight;
-    put(await turnOf(accepted.runId));
-    if (!(stream instanceof RunStream)) follow();
+    const turn = await turnOf(accepted.runId).catch(() => null);
+    if (turn) put(turn);
+    else say("Your question was taken. Reload the page to see it.", "problem");
+    if (!listensToARun()) follow();
     const current = document.querySelector("#thread-list [aria-current]")?.parentElement;
     current?.parentElement.prepend(current);
   } catch (error) {
@@ -378,6 +393,7 @@ composer.addEventListener("submit", async (event) => {
     const hint = error instanceof Refused ? "" : " Send it again when you like.";
     say(error.message + hint, "problem");
   } finally {
+    question.readOnly = false;
     composer.removeAttribute("aria-busy");
   }
 });
@@ -415,6 +431,10 @@ document.addEventListener("click", async (event) => {
     const first = found[0]?.querySelector("a, summary");
     if (link.id === "earlier") {
       found.forEach(dress);
+      // Whoever has it read out waits for the answer, not for all that was said before.
+      const log = list.closest("[aria-live]");
+      log.setAttribute("aria-live", "off");
+      pause(1000).then(() => log.setAttribute("aria-live", "polite"));
       const below = document.scrollingElement.scrollHeight - scrollY;
       list.prepend(...found);
       scrollTo(0, document.scrollingElement.scrollHeight - below);
@@ -455,10 +475,12 @@ composer.addEventListener("input", () => {
   key = null;
   sessionStorage.setItem(draftName, question.value);
 });
+// Whoever signs in next in this window finds nothing of it.
+document.querySelector('form[action$="/logout"]')?.addEventListener("submit", () => sessionStorage.clear());
 question.value ||= sessionStorage.getItem(draftName) ?? "";
 
 document.addEventListener("visibilitychange", () => {
-  if (!(stream instanceof RunStream)) follow();
+  if (!listensToARun()) follow();
 });
 
 dress(document);
