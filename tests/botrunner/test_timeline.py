@@ -1,5 +1,6 @@
 """What is said in a room, up to the run that answers it. Without a homeserver."""
 
+import json
 from typing import Any
 
 import pytest
@@ -392,6 +393,21 @@ def test_a_sealed_event_waits_for_its_key() -> None:
     acting.unseal(pk, opened, ME)
     take_in(row)
     assert questions() == ["at last"]
+
+
+@pytest.mark.parametrize(
+    "odd",
+    ["NaN", "1e999", "-Infinity", "[" * 500 + "]" * 500, '{"a":' * 500 + "1" + "}" * 500],
+    ids=["NaN", "large", "infinite", "deep list", "deep object"],
+)
+def test_what_no_database_holds_is_left_out(odd: str) -> None:
+    command()
+    content = json.loads(f'{{"msgtype": "m.text", "body": "Hello", "odd": {odd}, "even": [1.5]}}')
+    take_in(session(), event(content))
+    run = Run.objects.get()
+    assert run.input["content"]["even"] == [1.5]
+    assert len(json.dumps(run.input)) < 1500
+    assert RoomEvent.objects.get().state == "handled"
 
 
 def test_a_sealed_event_that_fires_nothing_is_forgotten() -> None:
