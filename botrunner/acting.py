@@ -211,6 +211,11 @@ def sealed() -> list[tuple[int, str, Any]]:
 def unseal(pk: int, source: dict[str, Any], me: str) -> None:
     """The key has come: from here on it is an event like any other."""
     with transaction.atomic():
+        state = RoomEvent.State.PENDING
+        sealed = RoomEvent.objects.filter(pk=pk, state=state, kind=RoomEvent.Kind.SEALED)
+        # Another process that has opened it may have acted upon it as well.
+        if not sealed.update(state=state):
+            return
         event = RoomEvent.objects.select_related("room").get(pk=pk)
         said = Said.parse(source)
         opened = None

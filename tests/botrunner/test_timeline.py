@@ -410,6 +410,21 @@ def test_what_no_database_holds_is_left_out(odd: str) -> None:
     assert RoomEvent.objects.get().state == "handled"
 
 
+def test_whoever_opens_a_sealed_event_too_late_changes_nothing() -> None:
+    command()
+    row = session()
+    sealed = event({"ciphertext": "..."}, type="m.room.encrypted")
+    take_in(row, sealed)
+    pk = acting.sealed()[0][0]
+    opened = {**event("once"), "event_id": sealed["event_id"]}
+    acting.unseal(pk, opened, ME)
+    take_in(row)
+    acting.unseal(pk, opened, ME)
+    take_in(row)
+    assert questions() == ["once"]
+    assert RoomEvent.objects.get().state == "handled"
+
+
 def test_a_sealed_event_that_fires_nothing_is_forgotten() -> None:
     row = session()
     sealed = event({"ciphertext": "..."}, type="m.room.encrypted")
