@@ -199,7 +199,7 @@ def _retry_after(response: http.client.HTTPResponse) -> float:
     told = response.headers.get("Retry-After", "")
     if told.isascii() and told.isdigit():
         return float(told[:9])
-    with suppress(ValueError):
+    with suppress(ValueError, OverflowError):
         when = parsedate_to_datetime(told)
         if when.tzinfo:
             return max(0.0, (when - timezone.now()).total_seconds())

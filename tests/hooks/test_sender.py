@@ -124,7 +124,10 @@ class TestADelivery:
         assert when is not None
         assert when - timezone.now() > timedelta(minutes=40)
 
-    @pytest.mark.parametrize("told", ["soon", "-1", "9" * 400, "٣", ""])
+    @pytest.mark.parametrize(
+        "told",
+        ["soon", "-1", "9" * 400, "٣", "", f"Mon, 01 Jan 2024 00:00:00 +{'9' * 18}"],
+    )
     def test_a_strange_wish_does_no_harm(self, receiver: type[Receiver], told: str) -> None:
         delivery = scenes.delivery()
         receiver.answer = (503, b"")
