@@ -342,6 +342,23 @@ class TestCancelling:
     def test_nobody_else_may(self) -> None:
         assert self.states(event(), event("!cancel", BOB)) == ["queued"]
 
+    @pytest.mark.parametrize("by", ["!cancel", "redaction"])
+    @pytest.mark.parametrize("between", [[], ["between"]])
+    def test_not_what_answers_somebody_else_too(
+        self, settings: Any, by: str, between: list[str]
+    ) -> None:
+        settings.CHAT_WHEN_BUSY = "merge"
+        asked = event("last", BOB)
+        said = [event("Hello"), *(event(words, BOB) for words in between), asked]
+        self.states(*said)
+        redaction = event({"redacts": asked["event_id"]}, BOB, type="m.room.redaction")
+        end = event("!cancel", BOB) if by == "!cancel" else redaction
+        take_in(Session.objects.get(), end)
+
+        answers = Run.objects.get(message__content="last")
+        assert answers.status == "queued"
+        assert answers.replies.get().status == Reply.Status.WAITING
+
     def test_a_thread_is_a_place_of_its_own(self) -> None:
         there = {"msgtype": "m.text", "body": "Hello", **self.THREAD}
         assert self.states(event(there), event("!cancel")) == ["queued"]
