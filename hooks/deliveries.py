@@ -139,9 +139,13 @@ def _body(type: str, event: Event) -> str:
         "createdAt": run.created_at,
         "updatedAt": at,
     }
-    for told, key in (("output", "output"), ("error", "safeError")):
+    for told, key in (("output", "output"), ("error", "safeError"), ("mergedInto", "mergedInto")):
         if told in event.payload:
             data[key] = event.payload[told]
+    if "error" in event.payload:
+        data["errorCode"] = run.error_code
+    if run.deadline_at:
+        data["deadlineAt"] = run.deadline_at
     return orjson.dumps(
         {"type": type, "timestamp": at, "data": data}, option=orjson.OPT_UTC_Z
     ).decode()
