@@ -127,7 +127,8 @@ def _quiet_threads(since: datetime) -> QuerySet[Thread]:
         Event.objects.filter(to_count=True, run__thread=OuterRef("pk")),
         Summary.objects.filter(to_count=True, thread=OuterRef("pk")),
     ]
-    left = [unfinished, untold, *uncounted]
+    undelivered = Event.objects.filter(to_deliver=True, run__thread=OuterRef("pk"))
+    left = [unfinished, untold, undelivered, *uncounted]
     return Thread.objects.filter(*(~Exists(rows) for rows in left), updated_at__lt=since)
 
 
@@ -191,23 +192,24 @@ def _deletions(kind: Ageing) -> Iterator[dict[str, int]]:
 
 def _delete_threads(thread_ids: list[str], cutoff: datetime) -> Iterator[dict[str, int]]:
     """The traces of their runs first, as they may be many, then the threads with all that is left."""
-    yield from _delete_traces(thread_ids)
+    quiet = _quiet_threads(cutoff).filter(pk__in=thread_ids)
+    yield from _delete_traces(quiet)
     with transaction.atomic():
-        quiet = _quiet_threads(cutoff).filter(pk__in=thread_ids)
         # Locks them: a question that comes now waits, and then begins the thread anew.
         quiet.update(updated_at=F("updated_at"))
         deleted = delete(Thread.objects.filter(pk__in=list(quiet.values_list("pk", flat=True))))
     yield deleted
 
 
-def _delete_traces(thread_ids: list[str]) -> Iterator[dict[str, int]]:
+def _delete_traces(threads: list[str] | QuerySet[Thread]) -> Iterator[dict[str, int]]:
+    """Those of a queryset's threads for as long as they are in it."""
     traces: list[QuerySet[Any]] = [
         Step.objects.all(),
         Attempt.objects.exclude(to_count=True),
         Event.objects.exclude(to_count=True),
     ]
     for rows in traces:
-        of_these = rows.filter(run__thread__in=thread_ids)
+        of_these = rows.filter(run__thread__in=threads)
         while keys := list(of_these.values_list("pk", flat=True)[:BATCH]):
             yield delete(rows.filter(pk__in=keys))
 

@@ -161,9 +161,13 @@ def _filter_of(command: BotCommand | None) -> Filter | None:
 def _take_back(said: Said) -> str:
     replies = Reply.objects.filter(question__event_id=said.redacts)
     open_replies = list(
-        replies.filter(status__in=[Reply.Status.WAITING, Reply.Status.READY]).select_related("run")
+        replies.filter(status__in=[Reply.Status.WAITING, Reply.Status.READY]).select_related(
+            "run", "question"
+        )
     )
     for reply in open_replies:
+        if _answers_others(reply):
+            continue
         if reply.run:
             runs.cancel(reply.run)
         if reply.drafted_at:
@@ -176,6 +180,17 @@ def _take_back(said: Said) -> str:
     return "" if open_replies else "There was nothing to cancel."
 
 
+def _answers_others(reply: Reply) -> bool:
+    """Whether somebody else has a question that was merged into this one, and would get no answer."""
+    run_ids = [reply.run_id]
+    while run_ids:
+        merged = Reply.objects.filter(run__merged_into__in=run_ids)
+        if merged.exclude(question__sender=reply.question.sender).exists():
+            return True
+        run_ids = list(merged.values_list("run_id", flat=True))
+    return False
+
+
 def _cancel(event: RoomEvent, said: Said, me: str) -> str:
     """End what the sender has asked here, in the same Matrix thread if it is said in one."""
     asked = Reply.objects.waiting().filter(
@@ -183,7 +198,9 @@ def _cancel(event: RoomEvent, said: Said, me: str) -> str:
         run__thread__conversation__room=event.room,
         run__thread__conversation__root=said.thread_root,
     )
-    cancelled = [runs.cancel(reply.run) for reply in asked.select_related("run") if reply.run]
+    asked = asked.select_related("run", "question")
+    shared = {reply.pk for reply in asked if _answers_others(reply)}
+    cancelled = [runs.cancel(reply.run) for reply in asked if reply.run and reply.pk not in shared]
     if any(cancelled):
         return ""
     if not Listeners([said.sender], me).hear(said).fired:
@@ -193,7 +210,9 @@ def _cancel(event: RoomEvent, said: Said, me: str) -> str:
         question=event,
         room=event.room,
         key=f"{event.event_id}.cancel"[:255],
-        error="Nothing that you asked is being answered here.",
+        error="The answer is somebody else's too."
+        if shared
+        else "Nothing that you asked is being answered here.",
     )
     return ""
 
@@ -211,6 +230,11 @@ def sealed() -> list[tuple[int, str, Any]]:
 def unseal(pk: int, source: dict[str, Any], me: str) -> None:
     """The key has come: from here on it is an event like any other."""
     with transaction.atomic():
+        state = RoomEvent.State.PENDING
+        sealed = RoomEvent.objects.filter(pk=pk, state=state, kind=RoomEvent.Kind.SEALED)
+        # Another process that has opened it may have acted upon it as well.
+        if not sealed.update(state=state):
+            return
         event = RoomEvent.objects.select_related("room").get(pk=pk)
         said = Said.parse(source)
         opened = None

@@ -39,6 +39,8 @@ API = "/_matrix/client/v3"
 DEVICE_NAME = "Botrealm"
 REQUEST_SECONDS = 30
 MAX_RETRY_AFTER_SECONDS = 15 * 60
+# What nio raises for an event that its sender made up: the checks of it do not cover all.
+UNREADABLE = (AssertionError, AttributeError, KeyError, TypeError, ValueError, RecursionError)
 
 
 class MatrixError(Exception):
@@ -97,13 +99,34 @@ class News:
         return bool((self.data.get("to_device") or {}).get("events"))
 
 
+class Client(AsyncClient):
+    """What one event has in it must not stop the bot for good: it would be shown it once more."""
+
+    def _handle_timeline_event(self, event: Any, room_id: str, *rest: Any) -> Any:
+        try:
+            return super()._handle_timeline_event(event, room_id, *rest)
+        except UNREADABLE as error:
+            event_id = getattr(event, "event_id", "")
+            kind = type(error).__name__
+            logger.warning("nio cannot read event %s in room %s: %s", event_id, room_id, kind)
+            return None
+
+    def _handle_decrypt_to_device(self, to_device_event: Any) -> Any:
+        try:
+            return super()._handle_decrypt_to_device(to_device_event)
+        except UNREADABLE as error:
+            sender, kind = to_device_event.sender, type(error).__name__
+            logger.warning("nio cannot read what %s sent to the device: %s", sender, kind)
+            return None
+
+
 class Homeserver:
     """The bot's account as it is used: every method raises `MatrixError`."""
 
     def __init__(self, url: str, username: str, store: Path) -> None:
         store.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.store = store
-        self.nio = AsyncClient(
+        self.nio = Client(
             url,
             username,
             store_path=str(store),
@@ -264,14 +287,14 @@ class Homeserver:
         await self.nio.receive_response(answer)
 
     def decrypt(self, room_id: str, source: dict[str, Any]) -> dict[str, Any] | None:
-        """The event within an encrypted one; None while its key is missing."""
-        event = Event.parse_event(json.loads(json.dumps(source)))
-        if not isinstance(event, MegolmEvent):
-            return None
-        event.room_id = room_id
+        """The event within an encrypted one; None while its key is missing, and where it is none."""
         try:
+            event = Event.parse_event(json.loads(json.dumps(source)))
+            if not isinstance(event, MegolmEvent):
+                return None
+            event.room_id = room_id
             return dict(self.nio.decrypt_event(event).source)
-        except EncryptionError:
+        except (EncryptionError, *UNREADABLE):
             return None
 
     async def messages(
@@ -440,11 +463,10 @@ def _parsed(body: dict[str, Any]) -> SyncResponse | None:
 
 
 def _parse(body: dict[str, Any]) -> SyncResponse | None:
-    # nio changes what it parses.
-    copy = orjson.loads(orjson.dumps(body))
     try:
-        response = SyncResponse.from_dict(copy)
-    except (AttributeError, KeyError, TypeError, ValueError):
+        # nio changes what it parses.
+        response = SyncResponse.from_dict(orjson.loads(orjson.dumps(body)))
+    except UNREADABLE:
         return None
     return response if isinstance(response, SyncResponse) else None
 

@@ -72,7 +72,7 @@ def compose(
         replies = replies.filter(ended, run_id__in=list(run_ids))
     ready = {}
     for reply in sorted(replies.select_related(*RELATED).only(*COLUMNS), key=_ended_at):
-        if reply.run and reply.run.merged_into_id:
+        if reply.run and reply.run.merged_into_id and not reply.drafted_at:
             _leave_to_the_next(reply)
             continue
         # Whoever took the question back meanwhile has the last word.
@@ -91,7 +91,8 @@ def compose(
 
 
 def _leave_to_the_next(reply: Reply) -> None:
-    Reply.objects.waiting().filter(pk=reply.pk, cycle=reply.cycle).update(
+    # One that is drafted meanwhile has to be brought to its end.
+    Reply.objects.waiting().filter(pk=reply.pk, cycle=reply.cycle, drafted_at=None).update(
         status=Reply.Status.DROPPED, error="The answer to a later question answers it too."
     )
 
@@ -175,7 +176,8 @@ def _words(reply: Reply, written: str) -> tuple[str, str]:
         return run.answer.content, "m.text"
     sentence = f"Sorry, this did not work. {run.safe_error}".strip()
     if run.status == Run.Status.CANCELLED:
-        sentence = "This was cancelled."
+        merged = run.merged_into_id
+        sentence = "This is answered with a later question." if merged else "This was cancelled."
     if reply.drafted_at and (written := written or _last_words(run)):
         fence = "\n```" if written.count("```") % 2 else ""
         return f"{written.rstrip()}{fence}\n\n{sentence}", "m.text"

@@ -1,5 +1,6 @@
 """What an event of a room's timeline says."""
 
+import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ REDACTION = "m.room.redaction"
 MARK = "app.botrealm.reply"
 MAX_ID_LENGTH = 255
 UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
+# Whatever reads it later may go down fewer levels than what read it first.
+MAX_DEPTH = 100
 
 
 @dataclass(frozen=True)
@@ -103,14 +106,16 @@ def _is_id(value: Any) -> TypeGuard[str]:
     )
 
 
-def storable(data: Any) -> Any:
-    """Without what PostgreSQL cannot hold in JSON."""
+def storable(data: Any, depth: int = MAX_DEPTH) -> Any:
+    """Without what PostgreSQL cannot hold in JSON, and what is `depth` levels down."""
     if isinstance(data, str):
         return UNSTORABLE.sub("", data)
+    if depth == 0 or (isinstance(data, float) and not math.isfinite(data)):
+        return None
     if isinstance(data, dict):
-        return {storable(key): storable(value) for key, value in data.items()}
+        return {storable(key): storable(value, depth - 1) for key, value in data.items()}
     if isinstance(data, list):
-        return [storable(item) for item in data]
+        return [storable(item, depth - 1) for item in data]
     return data
 
 

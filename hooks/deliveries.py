@@ -16,9 +16,16 @@ from django.db import transaction
 from django.db.models import Q
 from django.db.models.expressions import RawSQL
 
-from agents.models import Event
+from agents.models import Event, Run
 from botrunner.models import Reply
-from hooks.models import EVENTS, Delivery, Subscription, all_readers, readers
+from hooks.models import (
+    EVENTS,
+    Delivery,
+    Subscription,
+    SubscriptionQuerySet,
+    all_readers,
+    readers,
+)
 
 BATCH = 200
 
@@ -57,11 +64,11 @@ def fan_out() -> int:
 
 
 def _deliveries(events: list[Event]) -> Iterator[Delivery]:
-    audience = _Audience(events)
+    audience = _Audience([event.run for event in events], Subscription.objects.enabled())
     for event in events:
         name = _name(event.type)
         told = ""
-        for subscription in audience.of(event):
+        for subscription in audience.of(event.run):
             if getattr(subscription, EVENTS[name]):
                 told = told or _body(name, event)
                 yield Delivery(
@@ -73,22 +80,29 @@ def _deliveries(events: list[Event]) -> Iterator[Delivery]:
                 )
 
 
+def may_be_told(delivery: Delivery) -> bool:
+    """Whether its owner may still read what it tells."""
+    run = Run.objects.select_related("thread").filter(pk=delivery.run_id).first()
+    same = Subscription.objects.filter(pk=delivery.subscription_id)
+    return run is not None and any(_Audience([run], same).of(run))
+
+
 class _Audience:
     """Who is told of which run. A subscription to a registration: of what that fired. One without: of
     all, where its owner may read what others said; else of the owner's threads, and of what the
     owner's registrations fired."""
 
-    def __init__(self, events: list[Event]) -> None:
+    def __init__(self, runs: list[Run], among: SubscriptionQuerySet) -> None:
         replies = Reply.objects.filter(
-            run__in={event.run_id for event in events}, registration__isnull=False
+            run__in={run.pk for run in runs}, registration__isnull=False
         ).values_list("run_id", "registration_id", "registration__user_id")
         self._fired: dict[str, set[tuple[UUID, int]]] = defaultdict(set)
-        for run, registration, owner in replies:
-            self._fired[run].add((registration, owner))
+        for run_id, registration, owner in replies:
+            self._fired[run_id].add((registration, owner))
         self._everybodys: list[Subscription] = []
         self._by_owner: dict[int | None, list[Subscription]] = defaultdict(list)
         self._by_registration: dict[UUID, list[Subscription]] = defaultdict(list)
-        concerned = self._concerned(events)
+        concerned = self._concerned(runs, among)
         may_read_all = readers({each.owner_id for each in concerned})
         for each in concerned:
             reads_all = each.owner_id in may_read_all
@@ -100,22 +114,22 @@ class _Audience:
             else:
                 self._by_owner[each.owner_id].append(each)
 
-    def _concerned(self, events: list[Event]) -> list[Subscription]:
+    def _concerned(self, runs: list[Run], among: SubscriptionQuerySet) -> list[Subscription]:
         """Those that may be told of any of them: not of all the subscriptions that there are."""
         fired = set().union(*self._fired.values())
-        owners = {event.run.thread.owner_id for event in events} | {owner for _, owner in fired}
+        owners = {run.thread.owner_id for run in runs} | {owner for _, owner in fired}
         is_concerned = (
             Q(registration__in=[registration for registration, _ in fired])
             | Q(registration=None, owner__in=owners - {None})
             | Q(registration=None, owner__in=all_readers().values("pk"))
         )
-        rows = Subscription.objects.enabled().filter(is_concerned)
+        rows = among.filter(is_concerned)
         return list(rows.select_related("registration").order_by("pk"))
 
-    def of(self, event: Event) -> Iterator[Subscription]:
-        fired = self._fired.get(event.run_id, set())
+    def of(self, run: Run) -> Iterator[Subscription]:
+        fired = self._fired.get(run.pk, set())
         yield from self._everybodys
-        for owner in {event.run.thread.owner_id, *(owner for _, owner in fired)}:
+        for owner in {run.thread.owner_id, *(owner for _, owner in fired)}:
             yield from self._by_owner.get(owner, ())
         for registration, _ in fired:
             yield from self._by_registration.get(registration, ())
@@ -139,9 +153,13 @@ def _body(type: str, event: Event) -> str:
         "createdAt": run.created_at,
         "updatedAt": at,
     }
-    for told, key in (("output", "output"), ("error", "safeError")):
+    for told, key in (("output", "output"), ("error", "safeError"), ("mergedInto", "mergedInto")):
         if told in event.payload:
             data[key] = event.payload[told]
+    if "error" in event.payload:
+        data["errorCode"] = run.error_code
+    if run.deadline_at:
+        data["deadlineAt"] = run.deadline_at
     return orjson.dumps(
         {"type": type, "timestamp": at, "data": data}, option=orjson.OPT_UTC_Z
     ).decode()

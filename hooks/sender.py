@@ -24,7 +24,7 @@ from django.utils import timezone
 
 from agents import outgoing
 from hooks import signatures
-from hooks.deliveries import BATCH, fan_out
+from hooks.deliveries import BATCH, fan_out, may_be_told
 from hooks.models import Delivery, Subscription
 from realm import connections
 
@@ -102,6 +102,9 @@ def send_due(subscription_id: UUID) -> int:
     sent = 0
     enough = time.monotonic() + LANE_SECONDS
     while time.monotonic() < enough and (delivery := claim(subscription_id)):
+        if not may_be_told(delivery):
+            delivery.note_dead("Its owner may not read this any more.")
+            continue
         if not send(delivery):
             break
         sent += 1
@@ -199,7 +202,7 @@ def _retry_after(response: http.client.HTTPResponse) -> float:
     told = response.headers.get("Retry-After", "")
     if told.isascii() and told.isdigit():
         return float(told[:9])
-    with suppress(ValueError):
+    with suppress(ValueError, OverflowError):
         when = parsedate_to_datetime(told)
         if when.tzinfo:
             return max(0.0, (when - timezone.now()).total_seconds())

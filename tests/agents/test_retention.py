@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from django.contrib.sessions.models import Session
 from django.core.management import call_command
+from django.db.models import F
 from django.utils import timezone
 
 from agents import inbox, retention, rollups, runs
@@ -121,6 +122,36 @@ def test_what_is_going_on_and_what_was_not_told_stays() -> None:
     assert Event.objects.filter(run=run).count() == 2
     assert going_on.steps.count() == going_on.attempts.count() == 1
     assert going_on.events.count() == 2
+
+
+def test_a_thread_that_is_to_be_delivered_stays(settings: Any) -> None:
+    settings.RETENTION_THREADS_DAYS = 365
+    run = finished_run()
+    Event.objects.filter(run=run).update(to_deliver=True)
+    make_older(days=9999)
+
+    assert "threads" not in prune()
+    assert Event.objects.filter(run=run).count() == 2
+
+
+def test_a_thread_that_is_used_again_meanwhile_keeps_all(
+    settings: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retention, "BATCH_OF_THREADS", 1)
+    for name in ("STEPS", "ATTEMPTS", "EVENTS"):
+        setattr(settings, f"RETENTION_{name}_DAYS", 0)
+    settings.RETENTION_THREADS_DAYS = 365
+    finished_run()
+    used = finished_run()
+    make_older(days=9999)
+    Thread.objects.filter(pk=used.thread_id).update(created_at=F("created_at") + timedelta(days=1))
+
+    def use() -> bool:
+        Thread.objects.filter(pk=used.thread_id).update(updated_at=timezone.now())
+        return True
+
+    retention.prune(use)
+    assert kept() == ALL
 
 
 def test_what_is_not_in_the_figures_yet_stays_until_it_is(settings: Any) -> None:

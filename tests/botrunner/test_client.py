@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import vodozemac
+from nio.crypto import InboundGroupSession
 
 from botrunner.client import Homeserver, KeysOutdated, LoginRefused, MatrixError, TokenRefused
 from botrunner.models import Session
@@ -106,6 +108,82 @@ def test_one_odd_room_does_not_poison_the_sync(server: Scripted, use: Any) -> No
     news = use(scene)
     assert news.next_batch == "s1"
     assert news.rooms("join")["!good"]["timeline"]["events"] == [good]
+
+
+DEEP = 5000
+SENDER_KEY = "sender-key"
+
+
+def sealed(homeserver: Homeserver, payload: str, **content: Any) -> dict[str, Any]:
+    """An event of an encrypted room whose key the bot has."""
+    group = vodozemac.GroupSession()
+    session = InboundGroupSession(group.session_key.to_base64(), "x", SENDER_KEY, "!a")
+    homeserver.nio.olm.inbound_group_store.add(session)
+    content = {
+        "algorithm": "m.megolm.v1.aes-sha2",
+        "sender_key": SENDER_KEY,
+        "session_id": session.id,
+        "device_id": "HERS",
+        "ciphertext": group.encrypt(payload.encode()).to_base64(),
+        **content,
+    }
+    return event(content, type="m.room.encrypted")
+
+
+@pytest.mark.parametrize(
+    ("payload", "content"),
+    [
+        ("[]", {}),
+        ("5", {}),
+        ('"x"', {}),
+        ("9" * 5000, {}),
+        ("[" * DEEP + "]" * DEEP, {}),
+        ("{}", {"sender_key": ""}),
+        ("{}", {"session_id": ""}),
+    ],
+    ids=["list", "number", "text", "long number", "deep", "no sender key", "no session"],
+)
+def test_one_odd_sealed_event_does_not_stop_the_bot(
+    server: Scripted, use: Any, payload: str, content: dict[str, str]
+) -> None:
+    async def scene(homeserver: Homeserver) -> None:
+        words = {"type": "m.room.message", "content": {"msgtype": "m.text", "body": "Hello"}}
+        odd = sealed(homeserver, payload, **content)
+        good = sealed(homeserver, json.dumps(words))
+        join = {"join": {"!a": room(odd, good)}}
+        server.answers["/sync"] = (200, {"next_batch": "s1", "rooms": join})
+        news = await sync(homeserver)
+        assert set(news.decrypted) == {good["event_id"]}
+        # Its key may as well come later.
+        assert homeserver.decrypt("!a", odd) is None
+        assert homeserver.decrypt("!a", good)
+
+    use(scene)
+
+
+def test_one_odd_event_to_the_device_does_not_stop_the_bot(server: Scripted, use: Any) -> None:
+    async def scene(homeserver: Homeserver) -> str:
+        own_key = homeserver.nio.olm.account.identity_keys["curve25519"]
+        content = {
+            "algorithm": "m.olm.v1.curve25519-aes-sha2",
+            "sender_key": SENDER_KEY,
+            "ciphertext": {own_key: {"type": 0, "body": "?"}},
+        }
+        odd = {"type": "m.room.encrypted", "sender": ALICE, "content": content}
+        server.answers["/sync"] = (200, {"next_batch": "s1", "to_device": {"events": [odd]}})
+        return str((await sync(homeserver)).next_batch)
+
+    assert use(scene) == "s1"
+
+
+def test_an_event_of_many_levels_does_not_stop_the_bot(server: Scripted, use: Any) -> None:
+    deep: Any = []
+    for _ in range(300):
+        deep = [deep]
+    join = {"join": {"!a": room(event({"deep": deep}, type="m.room.encrypted"))}}
+    server.answers["/sync"] = (200, {"next_batch": "s1", "rooms": join})
+
+    assert use(sync).next_batch == "s1"
 
 
 @pytest.mark.parametrize(

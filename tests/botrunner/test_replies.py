@@ -99,6 +99,20 @@ def test_questions_that_are_answered_together_get_one_reply(settings: Any) -> No
     assert second.parts[0]["body"] == "Handled prompt: two"
 
 
+def test_a_draft_whose_question_is_answered_with_a_later_one_says_so(settings: Any) -> None:
+    settings.CHAT_WHEN_BUSY = "merge"
+    command()
+    row = session()
+    take_in(row, event("one"))
+    Reply.objects.update(drafted_at=timezone.now(), draft_id="$draft", device_id="DEVICE")
+    take_in(row, event("two"))
+    replies.compose(row, drafts={Reply.objects.earliest("pk").pk: "Well, one"})
+
+    first, second = Reply.objects.order_by("id")
+    assert (first.status, second.status) == (Reply.Status.READY, Reply.Status.WAITING)
+    assert first.parts[0]["body"] == "Well, one\n\nThis is answered with a later question."
+
+
 def test_a_refused_question_is_answered() -> None:
     command(prefix="!bot")
     row = session()

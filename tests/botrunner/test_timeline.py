@@ -1,5 +1,6 @@
 """What is said in a room, up to the run that answers it. Without a homeserver."""
 
+import json
 from typing import Any
 
 import pytest
@@ -341,6 +342,23 @@ class TestCancelling:
     def test_nobody_else_may(self) -> None:
         assert self.states(event(), event("!cancel", BOB)) == ["queued"]
 
+    @pytest.mark.parametrize("by", ["!cancel", "redaction"])
+    @pytest.mark.parametrize("between", [[], ["between"]])
+    def test_not_what_answers_somebody_else_too(
+        self, settings: Any, by: str, between: list[str]
+    ) -> None:
+        settings.CHAT_WHEN_BUSY = "merge"
+        asked = event("last", BOB)
+        said = [event("Hello"), *(event(words, BOB) for words in between), asked]
+        self.states(*said)
+        redaction = event({"redacts": asked["event_id"]}, BOB, type="m.room.redaction")
+        end = event("!cancel", BOB) if by == "!cancel" else redaction
+        take_in(Session.objects.get(), end)
+
+        answers = Run.objects.get(message__content="last")
+        assert answers.status == "queued"
+        assert answers.replies.get().status == Reply.Status.WAITING
+
     def test_a_thread_is_a_place_of_its_own(self) -> None:
         there = {"msgtype": "m.text", "body": "Hello", **self.THREAD}
         assert self.states(event(there), event("!cancel")) == ["queued"]
@@ -392,6 +410,36 @@ def test_a_sealed_event_waits_for_its_key() -> None:
     acting.unseal(pk, opened, ME)
     take_in(row)
     assert questions() == ["at last"]
+
+
+@pytest.mark.parametrize(
+    "odd",
+    ["NaN", "1e999", "-Infinity", "[" * 500 + "]" * 500, '{"a":' * 500 + "1" + "}" * 500],
+    ids=["NaN", "large", "infinite", "deep list", "deep object"],
+)
+def test_what_no_database_holds_is_left_out(odd: str) -> None:
+    command()
+    content = json.loads(f'{{"msgtype": "m.text", "body": "Hello", "odd": {odd}, "even": [1.5]}}')
+    take_in(session(), event(content))
+    run = Run.objects.get()
+    assert run.input["content"]["even"] == [1.5]
+    assert len(json.dumps(run.input)) < 1500
+    assert RoomEvent.objects.get().state == "handled"
+
+
+def test_whoever_opens_a_sealed_event_too_late_changes_nothing() -> None:
+    command()
+    row = session()
+    sealed = event({"ciphertext": "..."}, type="m.room.encrypted")
+    take_in(row, sealed)
+    pk = acting.sealed()[0][0]
+    opened = {**event("once"), "event_id": sealed["event_id"]}
+    acting.unseal(pk, opened, ME)
+    take_in(row)
+    acting.unseal(pk, opened, ME)
+    take_in(row)
+    assert questions() == ["once"]
+    assert RoomEvent.objects.get().state == "handled"
 
 
 def test_a_sealed_event_that_fires_nothing_is_forgotten() -> None:

@@ -1,7 +1,7 @@
 """Who is told of which outcome, and what."""
 
 import json
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 import pytest
@@ -75,6 +75,26 @@ class TestWhatIsTold:
         scenes.cancelled()
 
         assert body()["type"] == "run.cancelled"
+
+    def test_which_run_answers_where_questions_were_merged(self) -> None:
+        scenes.subscribe()
+        first = factories.ask(command="chat.reply")
+        later = factories.ask(command="chat.reply", thread_id=first.thread_id)
+        runs.merge_waiting(later)
+
+        assert body()["data"]["mergedInto"] == later.pk
+
+    def test_a_deadline_that_has_passed(self) -> None:
+        scenes.subscribe()
+        run = factories.ask()
+        deadline = timezone.now() - timedelta(seconds=1)
+        Run.objects.filter(pk=run.pk).update(deadline_at=deadline)
+        assert runs.end_overdue() == 1
+
+        data = body()["data"]
+        run.refresh_from_db()
+        assert (data["errorCode"], data["safeError"]) == (run.error_code, run.safe_error)
+        assert datetime.fromisoformat(data["deadlineAt"]) == deadline
 
     def test_an_outcome_is_delivered_once(self) -> None:
         subscription = scenes.subscribe()

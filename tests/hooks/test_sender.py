@@ -14,9 +14,11 @@ from standardwebhooks import Webhook, WebhookVerificationError
 
 from agents import outgoing, runtime, stream
 from agents.chores import CHORES
+from chat.models import Thread
 from hooks import models, sender
 from hooks.models import Delivery, Subscription
 from hooks.sender import Sender, send_due
+from realm.models import User
 from tests import factories
 from tests.fakes.receiver import Receiver
 from tests.hooks import scenes
@@ -124,7 +126,10 @@ class TestADelivery:
         assert when is not None
         assert when - timezone.now() > timedelta(minutes=40)
 
-    @pytest.mark.parametrize("told", ["soon", "-1", "9" * 400, "٣", ""])
+    @pytest.mark.parametrize(
+        "told",
+        ["soon", "-1", "9" * 400, "٣", "", f"Mon, 01 Jan 2024 00:00:00 +{'9' * 18}"],
+    )
     def test_a_strange_wish_does_no_harm(self, receiver: type[Receiver], told: str) -> None:
         delivery = scenes.delivery()
         receiver.answer = (503, b"")
@@ -243,6 +248,32 @@ class TestAWorkerThatDies:
         same = Delivery.objects.get()
         assert delivery.claim()
         assert not same.claim()
+
+
+class TestAnOwnerWhoMayReadItNoMore:
+    @pytest.mark.parametrize("again", [False, True])
+    def test_is_told_nothing(self, receiver: type[Receiver], again: bool) -> None:
+        owner = scenes.admin()
+        delivery = scenes.delivery(scenes.subscribe(owner))
+        if again:
+            send_due(delivery.subscription_id)
+            assert state(delivery).resend()
+        User.objects.filter(pk=owner.pk).update(is_superuser=False)
+        receiver.seen.clear()
+
+        assert send_due(delivery.subscription_id) == 0
+        assert not receiver.seen
+        told = state(delivery)
+        assert (told.status, told.error) == ("dead", "Its owner may not read this any more.")
+
+    def test_is_told_of_what_is_their_own(self, receiver: type[Receiver]) -> None:
+        owner = scenes.admin()
+        kept = scenes.delivery(scenes.subscribe(owner))
+        User.objects.filter(pk=owner.pk).update(is_superuser=False)
+        Thread.objects.update(owner=owner)
+
+        assert send_due(kept.subscription_id) == 1
+        assert state(kept).status == "sent"
 
 
 class TestSendingAgain:
