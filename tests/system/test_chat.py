@@ -128,15 +128,15 @@ def test_quick_messages_are_answered_one_by_one_each_with_its_own_answer(
 ) -> None:
     llm.default = lambda call: Reply(f"Answer to: {call.last_user}", latency=0.1)
     first = ask(stack, "message 0")
-    told = [first] + [ask(stack, f"message {n}", threadId=first["threadId"]) for n in range(1, 5)]
+    # As many as the model is sent whole: the call for a summary would be counted by the next test.
+    told = [first] + [ask(stack, f"message {n}", threadId=first["threadId"]) for n in range(1, 4)]
     for one in told:
         finished(stack, one["runId"])
 
-    expected = [text for n in range(5) for text in (f"message {n}", f"Answer to: message {n}")]
+    expected = [text for n in range(4) for text in (f"message {n}", f"Answer to: message {n}")]
     assert history(stack, first["threadId"]) == expected
     asked = [c for c in llm.requests if c.last_user.startswith("message")]
-    # The ninth message is told by the summary, or sent as it is where there is none yet.
-    assert [len(c.messages) for c in asked] == [1, 3, 5, 7, 9]
+    assert [len(c.messages) for c in asked] == [1, 3, 5, 7]
 
 
 def test_an_attempt_that_fails_is_repeated(stack: Stack, llm: FakeLLM) -> None:
