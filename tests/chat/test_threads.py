@@ -43,6 +43,9 @@ def ids(response: Any) -> list[str]:
     return [told["id"] for told in response.json()["threads"]]
 
 
+INDEXES = {"thread_of_owner", "thread_active_of_owner"}
+
+
 class TestList:
     def test_the_last_asked_in_comes_first(self, mine: APIClient, alice: User) -> None:
         older, newer = thread(alice, minutes_ago=2), thread(alice, minutes_ago=1)
@@ -133,7 +136,9 @@ class TestList:
             (found.active(), "thread_active_of_owner"),
         ):
             plan = explain(rows[:50])
-            assert index in plan, plan
+            # Where nothing is archived they are alike, and PostgreSQL takes the one or the other.
+            usable = {index} if connection.vendor == "sqlite" else INDEXES
+            assert any(name in plan for name in usable), plan
             assert "TEMP B-TREE" not in plan, plan
 
 
