@@ -82,6 +82,10 @@ class Idempotency:
     caller: str
     key: str
 
+    @classmethod
+    def of(cls, user: User | None, key: str) -> "Idempotency":
+        return cls(caller=f"user:{user.pk}" if user else "anonymous", key=key)
+
     def __post_init__(self) -> None:
         if not 1 <= len(self.key) <= MAX_KEY_LENGTH or not self.key.isprintable():
             raise Invalid(

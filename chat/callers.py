@@ -39,7 +39,4 @@ class CallersView(APIView):
     def idempotency(self) -> inbox.Idempotency | None:
         """Raises `inbox.Invalid`."""
         key = self.request.headers.get("Idempotency-Key")
-        if key is None:
-            return None
-        caller = f"user:{self.caller.pk}" if self.caller else "anonymous"
-        return inbox.Idempotency(caller=caller, key=key)
+        return None if key is None else inbox.Idempotency.of(self.caller, key)

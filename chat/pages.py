@@ -91,7 +91,6 @@ class ChatPage(Guarded):
     def ask(self, thread: Thread | None) -> HttpResponse:
         """Take the question of a form: once, and only of the one for whom it was made."""
         asker, key = self.request.POST.get("asker"), self.request.POST.get("key")
-        who = f"user:{self.caller.pk}" if self.caller else "anonymous"
         try:
             if asker and asker != str(self.request.user.pk):
                 raise inbox.Refused("You are not signed in as before. Send it again if you like.")
@@ -102,7 +101,7 @@ class ChatPage(Guarded):
                 source=Run.Source.HTTP,
                 threads=self.threads(),
                 owner=self.caller,
-                idempotency=inbox.Idempotency(caller=who, key=key) if key else None,
+                idempotency=inbox.Idempotency.of(self.caller, key) if key else None,
             )
         except inbox.Refused as error:
             draft = self.request.POST.get("content", "")

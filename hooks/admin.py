@@ -202,7 +202,7 @@ class SubscriptionAdmin(Reasoned, ConsoleAdmin):
 
 
 def _show_once(request: HttpRequest, subscription: Subscription) -> None:
-    """On the next page of it that this session sees."""
+    """On the next page of it that whoever asked for it sees."""
     request.session[NEW_SECRET] = {"id": str(subscription.pk), "secret": subscription.secret}
 
 
