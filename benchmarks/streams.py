@@ -210,7 +210,7 @@ async def _web(system: System) -> AsyncIterator[tuple[int, int]]:
     command = f"-m uvicorn config.asgi:application --port {port} --lifespan off --ws none"
     process = subprocess.Popen(
         [sys.executable, *command.split(), "--no-access-log", "--log-level", "warning"],
-        env=system.stack.env | {"REDIS_URL": system.stack.redis_url},
+        env=system.stack.env | {"REDIS_URL": system.stack.redis_url, "HTTPS": "false"},
     )
     try:
         while True:
