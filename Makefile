@@ -25,10 +25,10 @@ test: ## Run the tests; ARGS go to pytest, as in make test ARGS="-k admin"
 
 # 5 is pytest's word for ARGS that name no test of this half.
 test-quick: $(READY) $(REDIS) ## Run those that stay within a process, on all cores
-	$(BIN)/python -m pytest -m "not system" -n logical --maxprocesses 4 $(ARGS) || [ $$? -eq 5 ]
+	$(BIN)/python -m pytest -m "not system and not faults" -n logical --maxprocesses 4 $(ARGS) || [ $$? -eq 5 ]
 
 test-systems: $(READY) $(REDIS) $(HOMESERVER) ## Run those that start the real processes and kill them, two files at a time
-	$(BIN)/python -m pytest -m system -n 2 --dist loadfile $(ARGS) || [ $$? -eq 5 ]
+	$(BIN)/python -m pytest -m "system and not faults" -n 2 --dist loadfile $(ARGS) || [ $$? -eq 5 ]
 
 lint: $(READY) ## Check format, lint, types, imports, migrations and docs/openapi.yaml
 	@status=0; \
