@@ -25,10 +25,13 @@ class Request:
     seconds: float
     is_json: bool
     body: str
+    retry_after: str
 
     @property
     def is_fault(self) -> bool:
         """A refusal that says when to come again is none."""
+        if self.status == 503 and not self.retry_after:
+            return True
         return self.status == 500 or (self.status > 0 and not self.is_json)
 
 
@@ -55,14 +58,14 @@ class Client:
         """Status and JSON of one request; (0, None) where the connection broke."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=seconds)
         began = time.monotonic()
-        status, raw = 0, b""
+        status, raw, retry_after = 0, b"", ""
         try:
             with suppress(OSError, http.client.HTTPException):
                 sent = None if body is None else json.dumps(body)
                 connection.request(method, path, sent, headers)
                 response = connection.getresponse()
                 raw = response.read()
-                status = response.status
+                status, retry_after = response.status, response.getheader("Retry-After", "")
         finally:
             connection.close()
         took = time.monotonic() - began
@@ -71,7 +74,8 @@ class Client:
         except ValueError:
             told = None
         is_json = isinstance(told, dict)
-        self.requests.append(Request(status, took, is_json, "" if is_json else raw[:300].decode()))
+        text = raw[:300].decode(errors="replace")
+        self.requests.append(Request(status, took, is_json, text, retry_after))
         return status, told
 
     def ask(self, thread_id: str, number: int, **extra: Any) -> Asked:

@@ -1,6 +1,6 @@
 """One plant for all scenarios, and the table at the end. FAULTS_SEED chooses what is drawn by lot,
 FAULTS_DATABASE is `sqlite` or `postgresql` (by default that of DATABASE_URL), and FAULTS_TABLE names a
-file for the table."""
+file for the table, FAULTS_LOGS a directory to keep the logs of the processes in."""
 
 import os
 from collections.abc import Iterator

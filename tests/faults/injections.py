@@ -4,14 +4,20 @@ scenarios and the random schedule draw on the same ones."""
 from __future__ import annotations
 
 import os
+import resource
 import signal
+import sqlite3
 import time
-from collections.abc import Callable
-from contextlib import closing, suppress
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
+from pathlib import Path
 
 import redis
 
+from tests.faults.client import Asked
 from tests.faults.plant import WORKERS, Plant
+from tests.faults.servers import ROLE, SQLite
+from tests.synapse import wait_for
 
 Fault = Callable[..., None]
 
@@ -83,6 +89,19 @@ def forbid_writes(plant: Plant, seconds: float) -> None:
         client.config_set("min-replicas-to-write", 0)
 
 
+def fail_to_save(plant: Plant, seconds: float) -> None:
+    """Redis cannot write its file, and refuses every write until it can."""
+    with closing(plant.redis.client()) as client:
+        folder = client.config_get("dir")["dir"]
+        client.config_set("save", "3600 1")
+        client.config_set("dir", "/proc")
+        client.bgsave()
+        wait_for("the save to fail", lambda: client.info()["rdb_last_bgsave_status"] == "err")
+        time.sleep(seconds)
+        client.config_set("dir", folder)
+        client.config_set("save", "")
+
+
 def sleep_redis(plant: Plant, seconds: float) -> None:
     with closing(plant.redis.client()) as client:
         client.execute_command("DEBUG", "SLEEP", seconds)
@@ -146,6 +165,80 @@ def refuse_database(plant: Plant, seconds: float) -> None:
     plant.postgresql.line.refuse()
     time.sleep(seconds)
     plant.postgresql.line.restore()
+
+
+def limit_connections(plant: Plant, seconds: float, most: int = 2) -> None:
+    """Nearly nobody gets a connection any more, and all lose theirs."""
+    with plant.postgresql.connect() as server:
+        server.execute(f"ALTER ROLE {ROLE} CONNECTION LIMIT {most}")
+        server.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = %s", [ROLE]
+        )
+        time.sleep(seconds)
+        server.execute(f"ALTER ROLE {ROLE} CONNECTION LIMIT -1")
+
+
+def deadlock(plant: Plant, asked: Asked) -> None:
+    """Somebody takes the rows of a run's thread and of the run the wrong way round; the database ends
+    the transaction of the one that waits for the shorter time, which is the system's."""
+    with plant.postgresql.connect() as server, server.transaction():
+        server.execute("SET deadlock_timeout = '60s'")
+        # The outcome has changed the run when it waits for the thread, which its answer refers to.
+        server.execute("SELECT 1 FROM chat_thread WHERE id = %s FOR UPDATE", [asked.thread_id])
+        waiting = (
+            "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = %s"
+            " AND query ~ 'INSERT INTO .?chat_message'"
+        )
+        wait_for("the outcome to wait", lambda: plant.database.rows(waiting % f"'{ROLE}'"), 30)
+        server.execute("SELECT 1 FROM agents_run WHERE id = %s FOR UPDATE", [asked.run_id])
+
+
+def lock_sqlite(plant: Plant, seconds: float) -> None:
+    """Another program has the file to itself."""
+    assert isinstance(plant.database, SQLite)
+    with closing(sqlite3.connect(plant.database.path, timeout=60, isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        time.sleep(seconds)
+        other.execute("ROLLBACK")
+
+
+def fill_disk(plant: Plant, seconds: float) -> None:
+    """No file of the system's processes may grow any more."""
+    assert isinstance(plant.database, SQLite)
+    pids = [
+        pid for name, pids in plant.stack.processes().items() if name != "stack" for pid in pids
+    ]
+    full = os.path.getsize(f"{plant.database.path}-wal") & ~0xFFF
+    unlimited = resource.RLIM_INFINITY
+    for pid in pids:
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (full, unlimited))
+    time.sleep(seconds)
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            resource.prlimit(pid, resource.RLIMIT_FSIZE, (unlimited, unlimited))
+
+
+@contextmanager
+def wrong_clock(plant: Plant, offset: int) -> Iterator[Callable[[], bool]]:
+    """One worker alone, whose clock is so many seconds off; whether it has carried out a run."""
+    with plant.stack._supervisor() as supervisor:
+        environment = {
+            "PYTHONPATH": str(Path(__file__).parent / "clock"),
+            "FAULTS_CLOCK_OFFSET": str(offset),
+        }
+        worker = plant.extra_worker(**environment)
+        for program in WORKERS:
+            supervisor.stopProcess(program)
+    host_and_pid = f"%:{worker.pid}:%"
+    query = f"SELECT count(*) FROM agents_attempt WHERE worker LIKE '{host_and_pid}'"
+    try:
+        yield lambda: bool(plant.database.rows(query)[0][0])
+    finally:
+        with plant.stack._supervisor() as supervisor:
+            for program in WORKERS:
+                supervisor.startProcess(program, False)
+        worker.terminate()
+        worker.wait(30)
 
 
 def lose_commit_reply(plant: Plant, nth: int = 1) -> None:

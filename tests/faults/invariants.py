@@ -35,6 +35,8 @@ ANSWERS = """
     SELECT thread_id, position, count(*) FROM chat_message GROUP BY thread_id, position
     HAVING count(*) > 1
 """
+# How a program ends that was told to.
+TOLD_TO = "exit status 0"
 TERMINAL = {"completed", "failed", "cancelled"}
 
 
@@ -60,6 +62,7 @@ class Allowed:
     refusals: bool = False  # 503 with a Retry-After
     broken_connections: bool = False
     failures: bool = False  # runs that end without an answer
+    self_exits: bool = False  # programs that end by themselves
     p99_seconds: float = 3.0
 
 
@@ -103,9 +106,7 @@ def check(
         outcomes=sum(run.status in TERMINAL for run in found.mine),
         recovery=plant.recovery,
         restarts=plant.endings().total(),
-        self_exits=sum(
-            count for (_, how), count in plant.endings().items() if how.startswith("exit status")
-        ),
+        self_exits=sum(count for (_, how), count in plant.endings().items() if is_self_exit(how)),
     )
     for name in (
         "lost",
@@ -130,6 +131,10 @@ def check(
             "\n".join([f"{scenario}: {len(row.violations)} violations", *row.violations[:40]]), row
         )
     return row
+
+
+def is_self_exit(how: str) -> bool:
+    return how.startswith("exit status") and how != TOLD_TO
 
 
 class _Found:
@@ -260,3 +265,6 @@ class _Found:
         """I9"""
         for program in self.plant.stack.down():
             yield f"I9 {program} is not running"
+        for (program, how), count in self.plant.endings().items():
+            if is_self_exit(how) and not self.allowed.self_exits:
+                yield f"I9 {program} ended by itself {count} times: {how}"

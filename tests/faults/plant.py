@@ -10,6 +10,7 @@ with Plant("sqlite") as plant:
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shutil
@@ -26,7 +27,7 @@ from typing import Self
 import psutil
 
 from tests.fakes.llm import Call, FakeLLM, Reply
-from tests.faults.client import Client, Load
+from tests.faults.client import Asked, Client, Load
 from tests.faults.servers import POSTGRESQL, PostgreSQL, RedisServer, SQLite
 from tests.system.stack import BASE_DIR, Stack
 
@@ -51,6 +52,7 @@ class Plant:
         self.env = env
         self.directory = Path(tempfile.mkdtemp(prefix="faults-"))
         self._open = ExitStack()
+        self._numbers = itertools.count(1)
 
     def __enter__(self) -> Self:
         with ExitStack() as opening:
@@ -79,6 +81,10 @@ class Plant:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        if logs := os.environ.get("FAULTS_LOGS"):
+            kept = Path(tempfile.mkdtemp(prefix="stack-", dir=logs))
+            for path in [*self.stack.directory.glob("*.log*"), *self.directory.glob("*.log")]:
+                shutil.copy(path, kept)
         self._open.close()
 
     @property
@@ -120,6 +126,24 @@ class Plant:
         self.stack.wait("all runs to end", ended, seconds)
         self.recovery = time.monotonic() - since
         self.stack.wait("all events to be told", told, seconds)
+
+    def number(self) -> int:
+        """One that no other question of this plant has."""
+        return next(self._numbers)
+
+    def thread(self, name: str) -> str:
+        """A thread that nobody has asked in."""
+        return f"{name}-{self.number()}"
+
+    def holder(self, asked: Asked) -> int:
+        """The pid of the worker that claimed the run last."""
+        query = f"SELECT worker FROM agents_run WHERE id = '{asked.run_id}'"
+        return int(self.database.rows(query)[0][0].split(":")[1])
+
+    def attempt(self, asked: Asked) -> int:
+        return int(
+            self.database.rows(f"SELECT attempt FROM agents_run WHERE id = '{asked.run_id}'")[0][0]
+        )
 
     def wait_for_calls(self, count: int = 1, seconds: float = 30) -> None:
         """Until the model has been asked so many more times: work goes on."""

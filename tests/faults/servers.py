@@ -19,6 +19,8 @@ from tests.faults.proxy import Proxy, free_port
 from tests.redisserver import redis_executable
 from tests.synapse import wait_for
 
+OWNER = "postgres"
+ROLE = "botrealm"
 POSTGRESQL = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
 
 
@@ -126,6 +128,10 @@ class PostgreSQL:
             "initdb", "-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale", "C.UTF-8", "-N"
         )
         self.start()
+        with self.connect(OWNER) as server:
+            # Limits hold for whoever is no superuser.
+            server.execute(f"CREATE ROLE {ROLE} LOGIN")
+            server.execute(f"CREATE DATABASE {ROLE} OWNER {ROLE}")
         self.line.__enter__()
         return self
 
@@ -136,15 +142,15 @@ class PostgreSQL:
 
     @property
     def url(self) -> str:
-        return f"postgres://postgres@127.0.0.1:{self.line.port}/postgres"
+        return f"postgres://{ROLE}@127.0.0.1:{self.line.port}/{ROLE}"
 
     def rows(self, query: str) -> list[tuple[Any, ...]]:
         with self.connect() as connection:
             return connection.execute(query).fetchall()  # type: ignore[arg-type]
 
-    def connect(self) -> psycopg.Connection[tuple[Any, ...]]:
-        """A way of the test's own, around the proxy."""
-        url = f"postgres://postgres@127.0.0.1:{self.port}/postgres"
+    def connect(self, database: str = ROLE) -> psycopg.Connection[tuple[Any, ...]]:
+        """A way of the test's own, around the proxy, and as the superuser."""
+        url = f"postgres://{OWNER}@127.0.0.1:{self.port}/{database}"
         return psycopg.connect(url, autocommit=True, connect_timeout=10)
 
     def start(self) -> None:
