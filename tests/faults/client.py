@@ -52,6 +52,10 @@ class Client:
     requests: list[Request] = field(default_factory=list)
     patience: float = 120.0
 
+    @property
+    def refusals(self) -> int:
+        return sum(request.status == 503 for request in self.requests)
+
     def call(
         self, method: str, path: str, body: Any = None, *, seconds: float = 60, **headers: str
     ) -> tuple[int, Any]:

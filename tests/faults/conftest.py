@@ -21,6 +21,7 @@ COLUMNS = (
     "lost",
     "disorder",
     "extra_calls",
+    "refused",
     "recovery",
     "restarts",
     "self_exits",

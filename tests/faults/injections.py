@@ -20,6 +20,7 @@ from tests.faults.servers import ROLE, SQLite
 from tests.synapse import wait_for
 
 Fault = Callable[..., None]
+PAGE = 4096
 
 
 def kill(plant: Plant, program: str) -> None:
@@ -203,15 +204,14 @@ def lock_sqlite(plant: Plant, seconds: float) -> None:
 
 
 def fill_disk(plant: Plant, seconds: float) -> None:
-    """No file of the system's processes may grow any more."""
+    """No file of the system's processes may grow beyond a page, the database's journal included."""
     assert isinstance(plant.database, SQLite)
     pids = [
         pid for name, pids in plant.stack.processes().items() if name != "stack" for pid in pids
     ]
-    full = os.path.getsize(f"{plant.database.path}-wal") & ~0xFFF
     unlimited = resource.RLIM_INFINITY
     for pid in pids:
-        resource.prlimit(pid, resource.RLIMIT_FSIZE, (full, unlimited))
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (PAGE, unlimited))
     time.sleep(seconds)
     for pid in pids:
         with suppress(ProcessLookupError):

@@ -80,6 +80,7 @@ class Row:
     lost: int = 0
     disorder: int = 0
     extra_calls: int = 0
+    refused: int = 0  # requests, by a 503
     recovery: float = 0.0
     restarts: int = 0
     self_exits: int = 0
@@ -104,6 +105,7 @@ def check(
         scenario,
         accepted=len(found.asked),
         outcomes=sum(run.status in TERMINAL for run in found.mine),
+        refused=plant.client.refusals,
         recovery=plant.recovery,
         restarts=plant.endings().total(),
         self_exits=sum(count for (_, how), count in plant.endings().items() if is_self_exit(how)),

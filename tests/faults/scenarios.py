@@ -205,11 +205,16 @@ def _(plant: Plant) -> None:
     faults.blackhole_redis(plant, 60, then_reset=True)
 
 
-@scenario(13, "the reply to a pop is lost", "line")
+@scenario(13, "the reply to a pop is lost", "line", load=None)
 def _(plant: Plant) -> None:
     before = plant.redis.line.lost
     faults.lose_redis_reply(plant, "BRPOP", "execute")
+    plant.client.ask(plant.thread("popped"), 0)
     plant.stack.wait("the loss", lambda: plant.redis.line.lost > before, 30)
+    plant.mended()
+    with closing(plant.redis.client()) as client:
+        assert client.llen("agent_events:celery") == 0
+    assert not plant.llm.requests
 
 
 @scenario(14, "the reply to an addition is lost", "line")
@@ -257,6 +262,7 @@ def _(plant: Plant) -> None:
 @scenario(18, "the database has no connections", "database", vendors=ONLY_POSTGRESQL, allowed=AWAY)
 def _(plant: Plant) -> None:
     faults.limit_connections(plant, 5)
+    assert plant.client.refusals, "There were connections enough."
 
 
 @scenario(19, "the database ends a deadlock", "database", vendors=ONLY_POSTGRESQL, load=None)
@@ -278,6 +284,7 @@ def _(plant: Plant) -> None:
 @scenario(21, "the disk is full", "database", vendors=ONLY_SQLITE, allowed=AWAY)
 def _(plant: Plant) -> None:
     faults.fill_disk(plant, 4)
+    assert plant.client.refusals, "The disk was not full."
 
 
 @scenario(22, "the clock of a worker is an hour fast", "clock", load=None)

