@@ -170,12 +170,14 @@ def clean_up_after(event: Any) -> None:
 
 
 def never_give_up(event: Any) -> None:
-    """Keep the count of a program that dies too quickly from growing for ever: supervisor waits a second
-    longer each time, and beyond `startretries` it would leave the program down."""
+    """Keep the count of a program that dies too quickly from growing for ever: supervisor waits a
+    second longer each time, and beyond `startretries` it would leave the program down."""
     process = event.process
     pause = min(process.backoff, LONGEST_PAUSE_SECONDS)
     process.backoff, process.delay = pause, time.time() + pause
-    process.config.options.logger.info(f"{process.config.name} is started again in {pause} s")
+    terminal.show(
+        OWN_NAME, [b"%s is started again in %d s" % (process.config.name.encode(), pause)]
+    )
 
 
 def run(config: Path) -> None:

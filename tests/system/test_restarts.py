@@ -12,8 +12,8 @@ import pytest
 
 from tests import synapse
 from tests.fakes.llm import FakeLLM
-from tests.system.stack import BASE_DIR, Stack
 from tests.synapse import wait_for
+from tests.system.stack import BASE_DIR, Stack
 
 pytestmark = pytest.mark.system
 
