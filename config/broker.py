@@ -14,8 +14,8 @@ class Channel(redis.Channel):
     _kept: Any = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Raises `ConnectionError` where Redis takes nothing, being full, a replica or unable to save: a
-        worker then waits longer and longer, as for one that is away."""
+        """Raises `ConnectionError` where Redis takes nothing, being full, a replica or unable to
+        save: a worker then waits longer and longer, as for one that is away."""
         super().__init__(*args, **kwargs)
         try:
             self.client.set("_kombu.probe", b"", px=1)
