@@ -186,11 +186,8 @@ def deadlock(plant: Plant, asked: Asked) -> None:
         server.execute("SET deadlock_timeout = '60s'")
         # The outcome has changed the run when it waits for the thread, which its answer refers to.
         server.execute("SELECT 1 FROM chat_thread WHERE id = %s FOR UPDATE", [asked.thread_id])
-        waiting = (
-            "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = %s"
-            " AND query ~ 'INSERT INTO .?chat_message'"
-        )
-        wait_for("the outcome to wait", lambda: plant.database.rows(waiting % f"'{ROLE}'"), 30)
+        waiting = "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+        wait_for("the outcome to wait", lambda: plant.database.rows(waiting), 30)
         server.execute("SELECT 1 FROM agents_run WHERE id = %s FOR UPDATE", [asked.run_id])
 
 

@@ -267,8 +267,10 @@ def _(plant: Plant) -> None:
 
 @scenario(19, "the database ends a deadlock", "database", vendors=ONLY_POSTGRESQL, load=None)
 def _(plant: Plant) -> None:
-    faults.deadlock(plant, plant.client.ask("t-deadlock", plant.number()))
+    plant.llm.script(Reply(latency=5))
+    faults.deadlock(plant, plant.client.ask(plant.thread("deadlock"), 0))
     plant.mended()
+    assert "deadlock detected" in plant.stack.log()
 
 
 @scenario(20, "SQLite is locked", "database", vendors=ONLY_SQLITE, allowed=AWAY)

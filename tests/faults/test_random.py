@@ -10,7 +10,7 @@ from tests.faults.settings import RUNS, SEED
 
 pytestmark = pytest.mark.faults
 
-SECONDS_OF_A_RUN = 0.15
+SECONDS_OF_A_RUN = 0.1
 PERSONS = 16
 
 
@@ -47,7 +47,7 @@ def test_whatever_happens_nothing_is_lost_repeated_or_out_of_order(
     )
     with load.running():
         schedule.play(planned, plant)
-        plant.mended()
+    plant.mended()
     plant.wait_up()
     plant.settle(180)
     count = sum(len(steps) for steps in planned.values())
