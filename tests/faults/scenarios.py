@@ -24,8 +24,8 @@ WORKS_ON = ("sqlite", "postgresql")
 
 @dataclass(frozen=True)
 class Scenario:
-    """`row` of the matrix; of each `kind` a short run of the tests takes one. `load` are the arguments
-    of `Plant.load`, None where the damage asks its own questions."""
+    """`row` of the matrix; of each `kind` a short run of the tests takes one, but none that is `slow`.
+    `load` are the arguments of `Plant.load`, None where the damage asks its own questions."""
 
     row: int
     name: str
@@ -93,7 +93,7 @@ def _(plant: Plant) -> None:
 @scenario(
     3,
     "a question kills whoever takes it",
-    "poison",
+    "worker",
     load=None,
     allowed=Allowed(extra_calls=20, failures=True),
 )
@@ -289,12 +289,12 @@ def _(plant: Plant) -> None:
     assert plant.client.refusals, "The disk was not full."
 
 
-@scenario(22, "the clock of a worker is an hour fast", "clock", load=None)
+@scenario(22, "the clock of a worker is an hour fast", "worker", load=None)
 def _(plant: Plant) -> None:
     _with_clock(plant, 3600)
 
 
-@scenario(22, "the clock of a worker is an hour slow", "clock", load=None)
+@scenario(22, "the clock of a worker is an hour slow", "worker", load=None)
 def _(plant: Plant) -> None:
     _with_clock(plant, -3600)
 
