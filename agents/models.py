@@ -302,7 +302,7 @@ class Run(models.Model):
     @property
     def why_not_retried(self) -> str:
         """A sentence; empty for a run that may be begun anew."""
-        if lifecycle.RETRIABLE.holds(self, self.clock()):
+        if lifecycle.AskedAgain.guard.holds(self, self.clock()):
             return ""
         if not self.is_finished:
             return f"The run has not ended yet: it is {self.status}."

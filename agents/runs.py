@@ -478,7 +478,8 @@ def retry(run: Run) -> bool:
     if not run.may_be_retried:
         return False
     with transaction.atomic():
-        if not Run.objects.as_read(run).update(
+        ended = Run.objects.as_read(run).that(lifecycle.AskedAgain.guard)
+        if not ended.update(
             request_event_id=uuid.uuid4(),
             safe_error="",
             error_code="",
