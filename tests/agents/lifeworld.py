@@ -113,11 +113,11 @@ class World:
         if when_busy == "interrupt":
             for other in going:
                 assert self.write(other, lifecycle.Cancelled(), self.runs[other])
-        run = f"run {len(self.runs)}"
+        run = f"run_{len(self.runs)}"
         self.thread_of[run] = thread
         self.runs[run] = State(
             created_at=self.now,
-            position=len(self.threads[thread]),
+            position=2 * len(self.threads[thread]),
             due_at=self.now,
             handed_at=self.now,
             deadline_at=self.now + deadline if deadline else None,
@@ -149,10 +149,10 @@ class World:
         going = (run for run in self.threads[self.thread_of[entry.run]] if self.runs[run].due_at)
         self.broker.extend(list(going)[:1])
 
-    def claim(self, worker: Worker, run: str, read: State) -> None:
+    def claim(self, worker: Worker, run: str, read: State) -> bool:
         before = self.runs[run]
         if not self.write(run, lifecycle.Claimed(), read):
-            return
+            return False
         state = self.runs[run]
         assert not before.lease_expires_at or before.lease_expires_at < self.now, (
             "I6: taken from a worker that has it"
@@ -173,23 +173,32 @@ class World:
         else:
             self.calls[run] += 1
             assert state.attempts_spent <= RULES.max_attempts, "I6: one call too many"
+        return True
 
     def beat(self, worker: Worker) -> None:
         for run, claimed in list(worker.held.items()):
             if not self.write(run, lifecycle.Beaten(claimed.attempt), claimed):
                 del worker.held[run]
 
-    def sweep(self) -> None:
+    def claimable(self) -> set[str]:
+        return {
+            run
+            for run, state in self.runs.items()
+            if lifecycle.CLAIMABLE.holds(state, self.now)
+            and lifecycle.in_turn(state, self.others(run), self.now)
+        }
+
+    def sweep(self) -> set[str]:
+        """The runs that were handed over again."""
         for run, state in list(self.runs.items()):
             self.write(run, lifecycle.Expired(), state)
-        for run, state in self.runs.items():
-            if (
-                lifecycle.CLAIMABLE.holds(state, self.now)
-                and lifecycle.in_turn(state, self.others(run), self.now)
-                and lifecycle.OVERLOOKED.holds(state, self.now)
-            ):
-                self.broker.append(run)
-                self.runs[run] = replace(state, handed_at=self.now)
+        overlooked = {
+            run for run in self.claimable() if lifecycle.OVERLOOKED.holds(self.runs[run], self.now)
+        }
+        self.broker.extend(sorted(overlooked))
+        for run in overlooked:
+            self.runs[run] = replace(self.runs[run], handed_at=self.now)
+        return overlooked
 
     def relay(self) -> None:
         for entry in self.events:
