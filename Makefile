@@ -1,5 +1,6 @@
 PYTHON ?= python3
 ARGS ?=
+SEED ?=
 BIN := .venv/bin
 READY := .venv/.installed
 
@@ -25,10 +26,16 @@ test: ## Run the tests; ARGS go to pytest, as in make test ARGS="-k admin"
 
 # 5 is pytest's word for ARGS that name no test of this half.
 test-quick: $(READY) $(REDIS) ## Run those that stay within a process, on all cores
-	$(BIN)/python -m pytest -m "not system" -n logical --maxprocesses 4 $(ARGS) || [ $$? -eq 5 ]
+	$(BIN)/python -m pytest -m "not system and not faults" -n logical --maxprocesses 4 $(ARGS) || [ $$? -eq 5 ]
 
 test-systems: $(READY) $(REDIS) $(HOMESERVER) ## Run those that start the real processes and kill them, two files at a time
-	$(BIN)/python -m pytest -m system -n 2 --dist loadfile $(ARGS) || [ $$? -eq 5 ]
+	$(BIN)/python -m pytest -m "system and not faults" -n 2 --dist loadfile $(ARGS) || [ $$? -eq 5 ]
+
+faults: $(READY) $(REDIS) ## Damage the real processes on purpose, as SEED has it: one fault of each kind, then some at random
+	FAULTS_SEED=$(SEED) $(BIN)/python -m pytest tests/faults -m faults $(ARGS)
+
+faults-all: $(READY) $(REDIS) ## All faults, then 5,000 runs among random ones; half an hour
+	FAULTS_SEED=$(SEED) FAULTS_ALL=true FAULTS_RUNS=5000 $(BIN)/python -m pytest tests/faults -m faults $(ARGS)
 
 lint: $(READY) ## Check format, lint, types, imports, migrations and docs/openapi.yaml
 	@status=0; \
@@ -80,4 +87,4 @@ $(HOMESERVER): $(READY)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/homeserver.txt \
 		&& touch $@ || echo "Synapse could not be installed: Matrix rooms need a homeserver of yours, by MATRIX_URL." >&2
 
-.PHONY: help run test test-quick test-systems lint migrations-check schema schema-check format bench screenshots
+.PHONY: help run test test-quick test-systems faults faults-all lint migrations-check schema schema-check format bench screenshots

@@ -16,7 +16,7 @@ from django.db.models import F
 from django.db.models.functions import Now
 from django.utils import timezone
 
-from agents import runs, stream
+from agents import lifecycle, runs, stream
 from agents.models import CHAT_REPLY, Event, IdempotencyKey, Run, new_run_id
 from chat.models import CHOSEN_ID, Message, Thread, ThreadQuerySet, new_thread_id
 from realm import tracing
@@ -182,7 +182,7 @@ def amend(run_id: str, *, content: str) -> bool:
     content = clean_content(content)
     with transaction.atomic():
         # Whoever would claim the run now waits for this transaction, and reads the new words.
-        waiting = Run.objects.filter(pk=run_id, status=Run.Status.QUEUED, attempt=0)
+        waiting = Run.objects.filter(pk=run_id).that(lifecycle.UNBEGUN)
         if not waiting.update(updated_at=timezone.now()):
             return False
         Message.objects.filter(run=run_id).update(content=content)

@@ -20,6 +20,7 @@ from django.db import connection, transaction
 from django.db.models.functions import Now
 from django.utils import timezone
 
+from agents import lifecycle
 from agents.models import Run
 
 logger = logging.getLogger(__name__)
@@ -33,8 +34,12 @@ def worker_name() -> str:
     return f"{socket.gethostname()}:{os.getpid()}:{_BIRTH}"
 
 
-def duration() -> timedelta:
-    return timedelta(seconds=settings.AGENT_LEASE_SECONDS)
+def rules() -> lifecycle.Rules:
+    return lifecycle.Rules(
+        max_attempts=settings.AGENT_MAX_ATTEMPTS,
+        lease=timedelta(seconds=settings.AGENT_LEASE_SECONDS),
+        time=timedelta(seconds=settings.AGENT_DEADLINE_SECONDS),
+    )
 
 
 class Lease:
@@ -126,7 +131,7 @@ class Heartbeat:
                 return
         held = Run.objects.held_by(worker_name()).filter(pk__in={lease.run_id for lease in leases})
         with transaction.atomic():
-            renewed = held.update(lease_expires_at=Now() + duration())
+            renewed = held.update(lease_expires_at=Now() + rules().lease)
         if renewed < len(leases):
             still = set(held.values_list("pk", "attempt"))
             for lease in leases:

@@ -1,5 +1,7 @@
-"""The records of a run. The rules of its life are in agents/runs.py."""
+"""The records of a run. The rules of its life are in agents/lifecycle.py."""
 
+import dataclasses
+import time
 import uuid
 from datetime import UTC, date, datetime, timedelta
 from typing import Any
@@ -12,6 +14,9 @@ from django.db.models import Exists, F, OuterRef, Q, Subquery
 from django.db.models.functions import Coalesce, Greatest, Now
 from django.utils import timezone
 
+from agents import lifecycle
+from agents.conditions import Condition
+from agents.statements import as_q
 from chat.models import Message, Thread
 from realm.tracing import MAX_LENGTH as MAX_REQUEST_ID_LENGTH
 
@@ -29,13 +34,11 @@ def new_run_id() -> str:
     return f"run_{cuid2.create_id()}"
 
 
-# A worker ends its overdue run itself, at the next token; one that is stuck does not.
-OVERDUE_PATIENCE = timedelta(seconds=1)
 # A worker beats every few seconds; one that is silent for so long is gone or stuck.
 WORKER_PATIENCE = timedelta(seconds=15)
 WORKER_MEMORY = timedelta(hours=1)
+STATE = [field.name for field in dataclasses.fields(lifecycle.State)]
 SEARCHED_FOR_OLDEST = 200
-UNTOLD = Q(handed_at=None) | Q(handed_at__lt=F("lease_expires_at"))
 
 
 def cost_field() -> "models.BigIntegerField[int | None, int | None]":
@@ -45,9 +48,11 @@ def cost_field() -> "models.BigIntegerField[int | None, int | None]":
 
 
 class RunQuerySet(models.QuerySet["Run"]):
+    def that(self, condition: Condition) -> "RunQuerySet":
+        return self.filter(as_q(condition))
+
     def unfinished(self) -> "RunQuerySet":
-        # As the partial indexes say it; a constraint ties it to the status.
-        return self.filter(due_at__isnull=False)
+        return self.that(lifecycle.UNFINISHED)
 
     def first_of_thread(self) -> "RunQuerySet":
         """Runs with no unfinished run before them in their thread: the only ones that may go on."""
@@ -57,54 +62,41 @@ class RunQuerySet(models.QuerySet["Run"]):
         return self.filter(~Exists(earlier))
 
     def claimable(self) -> "RunQuerySet":
-        """Due ones that wait, and ones whose worker let the lease lapse. By the database's clock:
-        the clocks of the workers need not agree."""
-        waiting = Q(status=Run.Status.QUEUED)
-        abandoned = Q(status=Run.Status.PROCESSING, lease_expires_at__lt=Now())
-        # A later one is being worked on only where this one was asked for again.
+        """Those that a worker may take now: `lifecycle.CLAIMABLE`, and `lifecycle.in_turn()`."""
         later = Run.objects.unfinished().filter(
-            thread=OuterRef("thread"),
-            position__gt=OuterRef("position"),
-            lease_expires_at__gte=Now(),
+            as_q(lifecycle.HELD), thread=OuterRef("thread"), position__gt=OuterRef("position")
         )
-        in_time = Q(deadline_at=None) | Q(deadline_at__gt=Now())
-        due = self.filter(waiting | abandoned, in_time, due_at__lte=Now())
-        return due.first_of_thread().filter(~Exists(later))
+        return self.that(lifecycle.CLAIMABLE).first_of_thread().filter(~Exists(later))
 
     def overdue(self) -> "RunQuerySet":
         """Those that should have ended by now and that no worker will end."""
-        left = Q(status=Run.Status.QUEUED) | Q(lease_expires_at__lt=Now())
-        stuck = Q(deadline_at__lte=Now() - OVERDUE_PATIENCE)
-        return self.unfinished().filter(left | stuck, deadline_at__lte=Now())
+        return self.that(lifecycle.OVERDUE)
 
     def claimable_as_read(self, run: "Run") -> "RunQuerySet":
         """This run, if nobody has changed its state since it was read, and if it is claimable. Says of
         `claimable()` what is not known of the run anyway: it is asked for each run."""
-        read = self.as_read(run).filter(due_at__lte=Now())
-        if run.status != Run.Status.QUEUED:
-            read = read.filter(lease_expires_at__lt=Now())
-        if run.deadline_at:
-            read = read.filter(deadline_at__gt=Now())
+        read = self.as_read(run).that(lifecycle.claim_guard(run.state))
         others = Run.objects.unfinished().filter(thread=run.thread_id)
         if run.position:
             read = read.filter(~Exists(others.filter(position__lt=run.position)))
         if run.retries:
-            later = others.filter(position__gt=run.position, lease_expires_at__gte=Now())
+            # Only then can a later one have been begun.
+            later = others.that(lifecycle.HELD).filter(position__gt=run.position)
             read = read.filter(~Exists(later))
         return read
 
     def untold(self) -> "RunQuerySet":
         """Claimable ones that no worker was told of, or not since the last one was lost."""
-        return self.claimable().filter(UNTOLD)
+        return self.claimable().that(lifecycle.UNTOLD)
 
-    def overlooked(self, *, after: timedelta) -> "RunQuerySet":
+    def overlooked(self) -> "RunQuerySet":
         """Those, and the ones told so long ago that the hand-over must be lost."""
-        return self.claimable().filter(UNTOLD | Q(handed_at__lt=Now() - after))
+        return self.claimable().that(lifecycle.OVERLOOKED)
 
     def as_read(self, run: "Run") -> "RunQuerySet":
-        """This run, if nobody has changed its state since it was read: the three together never come
-        back to what they were."""
-        return self.filter(pk=run.pk, status=run.status, attempt=run.attempt, retries=run.retries)
+        """This run, if nobody has changed its state since it was read."""
+        version = {name: getattr(run, name) for name in lifecycle.VERSION}
+        return self.filter(pk=run.pk, **version)
 
     def seconds_unclaimed(self) -> float:
         """For how long the run has been left lying that any worker could have claimed; 0 where there
@@ -122,24 +114,32 @@ class RunQuerySet(models.QuerySet["Run"]):
         times = lying.values_list("now", "since")[:SEARCHED_FOR_OLDEST]
         return max([0.0, *((now - since).total_seconds() for now, since in times)])
 
+    def clocked(self) -> list["Run"]:
+        """Read now, with what the database's clock says."""
+        begun = time.monotonic()
+        runs: list[Run] = [*self.annotate(database_time=Now())]
+        for run in runs:
+            run.read_at, run.read_at_monotonic = vars(run).pop("database_time"), begun
+        return runs
+
     def held_by(self, worker: str) -> "RunQuerySet":
         return self.filter(status=Run.Status.PROCESSING, worker=worker)
 
 
 class Run(models.Model):
     class Status(models.TextChoices):
-        QUEUED = "queued"
-        PROCESSING = "processing"
-        COMPLETED = "completed"
-        FAILED = "failed"
-        CANCELLED = "cancelled"
+        QUEUED = lifecycle.Status.QUEUED.value
+        PROCESSING = lifecycle.Status.PROCESSING.value
+        COMPLETED = lifecycle.Status.COMPLETED.value
+        FAILED = lifecycle.Status.FAILED.value
+        CANCELLED = lifecycle.Status.CANCELLED.value
 
     class Source(models.TextChoices):
         HTTP = "http"
         MATRIX = "matrix"
         STREAM = "stream"  # another program's agent.run.requested
 
-    UNFINISHED = (Status.QUEUED, Status.PROCESSING)
+    UNFINISHED = tuple(map(Status, lifecycle.OPEN))
 
     id = models.CharField(primary_key=True, max_length=64, default=new_run_id, editable=False)
     thread = models.ForeignKey(Thread, models.CASCADE, related_name="runs", db_index=False)
@@ -167,8 +167,7 @@ class Run(models.Model):
     input = models.JSONField(default=dict, blank=True)
     model = models.CharField(max_length=100)
     status = models.CharField(max_length=10, choices=Status.choices, default=Status.QUEUED)
-    # Grows with every claim. Whoever writes an outcome must name the number that it claimed with,
-    # so a worker that lost its lease can write nothing.
+    # Grows with every claim: the fencing number.
     attempt = models.PositiveSmallIntegerField(default=0)
     # The number that the present budget of attempts counts from.
     attempt_base = models.PositiveSmallIntegerField(default=0)
@@ -303,18 +302,31 @@ class Run(models.Model):
     @property
     def why_not_retried(self) -> str:
         """A sentence; empty for a run that may be begun anew."""
+        if lifecycle.AskedAgain.guard.holds(self, self.clock()):
+            return ""
         if not self.is_finished:
             return f"The run has not ended yet: it is {self.status}."
-        if self.status == self.Status.COMPLETED:
-            return "The run has been answered."
         if self.merged_into_id:
             return f"The run {self.merged_into_id} answers its question too: retry that one."
-        return ""
+        return "The run has been answered."
+
+    # When it was read, by the database's clock and by `time.monotonic()`; see `RunQuerySet.clocked()`.
+    read_at: datetime | None = None
+    read_at_monotonic = 0.0
+
+    def clock(self) -> datetime:
+        """By the database's clock, which its times are told by: this process's own may be wrong."""
+        if self.read_at is None:
+            return timezone.now()
+        return self.read_at + timedelta(seconds=time.monotonic() - self.read_at_monotonic)
+
+    @property
+    def state(self) -> lifecycle.State:
+        return lifecycle.State(**{name: getattr(self, name) for name in STATE})
 
     @property
     def attempts_spent(self) -> int:
-        """Of the present budget."""
-        return self.attempt - self.attempt_base
+        return self.state.attempts_spent
 
 
 class Attempt(models.Model):
@@ -322,13 +334,13 @@ class Attempt(models.Model):
     the run itself."""
 
     class Result(models.TextChoices):
-        COMPLETED = "completed"
-        FAILED = "failed"
-        RETRIED = "retried"  # failed in a way that another attempt may mend
-        LOST = "lost"  # its worker let the lease lapse
-        RETURNED = "returned"  # its worker was told to stop; counts for nothing
-        CANCELLED = "cancelled"
-        REQUEUED = "requeued"  # taken from its worker by an operator
+        COMPLETED = lifecycle.Result.COMPLETED.value
+        FAILED = lifecycle.Result.FAILED.value
+        RETRIED = lifecycle.Result.RETRIED.value
+        LOST = lifecycle.Result.LOST.value
+        RETURNED = lifecycle.Result.RETURNED.value
+        CANCELLED = lifecycle.Result.CANCELLED.value
+        REQUEUED = lifecycle.Result.REQUEUED.value
 
     run = models.ForeignKey(Run, models.CASCADE, related_name="attempts", db_index=False)
     number = models.PositiveSmallIntegerField()

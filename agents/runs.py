@@ -1,9 +1,7 @@
 """Carry out one run: claim it, carry out its command, record the outcome.
 
-The life of a run: `queued -> processing -> completed | failed | cancelled`, and back to `queued`
-when an attempt failed in a way that another may mend, when an operator takes it from its worker, or
-when somebody asks for it again after it failed or was cancelled. Every change is one conditional
-UPDATE that names the state it comes from, so whoever is late changes nothing.
+What may become of a run is told by agents/lifecycle.py. Every change here is one conditional UPDATE
+that names the state it comes from, so whoever is late changes nothing.
 """
 
 import logging
@@ -17,13 +15,22 @@ from functools import partial
 from typing import Any, cast
 
 import structlog
-from django.conf import settings
 from django.db import connection, transaction
-from django.db.models import F
 from django.db.models.functions import Now
 from django.utils import timezone
 
-from agents import audience, commands, leases, live, llm, loop, memory, prices, stream
+from agents import (
+    audience,
+    commands,
+    leases,
+    lifecycle,
+    live,
+    llm,
+    loop,
+    memory,
+    prices,
+    stream,
+)
 from agents.models import (
     CHAT_REPLY,
     OVERDUE,
@@ -31,9 +38,9 @@ from agents.models import (
     Event,
     EventQuerySet,
     Run,
-    RunQuerySet,
     Step,
 )
+from agents.statements import as_columns, as_q
 from chat.models import Message
 from realm.connections import AWAY
 from realm.tracing import tagged
@@ -41,11 +48,6 @@ from realm.tracing import tagged
 logger = logging.getLogger(__name__)
 outcomes = structlog.get_logger(__name__)
 
-BACKOFF_SECONDS = 1.0
-MAX_BACKOFF_SECONDS = 60.0
-LATE_ATTEMPT_SECONDS = 30.0
-# What waits by one clock for a time of another may come a little early.
-CLOCK_SLACK_SECONDS = 0.05
 OVERDUE_BATCH = 500
 NOTHING = loop.Transcript()
 # What an attempt's own worker writes of it, once.
@@ -82,33 +84,32 @@ def _tagged(run: Run) -> AbstractContextManager[None]:
 
 def claim(run_id: str) -> Run | None:
     """Take a run for this worker, or None when it is not to be had."""
-    run = next(iter(Run.objects.select_related("thread").filter(pk=run_id)), None)
+    run = next(iter(Run.objects.select_related("thread").filter(pk=run_id).clocked()), None)
     if run is None or run.is_finished:
         return None
+    change = _change(run, lifecycle.Claimed())
     worker, now = leases.worker_name(), timezone.now()
     with transaction.atomic():
         taken = Run.objects.claimable_as_read(run).update(
-            status=Run.Status.PROCESSING,
-            attempt=run.attempt + 1,
-            worker=worker,
-            claimed_at=now,
-            lease_expires_at=Now() + leases.duration(),
-            started_at=run.started_at or now,
-            updated_at=now,
+            worker=worker, claimed_at=now, updated_at=now, **as_columns(change)
         )
-        if taken and run.status == Run.Status.PROCESSING:
-            _end_attempt(run, Attempt.Result.LOST, code="worker_lost")
+        if taken:
+            _end_attempt(run, change.ended, code="worker_lost")
     if not taken:
         return None
-    run.attempt += 1
-    run.worker, run.claimed_at, run.started_at = worker, now, run.started_at or now
+    run.attempt = change.columns["attempt"]
+    run.worker, run.claimed_at, run.started_at = worker, now, run.started_at or run.clock()
     return run
+
+
+def _change(run: Run, event: lifecycle.Event) -> lifecycle.Change:
+    return event.change(run.state, run.clock(), leases.rules())
 
 
 def _attempt(run: Run, lease: leases.Lease, feed: live.Feed) -> bool:
     transcript = loop.Transcript(watcher=feed)
     try:
-        if run.attempts_spent > settings.AGENT_MAX_ATTEMPTS:
+        if lifecycle.used_up(run.state, leases.rules()):
             raise llm.LLMError(
                 "The server could not carry out this run: its worker was lost each time.",
                 code="workers_lost",
@@ -148,34 +149,18 @@ def hand_back() -> int:
     returned = 0
     for run in Run.objects.held_by(leases.worker_name()):
         with transaction.atomic():
-            if _fenced(
-                run,
-                status=Run.Status.QUEUED,
-                handed_at=None,
-                # It was no attempt that counts.
-                attempt_base=F("attempt_base") + 1,
-            ):
-                _end_attempt(run, Attempt.Result.RETURNED)
+            change = _change(run, lifecycle.GivenBack(run.attempt))
+            if _fenced(run, change):
+                _end_attempt(run, change.ended)
                 returned += 1
     leases.heartbeat().lose_all()
     return returned
 
 
 def _deadline(run: Run) -> float:
-    """When the run has had its time, in `time.monotonic()`. An attempt that begins late, because
-    nobody could work for a while, gets a little all the same; but nothing goes on after the time
-    that whoever asked gave it."""
-    spent = (timezone.now() - (run.started_at or timezone.now())).total_seconds()
-    whole = settings.AGENT_DEADLINE_SECONDS
-    left = max(whole - spent, min(whole, LATE_ATTEMPT_SECONDS))
-    return time.monotonic() + min(left, _seconds_left(run))
-
-
-def _seconds_left(run: Run) -> float:
-    """Of the time that whoever asked gave it."""
-    if run.deadline_at is None:
-        return float("inf")
-    return (run.deadline_at - timezone.now()).total_seconds()
+    """When the run has had its time, in `time.monotonic()`."""
+    left = lifecycle.time_left(run.state, run.clock(), leases.rules())
+    return time.monotonic() + left.total_seconds()
 
 
 def _overdue() -> llm.LLMError:
@@ -213,7 +198,7 @@ def _complete(run: Run, answer: str, transcript: loop.Transcript) -> bool:
         summary_due = memory.note_answer(run)
         won = _finish(
             run,
-            Run.Status.COMPLETED,
+            _change(run, lifecycle.Answered(run.attempt)),
             transcript,
             payload={"output": answer},
             answer_id=message.pk,
@@ -227,16 +212,21 @@ def _complete(run: Run, answer: str, transcript: loop.Transcript) -> bool:
 
 
 def _fail_or_retry(run: Run, error: llm.LLMError, transcript: loop.Transcript) -> bool:
-    if _seconds_left(run) < CLOCK_SLACK_SECONDS:
+    if lifecycle.out_of_time(run.state, run.clock()):
         error = _overdue()
-    pause = max(error.retry_after or 0, _backoff(run.attempts_spent))
-    in_time = time.monotonic() + pause < _deadline(run)
-    if not error.permanent and run.attempts_spent < settings.AGENT_MAX_ATTEMPTS and in_time:
-        return _put_back(run, error, transcript, pause)
+    failed = lifecycle.Failed(
+        run.attempt,
+        permanent=error.permanent,
+        retry_after=timedelta(seconds=error.retry_after or 0),
+        luck=random.random(),  # noqa: S311
+    )
+    change = _change(run, failed)
+    if change.told is None:
+        return _put_back(run, change, error, transcript)
     with transaction.atomic():
         won = _finish(
             run,
-            Run.Status.FAILED,
+            change,
             transcript,
             payload={"error": str(error)},
             error=str(error),
@@ -249,31 +239,23 @@ def _fail_or_retry(run: Run, error: llm.LLMError, transcript: loop.Transcript) -
     return False
 
 
-def _put_back(run: Run, error: llm.LLMError, transcript: loop.Transcript, pause: float) -> bool:
+def _put_back(
+    run: Run, change: lifecycle.Change, error: llm.LLMError, transcript: loop.Transcript
+) -> bool:
     """Put the run back; the sweep hands it over again when it is due."""
     with transaction.atomic():
-        won = _fenced(
-            run,
-            status=Run.Status.QUEUED,
-            due_at=Now() + timedelta(seconds=pause),
-            handed_at=None,
-            **_spent(run, transcript),
-        )
+        won = _fenced(run, change, **_spent(run, transcript))
         if won:
-            _end_attempt(run, Attempt.Result.RETRIED, transcript, str(error), error.code)
+            _end_attempt(run, change.ended, transcript, str(error), error.code)
     if won:
+        pause = change.columns["due_at"].delay.total_seconds()
         logger.info("Run will be tried again in %.1f s: %s", pause, error)
     return False
 
 
-def _backoff(attempt: int) -> float:
-    """Full jitter: workers that failed together do not come back together."""
-    return random.uniform(0, min(MAX_BACKOFF_SECONDS, BACKOFF_SECONDS * 2**attempt))  # noqa: S311
-
-
 def _finish(
     run: Run,
-    status: Run.Status,
+    change: lifecycle.Change,
     transcript: loop.Transcript,
     *,
     payload: dict[str, Any],
@@ -281,25 +263,18 @@ def _finish(
     **columns: Any,
 ) -> bool:
     """Write the outcome of an attempt, its event included. False when this worker lost the run."""
-    columns |= {
-        "status": status,
-        "due_at": None,
-        "finished_at": timezone.now(),
-        **_spent(run, transcript),
-    }
-    if not _fenced(run, **columns):
+    columns |= {"finished_at": timezone.now(), **_spent(run, transcript)}
+    if not _fenced(run, change, **columns):
         return False
-    _end_attempt(
-        run, Attempt.Result(status.value), transcript, error, columns.get("error_code", "")
-    )
-    announce(run, Event.Type(f"agent.run.{status.value}"), payload)
+    _end_attempt(run, change.ended, transcript, error, columns.get("error_code", ""))
+    announce(run, change.told, payload)
     return True
 
 
-def _fenced(run: Run, **columns: Any) -> bool:
+def _fenced(run: Run, change: lifecycle.Change, **columns: Any) -> bool:
     """Change the run if the claim still stands: the attempt's number is the fence."""
-    claimed = Run.objects.filter(pk=run.pk, attempt=run.attempt, status=Run.Status.PROCESSING)
-    if claimed.update(lease_expires_at=None, updated_at=timezone.now(), **columns):
+    claimed = Run.objects.filter(pk=run.pk).that(lifecycle.OfAttempt(run.attempt).guard)
+    if claimed.update(updated_at=timezone.now(), **as_columns(change), **columns):
         return True
     attempt = Attempt.objects.filter(run=run.pk, number=run.attempt)
     # Its own outcome stands there where the database was lost just after it had been recorded.
@@ -325,17 +300,19 @@ def _costs(transcript: loop.Transcript) -> list[int | None]:
 
 def _end_attempt(
     run: Run,
-    result: Attempt.Result,
+    result: lifecycle.Result | None,
     transcript: loop.Transcript = NOTHING,
     error: str = "",
     code: str = "",
 ) -> None:
-    """Record the attempt that `run` stands in, with its steps."""
+    """Record the attempt that `run` stands in, with its steps; nothing where it stands in none."""
+    if result is None:
+        return
     Attempt.objects.create(
         run=run,
         number=run.attempt,
         worker=run.worker,
-        result=result,
+        result=Attempt.Result(result),
         error=error,
         error_code=code,
         started_at=cast("datetime", run.claimed_at),
@@ -395,16 +372,18 @@ def _keep_partial(run: Run, transcript: loop.Transcript) -> bool:
 
 
 def announce(
-    run: Run, type: Event.Type, payload: dict[str, Any], *, to_count: bool | None = None
+    run: Run, told: lifecycle.Told | None, payload: dict[str, Any], *, to_count: bool | None = None
 ) -> None:
     """Write an event of a run, and add it to the stream after the commit. `to_count` for an outcome
     that no attempt is counted for."""
+    if told is None:
+        return
     event = Event.objects.create(
         run=run,
-        type=type,
+        type=Event.Type(told),
         correlation_id=run.correlation_id,
         to_count=to_count,
-        to_deliver=audience.wanted(type),
+        to_deliver=audience.wanted(Event.Type(told)),
         payload={
             "requestEventId": str(run.request_event_id),
             "runId": run.pk,
@@ -422,7 +401,7 @@ def cancel(run: Run) -> bool:
         run.refresh_from_db()
         if run.is_finished:
             return False
-        if _end(run, Run.Status.CANCELLED):
+        if _end(run, lifecycle.Cancelled()):
             return True
 
 
@@ -434,15 +413,15 @@ def merge_waiting(run: Run) -> None:
     if run.command != CHAT_REPLY:
         return
     waiting = Run.objects.unfinished().filter(
+        as_q(lifecycle.Merged.guard),
         thread_id=run.thread_id,
         position__lt=run.position,
-        status=Run.Status.QUEUED,
         command=run.command,
         source=run.source,
         place=run.place,
     )
     for each in waiting.order_by("position"):
-        _end(each, Run.Status.CANCELLED, payload={"mergedInto": run.pk}, merged_into=run)
+        _end(each, lifecycle.Merged(run.pk), payload={"mergedInto": run.pk})
 
 
 def end_overdue() -> int:
@@ -456,8 +435,7 @@ def _fail_overdue(run: Run) -> bool:
     error = _overdue()
     return _end(
         run,
-        Run.Status.FAILED,
-        among=Run.objects.overdue(),
+        lifecycle.Expired(),
         payload={"error": str(error)},
         safe_error=str(error),
         error_code=error.code,
@@ -466,41 +444,25 @@ def _fail_overdue(run: Run) -> bool:
 
 def _end(
     run: Run,
-    status: Run.Status,
+    event: lifecycle.Event,
     *,
-    among: RunQuerySet | None = None,
     payload: dict[str, Any] | None = None,
     **columns: Any,
 ) -> bool:
-    """End a run over the head of its worker, if it is as it was read, and one of `among`."""
-    attempted = run.status == Run.Status.PROCESSING
+    """End a run over the head of its worker, if it is as it was read and the event may still come."""
+    change = _change(run, event)
+    status = Run.Status(change.columns["status"])
     with transaction.atomic():
         now = timezone.now()
-        if (
-            not (Run.objects.all() if among is None else among)
-            .as_read(run)
-            .update(
-                status=status,
-                due_at=None,
-                lease_expires_at=None,
-                finished_at=now,
-                updated_at=now,
-                **columns,
-            )
-        ):
+        ended = Run.objects.as_read(run).that(event.guard)
+        if not ended.update(finished_at=now, updated_at=now, **as_columns(change), **columns):
             return False
-        if attempted:
-            error, code = columns.get("safe_error", ""), columns.get("error_code", "")
-            _end_attempt(run, Attempt.Result(status.value), error=error, code=code)
-        announce(
-            run,
-            Event.Type(f"agent.run.{status.value}"),
-            payload or {},
-            to_count=None if attempted else True,
-        )
+        error, code = columns.get("safe_error", ""), columns.get("error_code", "")
+        _end_attempt(run, change.ended, error=error, code=code)
+        announce(run, change.told, payload or {}, to_count=None if change.ended else True)
         transaction.on_commit(partial(live.stop, run.pk), robust=True)
     with _tagged(run):
-        _log_outcome(run, status, error_code=columns.get("error_code", ""))
+        _log_outcome(run, status, error_code=code)
     return True
 
 
@@ -515,25 +477,15 @@ def retry(run: Run) -> bool:
     run.refresh_from_db()
     if not run.may_be_retried:
         return False
-    event_id = uuid.uuid4()
-    again = {}
-    if run.deadline_at:
-        # As long as it was given before.
-        given = run.deadline_at - (run.retried_at or run.created_at)
-        again["deadline_at"] = Now() + given
     with transaction.atomic():
-        now = timezone.now()
-        if not Run.objects.as_read(run).update(
-            status=Run.Status.QUEUED,
-            retries=run.retries + 1,
-            retried_at=now,
-            request_event_id=event_id,
+        ended = Run.objects.as_read(run).that(lifecycle.AskedAgain.guard)
+        if not ended.update(
+            request_event_id=uuid.uuid4(),
             safe_error="",
             error_code="",
             finished_at=None,
-            updated_at=now,
-            **_fresh(run),
-            **again,
+            updated_at=timezone.now(),
+            **as_columns(_change(run, lifecycle.AskedAgain())),
         ):
             return False
         _hold_back_later(run)
@@ -550,29 +502,18 @@ def requeue(run: Run) -> bool:
     run.refresh_from_db()
     if run.is_finished:
         return False
+    change = _change(run, lifecycle.Requeued())
     with transaction.atomic():
-        if not Run.objects.as_read(run).update(
-            status=Run.Status.QUEUED,
-            lease_expires_at=None,
-            updated_at=timezone.now(),
-            **_fresh(run),
+        if (
+            not Run.objects.as_read(run)
+            .that(lifecycle.Requeued.guard)
+            .update(updated_at=timezone.now(), **as_columns(change))
         ):
             return False
-        if run.status == Run.Status.PROCESSING:
-            _end_attempt(run, Attempt.Result.REQUEUED)
+        _end_attempt(run, change.ended)
         tell_again(Event.objects.filter(pk=run.request_event_id))
     logger.info("Run %s is put into the queue again", run.pk)
     return True
-
-
-def _fresh(run: Run) -> dict[str, Any]:
-    """Due now, with all attempts and all the time to go."""
-    return {
-        "due_at": Now(),
-        "handed_at": None,
-        "started_at": None,
-        "attempt_base": run.attempt,
-    }
 
 
 def _hold_back_later(run: Run) -> None:
@@ -580,9 +521,9 @@ def _hold_back_later(run: Run) -> None:
     this one unfinished; PostgreSQL makes it look at its own row again, finds that it is not due, and
     gives up. (One that was first has committed before this returns, and the claim of `run` sees it.)
     """
-    Run.objects.filter(
-        thread_id=run.thread_id, position__gt=run.position, status=Run.Status.QUEUED
-    ).update(due_at=Now() + timedelta(seconds=1), handed_at=None)
+    event = lifecycle.HeldBack()
+    later = Run.objects.filter(thread_id=run.thread_id, position__gt=run.position)
+    later.that(event.guard).update(**as_columns(_change(run, event)))
 
 
 def _announce_request(run: Run) -> None:

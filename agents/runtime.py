@@ -63,8 +63,6 @@ PRUNE_AT_ONCE_SECONDS = 0.5
 # What passes by itself, when whoever is away comes back.
 DATABASE_TROUBLE = (DatabaseError, InterfaceError)
 TROUBLE = (RedisError, BrokerError, *DATABASE_TROUBLE, OSError)
-# A run that was handed over and not claimed for this long is handed over again.
-HANDOVER_PATIENCE = timedelta(seconds=15)
 # An event that no worker has seen on the stream for this long is added again.
 RELAY_PATIENCE = timedelta(seconds=5)
 # An entry that a worker took and did not acknowledge for this long is taken over.
@@ -217,11 +215,8 @@ def sweep_runs() -> int:
     While Celery's queue is long, only those that cannot be in it: the others wait for their turn
     there, and to hand them over again and again would make it longer still.
     """
-    if queue_is_long():
-        overlooked = Run.objects.untold()
-    else:
-        overlooked = Run.objects.overlooked(after=HANDOVER_PATIENCE)
-    run_ids = list(overlooked.order_by("due_at").values_list("pk", flat=True)[:SWEEP_BATCH])
+    waiting = Run.objects.untold() if queue_is_long() else Run.objects.overlooked()
+    run_ids = list(waiting.order_by("due_at").values_list("pk", flat=True)[:SWEEP_BATCH])
     if run_ids:
         hand_over(run_ids)
         with transaction.atomic():

@@ -13,6 +13,16 @@ from redis import exceptions
 class Channel(redis.Channel):
     _kept: Any = None
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Raises `ConnectionError` where Redis takes nothing, being full, a replica or unable to
+        save: a worker then waits longer and longer, as for one that is away."""
+        super().__init__(*args, **kwargs)
+        try:
+            self.client.set("_kombu.probe", b"", px=1)
+        except exceptions.ResponseError as error:
+            self.close()
+            raise exceptions.ConnectionError(f"Redis refuses to write: {error}") from error
+
     def _create_client(self, asynchronous: bool = False) -> Any:
         if asynchronous:  # subscribes or blocks on a connection of its own
             return super()._create_client(asynchronous=True)

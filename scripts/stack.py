@@ -13,6 +13,7 @@ What it reads from the environment (or from `.env`, where the environment says n
     DATABASE_URL       a database of yours; without it, SQLite in ./db
     MATRIX_URL         a homeserver of yours; without it the stack runs one of its own
     STACK_MATRIX       false leaves out homeserver and bot runner
+    STACK_WORKERS      how many workers, 1; the second one is called worker2
     STACK_DIR          where the stack keeps its files, ./.local; two stacks need one each
     DEBUG              true unless it is set
 
@@ -29,6 +30,7 @@ import importlib.util
 import json
 import os
 import random
+import re
 import secrets
 import shutil
 import signal
@@ -47,6 +49,7 @@ import supervise
 
 REPO = Path(__file__).resolve().parent.parent
 TEMPLATES = REPO / "deploy" / "local"
+WORKER = re.compile(r"^\[program:worker\]\n.*?(?=^\[)", re.MULTILINE | re.DOTALL)
 # Every port that the stack answers on: the variable and its default.
 PORTS = [("PORT", 3000), ("REALM_SERVER_PORT", 4201)]
 LOOPBACK = [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")]
@@ -268,13 +271,26 @@ def prepare_database() -> None:
 def prepare_supervisor(folder: Path, leaving: contextlib.ExitStack) -> Path:
     """Write supervisord's configuration. Where the folder's path is too long for a socket, that has
     a folder of its own, which goes when `leaving` closes."""
-    config = (TEMPLATES / "supervisord.conf").read_text()
+    config = add_workers((TEMPLATES / "supervisord.conf").read_text())
     if len(os.fsencode(folder / "supervisord.sock")) > LONGEST_SOCKET_PATH:
         elsewhere = leaving.enter_context(tempfile.TemporaryDirectory(prefix="botrealm-"))
         config = config.replace("%(here)s/supervisord.sock", f"{elsewhere}/supervisord.sock")
     path = folder / "supervisord.conf"
     write_private(path, config)
     return path
+
+
+def add_workers(config: str) -> str:
+    """The configuration with as many workers as STACK_WORKERS says."""
+    value = setting("STACK_WORKERS", "1")
+    if not (value.isascii() and value.isdigit() and 1 <= int(value) <= 64):
+        sys.exit(f"STACK_WORKERS={value!r}: use a whole number from 1 to 64.")
+    section = "".join(WORKER.findall(config))
+    others = (
+        section.replace("[program:worker]", f"[program:worker{number}]")
+        for number in range(2, int(value) + 1)
+    )
+    return config + "".join(f"\n{other}" for other in others)
 
 
 def write_private(path: Path, text: str) -> None:

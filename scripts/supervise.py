@@ -11,6 +11,7 @@ import os
 import queue
 import signal
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ OWN_NAME = "stack"
 WITHOUT_NAME = {"ready"}
 LONGEST_LINE = 1024 * 1024
 POLL_SECONDS = 0.1
+# A program that dies over and over is started again after 1 s, 2 s, 3 s and so on up to this.
+LONGEST_PAUSE_SECONDS = 30
 PR_SET_PDEATHSIG = 1
 
 
@@ -130,6 +133,7 @@ class Options(ServerOptions):
         # supervisord reloads on a hang-up; here it means that the window was closed.
         signal.signal(signal.SIGHUP, lambda *_: self.signal_receiver.receive(signal.SIGTERM, None))
         events.subscribe(events.ProcessStateEvent, clean_up_after)
+        events.subscribe(events.ProcessStateBackoffEvent, never_give_up)
         self.logger.addHandler(OwnLog())
 
     def cleanup_fds(self) -> None:
@@ -163,6 +167,17 @@ def clean_up_after(event: Any) -> None:
             dispatcher.finish()
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
+
+
+def never_give_up(event: Any) -> None:
+    """Keep the count of a program that dies too quickly from growing for ever: supervisor waits a
+    second longer each time, and beyond `startretries` it would leave the program down."""
+    process = event.process
+    pause = min(process.backoff, LONGEST_PAUSE_SECONDS)
+    process.backoff, process.delay = pause, time.time() + pause
+    terminal.show(
+        OWN_NAME, [b"%s is started again in %d s" % (process.config.name.encode(), pause)]
+    )
 
 
 def run(config: Path) -> None:

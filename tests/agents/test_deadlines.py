@@ -78,7 +78,7 @@ class TestWaiting:
     def test_no_worker_begins_it_any_more(self) -> None:
         run = ask(-1)
         assert runs.claim(run.pk) is None
-        assert not Run.objects.overlooked(after=timedelta(0)).exists()
+        assert not Run.objects.claimable().exists()
 
     def test_it_is_ended_once_and_counted_once(self) -> None:
         ask(-1)

@@ -1,12 +1,9 @@
 """The database goes away and comes back while questions keep coming."""
 
 import re
-import socket
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import suppress
 
 import pytest
 from django.db import connection
@@ -14,6 +11,7 @@ from django.db import connection
 from agents.models import Run
 from botrunner.models import Reply
 from tests.botrunner.world import World, register
+from tests.faults.proxy import Proxy
 from tests.synapse import Account
 
 pytestmark = [
@@ -25,61 +23,20 @@ pytestmark = [
 ]
 
 
-class Line:
-    """What leads to the database, and can be cut."""
-
-    def __init__(self, host: str, port: int) -> None:
-        self.target = (host, port)
-        self._ends: set[socket.socket] = set()
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port = int(self._listener.getsockname()[1])
-        threading.Thread(target=self._listen, args=(self._listener,), daemon=True).start()
-
-    def cut(self) -> None:
-        """Nobody gets through any more: those who try are refused."""
-        self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-        for end in list(self._ends):
-            with suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
-
-    def mend(self) -> None:
-        self._listener = socket.create_server(("127.0.0.1", self.port))
-        threading.Thread(target=self._listen, args=(self._listener,), daemon=True).start()
-
-    def _listen(self, listener: socket.socket) -> None:
-        with suppress(OSError):
-            while True:
-                near, _ = listener.accept()
-                far = socket.create_connection(self.target)
-                for source, sink in ((near, far), (far, near)):
-                    self._ends.add(source)
-                    threading.Thread(target=self._pump, args=(source, sink), daemon=True).start()
-
-    def _pump(self, source: socket.socket, sink: socket.socket) -> None:
-        with suppress(OSError):
-            while data := source.recv(65_536):
-                sink.sendall(data)
-        with suppress(OSError):
-            sink.shutdown(socket.SHUT_RDWR)
-        self._ends.discard(source)
-        source.close()
-
-
 @pytest.fixture
-def line(world: World) -> Iterator[Line]:
+def line(world: World) -> Iterator[Proxy]:
     """The world's processes reach the database by it; the test itself does not."""
     found = connection.get_connection_params()
-    line = Line(found["host"] or "127.0.0.1", int(found.get("port") or 5432))
-    world.env["DATABASE_URL"] = re.sub(
-        r"@[^/]*/", f"@127.0.0.1:{line.port}/", world.env["DATABASE_URL"]
-    )
-    yield line
-    line.cut()
+    host = found["host"] or "127.0.0.1"
+    with Proxy(int(found.get("port") or 5432), host) as line:
+        world.env["DATABASE_URL"] = re.sub(
+            r"@[^/]*/", f"@127.0.0.1:{line.port}/", world.env["DATABASE_URL"]
+        )
+        yield line
 
 
 def test_a_database_that_goes_away_for_a_while_costs_no_question(
-    world: World, alice: Account, line: Line
+    world: World, alice: Account, line: Proxy
 ) -> None:
     register(alice)
     world.start("worker", "bot")
@@ -96,10 +53,10 @@ def test_a_database_that_goes_away_for_a_while_costs_no_question(
     world.wait("a reply", lambda: Reply.objects.filter(status="sent").exists())
     # Only every connection is lost; then nobody gets through, for longer than the lease holds.
     for seconds in (0, 12):
-        line.cut()
+        line.refuse()
         ask(f"{seconds} seconds")
         time.sleep(seconds)
-        line.mend()
+        line.restore()
         ask("after")
         world.wait("all replies", all_answered, seconds=25)
     assert _answered(world, alice, rooms) == Counter(asked)

@@ -3,6 +3,7 @@
 import logging
 from typing import Any
 
+import pytest
 from kombu import Connection
 
 
@@ -19,3 +20,22 @@ def test_a_channel_that_outlives_its_connection_can_be_closed(
         channel._disconnect_pools()
         connection.maybe_close_channel(channel)
         message.ack_log_error(logging.getLogger(), connection.connection_errors)
+
+
+@pytest.mark.parametrize(
+    ("setting", "refusing", "usual"), [("maxmemory", "1", "0"), ("min-replicas-to-write", "1", "0")]
+)
+def test_a_redis_that_takes_nothing_counts_as_one_that_is_away(
+    redis: Any, redis_server: str, setting: str, refusing: str, usual: str
+) -> None:
+    """So that a worker waits for it, longer and longer."""
+    redis.config_set(setting, refusing)
+    try:
+        connection = Connection(redis_server, transport="config.broker:Transport")
+        away = connection.recoverable_connection_errors
+        with connection, pytest.raises(away, match="refuses to write"):
+            connection.transport.establish_connection()
+    finally:
+        redis.config_set(setting, usual)
+    with Connection(redis_server, transport="config.broker:Transport") as connection:
+        assert connection.connect()

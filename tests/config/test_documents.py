@@ -5,7 +5,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 # Read by the local stack, not by the settings.
-ELSEWHERE = {"PORT", "REALM_SERVER_PORT", "STACK_DIR", "STACK_MATRIX"}
+ELSEWHERE = {"PORT", "REALM_SERVER_PORT", "STACK_DIR", "STACK_MATRIX", "STACK_WORKERS"}
 
 
 def read_by_settings() -> set[str]:

@@ -171,6 +171,17 @@ class Stack:
         programs["stack"] = [p.pid for p in self._members() if p.pid not in known]
         return programs
 
+    def down(self) -> list[str]:
+        """The programs that should be up and are not, with their state."""
+        with self._supervisor() as supervisor:
+            return [
+                f"{info['name']} ({info['statename']})"
+                for info in supervisor.getAllProcessInfo()
+                if info["start"]
+                and info["name"] != "ready"
+                and info["statename"] not in ("RUNNING", "STARTING")
+            ]
+
     def memory(self) -> dict[str, float]:
         """MB of each program; pages that processes share are counted once (PSS)."""
         return {

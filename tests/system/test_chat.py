@@ -291,6 +291,19 @@ def test_the_admin_shows_the_run(stack: Stack, llm: FakeLLM) -> None:
     assert "agent.run.completed" in text
 
 
+def test_a_redis_that_refuses_what_it_is_told_ends_no_worker(stack: Stack) -> None:
+    """As one does that is full, or that has become a replica."""
+    worker = stack.pid("worker")
+    with stack.redis as redis:
+        redis.config_set("min-replicas-to-write", 1)
+        told = ask(stack, "Hi")
+        stack.wait("the worker to wait", lambda: "Redis refuses to write" in stack.log(), 30)
+        redis.config_set("min-replicas-to-write", 0)
+
+    assert finished(stack, told["runId"])["status"] == "completed"
+    assert stack.pid("worker") == worker
+
+
 def test_what_dies_is_started_again(stack: Stack) -> None:
     for name in ("web", "worker", "redis"):
         old = stack.kill(name)

@@ -1,0 +1,351 @@
+"""Whether the statements on the database do as agents.lifecycle says: each step is taken in both, and
+what has become of the runs is compared."""
+
+from collections import Counter
+from collections.abc import Callable
+from datetime import datetime, timedelta
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from django.db import connection, transaction
+from django.db.models import Q
+from django.utils import timezone
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
+
+from agents import inbox, leases, lifecycle, llm, models, runs, runtime, statements
+from agents.conditions import Condition, Is
+from agents.models import Attempt, Event, Run, RunQuerySet
+from chat.models import Thread
+from tests.agents.lifeworld import RULES, World
+from tests.agents.test_lifecycle import BUSY, DEADLINES, PAUSES, SKEWS, WISHES
+
+pytestmark = [
+    pytest.mark.django_db,
+    pytest.mark.skipif(connection.vendor != "sqlite", reason="the clock of SQLite can be replaced"),
+]
+
+EXAMPLES, STEPS_PER_EXAMPLE = 40, 50
+# None of which come to just a lease, a deadline or a patience: SQLite compares times as text, where
+# 10 s are less than 10.000 s.
+JUMPS = [0.503, 1.007, 5.011, 9.997, 10.003, 16.013, 61.017, 1000.019, -1.007]
+WORKERS = st.integers(0, 2)
+WHICH = st.integers(0, 15)
+
+
+class Clocks:
+    """The database's, and that of the process which speaks to it at present."""
+
+    def __init__(self) -> None:
+        self.now = World().now
+        self.skew = timedelta()
+
+    def of_process(self) -> datetime:
+        return self.now + self.skew
+
+    def of_database(self, form: str, when: str) -> str:
+        """In place of SQLite's `STRFTIME(..., 'NOW')`, as Django has it."""
+        assert (form, when) == ("%Y-%m-%d %H:%M:%f", "NOW")
+        return self.now.strftime("%Y-%m-%d %H:%M:%S.") + f"{self.now.microsecond // 1000:03}"
+
+
+CLOCKS = Clocks()
+
+
+@pytest.fixture(autouse=True)
+def _one_clock(db: None, monkeypatch: pytest.MonkeyPatch, settings: Any) -> Any:
+    settings.AGENT_MAX_ATTEMPTS = RULES.max_attempts
+    settings.AGENT_LEASE_SECONDS = RULES.lease.total_seconds()
+    settings.AGENT_DEADLINE_SECONDS = RULES.time.total_seconds()
+    monkeypatch.setattr(timezone, "now", CLOCKS.of_process)
+    # Which no skew of the wall clock moves.
+    steady = SimpleNamespace(monotonic=lambda: CLOCKS.now.timestamp())
+    monkeypatch.setattr(models, "time", steady)
+    monkeypatch.setattr(runtime, "queue_is_long", lambda: False)
+    # Not between two transactions, as it is where heartbeats are.
+    monkeypatch.setattr(connection, "close_if_unusable_or_obsolete", lambda: None)
+    connection.ensure_connection()
+    connection.connection.create_function("STRFTIME", 2, CLOCKS.of_database)
+    yield
+    connection.connection.create_function("STRFTIME", 2, None)
+
+
+class Conformance(RuleBasedStateMachine):
+    steps = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.world = World()
+        CLOCKS.now = self.world.now
+        self.savepoint = transaction.savepoint()
+        # Of each worker: its name, which no other process ever has, and the runs as it claimed them.
+        self.names = [f"worker {number}" for number in range(3)]
+        self.taken: list[dict[str, Run]] = [{}, {}, {}]
+        self.seen: list[tuple[Run, lifecycle.State]] = []
+
+    def teardown(self) -> None:
+        transaction.savepoint_rollback(self.savepoint)
+
+    def be(self, worker: int) -> None:
+        leases.worker_name = lambda: self.names[worker]
+
+    def any_run(self, which: int) -> str | None:
+        newest = list(self.world.runs)[-16:]
+        return newest[which % len(newest)] if newest else None
+
+    @rule(
+        thread=st.integers(0, 1),
+        when_busy=st.sampled_from(BUSY),
+        deadline=st.sampled_from(DEADLINES),
+    )
+    def accept(self, thread: int, when_busy: str, deadline: timedelta | None) -> None:
+        count = len(self.world.runs)
+        self.world.accept(thread, when_busy, deadline)
+        try:
+            inbox.ask(
+                content="Hello",
+                source=Run.Source.HTTP,
+                threads=Thread.objects.all(),
+                thread_id=f"thr_{thread}",
+                run_id=f"run_{count}",
+                when_busy=inbox.WhenBusy(when_busy),
+                deadline_seconds=int(deadline.total_seconds()) if deadline else None,
+            )
+        except inbox.Busy:
+            assert len(self.world.runs) == count
+        else:
+            Run.objects.filter(pk=f"run_{count}").update(created_at=CLOCKS.now)
+
+    @rule(worker=WORKERS, which=WHICH)
+    def claim(self, worker: int, which: int) -> None:
+        if run_id := self.any_run(which):
+            self.claim_run(worker, run_id)
+
+    @rule(worker=WORKERS, which=WHICH)
+    def claim_what_may_be_claimed(self, worker: int, which: int) -> None:
+        if claimable := sorted(self.world.claimable()):
+            self.claim_run(worker, claimable[which % len(claimable)])
+
+    @rule(worker=WORKERS, which=WHICH)
+    def overtake(self, worker: int, which: int) -> None:
+        """A worker stands still for longer than its lease, and another takes the run."""
+        if found := self.held((worker + 1) % 3, which):
+            self.wait(10.003)
+            self.claim_run(worker, found[0].pk)
+
+    def claim_run(self, worker: int, run_id: str) -> None:
+        self.be(worker)
+        told = self.world.claim(self.world.workers[worker], run_id, self.world.runs[run_id])
+        run = runs.claim(run_id)
+        assert (run is not None) == told
+        if run is None:
+            return
+        if lifecycle.used_up(run.state, leases.rules()):
+            gone = llm.LLMError("Lost.", code="workers_lost", permanent=True)
+            runs._fail_or_retry(run, gone, runs.NOTHING)
+        else:
+            self.taken[worker][run_id] = run
+
+    def held(self, worker: int, which: int) -> tuple[Run, lifecycle.State] | None:
+        held = self.world.workers[worker].held
+        assert set(held) == set(self.taken[worker])
+        if not held:
+            return None
+        self.be(worker)
+        run_id = sorted(held)[which % len(held)]
+        return self.taken[worker][run_id], held[run_id]
+
+    def put_down(self, worker: int, run_id: str) -> None:
+        del self.taken[worker][run_id], self.world.workers[worker].held[run_id]
+
+    @rule(worker=WORKERS)
+    def beat(self, worker: int) -> None:
+        self.be(worker)
+        self.world.beat(self.world.workers[worker])
+        heartbeat = leases.Heartbeat()
+        held = {run_id: leases.Lease(run) for run_id, run in self.taken[worker].items()}
+        heartbeat._leases = set(held.values())
+        heartbeat.renew()
+        for run_id, lease in held.items():
+            assert lease.lost() == (run_id not in self.world.workers[worker].held)
+            if lease.lost():
+                del self.taken[worker][run_id]
+
+    @rule(worker=WORKERS, which=WHICH, told=st.booleans())
+    def answer(self, worker: int, which: int, told: bool) -> None:
+        if found := self.held(worker, which):
+            run, claimed = found
+            self.world.write(run.pk, lifecycle.Answered(run.attempt), claimed)
+            runs._complete(run, "An answer", runs.NOTHING)
+            if told:
+                self.put_down(worker, run.pk)
+
+    @rule(
+        worker=WORKERS,
+        which=WHICH,
+        permanent=st.booleans(),
+        pause=st.sampled_from(PAUSES),
+        luck=st.floats(0, 1),
+        skew=st.sampled_from(SKEWS),
+    )
+    def fail(
+        self, worker: int, which: int, permanent: bool, pause: timedelta, luck: float, skew: int
+    ) -> None:
+        """By a worker whose clock is wrong, which makes no difference."""
+        if found := self.held(worker, which):
+            run, claimed = found
+            event = lifecycle.Failed(run.attempt, permanent, pause, luck)
+            self.world.write(run.pk, event, claimed)
+            error = llm.LLMError(
+                "No.", code="no", permanent=permanent, retry_after=pause.total_seconds()
+            )
+            CLOCKS.skew = timedelta(seconds=skew)
+            runs.random = SimpleNamespace(random=lambda: luck)
+            try:
+                runs._fail_or_retry(run, error, runs.NOTHING)
+            finally:
+                CLOCKS.skew = timedelta()
+            self.put_down(worker, run.pk)
+
+    @rule(worker=WORKERS)
+    def stop_worker(self, worker: int) -> None:
+        self.be(worker)
+        for run_id, claimed in self.world.workers[worker].held.items():
+            read = self.world.runs[run_id]
+            self.world.write(run_id, lifecycle.GivenBack(claimed.attempt), read)
+        runs.hand_back()
+        self.kill(worker)
+
+    @rule(worker=WORKERS)
+    def kill(self, worker: int) -> None:
+        self.world.workers[worker].held.clear()
+        self.taken[worker].clear()
+        self.names[worker] += "'"
+
+    @rule(wish=st.sampled_from(WISHES), which=WHICH)
+    def wish(self, wish: str, which: int) -> None:
+        run_id = self.any_run(which)
+        if run_id is None:
+            return
+        state, run = self.world.runs[run_id], Run.objects.get(pk=run_id)
+        if wish == "cancel":
+            told = self.world.write(run_id, lifecycle.Cancelled(), state)
+            assert runs.cancel(run) == told
+        elif wish == "retry":
+            self.world.ask_again(run_id, state)
+            assert runs.retry(run) == (self.world.runs[run_id] != state)
+        else:
+            events = len(self.world.events)
+            self.world.requeue(run_id, state)
+            assert runs.requeue(run) == (len(self.world.events) > events)
+            # Which tells the first request once more, where the world makes another of it.
+            del self.world.events[events:]
+
+    @rule(which=WHICH)
+    def look(self, which: int) -> None:
+        if run_id := self.any_run(which):
+            self.seen = [
+                *self.seen[-1:],
+                (Run.objects.get(pk=run_id), self.world.runs[run_id]),
+            ]
+
+    @rule()
+    def sweep(self) -> None:
+        runs.end_overdue()
+        handed: list[str] = []
+        runtime.hand_over = handed.extend
+        runtime.sweep_runs()
+        assert set(handed) == self.world.sweep()
+
+    @rule(seconds=st.sampled_from(JUMPS))
+    def wait(self, seconds: float) -> None:
+        self.world.now += timedelta(seconds=seconds)
+        CLOCKS.now = self.world.now
+
+    @invariant()
+    def agree(self) -> None:
+        Conformance.steps += 1
+        self.world.time += 1
+        self.world.check()
+        assert {run.pk: run.state for run in Run.objects.all()} == self.world.runs
+        found = Run.objects.claimable().values_list("pk", flat=True)
+        assert set(found) == self.world.claimable()
+        for run, read in self.seen:
+            assert Run.objects.claimable_as_read(run).exists() == self.may_claim(run.pk, read)
+
+    def may_claim(self, run_id: str, read: lifecycle.State) -> bool:
+        now = self.world.runs[run_id]
+        return run_id in self.world.claimable() and all(
+            getattr(read, name) == getattr(now, name) for name in lifecycle.VERSION
+        )
+
+    @rule()
+    def compare_records(self) -> None:
+        told = Counter(Event.objects.values_list("run_id", "type"))
+        assert told == Counter((entry.run, entry.told.value) for entry in self.world.events)
+        results = {
+            (run, n): r for run, n, r in Attempt.objects.values_list("run", "number", "result")
+        }
+        assert results == {
+            (run, number): result
+            for run, ended in self.world.results.items()
+            for number, result in ended.items()
+        }
+
+
+def live(monkeypatch: pytest.MonkeyPatch, examples: int, *, shrink: bool = True) -> int:
+    """How many steps were taken."""
+    # What the machine replaces as it goes.
+    for module, name in ((leases, "worker_name"), (runs, "random"), (runtime, "hand_over")):
+        monkeypatch.setattr(module, name, getattr(module, name))
+    Conformance.steps = 0
+    run_state_machine_as_test(
+        Conformance,
+        settings=settings(
+            max_examples=examples,
+            stateful_step_count=STEPS_PER_EXAMPLE,
+            deadline=None,
+            derandomize=True,
+            database=None,
+            print_blob=True,
+            phases=[Phase.generate, Phase.shrink] if shrink else [Phase.generate],
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
+    return Conformance.steps
+
+
+def test_the_database_does_as_the_rules_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert live(monkeypatch, EXAMPLES) >= 2000
+
+
+def without(column: str) -> Callable[[Condition], Q]:
+    def as_q(condition: Condition) -> Q:
+        return Q() if isinstance(condition, Is) and condition.column == column else whole(condition)
+
+    whole = statements.as_q
+    return as_q
+
+
+BREAKAGES: dict[str, tuple[Any, str, Any]] = {
+    "the version is not compared": (
+        RunQuerySet,
+        "as_read",
+        lambda self, run: self.filter(pk=run.pk),
+    ),
+    "the turn is not waited for": (RunQuerySet, "first_of_thread", lambda self: self.all()),
+    "what a worker reports is not fenced": (statements, "as_q", without("attempt")),
+    "a deadline is not looked at": (RunQuerySet, "overdue", lambda self: self.none()),
+}
+
+
+@pytest.mark.parametrize("breakage", BREAKAGES)
+def test_a_statement_that_is_broken_is_found_out(
+    breakage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(*BREAKAGES[breakage])
+
+    with pytest.raises((AssertionError, ExceptionGroup)):
+        live(monkeypatch, 20, shrink=False)

@@ -1,0 +1,149 @@
+"""People who ask over HTTP, as a careful client does: with an idempotency key, again when in doubt."""
+
+from __future__ import annotations
+
+import http.client
+import itertools
+import json
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+_numbers = itertools.count(1)
+
+
+@dataclass(frozen=True)
+class Request:
+    """How one request went; `status` is 0 where the connection broke."""
+
+    status: int
+    seconds: float
+    is_json: bool
+    body: str
+    retry_after: str
+
+    @property
+    def is_fault(self) -> bool:
+        """A refusal that says when to come again is none."""
+        if self.status == 503 and not self.retry_after:
+            return True
+        return self.status == 500 or (self.status > 0 and not self.is_json)
+
+
+@dataclass(frozen=True)
+class Asked:
+    thread_id: str
+    number: int
+    content: str
+    run_id: str
+
+
+@dataclass
+class Client:
+    """Keeps all that was asked, and how each request went."""
+
+    port: int
+    asked: list[Asked] = field(default_factory=list)
+    requests: list[Request] = field(default_factory=list)
+    patience: float = 120.0
+
+    @property
+    def refusals(self) -> int:
+        return sum(request.status == 503 for request in self.requests)
+
+    def call(
+        self, method: str, path: str, body: Any = None, *, seconds: float = 60, **headers: str
+    ) -> tuple[int, Any]:
+        """Status and JSON of one request; (0, None) where the connection broke."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=seconds)
+        began = time.monotonic()
+        status, raw, retry_after = 0, b"", ""
+        try:
+            with suppress(OSError, http.client.HTTPException):
+                sent = None if body is None else json.dumps(body)
+                connection.request(method, path, sent, headers)
+                response = connection.getresponse()
+                raw = response.read()
+                status, retry_after = response.status, response.getheader("Retry-After", "")
+        finally:
+            connection.close()
+        took = time.monotonic() - began
+        try:
+            told = json.loads(raw) if status else None
+        except ValueError:
+            told = None
+        is_json = isinstance(told, dict)
+        text = raw[:300].decode(errors="replace")
+        self.requests.append(Request(status, took, is_json, text, retry_after))
+        return status, told
+
+    def ask(self, thread_id: str, number: int, **extra: Any) -> Asked:
+        """Ask until it is accepted."""
+        content = f"question {next(_numbers)}: {number} of {thread_id}"
+        body = {"content": content, "threadId": thread_id, **extra}
+        key = f"{thread_id}:{number}"
+        give_up = time.monotonic() + self.patience
+        while True:
+            status, told = self.call("POST", "/api/chat/messages", body, **{"Idempotency-Key": key})
+            if status == 202:
+                asked = Asked(thread_id, number, content, told["runId"])
+                self.asked.append(asked)
+                return asked
+            if status not in (0, 503) or time.monotonic() > give_up:
+                raise AssertionError(f"{key} was not accepted: {status} {told}")
+            time.sleep(0.2)
+
+    def cancel(self, asked: Asked) -> int:
+        return self.call("POST", f"/api/chat/runs/{asked.run_id}/cancel")[0]
+
+
+class Load:
+    """Questions in many threads: `persons` ask at once, each now in one of their threads, now in
+    another; what is asked in a thread is asked in order."""
+
+    def __init__(
+        self, client: Client, *, runs: int, threads: int, persons: int, pause: float, seed: int
+    ) -> None:
+        self.client = client
+        self.runs = runs
+        self.threads = threads
+        self.persons = min(persons, threads)
+        self.pause = pause
+        self.seed = seed
+        self.failures: list[BaseException] = []
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Ask while the block goes on, and to the end of the load."""
+        persons = [
+            threading.Thread(target=self._ask, args=(number,), daemon=True)
+            for number in range(self.persons)
+        ]
+        for person in persons:
+            person.start()
+        try:
+            yield
+        finally:
+            for person in persons:
+                person.join()
+        if self.failures:
+            raise self.failures[0]
+
+    def _ask(self, person: int) -> None:
+        chance = random.Random(self.seed * 1000 + person)
+        first = next(_numbers)
+        mine = [f"t{first}-{person}-{n}" for n in range(person, self.threads, self.persons)]
+        asked: Counter[str] = Counter()
+        try:
+            for _ in range(person, self.runs, self.persons):
+                thread_id = chance.choice(mine)
+                self.client.ask(thread_id, asked[thread_id])
+                asked[thread_id] += 1
+                time.sleep(chance.uniform(0, 2 * self.pause))
+        except BaseException as error:
+            self.failures.append(error)
