@@ -39,7 +39,19 @@ from django.utils import timezone
 from kombu.exceptions import OperationalError as BrokerError
 from redis.exceptions import RedisError
 
-from agents import inbox, live, llm, memory, retention, rollups, runs, stream, tasks, workers
+from agents import (
+    inbox,
+    limits,
+    live,
+    llm,
+    memory,
+    retention,
+    rollups,
+    runs,
+    stream,
+    tasks,
+    workers,
+)
 from agents.chores import CHORES
 from agents.events import Malformed, Told
 from agents.models import Event, Run
@@ -91,13 +103,21 @@ class Reader:
         told = dict(self._parse(entries))
         requested = {event.run_id for event in told.values() if event.run_id}
         known = set(Run.objects.filter(pk__in=requested).values_list("pk", flat=True))
+        late: set[stream.Entry] = set()
         for entry, event in told.items():
-            if event.run_id and event.run_id not in known and self._take_in(entry, event):
-                known.add(event.run_id)
+            if not event.run_id or event.run_id in known:
+                continue
+            try:
+                if self._take_in(entry, event):
+                    known.add(event.run_id)
+            except inbox.Limited as error:
+                # Nobody else has it, and nobody would hear of a refusal: it comes again.
+                logger.info("A request on the stream has to wait: %s", error)
+                late.add(entry)
         ended = {event.ended_thread for event in told.values() if event.ended_thread}
         hand_over([*(requested & known), *self._following(ended)])
         self._seen.extend(event.id for event in told.values())
-        stream.acknowledge(entries)
+        stream.acknowledge(entry for entry in entries if entry not in late)
 
     def mark_published(self) -> None:
         """Note which events have been seen on the stream: in one statement for many, and off the way
@@ -125,12 +145,14 @@ class Reader:
                 stream.bury(entry, str(error))
 
     def _take_in(self, entry: stream.Entry, event: Told) -> bool:
-        """Make a run of another program's request. False when nothing can be made of it."""
+        """Make a run of another program's request. False when nothing can be made of it. Raises
+        `inbox.Limited`."""
         try:
             with tagged(request_id=str(event.id)):
                 inbox.ask(
                     content=event.text("prompt"),
                     source=Run.Source.STREAM,
+                    asker=limits.PROGRAMS,
                     threads=Thread.objects.all(),
                     thread_id=event.optional_text("threadId"),
                     model=event.optional_text("model"),
@@ -138,6 +160,8 @@ class Reader:
                     run_id=event.run_id,
                     event_id=event.id,
                 )
+        except inbox.Limited:
+            raise
         except (Malformed, inbox.Refused) as error:
             stream.bury(entry, str(error))
             return False
@@ -177,6 +201,7 @@ class Keeper:
             (sweep_summaries, SUMMARY_SECONDS),
             (rollups.fold, FOLD_SECONDS),
             (rollups.forget, HOUSEKEEPING_SECONDS),
+            (limits.forget, HOUSEKEEPING_SECONDS),
             (stream.trim, HOUSEKEEPING_SECONDS),
             (sweep_old, PRUNE_SECONDS),
             (partial(stream.forget_consumers, idle=timedelta(hours=1)), HOUSEKEEPING_SECONDS),

@@ -105,6 +105,10 @@ class ChatPage(Guarded):
             )
         except inbox.Refused as error:
             draft = self.request.POST.get("content", "")
+            if isinstance(error, inbox.Limited):
+                page = self.page(thread, status=429, error=str(error), draft=draft)
+                page["Retry-After"] = str(error.retry_after)
+                return page
             return self.page(thread, status=400, error=str(error), draft=draft)
         return _shown(asked.thread_id, asked.run_id)
 

@@ -42,6 +42,7 @@ class ChatView(CallersView, PlainAPIView):
         inbox.KeyReused: 422,
         inbox.Busy: 409,
         Run.DoesNotExist: 404,  # deleted by another request just now
+        inbox.Limited: 429,
     }
 
     def thread(self, thread_id: str) -> Thread:

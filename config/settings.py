@@ -241,6 +241,20 @@ AGENT_TOOLS = env.words("AGENT_TOOLS")
 AGENT_MAX_ATTEMPTS = env.integer("AGENT_MAX_ATTEMPTS", 5, least=1, most=100)
 AGENT_LEASE_SECONDS = env.seconds("AGENT_LEASE_SECONDS", 10, least=1)
 AGENT_DEADLINE_SECONDS = env.seconds("AGENT_DEADLINE_SECONDS", 600, least=1)
+# Of one answer; told to the model where it is set, and set aside before the call where tokens or money
+# are limited.
+AGENT_MAX_OUTPUT_TOKENS = env.integer("AGENT_MAX_OUTPUT_TOKENS", 0, most=1_000_000)
+
+# What one user and one room may take (agents/limits.py); 0: no limit. The admin can say otherwise for
+# some of them.
+LIMIT_USER_MESSAGES_PER_MINUTE = env.integer("LIMIT_USER_MESSAGES_PER_MINUTE", 60, most=1_000_000)
+LIMIT_USER_RUNS_WAITING = env.integer("LIMIT_USER_RUNS_WAITING", 100, most=1_000_000)
+LIMIT_USER_TOKENS_PER_DAY = env.integer("LIMIT_USER_TOKENS_PER_DAY", 0, most=10**15)
+LIMIT_USER_COST_PER_DAY = env.amount("LIMIT_USER_COST_PER_DAY")
+LIMIT_ROOM_MESSAGES_PER_MINUTE = env.integer("LIMIT_ROOM_MESSAGES_PER_MINUTE", 120, most=1_000_000)
+LIMIT_ROOM_RUNS_WAITING = env.integer("LIMIT_ROOM_RUNS_WAITING", 200, most=1_000_000)
+LIMIT_ROOM_TOKENS_PER_DAY = env.integer("LIMIT_ROOM_TOKENS_PER_DAY", 0, most=10**15)
+LIMIT_ROOM_COST_PER_DAY = env.amount("LIMIT_ROOM_COST_PER_DAY")
 
 # What is kept for how many days after it has served; 0 is for good. See the retention.py of agents,
 # console and hooks.

@@ -10,7 +10,7 @@ import pytest
 import redis as redis_client
 from rest_framework.test import APIClient
 
-from agents import leases, live, llm, prices, stream
+from agents import leases, limits, live, llm, prices, stream
 from tests.fakes import receiver
 from tests.fakes.llm import FakeLLM
 from tests.redisserver import redis_executable
@@ -99,8 +99,9 @@ def _fresh_heartbeat() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _fresh_prices() -> None:
+def _fresh_lists() -> None:
     prices.price_list.forget()
+    limits.limit_list.forget()
 
 
 @pytest.fixture
