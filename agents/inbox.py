@@ -161,9 +161,7 @@ def ask(
     asker = asker or limits.asker_of(owner)
     try:
         with transaction.atomic():
-            limits.admit(asker, place)
-            if command == CHAT_REPLY:
-                limits.check_budget(asker, place, model, content)
+            _admit(asker, place, command, model, content)
             if idempotency:
                 _keep(idempotency, fingerprint, asked)
             _write(
@@ -195,6 +193,23 @@ def ask(
     return asked
 
 
+def ask_again(run: Run) -> bool:
+    """Have a run begun anew that failed or was cancelled, as whoever asked it wants: it counts as a
+    question. False when it is in no such state. Raises `Limited`."""
+    if not run.may_be_retried:
+        return False
+    try:
+        with transaction.atomic():
+            _admit(run.asker, run.place, run.command, run.model, run.message.content)
+            if not runs.retry(run):
+                transaction.set_rollback(True)
+                return False
+    except limits.Reached as reached:
+        limits.refused.send(ask_again, code=reached.code)
+        raise Limited(reached) from None
+    return True
+
+
 def amend(run_id: str, *, content: str) -> bool:
     """Put other words to a question whose run has not begun. False when it has: then it answers the
     words that it began with. Raises `Invalid`."""
@@ -206,6 +221,13 @@ def amend(run_id: str, *, content: str) -> bool:
             return False
         Message.objects.filter(run=run_id).update(content=content)
     return True
+
+
+def _admit(asker: str, place: str, command: str, model: str, content: str) -> None:
+    """Raises `limits.Reached`."""
+    limits.admit(asker, place)
+    if command == CHAT_REPLY:
+        limits.check_budget(asker, place, model, content)
 
 
 def clean_content(content: str) -> str:

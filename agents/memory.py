@@ -18,7 +18,7 @@ from django.db.models import Case, DateTimeField, F, Min, Value, When
 from django.template.loader import render_to_string
 from django.utils import timezone
 
-from agents import llm, prices
+from agents import limits, llm, prices
 from agents.models import Run, Step, Summary
 from chat.models import Message, Thread
 from realm import connections
@@ -144,7 +144,9 @@ def summarise(thread_id: str) -> Summary | None:
     model = settings.CHAT_SUMMARY_MODEL or _model_of(thread)
     prompt = render_to_string("agents/summarise.txt", {"summary": thread.summary, "messages": left})
     connections.give_back()
-    control = llm.Control(deadline=time.monotonic() + SUMMARY_LEASE.total_seconds() - 30)
+    purse = _purse_of(thread)
+    deadline = time.monotonic() + SUMMARY_LEASE.total_seconds() - 30
+    control = llm.Control(deadline=deadline, purse=purse)
     try:
         reply = llm.complete([{"role": "user", "content": prompt}], model=model, control=control)
     except llm.LLMError as error:
@@ -152,6 +154,8 @@ def summarise(thread_id: str) -> Summary | None:
         pause = max(SUMMARY_PAUSE, timedelta(seconds=error.retry_after or 0))
         _set_due(thread, lease, timezone.now() + pause * (60 if error.permanent else 1))
         return None
+    finally:
+        purse.settle()
     return _record(thread, left, reply, model=model, lease=lease, more=more)
 
 
@@ -188,6 +192,13 @@ def _left_window(thread: Thread) -> tuple[list[Message], bool]:
 def _model_of(thread: Thread) -> str:
     last = Run.objects.filter(thread=thread, status=Run.Status.COMPLETED).order_by("-position")
     return last.values_list("model", flat=True).first() or settings.CHAT_DEFAULT_MODEL
+
+
+def _purse_of(thread: Thread) -> limits.Purse:
+    """That of whoever asked last in it."""
+    last = Run.objects.filter(thread=thread).order_by("-position")
+    asker, place = last.values_list("asker", "place").first() or ("", "")
+    return limits.Purse(asker, place)
 
 
 def _record(

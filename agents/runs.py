@@ -11,7 +11,7 @@ import random
 import time
 import uuid
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from datetime import datetime, timedelta
 from functools import partial
 from typing import Any, cast
@@ -23,7 +23,7 @@ from django.db.models import F
 from django.db.models.functions import Now
 from django.utils import timezone
 
-from agents import audience, commands, leases, live, llm, loop, memory, prices, stream
+from agents import audience, commands, leases, limits, live, llm, loop, memory, prices, stream
 from agents.models import (
     CHAT_REPLY,
     OVERDUE,
@@ -106,7 +106,8 @@ def claim(run_id: str) -> Run | None:
 
 
 def _attempt(run: Run, lease: leases.Lease, feed: live.Feed) -> bool:
-    transcript = loop.Transcript(watcher=feed)
+    purse = limits.Purse(run.asker, run.place)
+    transcript = loop.Transcript(watcher=feed, purse=purse)
     try:
         if run.attempts_spent > settings.AGENT_MAX_ATTEMPTS:
             raise llm.LLMError(
@@ -115,7 +116,11 @@ def _attempt(run: Run, lease: leases.Lease, feed: live.Feed) -> bool:
                 permanent=True,
             )
         control = llm.Control(
-            deadline=_deadline(run), stopped=lease.lost, text=feed.text, cutting=lease.cutting
+            deadline=_deadline(run),
+            stopped=lease.lost,
+            text=feed.text,
+            cutting=lease.cutting,
+            purse=purse,
         )
         answer = commands.carry_out(run, control=control, transcript=transcript)
         feed.finish()
@@ -138,8 +143,12 @@ def _attempt(run: Run, lease: leases.Lease, feed: live.Feed) -> bool:
         )
         unexpected.__cause__ = error
         # Without the steps: they may be what the database refused.
-        _persist(partial(_fail_or_retry, run, unexpected, NOTHING))
+        _persist(partial(_fail_or_retry, run, unexpected, loop.Transcript(purse=purse)))
         return False
+    finally:
+        # Where somebody else has the run, or has ended it.
+        with suppress(*AWAY):
+            purse.settle()
 
 
 def hand_back() -> int:
@@ -261,6 +270,7 @@ def _put_back(run: Run, error: llm.LLMError, transcript: loop.Transcript, pause:
         )
         if won:
             _end_attempt(run, Attempt.Result.RETRIED, transcript, str(error), error.code)
+            transcript.settle()
     if won:
         logger.info("Run will be tried again in %.1f s: %s", pause, error)
     return False
@@ -292,6 +302,7 @@ def _finish(
     _end_attempt(
         run, Attempt.Result(status.value), transcript, error, columns.get("error_code", "")
     )
+    transcript.settle()
     announce(run, Event.Type(f"agent.run.{status.value}"), payload)
     return True
 

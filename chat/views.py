@@ -196,7 +196,7 @@ class RunCancelView(ChatView):
 class RunRetryView(ChatView):
     def post(self, request: Request, run_id: str) -> Response:
         """Have a run begun anew that failed or was cancelled: 202; 409 for any other."""
-        if not runs.retry(self.run(run_id)):
+        if not inbox.ask_again(self.run(run_id)):
             raise Conflict(self.run(run_id).why_not_retried or "Somebody else was first.")
         return Response({"ok": True, "run": run_json(self.run(run_id))}, status=202)
 

@@ -234,3 +234,19 @@ class TestCost:
         settings.LIMIT_USER_MESSAGES_PER_MINUTE = settings.LIMIT_USER_RUNS_WAITING = 100
         factories.ask()
         assert len(statements(factories.ask)) == before + 1
+
+
+def test_asking_again_counts_as_a_question(api: APIClient, client: Any, settings: Any) -> None:
+    run = factories.ask()
+    runs.cancel(run)
+    settings.LIMIT_USER_MESSAGES_PER_MINUTE = 1
+    factories.ask()
+    said = api.post(f"/api/chat/runs/{run.pk}/retry")
+    assert (said.status_code, said.json()["code"]) == (429, "rate-limited")
+    assert client.post(f"/runs/{run.pk}/retry").status_code == 429
+    run.refresh_from_db()
+    assert run.status == "cancelled"
+    let_pass(60)
+    assert api.post(f"/api/chat/runs/{run.pk}/retry").status_code == 202
+    with pytest.raises(inbox.Limited):
+        factories.ask()
