@@ -19,11 +19,23 @@ from typing import Any, cast
 import structlog
 from django.conf import settings
 from django.db import connection, transaction
-from django.db.models import F
+from django.db.models import Exists, F
 from django.db.models.functions import Now
 from django.utils import timezone
 
-from agents import audience, commands, leases, limits, live, llm, loop, memory, prices, stream
+from agents import (
+    audience,
+    commands,
+    leases,
+    limits,
+    live,
+    llm,
+    loop,
+    memory,
+    prices,
+    shares,
+    stream,
+)
 from agents.models import (
     CHAT_REPLY,
     OVERDUE,
@@ -86,8 +98,13 @@ def claim(run_id: str) -> Run | None:
     if run is None or run.is_finished:
         return None
     worker, now = leases.worker_name(), timezone.now()
+    most = shares.most() if run.status == Run.Status.QUEUED else 0
+    claimable = Run.objects.claimable_as_read(run)
+    if most:
+        others = shares.in_hand().filter(asker=run.asker)
+        claimable = claimable.filter(~Exists(others.order_by()[most - 1 : most]))
     with transaction.atomic():
-        taken = Run.objects.claimable_as_read(run).update(
+        taken = claimable.update(
             status=Run.Status.PROCESSING,
             attempt=run.attempt + 1,
             worker=worker,
@@ -99,10 +116,19 @@ def claim(run_id: str) -> Run | None:
         if taken and run.status == Run.Status.PROCESSING:
             _end_attempt(run, Attempt.Result.LOST, code="worker_lost")
     if not taken:
+        if most:
+            _leave(run, most)
         return None
     run.attempt += 1
     run.worker, run.claimed_at, run.started_at = worker, now, run.started_at or now
     return run
+
+
+def _leave(run: Run, most: int) -> None:
+    """Where so many of its asker's runs are being worked on as may be, have it wait for its turn."""
+    if shares.in_hand().filter(asker=run.asker).count() >= most:
+        Run.objects.as_read(run).update(handed_at=None)
+        shares.left.set()
 
 
 def _attempt(run: Run, lease: leases.Lease, feed: live.Feed) -> bool:

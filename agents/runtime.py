@@ -15,13 +15,13 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 from typing import Any
 
-from celery import bootsteps, current_app, signals
+from celery import bootsteps, signals
 from celery.worker import state
 from django.conf import settings
 from django.db import (
@@ -40,6 +40,7 @@ from kombu.exceptions import OperationalError as BrokerError
 from redis.exceptions import RedisError
 
 from agents import (
+    handover,
     inbox,
     limits,
     live,
@@ -48,6 +49,7 @@ from agents import (
     retention,
     rollups,
     runs,
+    shares,
     stream,
     tasks,
     workers,
@@ -61,6 +63,7 @@ from realm.tracing import tagged
 logger = logging.getLogger(__name__)
 
 SWEEP_SECONDS = 1.0
+TURN_SECONDS = 0.05
 HOUSEKEEPING_SECONDS = 60.0
 MAX_PAUSE_SECONDS = 5.0
 SWEEP_BATCH = 500
@@ -89,16 +92,20 @@ class Reader:
     def __init__(self, name: str) -> None:
         self.name = name
         self._seen: deque[uuid.UUID] = deque()
+        self._turns = handover.Turns()
 
     def read(self) -> None:
         """Handle what is new; returns after a second at the most. Raises `RedisError`,
         `DatabaseError`, `OperationalError` of kombu."""
-        self.handle(stream.read(self.name))
+        # Slots become free without a word here while runs wait for their turn.
+        wait = TURN_SECONDS if shares.left.is_set() else stream.BLOCK_SECONDS
+        self.handle(stream.read(self.name, seconds=wait))
 
     def handle(self, entries: list[stream.Entry]) -> None:
         """Hand the runs of these entries to Celery and acknowledge. Whatever is repeated after dying
         in between is harmless: a run is claimed once."""
         if not entries:
+            self._turns.hand(())
             return
         told = dict(self._parse(entries))
         requested = {event.run_id for event in told.values() if event.run_id}
@@ -115,7 +122,7 @@ class Reader:
                 logger.info("A request on the stream has to wait: %s", error)
                 late.add(entry)
         ended = {event.ended_thread for event in told.values() if event.ended_thread}
-        hand_over([*(requested & known), *self._following(ended)])
+        self._turns.hand([*(requested & known), *self._following(ended)])
         self._seen.extend(event.id for event in told.values())
         stream.acknowledge(entry for entry in entries if entry not in late)
 
@@ -177,16 +184,6 @@ class Reader:
         return True
 
 
-def hand_over(run_ids: Iterable[str]) -> None:
-    """Tell the workers of runs. Raises `OperationalError` of kombu when the broker is away."""
-    run_ids = list(run_ids)
-    if not run_ids:
-        return
-    with current_app.producer_pool.acquire(block=True) as producer:
-        for run_id in run_ids:
-            tasks.execute.apply_async((run_id,), producer=producer, retry=False)
-
-
 class Keeper:
     """Looks for what was missed. One worker at a time does it, which spares the others the work; two
     at once do no harm."""
@@ -237,22 +234,18 @@ class Keeper:
 
 
 def sweep_runs() -> int:
-    """Hand over the runs that are due and that nobody works on. How many.
+    """Hand over the runs that are due and that nobody works on, each asker's in turn. How many.
 
-    While Celery's queue is long, only those that cannot be in it: the others wait for their turn
-    there, and to hand them over again and again would make it longer still.
+    While Celery's queue is long, none: they may be in it, and to hand them over again and again would
+    make it longer still.
     """
-    if queue_is_long():
-        overlooked = Run.objects.untold()
-    else:
-        overlooked = Run.objects.overlooked(after=HANDOVER_PATIENCE)
-    run_ids = list(overlooked.order_by("due_at").values_list("pk", flat=True)[:SWEEP_BATCH])
-    if run_ids:
-        hand_over(run_ids)
-        with transaction.atomic():
-            Run.objects.filter(pk__in=run_ids).update(handed_at=Now())
-        logger.info("Handed over %d runs that were due and not being worked on", len(run_ids))
-    return len(run_ids)
+    free = handover.room()
+    if not free:
+        return 0
+    overlooked = Run.objects.overlooked(after=HANDOVER_PATIENCE)
+    if handed := handover.hand_over_fairly(overlooked, free):
+        logger.info("Handed over %d runs that were due and not being worked on", handed)
+    return handed
 
 
 def sweep_summaries() -> None:
@@ -274,7 +267,7 @@ def sweep_old() -> None:
 
 
 def queue_is_long() -> bool:
-    return int(stream.consumer().llen(settings.CELERY_TASK_DEFAULT_QUEUE)) >= SWEEP_BATCH
+    return handover.queued() >= SWEEP_BATCH
 
 
 def relay() -> int:

@@ -240,6 +240,8 @@ AGENT_MAX_LOOP_ITERATIONS = env.integer("AGENT_MAX_LOOP_ITERATIONS", 8, least=1,
 AGENT_TOOLS = env.words("AGENT_TOOLS")
 AGENT_MAX_ATTEMPTS = env.integer("AGENT_MAX_ATTEMPTS", 5, least=1, most=100)
 AGENT_LEASE_SECONDS = env.seconds("AGENT_LEASE_SECONDS", 10, least=1)
+# Of all slots, what one asker's runs may take at once, in per cent.
+AGENT_USER_SHARE = env.integer("AGENT_USER_SHARE", 80, least=1, most=100)
 AGENT_DEADLINE_SECONDS = env.seconds("AGENT_DEADLINE_SECONDS", 600, least=1)
 # Of one answer; told to the model where it is set, and set aside before the call where tokens or money
 # are limited.

@@ -48,6 +48,7 @@ os.environ |= {
     "LIMIT_USER_RUNS_WAITING": "0",
     "LIMIT_ROOM_MESSAGES_PER_MINUTE": "0",
     "LIMIT_ROOM_RUNS_WAITING": "0",
+    "AGENT_USER_SHARE": "100",
 }
 # A file, as in production: threads of a test have connections of their own. The name is that of a file
 # from the start, for pytest-django shares one connection between threads where it is `:memory:`.

@@ -73,6 +73,7 @@ class Stack:
             "LIMIT_USER_RUNS_WAITING": "0",
             "LIMIT_ROOM_MESSAGES_PER_MINUTE": "0",
             "LIMIT_ROOM_RUNS_WAITING": "0",
+            "AGENT_USER_SHARE": "100",
             "OPENAI_API_KEY": "sk-test" if llm_url else "",
             "OPENAI_BASE_URL": llm_url,
             **env,
