@@ -17,7 +17,7 @@ from typing import Any
 
 from django.conf import settings
 from django.db import transaction
-from django.db.models import F, Q
+from django.db.models import Count, F, Q
 from django.db.models.functions import Greatest, Now
 from django.dispatch import Signal
 from django.utils import timezone
@@ -358,6 +358,47 @@ def _set_aside(scope: Scope, day: date, tokens: int, cost: int) -> None:
     Spending.objects.bulk_create([Spending(day=day, scope=scope.key)], ignore_conflicts=True)
     if not rows.filter(room).update(**changes):
         raise _exhausted(scope, rows.get())
+
+
+@dataclass(frozen=True)
+class Use:
+    """What somebody takes just now and took today, beside what they may."""
+
+    scope: Scope
+    waiting: int = 0
+    tokens: int = 0
+    cost: int = 0
+
+    @property
+    def share(self) -> float:
+        """Of the limit that is nearest; 1: it is reached."""
+        limits = self.scope.limits
+        pairs = (
+            (self.waiting, limits.waiting),
+            (self.tokens, limits.tokens),
+            (self.cost, limits.cost),
+        )
+        return max((taken / most for taken, most in pairs if most), default=0.0)
+
+
+def nearest(count: int) -> list[Use]:
+    """Who is nearest to their limits, of those who take most."""
+    most = 10 * count
+    taken: dict[tuple[str, str], dict[str, int]] = {}
+    for kind, column in ((Kind.USER, "asker"), (Kind.ROOM, "place")):
+        unfinished = Run.objects.unfinished().exclude(**{column: ""}).order_by()
+        numbers = unfinished.values_list(column).annotate(waiting=Count("pk"))
+        for name, waiting in numbers.order_by("-waiting")[:most]:
+            taken[kind.value, name] = {"waiting": waiting}
+    for row in Spending.objects.filter(day=today()).order_by("-tokens")[:most]:
+        kind, _, name = row.scope.partition(":")
+        taken.setdefault((kind, name), {}).update(tokens=row.tokens, cost=row.cost)
+    uses = [
+        Use(Scope(Kind(kind), name, limit_list.of(Kind(kind), name)), **numbers)
+        for (kind, name), numbers in taken.items()
+    ]
+    near = [use for use in uses if use.share]
+    return sorted(near, key=lambda use: -use.share)[:count]
 
 
 def forget() -> None:

@@ -71,6 +71,8 @@ class MessagesView(ChatView):
         with its stream where that is what the client accepts."""
         question = AskSerializer(data=request.data)
         question.is_valid(raise_exception=True)
+        if streams.wants_stream(request):
+            streams.check_room()  # before anything is accepted
         accepted = inbox.ask(
             **question.validated_data,
             source=Run.Source.HTTP,

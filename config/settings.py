@@ -226,6 +226,7 @@ for _name, _model in [
         raise ImproperlyConfigured(f"{_name}: a model's name has at most 100 characters.")
 CHAT_MEMORY_RECENT_MESSAGES = env.integer("CHAT_MEMORY_RECENT_MESSAGES", 8, least=1, most=1000)
 CHAT_MAX_WAIT_SECONDS = env.integer("CHAT_MAX_WAIT_SECONDS", 60)
+CHAT_MAX_STREAMS = env.integer("CHAT_MAX_STREAMS", 5000, least=1)  # of a web process
 CHAT_WHEN_BUSY = env.choice(
     "CHAT_WHEN_BUSY", "enqueue", ("enqueue", "merge", "reject", "interrupt")
 )
