@@ -391,11 +391,11 @@ def nearest(count: int) -> list[Use]:
         for name, waiting in numbers.order_by("-waiting")[:most]:
             taken[kind.value, name] = {"waiting": waiting}
     for row in Spending.objects.filter(day=today()).order_by("-tokens")[:most]:
-        kind, _, name = row.scope.partition(":")
-        taken.setdefault((kind, name), {}).update(tokens=row.tokens, cost=row.cost)
+        whose, _, name = row.scope.partition(":")
+        taken.setdefault((whose, name), {}).update(tokens=row.tokens, cost=row.cost)
     uses = [
-        Use(Scope(Kind(kind), name, limit_list.of(Kind(kind), name)), **numbers)
-        for (kind, name), numbers in taken.items()
+        Use(Scope(Kind(whose), name, limit_list.of(Kind(whose), name)), **numbers)
+        for (whose, name), numbers in taken.items()
     ]
     near = [use for use in uses if use.share]
     return sorted(near, key=lambda use: -use.share)[:count]

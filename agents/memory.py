@@ -50,7 +50,7 @@ def context(run: Run) -> Context:
     thread, window = run.thread, settings.CHAT_MEMORY_RECENT_MESSAGES
     earlier = Message.objects.filter(thread_id=run.thread_id, position__lte=run.position)
     earlier = shortened(earlier, whole=run.position)
-    recent = list(earlier.order_by("-position")[:window])
+    recent: list[Any] = list(earlier.order_by("-position")[:window])
     if not recent:
         raise llm.Stopped  # the thread was deleted since the run was claimed
     if recent[-1].position > thread.summary_reach + 1:
