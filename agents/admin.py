@@ -6,7 +6,7 @@ from django.http import HttpRequest
 from django.utils import timezone
 
 from agents import runs
-from agents.models import Attempt, Event, Price, Rollup, Run, Step, Summary
+from agents.models import Attempt, Event, Limit, Price, Rollup, Run, Step, Summary
 from chat.models import Thread
 from console import audit, bulk
 from console.base import (
@@ -134,6 +134,25 @@ class PriceAdmin(ConsoleAdmin):
     list_filter = ["model"]
     search_fields = ["^model"]
     ordering = ["model", "-valid_from"]
+
+
+@admin.register(Limit)
+class LimitAdmin(ConsoleAdmin):
+    empty = Empty(
+        "The settings LIMIT_... hold for everybody. Add what holds for one user or room instead."
+    )
+    list_display = [
+        "kind",
+        "name",
+        "messages_per_minute",
+        "runs_waiting",
+        "tokens_per_day",
+        "cost_per_day",
+        "note",
+    ]
+    list_filter = ["kind"]
+    search_fields = ["^name"]
+    ordering = ["kind", "name"]
 
 
 for deed in (

@@ -93,12 +93,11 @@ def chat_reply(call: Call) -> str:
 def chat_summarize(call: Call) -> str:
     """Tell in short what was said in the thread so far."""
     run = call.run
-    said = Message.objects.filter(thread_id=run.thread_id, position__lt=run.position)
-    untold = list(
-        said.filter(position__gt=run.thread.summary_reach).order_by("-position")[
-            : memory.CHUNK_MESSAGES
-        ]
-    )[::-1]
+    said = memory.shortened(
+        Message.objects.filter(thread_id=run.thread_id, position__lt=run.position)
+    )
+    newest = said.filter(position__gt=run.thread.summary_reach).order_by("-position")
+    untold = memory.within(list(newest[: memory.CHUNK_MESSAGES]), memory.CONTEXT_CHARACTERS)[::-1]
     if not untold and not run.thread.summary:
         return "Nothing has been said here yet."
     prompt = render_to_string(

@@ -16,7 +16,7 @@ from django.db.models import F
 from django.db.models.functions import Now
 from django.utils import timezone
 
-from agents import lifecycle, runs, stream
+from agents import lifecycle, limits, runs, stream
 from agents.models import CHAT_REPLY, Event, IdempotencyKey, Run, new_run_id
 from chat.models import CHOSEN_ID, Message, Thread, ThreadQuerySet, new_thread_id
 from realm import tracing
@@ -52,6 +52,15 @@ class KeyReused(Refused):
 
 class Busy(Refused):
     """A run of the thread has not ended, and whoever asked wanted no other beside it."""
+
+
+class Limited(Refused):
+    """A limit of the asker's or of the room's is reached (agents.limits)."""
+
+    def __init__(self, reached: limits.Reached) -> None:
+        super().__init__(str(reached))
+        self.code = reached.code
+        self.retry_after = reached.retry_after
 
 
 class WhenBusy(StrEnum):
@@ -99,6 +108,7 @@ def ask(
     source: Run.Source,
     threads: ThreadQuerySet,
     owner: User | None = None,
+    asker: str | None = None,
     thread_id: str | None = None,
     model: str | None = None,
     place: str = "",
@@ -115,7 +125,8 @@ def ask(
     transaction; the event goes to the stream after the commit.
 
     `threads` are those that the asker may write to. A `thread_id` that nobody has yet makes a new
-    thread of that name, owned by `owner`. `event_id` is given by whoever has read the event from the
+    thread of that name, owned by `owner`. `asker` is whose limits hold, where that is not the owner.
+    `event_id` is given by whoever has read the event from the
     stream already. `command`, with its `input`, is what the run carries out. `place` is where it was
     asked, for whoever adds up what a place costs. What has not ended `deadline_seconds` from now fails.
     `when_busy` says what becomes of it where the thread has runs that have not ended. Raises `Refused`.
@@ -147,8 +158,10 @@ def ask(
         model=model,
         correlation_id=correlation_id or str(uuid.uuid4()),
     )
+    asker = asker or limits.asker_of(owner)
     try:
         with transaction.atomic():
+            _admit(asker, place, command, model, content)
             if idempotency:
                 _keep(idempotency, fingerprint, asked)
             _write(
@@ -162,6 +175,7 @@ def ask(
                     "command": command,
                     "input": input or {},
                     "place": place,
+                    "asker": asker,
                     # By the database's clock, which the sweep goes by.
                     "deadline_at": Now() + deadline if deadline else None,
                 },
@@ -173,7 +187,27 @@ def ask(
         if idempotency and (earlier := _repeat(idempotency, fingerprint)):
             return earlier
         raise
+    except limits.Reached as reached:
+        limits.refused.send(ask, code=reached.code)
+        raise Limited(reached) from None
     return asked
+
+
+def ask_again(run: Run) -> bool:
+    """Have a run begun anew that failed or was cancelled, as whoever asked it wants: it counts as a
+    question. False when it is in no such state. Raises `Limited`."""
+    if not run.may_be_retried:
+        return False
+    try:
+        with transaction.atomic():
+            _admit(run.asker, run.place, run.command, run.model, run.message.content)
+            if not runs.retry(run):
+                transaction.set_rollback(True)
+                return False
+    except limits.Reached as reached:
+        limits.refused.send(ask_again, code=reached.code)
+        raise Limited(reached) from None
+    return True
 
 
 def amend(run_id: str, *, content: str) -> bool:
@@ -187,6 +221,13 @@ def amend(run_id: str, *, content: str) -> bool:
             return False
         Message.objects.filter(run=run_id).update(content=content)
     return True
+
+
+def _admit(asker: str, place: str, command: str, model: str, content: str) -> None:
+    """Raises `limits.Reached`."""
+    limits.admit(asker, place)
+    if command == CHAT_REPLY:
+        limits.check_budget(asker, place, model, content)
 
 
 def clean_content(content: str) -> str:

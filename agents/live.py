@@ -250,7 +250,7 @@ class Desk:
                 self._pubsub.subscribe(called_channel())
                 # Who has listeners calls at once, not when the time has come again.
                 _hearer().publish(stream.live_channel(), b'{"who":true}')
-            message = self._pubsub.get_message(timeout=stream.BLOCK_MS / 1000)
+            message = self._pubsub.get_message(timeout=stream.BLOCK_SECONDS)
             if message:
                 self.heed(orjson.loads(message["data"]))
         except RedisError:
@@ -277,7 +277,7 @@ class Desk:
 def _hearer() -> Redis:
     return Redis.from_url(
         settings.REDIS_URL,
-        socket_timeout=stream.BLOCK_MS / 1000 + 4,
+        socket_timeout=stream.BLOCK_SECONDS + 4,
         socket_connect_timeout=2,
         retry=Retry(NoBackoff(), 0),
     )

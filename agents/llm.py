@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import orjson
 from django.conf import settings
@@ -84,6 +84,25 @@ class Reply:
     usage: Usage = Usage()
 
 
+class Purse(Protocol):
+    """What calls are paid from (agents.limits)."""
+
+    def reserve(self, model: str, size: int) -> None:
+        """Set aside what a call may take that sends so many bytes. Raises `LLMError`."""
+
+    def note(self, reply: Reply, *, refused: bool) -> None:
+        """What became of it. `refused`: the endpoint turned it away before it began."""
+
+
+class Boundless:
+    def reserve(self, model: str, size: int) -> None: ...
+
+    def note(self, reply: Reply, *, refused: bool) -> None: ...
+
+
+BOUNDLESS = Boundless()
+
+
 @dataclass(frozen=True)
 class Control:
     """How a call is watched: asked between chunks, as nothing can interrupt a thread."""
@@ -95,6 +114,7 @@ class Control:
     # Who knows first that the answer is no longer wanted may cut the connection meanwhile, so that
     # it is noticed between two chunks too.
     cutting: Callable[[Cut], AbstractContextManager[None]] = lambda cut: nullcontext()
+    purse: Purse = BOUNDLESS
 
     def check(self) -> None:
         if self.stopped():
@@ -131,10 +151,15 @@ def complete(
     }
     if tools:
         body["tools"] = tools
+    if settings.AGENT_MAX_OUTPUT_TOKENS:
+        body["max_completion_tokens"] = settings.AGENT_MAX_OUTPUT_TOKENS
+    sent = orjson.dumps(body)
+    control.purse.reserve(model, len(sent))
 
     import httpx2
     import openai
 
+    refused = False
     try:
         with (
             _client().post(
@@ -142,7 +167,7 @@ def complete(
                 cast_to=object,
                 # Bytes and an untyped stream: the SDK's typed request and events cost ten times the
                 # rest of the call.
-                content=orjson.dumps(body),
+                content=sent,
                 options={
                     "headers": {"Content-Type": "application/json", "Accept": "text/event-stream"},
                     "timeout": _timeout(control),
@@ -154,6 +179,7 @@ def complete(
         ):
             return _read(stream.response, control, reply)
     except openai.APIStatusError as error:
+        refused = True
         raise _refusal(error, model) from error
     except (openai.APITimeoutError, httpx2.TimeoutException) as error:
         raise LLMError(
@@ -166,6 +192,8 @@ def complete(
         raise LLMError(
             "The connection to the model was lost.", code="connection", permanent=False
         ) from error
+    finally:
+        control.purse.note(reply, refused=refused)
 
 
 def warm_up() -> None:

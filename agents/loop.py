@@ -36,6 +36,10 @@ class Watcher(Protocol):
     def step_finished(self, **data: Any) -> None: ...
 
 
+class Settled(Protocol):
+    def settle(self) -> None: ...
+
+
 @dataclass
 class Transcript:
     """What happened so far; filled as it happens, so that a failure leaves its steps. Whoever
@@ -43,6 +47,13 @@ class Transcript:
 
     steps: list[StepRecord] = field(default_factory=list)
     watcher: Watcher | None = None
+    # What its calls were paid from.
+    purse: Settled | None = None
+
+    def settle(self) -> None:
+        """Put right what was set aside, in the transaction that records the outcome."""
+        if self.purse:
+            self.purse.settle()
 
     def begin(self, step: StepRecord) -> None:
         self.steps.append(step)

@@ -14,11 +14,12 @@ from typing import Any
 
 from django.conf import settings
 from django.db import transaction
-from django.db.models import Case, DateTimeField, F, Min, Value, When
+from django.db.models import Case, DateTimeField, F, Min, QuerySet, TextField, Value, When
+from django.db.models.functions import Substr
 from django.template.loader import render_to_string
 from django.utils import timezone
 
-from agents import llm, prices
+from agents import limits, llm, prices
 from agents.models import Run, Step, Summary
 from chat.models import Message, Thread
 from realm import connections
@@ -30,6 +31,10 @@ SUMMARY_PAUSE = timedelta(minutes=1)
 # How much one call folds into a summary; a thread that is further behind takes several.
 CHUNK_MESSAGES = 50
 CHUNK_CHARACTERS = 60_000
+# What is sent of a message other than the question, and of all of them: an answer may be of megabytes,
+# and many runs share a worker's memory.
+MESSAGE_CHARACTERS = 100_000
+CONTEXT_CHARACTERS = 400_000
 # Of what no summary tells yet, this many times the window is sent; more would not be "recent".
 UNSUMMARISED_WINDOWS = 3
 
@@ -44,7 +49,8 @@ def context(run: Run) -> Context:
     """The context of a run: never a message later than the one that asked."""
     thread, window = run.thread, settings.CHAT_MEMORY_RECENT_MESSAGES
     earlier = Message.objects.filter(thread_id=run.thread_id, position__lte=run.position)
-    recent = list(earlier.order_by("-position")[:window])
+    earlier = shortened(earlier, whole=run.position)
+    recent: list[Any] = list(earlier.order_by("-position")[:window])
     if not recent:
         raise llm.Stopped  # the thread was deleted since the run was claimed
     if recent[-1].position > thread.summary_reach + 1:
@@ -52,11 +58,12 @@ def context(run: Run) -> Context:
             position__gt=thread.summary_reach, position__lt=recent[-1].position
         ).order_by("-position")
         recent += untold[: window * UNSUMMARISED_WINDOWS]
+    recent = within(recent, CONTEXT_CHARACTERS)
     recent.reverse()
     partial = _broken_off(run, recent)
     messages = []
     for message in recent:
-        messages.append({"role": message.role, "content": message.content})
+        messages.append({"role": message.role, "content": message.text})
         if message.position in partial:
             messages.append({"role": "assistant", "content": partial[message.position]})
     told = thread.summary_reach if thread.summary and thread.summary_reach < run.position else None
@@ -71,6 +78,28 @@ def context(run: Run) -> Context:
             **({"brokenOffAfter": sorted(partial)} if partial else {}),
         },
     )
+
+
+def shortened(messages: QuerySet[Message], whole: int = -1) -> QuerySet[Any]:
+    """With `text` in the place of `content`: all of the one at the position `whole`, of others no more
+    than its beginning leaves the database."""
+    text = Case(
+        When(position=whole, then=F("content")),
+        default=Substr("content", 1, MESSAGE_CHARACTERS),
+        output_field=TextField(),
+    )
+    return messages.annotate(text=text).defer("content")
+
+
+def within(newest_first: list[Any], characters: int) -> list[Any]:
+    """As many as fit, without a gap; the newest in any case."""
+    kept, size = newest_first[:1], 0
+    for message in newest_first[1:]:
+        size += len(message.text)
+        if size > characters:
+            break
+        kept.append(message)
+    return kept
 
 
 def _broken_off(run: Run, recent: Sequence[Message]) -> dict[int, str]:
@@ -97,7 +126,8 @@ def _broken_off(run: Run, recent: Sequence[Message]) -> dict[int, str]:
         .order_by("pk")
     )
     # Of several, the last.
-    came = dict(steps.values_list("run__position", "output"))
+    outputs = steps.values_list("run__position", Substr("output", 1, MESSAGE_CHARACTERS))
+    came = dict(outputs)
     return {
         position: render_to_string("agents/broken_off.txt", {"text": text}).strip()
         for position, text in came.items()
@@ -144,7 +174,9 @@ def summarise(thread_id: str) -> Summary | None:
     model = settings.CHAT_SUMMARY_MODEL or _model_of(thread)
     prompt = render_to_string("agents/summarise.txt", {"summary": thread.summary, "messages": left})
     connections.give_back()
-    control = llm.Control(deadline=time.monotonic() + SUMMARY_LEASE.total_seconds() - 30)
+    purse = _purse_of(thread)
+    deadline = time.monotonic() + SUMMARY_LEASE.total_seconds() - 30
+    control = llm.Control(deadline=deadline, purse=purse)
     try:
         reply = llm.complete([{"role": "user", "content": prompt}], model=model, control=control)
     except llm.LLMError as error:
@@ -152,6 +184,8 @@ def summarise(thread_id: str) -> Summary | None:
         pause = max(SUMMARY_PAUSE, timedelta(seconds=error.retry_after or 0))
         _set_due(thread, lease, timezone.now() + pause * (60 if error.permanent else 1))
         return None
+    finally:
+        purse.settle()
     return _record(thread, left, reply, model=model, lease=lease, more=more)
 
 
@@ -161,7 +195,7 @@ def _left_window(thread: Thread) -> tuple[list[Message], bool]:
     A question that is not answered yet bounds them: no summary may tell it what comes after it.
     """
     window = settings.CHAT_MEMORY_RECENT_MESSAGES
-    messages = Message.objects.filter(thread=thread)
+    messages = shortened(Message.objects.filter(thread=thread))
     open_question = Run.objects.unfinished().filter(thread=thread).aggregate(Min("position"))
     if (limit := open_question["position__min"]) is not None:
         messages = messages.filter(position__lt=limit)
@@ -178,7 +212,7 @@ def _left_window(thread: Thread) -> tuple[list[Message], bool]:
     chunk: list[Message] = []
     size = 0
     for message in waiting[:CHUNK_MESSAGES]:
-        size += len(message.content)
+        size += len(message.text)
         if chunk and size > CHUNK_CHARACTERS:
             break
         chunk.append(message)
@@ -188,6 +222,13 @@ def _left_window(thread: Thread) -> tuple[list[Message], bool]:
 def _model_of(thread: Thread) -> str:
     last = Run.objects.filter(thread=thread, status=Run.Status.COMPLETED).order_by("-position")
     return last.values_list("model", flat=True).first() or settings.CHAT_DEFAULT_MODEL
+
+
+def _purse_of(thread: Thread) -> limits.Purse:
+    """That of whoever asked last in it."""
+    last = Run.objects.filter(thread=thread).order_by("-position")
+    asker, place = last.values_list("asker", "place").first() or ("", "")
+    return limits.Purse(asker, place)
 
 
 def _record(

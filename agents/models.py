@@ -15,10 +15,34 @@ from django.db.models.functions import Coalesce, Greatest, Now
 from django.utils import timezone
 
 from agents import lifecycle
+from agents.allowances import MAX_NAME_LENGTH, Limit, Pace, Spending
 from agents.conditions import Condition
 from agents.statements import as_q
 from chat.models import Message, Thread
 from realm.tracing import MAX_LENGTH as MAX_REQUEST_ID_LENGTH
+
+__all__ = [
+    "CHAT_REPLY",
+    "OVERDUE",
+    "Attempt",
+    "Event",
+    "EventQuerySet",
+    "IdempotencyKey",
+    "Limit",
+    "Pace",
+    "Price",
+    "Rollup",
+    "RollupState",
+    "Run",
+    "RunQuerySet",
+    "Spending",
+    "Step",
+    "Summary",
+    "Usage",
+    "Worker",
+    "new_run_id",
+    "today",
+]
 
 CHAT_REPLY = "chat.reply"
 # The error code of a run that had not ended at its `deadline_at`.
@@ -157,6 +181,12 @@ class Run(models.Model):
         blank=True,
         help_text="Where it was asked: a room's Matrix id. Empty for HTTP and the stream.",
     )
+    asker = models.CharField(
+        max_length=MAX_NAME_LENGTH,
+        blank=True,
+        db_default="",  # for what runs as the version before while this one is rolled out
+        help_text="Who asked, as limits and turns name them: a Matrix id, a user's name.",
+    )
     request_id = models.CharField(
         max_length=MAX_REQUEST_ID_LENGTH,
         blank=True,
@@ -228,6 +258,13 @@ class Run(models.Model):
             models.Index(
                 fields=["thread", "position"],
                 name="run_unfinished_in_thread",
+                condition=Q(due_at__isnull=False),
+            ),
+            # agents.limits, and the share of the slots that one asker may have. (The status is none of
+            # the condition, for the reason above.)
+            models.Index(
+                fields=["asker", "status"],
+                name="run_unfinished_of_asker",
                 condition=Q(due_at__isnull=False),
             ),
             # overdue()

@@ -9,13 +9,14 @@ import random
 import time
 import uuid
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from datetime import datetime, timedelta
 from functools import partial
 from typing import Any, cast
 
 import structlog
 from django.db import connection, transaction
+from django.db.models import Exists
 from django.db.models.functions import Now
 from django.utils import timezone
 
@@ -24,11 +25,13 @@ from agents import (
     commands,
     leases,
     lifecycle,
+    limits,
     live,
     llm,
     loop,
     memory,
     prices,
+    shares,
     stream,
 )
 from agents.models import (
@@ -89,13 +92,20 @@ def claim(run_id: str) -> Run | None:
         return None
     change = _change(run, lifecycle.Claimed())
     worker, now = leases.worker_name(), timezone.now()
+    most = shares.most() if run.status == Run.Status.QUEUED else 0
+    claimable = Run.objects.claimable_as_read(run)
+    if most:
+        others = shares.in_hand().filter(asker=run.asker)
+        claimable = claimable.filter(~Exists(others.order_by()[most - 1 : most]))
     with transaction.atomic():
-        taken = Run.objects.claimable_as_read(run).update(
+        taken = claimable.update(
             worker=worker, claimed_at=now, updated_at=now, **as_columns(change)
         )
         if taken:
             _end_attempt(run, change.ended, code="worker_lost")
     if not taken:
+        if most:
+            _leave(run, most)
         return None
     run.attempt = change.columns["attempt"]
     run.worker, run.claimed_at, run.started_at = worker, now, run.started_at or run.clock()
@@ -106,8 +116,16 @@ def _change(run: Run, event: lifecycle.Event) -> lifecycle.Change:
     return event.change(run.state, run.clock(), leases.rules())
 
 
+def _leave(run: Run, most: int) -> None:
+    """Where so many of its asker's runs are being worked on as may be, have it wait for its turn."""
+    if shares.in_hand().filter(asker=run.asker).count() >= most:
+        Run.objects.as_read(run).update(handed_at=None)
+        shares.left.set()
+
+
 def _attempt(run: Run, lease: leases.Lease, feed: live.Feed) -> bool:
-    transcript = loop.Transcript(watcher=feed)
+    purse = limits.Purse(run.asker, run.place)
+    transcript = loop.Transcript(watcher=feed, purse=purse)
     try:
         if lifecycle.used_up(run.state, leases.rules()):
             raise llm.LLMError(
@@ -116,7 +134,11 @@ def _attempt(run: Run, lease: leases.Lease, feed: live.Feed) -> bool:
                 permanent=True,
             )
         control = llm.Control(
-            deadline=_deadline(run), stopped=lease.lost, text=feed.text, cutting=lease.cutting
+            deadline=_deadline(run),
+            stopped=lease.lost,
+            text=feed.text,
+            cutting=lease.cutting,
+            purse=purse,
         )
         answer = commands.carry_out(run, control=control, transcript=transcript)
         feed.finish()
@@ -139,8 +161,12 @@ def _attempt(run: Run, lease: leases.Lease, feed: live.Feed) -> bool:
         )
         unexpected.__cause__ = error
         # Without the steps: they may be what the database refused.
-        _persist(partial(_fail_or_retry, run, unexpected, NOTHING))
+        _persist(partial(_fail_or_retry, run, unexpected, loop.Transcript(purse=purse)))
         return False
+    finally:
+        # Where somebody else has the run, or has ended it.
+        with suppress(*AWAY):
+            purse.settle()
 
 
 def hand_back() -> int:
@@ -247,6 +273,7 @@ def _put_back(
         won = _fenced(run, change, **_spent(run, transcript))
         if won:
             _end_attempt(run, change.ended, transcript, str(error), error.code)
+            transcript.settle()
     if won:
         pause = change.columns["due_at"].delay.total_seconds()
         logger.info("Run will be tried again in %.1f s: %s", pause, error)
@@ -267,6 +294,7 @@ def _finish(
     if not _fenced(run, change, **columns):
         return False
     _end_attempt(run, change.ended, transcript, error, columns.get("error_code", ""))
+    transcript.settle()
     announce(run, change.told, payload)
     return True
 

@@ -15,13 +15,13 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 from typing import Any
 
-from celery import bootsteps, current_app, signals
+from celery import bootsteps, signals
 from celery.worker import state
 from django.conf import settings
 from django.db import (
@@ -39,7 +39,21 @@ from django.utils import timezone
 from kombu.exceptions import OperationalError as BrokerError
 from redis.exceptions import RedisError
 
-from agents import inbox, live, llm, memory, retention, rollups, runs, stream, tasks, workers
+from agents import (
+    handover,
+    inbox,
+    limits,
+    live,
+    llm,
+    memory,
+    retention,
+    rollups,
+    runs,
+    shares,
+    stream,
+    tasks,
+    workers,
+)
 from agents.chores import CHORES
 from agents.events import Malformed, Told
 from agents.models import Event, Run
@@ -49,6 +63,7 @@ from realm.tracing import tagged
 logger = logging.getLogger(__name__)
 
 SWEEP_SECONDS = 1.0
+TURN_SECONDS = 0.05
 HOUSEKEEPING_SECONDS = 60.0
 MAX_PAUSE_SECONDS = 5.0
 SWEEP_BATCH = 500
@@ -75,27 +90,39 @@ class Reader:
     def __init__(self, name: str) -> None:
         self.name = name
         self._seen: deque[uuid.UUID] = deque()
+        self._turns = handover.Turns()
 
     def read(self) -> None:
         """Handle what is new; returns after a second at the most. Raises `RedisError`,
         `DatabaseError`, `OperationalError` of kombu."""
-        self.handle(stream.read(self.name))
+        # Slots become free without a word here while runs wait for their turn.
+        wait = TURN_SECONDS if shares.left.is_set() else stream.BLOCK_SECONDS
+        self.handle(stream.read(self.name, seconds=wait))
 
     def handle(self, entries: list[stream.Entry]) -> None:
         """Hand the runs of these entries to Celery and acknowledge. Whatever is repeated after dying
         in between is harmless: a run is claimed once."""
         if not entries:
+            self._turns.hand(())
             return
         told = dict(self._parse(entries))
         requested = {event.run_id for event in told.values() if event.run_id}
         known = set(Run.objects.filter(pk__in=requested).values_list("pk", flat=True))
+        late: set[stream.Entry] = set()
         for entry, event in told.items():
-            if event.run_id and event.run_id not in known and self._take_in(entry, event):
-                known.add(event.run_id)
+            if not event.run_id or event.run_id in known:
+                continue
+            try:
+                if self._take_in(entry, event):
+                    known.add(event.run_id)
+            except inbox.Limited as error:
+                # Nobody else has it, and nobody would hear of a refusal: it comes again.
+                logger.info("A request on the stream has to wait: %s", error)
+                late.add(entry)
         ended = {event.ended_thread for event in told.values() if event.ended_thread}
-        hand_over([*(requested & known), *self._following(ended)])
+        self._turns.hand([*(requested & known), *self._following(ended)])
         self._seen.extend(event.id for event in told.values())
-        stream.acknowledge(entries)
+        stream.acknowledge(entry for entry in entries if entry not in late)
 
     def mark_published(self) -> None:
         """Note which events have been seen on the stream: in one statement for many, and off the way
@@ -123,12 +150,14 @@ class Reader:
                 stream.bury(entry, str(error))
 
     def _take_in(self, entry: stream.Entry, event: Told) -> bool:
-        """Make a run of another program's request. False when nothing can be made of it."""
+        """Make a run of another program's request. False when nothing can be made of it. Raises
+        `inbox.Limited`."""
         try:
             with tagged(request_id=str(event.id)):
                 inbox.ask(
                     content=event.text("prompt"),
                     source=Run.Source.STREAM,
+                    asker=limits.PROGRAMS,
                     threads=Thread.objects.all(),
                     thread_id=event.optional_text("threadId"),
                     model=event.optional_text("model"),
@@ -136,6 +165,8 @@ class Reader:
                     run_id=event.run_id,
                     event_id=event.id,
                 )
+        except inbox.Limited:
+            raise
         except (Malformed, inbox.Refused) as error:
             stream.bury(entry, str(error))
             return False
@@ -149,16 +180,6 @@ class Reader:
             stream.bury(entry, f"it cannot be recorded ({type(error).__name__})")
             return False
         return True
-
-
-def hand_over(run_ids: Iterable[str]) -> None:
-    """Tell the workers of runs. Raises `OperationalError` of kombu when the broker is away."""
-    run_ids = list(run_ids)
-    if not run_ids:
-        return
-    with current_app.producer_pool.acquire(block=True) as producer:
-        for run_id in run_ids:
-            tasks.execute.apply_async((run_id,), producer=producer, retry=False)
 
 
 class Keeper:
@@ -175,6 +196,7 @@ class Keeper:
             (sweep_summaries, SUMMARY_SECONDS),
             (rollups.fold, FOLD_SECONDS),
             (rollups.forget, HOUSEKEEPING_SECONDS),
+            (limits.forget, HOUSEKEEPING_SECONDS),
             (stream.trim, HOUSEKEEPING_SECONDS),
             (sweep_old, PRUNE_SECONDS),
             (partial(stream.forget_consumers, idle=timedelta(hours=1)), HOUSEKEEPING_SECONDS),
@@ -210,19 +232,17 @@ class Keeper:
 
 
 def sweep_runs() -> int:
-    """Hand over the runs that are due and that nobody works on. How many.
+    """Hand over the runs that are due and that nobody works on, each asker's in turn. How many.
 
-    While Celery's queue is long, only those that cannot be in it: the others wait for their turn
-    there, and to hand them over again and again would make it longer still.
+    While Celery's queue is long, none: they may be in it, and to hand them over again and again would
+    make it longer still.
     """
-    waiting = Run.objects.untold() if queue_is_long() else Run.objects.overlooked()
-    run_ids = list(waiting.order_by("due_at").values_list("pk", flat=True)[:SWEEP_BATCH])
-    if run_ids:
-        hand_over(run_ids)
-        with transaction.atomic():
-            Run.objects.filter(pk__in=run_ids).update(handed_at=Now())
-        logger.info("Handed over %d runs that were due and not being worked on", len(run_ids))
-    return len(run_ids)
+    free = handover.room()
+    if not free:
+        return 0
+    if handed := handover.hand_over_fairly(Run.objects.overlooked(), free):
+        logger.info("Handed over %d runs that were due and not being worked on", handed)
+    return handed
 
 
 def sweep_summaries() -> None:
@@ -244,7 +264,7 @@ def sweep_old() -> None:
 
 
 def queue_is_long() -> bool:
-    return int(stream.consumer().llen(settings.CELERY_TASK_DEFAULT_QUEUE)) >= SWEEP_BATCH
+    return handover.queued() >= SWEEP_BATCH
 
 
 def relay() -> int:

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 BATCH = 200
 # A blocked read has to end before the client's socket time-out does.
-BLOCK_MS = 1000
+BLOCK_SECONDS = 1.0
 BREAK_SECONDS = 3.0
 KEEPER_MS = 4000
 
@@ -76,7 +76,7 @@ def consumer() -> Redis:
     """For the loops of a worker, which may wait."""
     return Redis.from_url(
         settings.REDIS_URL,
-        socket_timeout=BLOCK_MS / 1000 + 4,
+        socket_timeout=BLOCK_SECONDS + 4,
         socket_connect_timeout=2,
         retry=Retry(NoBackoff(), 0),
     )
@@ -232,15 +232,16 @@ def ensure_group() -> None:
             raise
 
 
-def read(name: str) -> list[Entry]:
-    """New entries for the consumer `name`, after a second at the most. Raises `RedisError`."""
+def read(name: str, *, seconds: float = BLOCK_SECONDS) -> list[Entry]:
+    """New entries for the consumer `name`, after so many seconds, one at the most. Raises
+    `RedisError`."""
     try:
         found = consumer().xreadgroup(
             settings.REDIS_CONSUMER_GROUP,
             name,
             {settings.REDIS_STREAM_KEY: ">"},
             count=BATCH,
-            block=BLOCK_MS,
+            block=int(seconds * 1000),
         )
     except ResponseError as error:
         # The stream or its group is gone: Redis was wiped.
@@ -285,7 +286,7 @@ def follow(group: str, name: str) -> list[Entry]:
     key = settings.REDIS_STREAM_KEY
     try:
         found = consumer().xreadgroup(
-            group, name, {key: ">"}, count=BATCH, block=BLOCK_MS, noack=True
+            group, name, {key: ">"}, count=BATCH, block=int(BLOCK_SECONDS * 1000), noack=True
         )
     except ResponseError as error:
         if "NOGROUP" not in str(error) and "UNBLOCKED" not in str(error):

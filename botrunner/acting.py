@@ -1,7 +1,9 @@
 """What has been written down is acted upon: questions become runs, edits and redactions are followed,
 and what was encrypted is looked at once its key has come. Each a unit of database work."""
 
+import hashlib
 import logging
+import time
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
@@ -24,6 +26,9 @@ from realm.tracing import tagged
 
 logger = logging.getLogger(__name__)
 
+# How long a person is not told again in a room that a limit is reached.
+NOTICE_SECONDS = {"rate-limited": 60, "too-many-waiting": 60, "budget-exhausted": 3600}
+
 # What is known of an event only once it has been decrypted.
 OPENED = ["kind", "state", "type", "content_type", "source", "note", "verdicts"]
 
@@ -44,7 +49,7 @@ def act(pk: int, me: str) -> None:
         if not mine.update(state=RoomEvent.State.HANDLED):
             return
         event = RoomEvent.objects.select_related("room").get(pk=pk)
-        verdicts = event.verdicts
+        before = event.verdicts, event.note
         said = Said.parse(event.source)
         note = ""
         with tagged(room=event.room.room_id, event_id=event.event_id, request_id=event.event_id):
@@ -60,7 +65,7 @@ def act(pk: int, me: str) -> None:
                 note = _take_back(said)
         if note:
             event.note, event.state, event.source = note, RoomEvent.State.IGNORED, None
-        if note or event.verdicts != verdicts:
+        if note or (event.verdicts, event.note) != before:
             event.save(update_fields=["state", "source", "note", "verdicts"])
 
 
@@ -77,6 +82,10 @@ def ask(kept: Kept, me: str) -> None:
     with tagged(room=event.room.room_id, event_id=event.event_id, request_id=event.event_id):
         for listener, wanted in kept.fired:
             _ask_one(event, kept.said, listener, question(wanted, kept.said, me))
+        if event.note:
+            if _left_unsaid(event):
+                event.state, event.source = RoomEvent.State.IGNORED, None
+            event.save(update_fields=["state", "source", "note"])
 
 
 def _ask(event: RoomEvent, said: Said, me: str) -> str:
@@ -85,7 +94,14 @@ def _ask(event: RoomEvent, said: Said, me: str) -> str:
     event.verdicts = stored(heard.verdicts)
     for listener, wanted in heard.fired:
         _ask_one(event, said, listener, question(wanted, said, me))
+    if _left_unsaid(event):
+        return event.note
     return f"What it fired was taken away. {heard.why_nothing}" if heard.why_nothing else ""
+
+
+def _left_unsaid(event: RoomEvent) -> bool:
+    """Whether it was refused, and not even that is said."""
+    return bool(event.note) and not event.replies.exists()
 
 
 def _ask_one(event: RoomEvent, said: Said, command: Listener, asked: str) -> None:
@@ -105,12 +121,17 @@ def _ask_one(event: RoomEvent, said: Said, command: Listener, asked: str) -> Non
             source=Run.Source.MATRIX,
             threads=Thread.objects.all(),
             owner=User(pk=command.user_id),
+            # The command may be the bot's own: limits hold for who speaks.
+            asker=said.sender,
             thread_id=thread_id,
             place=event.room.room_id,
             command=command.command,
             input=_input(event, said),
             correlation_id=said.event_id[: inbox.MAX_CORRELATION_LENGTH],
         )
+    except inbox.Limited as error:
+        event.note = _turn_away(event, reply, error)
+        return
     except inbox.Refused as error:
         reply.key = f"{event.event_id}.{command.command_id}"[:255]
         reply.error = str(error)
@@ -129,6 +150,18 @@ def _ask_one(event: RoomEvent, said: Said, command: Listener, asked: str) -> Non
         command.registration_id,
         accepted.run_id,
     )
+
+
+def _turn_away(event: RoomEvent, reply: Reply, error: inbox.Limited) -> str:
+    """Say that a limit is reached: to each person in a room once in a while, for a flood must not be
+    answered with another one. The note for what was said, which nothing else becomes of."""
+    window = int(time.time() // NOTICE_SECONDS[error.code])
+    told = hashlib.sha256(f"{event.room.room_id} {event.sender}".encode()).hexdigest()
+    reply.key, reply.error = f"{error.code}.{told}.{window}", str(error)
+    if not Reply.objects.filter(key=reply.key).exists():
+        Reply.objects.bulk_create([reply], ignore_conflicts=True)
+    logger.info("A question was refused (%s): %s", error.code, error)
+    return f"Refused ({error.code}): {error}"
 
 
 def _edit(event: RoomEvent, said: Said, me: str) -> str:

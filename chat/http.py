@@ -90,15 +90,28 @@ class PlainAPIView(APIView):
         for kind, code in self.statuses.items():
             if isinstance(exc, kind):
                 set_rollback()
-                return refusal(code, str(exc))
+                return refusal(code, str(exc), _retry_after(exc), code=getattr(exc, "code", ""))
         return super().handle_exception(exc)
 
     def get_exception_handler(self) -> Callable[..., Response]:
         return plain_exception_handler
 
 
-def refusal(code: int, error: str, headers: Mapping[str, str] | None = None) -> Response:
-    return Response({"ok": False, "error": error}, status=code, headers=dict(headers or {}))
+def refusal(
+    status: int,
+    error: str,
+    headers: Mapping[str, str] | None = None,
+    *,
+    code: str = "",
+) -> Response:
+    """`code`: stable, for programs; what has none is told by its status."""
+    body = {"ok": False, "error": error} | ({"code": code} if code else {})
+    return Response(body, status=status, headers=dict(headers or {}))
+
+
+def _retry_after(exc: Exception) -> dict[str, str]:
+    seconds = getattr(exc, "retry_after", None)
+    return {} if seconds is None else {"Retry-After": str(int(seconds))}
 
 
 def plain_exception_handler(exc: Exception, context: Mapping[str, Any]) -> Response:

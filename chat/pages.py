@@ -105,8 +105,15 @@ class ChatPage(Guarded):
             )
         except inbox.Refused as error:
             draft = self.request.POST.get("content", "")
+            if isinstance(error, inbox.Limited):
+                return self.turned_away(thread, error, draft=draft)
             return self.page(thread, status=400, error=str(error), draft=draft)
         return _shown(asked.thread_id, asked.run_id)
+
+    def turned_away(self, thread: Thread | None, error: inbox.Limited, **more: Any) -> HttpResponse:
+        page = self.page(thread, status=429, error=str(error), **more)
+        page["Retry-After"] = str(error.retry_after)
+        return page
 
     def _listed(self) -> dict[str, Any]:
         archived = "archived" in self.request.GET
@@ -190,7 +197,10 @@ class CancelForm(ChatPage):
 class RetryForm(ChatPage):
     def post(self, request: HttpRequest, run_id: str) -> HttpResponse:
         run = self.run(run_id)
-        runs.retry(run)
+        try:
+            inbox.ask_again(run)
+        except inbox.Limited as error:
+            return self.turned_away(self.thread(run.thread_id), error)
         return _shown(run.thread_id, run.pk)
 
 

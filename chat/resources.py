@@ -28,6 +28,7 @@ from realm.jsonapi import (
     JSONAPIView,
     Malformed,
     Missing,
+    TooMany,
     Unprocessable,
 )
 
@@ -165,6 +166,8 @@ class MessagesView(CollectionView):
             exc = Conflict(str(exc), "thread_is_busy")
         elif isinstance(exc, inbox.KeyReused):
             exc = Unprocessable(str(exc), "idempotency_key_reused", header="Idempotency-Key")
+        elif isinstance(exc, inbox.Limited):
+            exc = TooMany(str(exc), exc.code, wait=exc.retry_after)
         return super().handle_exception(exc)
 
     def post(self, request: Request) -> Response:

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any, ParamSpec, TypeVar
 
 import orjson
+from django.conf import settings
 from django.db import close_old_connections
 from django.http import StreamingHttpResponse
 from redis.exceptions import RedisError
@@ -36,8 +37,25 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
+class TooManyStreams(exceptions.APIException):
+    """503, with `Retry-After`: each stream takes memory for as long as it is open."""
+
+    status_code = 503
+    default_detail = "Too many streams are open here. Please try again, or ask for the run itself."
+    wait = 5
+
+
+def check_room() -> None:
+    """Raises `TooManyStreams`."""
+    if listeners.listening() >= settings.CHAT_MAX_STREAMS:
+        raise TooManyStreams
+
+
 class EventStream(StreamingHttpResponse):
+    """Raises `TooManyStreams`."""
+
     def __init__(self, frames: AsyncIterator[bytes], **headers: str) -> None:
+        check_room()
         super().__init__(
             frames,
             content_type="text/event-stream",

@@ -42,6 +42,7 @@ class ChatView(CallersView, PlainAPIView):
         inbox.KeyReused: 422,
         inbox.Busy: 409,
         Run.DoesNotExist: 404,  # deleted by another request just now
+        inbox.Limited: 429,
     }
 
     def thread(self, thread_id: str) -> Thread:
@@ -70,6 +71,8 @@ class MessagesView(ChatView):
         with its stream where that is what the client accepts."""
         question = AskSerializer(data=request.data)
         question.is_valid(raise_exception=True)
+        if streams.wants_stream(request):
+            streams.check_room()  # before anything is accepted
         accepted = inbox.ask(
             **question.validated_data,
             source=Run.Source.HTTP,
@@ -195,7 +198,7 @@ class RunCancelView(ChatView):
 class RunRetryView(ChatView):
     def post(self, request: Request, run_id: str) -> Response:
         """Have a run begun anew that failed or was cancelled: 202; 409 for any other."""
-        if not runs.retry(self.run(run_id)):
+        if not inbox.ask_again(self.run(run_id)):
             raise Conflict(self.run(run_id).why_not_retried or "Somebody else was first.")
         return Response({"ok": True, "run": run_json(self.run(run_id))}, status=202)
 

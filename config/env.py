@@ -3,6 +3,7 @@
 import ipaddress
 import os
 import re
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -52,6 +53,18 @@ def seconds(name: str, default: float, *, least: float = 0.1) -> float:
         number = float("nan")
     if not least <= number < float("inf"):
         raise ImproperlyConfigured(f"{name}={value!r} is not a time in seconds of {least} or more.")
+    return number
+
+
+def amount(name: str) -> Decimal:
+    """Money; 0 where it is not set."""
+    value = text(name, "0")
+    try:
+        number = Decimal(value)
+    except InvalidOperation:
+        number = Decimal("NaN")
+    if not (number.is_finite() and 0 <= number <= 1_000_000):
+        raise ImproperlyConfigured(f"{name}={value!r} is not an amount from 0 to 1000000.")
     return number
 
 

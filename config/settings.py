@@ -226,6 +226,7 @@ for _name, _model in [
         raise ImproperlyConfigured(f"{_name}: a model's name has at most 100 characters.")
 CHAT_MEMORY_RECENT_MESSAGES = env.integer("CHAT_MEMORY_RECENT_MESSAGES", 8, least=1, most=1000)
 CHAT_MAX_WAIT_SECONDS = env.integer("CHAT_MAX_WAIT_SECONDS", 60)
+CHAT_MAX_STREAMS = env.integer("CHAT_MAX_STREAMS", 5000, least=1)  # of a web process
 CHAT_WHEN_BUSY = env.choice(
     "CHAT_WHEN_BUSY", "enqueue", ("enqueue", "merge", "reject", "interrupt")
 )
@@ -240,7 +241,23 @@ AGENT_MAX_LOOP_ITERATIONS = env.integer("AGENT_MAX_LOOP_ITERATIONS", 8, least=1,
 AGENT_TOOLS = env.words("AGENT_TOOLS")
 AGENT_MAX_ATTEMPTS = env.integer("AGENT_MAX_ATTEMPTS", 5, least=1, most=100)
 AGENT_LEASE_SECONDS = env.seconds("AGENT_LEASE_SECONDS", 10, least=1)
+# Of all slots, what one asker's runs may take at once, in per cent.
+AGENT_USER_SHARE = env.integer("AGENT_USER_SHARE", 80, least=1, most=100)
 AGENT_DEADLINE_SECONDS = env.seconds("AGENT_DEADLINE_SECONDS", 600, least=1)
+# Of one answer; told to the model where it is set, and set aside before the call where tokens or money
+# are limited.
+AGENT_MAX_OUTPUT_TOKENS = env.integer("AGENT_MAX_OUTPUT_TOKENS", 0, most=1_000_000)
+
+# What one user and one room may take (agents/limits.py); 0: no limit. The admin can say otherwise for
+# some of them.
+LIMIT_USER_MESSAGES_PER_MINUTE = env.integer("LIMIT_USER_MESSAGES_PER_MINUTE", 60, most=1_000_000)
+LIMIT_USER_RUNS_WAITING = env.integer("LIMIT_USER_RUNS_WAITING", 100, most=1_000_000)
+LIMIT_USER_TOKENS_PER_DAY = env.integer("LIMIT_USER_TOKENS_PER_DAY", 0, most=10**15)
+LIMIT_USER_COST_PER_DAY = env.amount("LIMIT_USER_COST_PER_DAY")
+LIMIT_ROOM_MESSAGES_PER_MINUTE = env.integer("LIMIT_ROOM_MESSAGES_PER_MINUTE", 120, most=1_000_000)
+LIMIT_ROOM_RUNS_WAITING = env.integer("LIMIT_ROOM_RUNS_WAITING", 200, most=1_000_000)
+LIMIT_ROOM_TOKENS_PER_DAY = env.integer("LIMIT_ROOM_TOKENS_PER_DAY", 0, most=10**15)
+LIMIT_ROOM_COST_PER_DAY = env.amount("LIMIT_ROOM_COST_PER_DAY")
 
 # What is kept for how many days after it has served; 0 is for good. See the retention.py of agents,
 # console and hooks.

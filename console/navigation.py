@@ -99,6 +99,7 @@ UNFOLD: dict[str, Any] = {
                 "items": _models(
                     ("Usage", "bar_chart", "agents.usage"),
                     ("Prices", "sell", "agents.price"),
+                    ("Limits", "speed", "agents.limit"),
                 ),
             },
             {

@@ -8,7 +8,7 @@ from django.db.models import Sum
 from django.http import HttpRequest, HttpResponse
 from django.template.response import TemplateResponse
 
-from agents import prices
+from agents import limits, prices
 from agents.models import Usage, today
 from console.base import Empty, ReadOnlyAdmin
 from console.formats import money
@@ -18,6 +18,7 @@ GROUPS = {"user": "User", "place": "Room", "model": "Model", "day": "Day"}
 SUMS = ("runs", "failed", "prompt_tokens", "completion_tokens", "cost", "unpriced")
 NOBODY = {"user": "nobody (anonymous, other programs)", "place": "no room (HTTP, other programs)"}
 MAX_ROWS = 200
+MAX_USES = 20
 # The period that the list of runs is linked with.
 RUNS = {"today": "24h", "7d": "7d"}
 
@@ -67,9 +68,28 @@ class UsageAdmin(ReadOnlyAdmin):
             "by_title": GROUPS[by],
             "rows": [_row(row, by, currency, RUNS.get(period, "30d")) for row in rows[:MAX_ROWS]],
             "more": len(rows) > MAX_ROWS,
+            "uses": [_use(use, currency) for use in limits.nearest(MAX_USES)],
             "total": _row({by: "Total", **used.aggregate(**sums)}, "total", currency, ""),
         }
         return TemplateResponse(request, "console/usage.html", context)
+
+
+def _use(use: limits.Use, currency: str) -> dict[str, Any]:
+    """Taken and limit, in words; empty for what has no limit."""
+
+    def beside(taken: Any, most: Any) -> str:
+        return f"{taken} of {most}"
+
+    mine = use.scope.limits
+    return {
+        "kind": use.scope.kind.label,
+        "name": use.scope.name,
+        "is_reached": use.share >= 1,
+        "share": f"{use.share:.0%}",
+        "waiting": beside(f"{use.waiting:,}", f"{mine.waiting:,}") if mine.waiting else "",
+        "tokens": beside(f"{use.tokens:,}", f"{mine.tokens:,}") if mine.tokens else "",
+        "cost": beside(money(use.cost, currency), money(mine.cost, currency)) if mine.cost else "",
+    }
 
 
 def _choice(title: str, by: str, period: str, *, chosen: bool) -> dict[str, Any]:

@@ -318,7 +318,7 @@ class Documents(JsonApiAutoSchema):
                     Location="The message.",
                     **REPLAYED,
                 ),
-                **refusals(400, 401, 403, 404, 406, 409, 411, 413, 415, 422, 503),
+                **refusals(400, 401, 403, 404, 406, 409, 411, 413, 415, 422, 429, 503),
             },
         }
 

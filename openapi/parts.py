@@ -23,6 +23,7 @@ REASONS = {
     413: "The body is too large.",
     415: "The body is of a media type that is not understood here.",
     422: "The Idempotency-Key stands for another request.",
+    429: "A limit of the asker's or of the room's is reached; the answer says which.",
     502: "The homeserver says what makes no sense.",
     503: "The database is busy. Please try again.",
 }
@@ -144,7 +145,15 @@ def refusals(*codes: int) -> dict[str, Schema]:
 
 
 # What is told beside the status, where one code is as good an example as any.
-CODES = {400: "malformed", 401: "not_authenticated", 403: "permission_denied", 404: "not_found"}
+CODES = {
+    400: "malformed",
+    401: "not_authenticated",
+    403: "permission_denied",
+    404: "not_found",
+    429: "rate-limited",
+}
+# Headers that come with a refusal.
+WITH = {429: {"Retry_After": "Seconds until another try may be worth it."}}
 PLACES = {400: {"parameter": "include"}, 409: {"pointer": "/data/type"}}
 
 
@@ -162,7 +171,9 @@ def refused(code: int) -> Schema:
 
 
 DOCUMENT_RESPONSES = {
-    f"Document{code}": answer(why, content(MEDIA_TYPE, ref("Errors"), refused(code)))
+    f"Document{code}": answer(
+        why, content(MEDIA_TYPE, ref("Errors"), refused(code)), **WITH.get(code, {})
+    )
     for code, why in REASONS.items()
     if code >= 400
 }

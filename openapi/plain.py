@@ -8,6 +8,7 @@ from chat.models import MAX_TITLE_LENGTH, Message
 from chat.views import MAX_PAGE
 from openapi.parts import (
     ATTRIBUTE_NAMES,
+    CODES,
     ID,
     IDEMPOTENCY_KEY,
     MESSAGE_ID,
@@ -15,6 +16,7 @@ from openapi.parts import (
     REPLAYED,
     RUN_ID,
     THREAD_ID,
+    WITH,
     Schema,
     answer,
     content,
@@ -71,7 +73,12 @@ SCHEMAS = {
         data=text(contentMediaType="application/json"),
         retry={"type": "integer"},
     ),
-    "Error": record(ok={"const": False}, error=text(description="What is wrong, safe to show.")),
+    "Error": record(
+        "code",
+        ok={"const": False},
+        error=text(description="What is wrong, safe to show."),
+        code=text(description="With 429: which kind of limit, for programs. It does not change."),
+    ),
     "Usage": record(promptTokens=COUNT, completionTokens=COUNT, totalTokens=COUNT),
     "Thread": record(
         id=text(pattern=ID),
@@ -203,7 +210,15 @@ def events(description: str) -> Schema:
 
 
 RESPONSES = {
-    f"Plain{code}": answer(why, content(JSON, ref("Error"), {"ok": False, "error": why}))
+    f"Plain{code}": answer(
+        why,
+        content(
+            JSON,
+            ref("Error"),
+            {"ok": False, "error": why} | ({"code": CODES[code]} if code == 429 else {}),
+        ),
+        **WITH.get(code, {}),
+    )
     for code, why in REASONS.items()
     if code >= 400
 }
@@ -273,6 +288,7 @@ OPERATIONS: dict[tuple[str, str], Schema] = {
         411,
         413,
         422,
+        429,
         description="The message, its run and the event that asks for it are recorded together. With "
         "`Prefer: wait=N` the outcome is waited for; with `Accept: text/event-stream` the answer is "
         "the stream of the run.",
@@ -437,6 +453,7 @@ OPERATIONS: dict[tuple[str, str], Schema] = {
         },
         404,
         409,
+        429,
         parameters=[RUN_PATH],
     ),
     ("GET", "/api/chat/models"): operation(

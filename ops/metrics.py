@@ -41,7 +41,7 @@ from prometheus_client.core import (
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
-from agents import prices, rollups, stream
+from agents import limits, prices, rollups, stream
 from agents.models import Attempt, Rollup, Run
 from botrunner.models import Reply
 from hooks.models import Delivery
@@ -65,6 +65,18 @@ HTTP_SECONDS = Histogram(
     ["method", "route"],
     buckets=HTTP_BOUNDS,
 )
+
+
+REFUSALS = Counter(
+    "botrealm_refusals", "Questions refused over HTTP because a limit was reached.", ["code"]
+)
+
+
+def observe_refusal(sender: Any, code: str, **_: Any) -> None:
+    REFUSALS.labels(code).inc()
+
+
+limits.refused.connect(observe_refusal)
 
 
 def observe_request(method: str, route: str, status: int, seconds: float) -> None:

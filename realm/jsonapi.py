@@ -97,6 +97,17 @@ class Unprocessable(Refusal):
     default_code = "unprocessable"
 
 
+class TooMany(Refusal):
+    """429, with `Retry-After`."""
+
+    status_code = status.HTTP_429_TOO_MANY_REQUESTS
+    default_code = "too_many"
+
+    def __init__(self, detail: str, code: str | None = None, *, wait: int) -> None:
+        super().__init__(detail, code)
+        self.wait = wait
+
+
 class BadGateway(Refusal):
     status_code = status.HTTP_502_BAD_GATEWAY
     default_code = "bad_gateway"

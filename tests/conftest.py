@@ -11,7 +11,7 @@ import redis as redis_client
 from django.db import connection
 from rest_framework.test import APIClient
 
-from agents import leases, live, llm, prices, stream
+from agents import leases, limits, live, llm, prices, stream
 from tests.fakes import receiver
 from tests.fakes.llm import FakeLLM
 from tests.redisserver import redis_executable
@@ -134,8 +134,9 @@ def _fresh_heartbeat() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _fresh_prices() -> None:
+def _fresh_lists() -> None:
     prices.price_list.forget()
+    limits.limit_list.forget()
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ _OURS = (
     "ADMIN_",
     "HOOKS_",
     "RETENTION_",
+    "LIMIT_",
 )
 for _name in list(os.environ):
     if _name not in _KEEP and (
@@ -42,6 +43,12 @@ os.environ |= {
     "OPENAI_API_KEY": "",
     "OPENAI_BASE_URL": "",
     "REDIS_URL": "redis://127.0.0.1:1",
+    # Many tests ask more within a moment than one user would; those of the limits set their own.
+    "LIMIT_USER_MESSAGES_PER_MINUTE": "0",
+    "LIMIT_USER_RUNS_WAITING": "0",
+    "LIMIT_ROOM_MESSAGES_PER_MINUTE": "0",
+    "LIMIT_ROOM_RUNS_WAITING": "0",
+    "AGENT_USER_SHARE": "100",
 }
 # A file, as in production: threads of a test have connections of their own. The name is that of a file
 # from the start, for pytest-django shares one connection between threads where it is `:memory:`.

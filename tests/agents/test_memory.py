@@ -246,3 +246,37 @@ def test_instructions_in_messages_are_not_escaped_as_html(model: FakeLLM) -> Non
 
 def overdue(thread: Thread) -> None:
     Thread.objects.filter(pk=thread.pk).update(summary_due_at=timezone.now() - timedelta(minutes=1))
+
+
+class TestSize:
+    """Rows are not the measure of memory: one message may be of megabytes."""
+
+    def said(self, *lengths: int) -> Run:
+        thread = factories.conversation(len(lengths))
+        for turn, length in enumerate(lengths):
+            Message.objects.filter(thread=thread, position=2 * turn + 1).update(
+                content=f"{turn}" * length
+            )
+        return factories.ask("?" * 300_000, thread_id=thread.pk)
+
+    def test_of_a_long_message_the_beginning_is_sent_and_of_the_question_all(self) -> None:
+        run = self.said(10, 250_000)
+        sent = [len(each["content"]) for each in memory.context(run).messages]
+        assert sent == [10, 10, 10, memory.MESSAGE_CHARACTERS, 300_000]
+
+    def test_of_many_long_messages_the_newest_are_sent(self) -> None:
+        run = self.said(*[90_000] * 10)
+        context = memory.context(run)
+        sizes = [len(each["content"]) for each in context.messages]
+        assert sizes[-1] == 300_000
+        assert sum(sizes[:-1]) <= memory.CONTEXT_CHARACTERS
+        assert [size for size in sizes if size == 90_000] == [90_000] * 4
+        assert len(context.sent["messages"]) == len(sizes)
+
+    def test_no_long_message_is_read_whole_for_a_summary(self, model: FakeLLM) -> None:
+        thread = factories.conversation(20)
+        Message.objects.filter(thread=thread, position=1).update(content="x" * 500_000)
+        Thread.objects.update(summary_due_at=thread.created_at)
+        assert memory.summarise(thread.pk) is not None
+        [request] = model.requests
+        assert len(request.last_user) < memory.MESSAGE_CHARACTERS + 2000

@@ -1,8 +1,6 @@
 """The worker's side of the stream, on a real Redis. Celery itself is met in tests/system; here, what
 was handed to it is read from its queue."""
 
-import base64
-import json
 import time
 import uuid
 from datetime import timedelta
@@ -16,44 +14,13 @@ from django.utils import timezone
 from redis import Redis
 from redis.exceptions import RedisError
 
-from agents import runs, runtime, stream
+from agents import handover, runs, runtime, stream
 from agents.models import Event, Run
 from chat.models import Message
 from tests import factories
+from tests.agents.conftest import Broker
 
 pytestmark = pytest.mark.django_db(transaction=True)
-
-
-@pytest.fixture
-def reader(redis: Redis, broker: "Broker") -> runtime.Reader:
-    stream.ensure_group()
-    return runtime.Reader("worker-1")
-
-
-class Broker:
-    def __init__(self, redis: Redis) -> None:
-        self.redis = redis
-
-    def handed(self) -> list[str]:
-        """The runs in Celery's queue, which is emptied."""
-        key = "agent_events:celery"
-        messages = self.redis.lrange(key, 0, -1)
-        self.redis.delete(key)
-        bodies = [json.loads(base64.b64decode(json.loads(m)["body"])) for m in reversed(messages)]
-        return [body[0][0] for body in bodies]
-
-
-@pytest.fixture(scope="session")
-def _celery(redis_server: str) -> None:
-    from config.celery import app
-
-    app.conf.broker_url = redis_server
-    app.set_current()
-
-
-@pytest.fixture
-def broker(redis: Redis, _celery: None) -> Broker:
-    return Broker(redis)
 
 
 def entries(redis: Redis) -> list[dict[str, Any]]:
@@ -356,30 +323,16 @@ class TestSweep:
         runtime.sweep_runs()
         assert broker.handed() == [first.pk]
 
-    def test_what_may_be_in_a_long_queue_is_not_added_to_it(
+    def test_nothing_is_added_to_a_long_queue(
         self, reader: runtime.Reader, redis: Redis, broker: Broker
     ) -> None:
         factories.ask()
         Run.objects.update(handed_at=Now() - timedelta(minutes=1))
-        redis.rpush("agent_events:celery", *[b"{}"] * runtime.SWEEP_BATCH)
+        redis.rpush("agent_events:celery", *[b"{}"] * handover.room())
         assert runtime.sweep_runs() == 0
 
         redis.lpop("agent_events:celery")
         assert runtime.sweep_runs() == 1
-
-    def test_what_cannot_be_in_a_long_queue_is_added_to_it(
-        self, reader: runtime.Reader, redis: Redis, broker: Broker
-    ) -> None:
-        due, lost = factories.ask(), factories.ask()
-        runs.claim(lost.pk)
-        Run.objects.filter(pk=due.pk).update(handed_at=None)
-        Run.objects.filter(pk=lost.pk).update(
-            handed_at=Now() - timedelta(minutes=1), lease_expires_at=Now() - timedelta(seconds=1)
-        )
-        redis.rpush("agent_events:celery", *[b"{}"] * runtime.SWEEP_BATCH)
-
-        assert runtime.sweep_runs() == 2
-        assert runtime.sweep_runs() == 0
 
     def test_a_chore_that_fails_does_not_keep_the_others_from_being_done(
         self, reader: runtime.Reader, redis: Redis, broker: Broker

@@ -8,7 +8,7 @@ from django.db import connection
 from django.test.utils import CaptureQueriesContext
 
 from agents.models import Run
-from botrunner import acting, timeline
+from botrunner import acting, replies, timeline
 from botrunner.models import Reply, Room, RoomEvent
 from botrunner.said import MARK
 from botrunner.timeline import Batch, RoomNews
@@ -362,3 +362,45 @@ def test_a_batch_costs_the_same_however_long(rooms: int, events: int) -> None:
     told = [query["sql"] for query in queries if query["sql"].startswith(("SELECT", "UPDATE"))]
     assert len(told) == 3  # the position, the rooms, registrations with users and commands
     assert RoomEvent.objects.count() == rooms * events
+
+
+class TestLimits:
+    def test_a_refusal_is_the_events_outcome_and_said_in_the_room(self, settings: Any) -> None:
+        settings.LIMIT_USER_MESSAGES_PER_MINUTE = 1
+        command()
+        take_in(row := session(), event("one"))
+        take_in(row, refused := event("two"))
+        assert Run.objects.count() == 1
+        found = RoomEvent.objects.get(event_id=refused["event_id"])
+        assert found.state == RoomEvent.State.HANDLED
+        assert found.note.startswith("Refused (rate-limited): You may ask 1 question a minute.")
+        reply = Reply.objects.get(question=found)
+        assert (reply.run, reply.status) == (None, Reply.Status.WAITING)
+        [part] = replies.contents(reply)
+        assert part["msgtype"] == "m.notice"
+        assert "You may ask 1 question a minute." in part["body"]
+
+    def test_a_flood_is_answered_with_one_sentence_for_each_person(
+        self, settings: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setitem(acting.NOTICE_SECONDS, "rate-limited", 10**9)
+        settings.LIMIT_ROOM_MESSAGES_PER_MINUTE = 1
+        command()
+        command(BOB)
+        row = session()
+        for number in range(10):
+            take_in(row, event(f"{number}"), event(f"{number}", sender=BOB))
+        assert Run.objects.count() == 1
+        told = Reply.objects.filter(run=None).values_list("question__sender", flat=True)
+        assert sorted(told) == [ALICE, BOB]
+        assert RoomEvent.objects.filter(note__startswith="Refused (rate-limited)").count() == 19
+        unsaid = RoomEvent.objects.filter(state="ignored", source__isnull=True)
+        assert unsaid.count() == 17
+
+    def test_limits_hold_for_who_speaks_and_not_for_whose_the_command_is(
+        self, settings: Any
+    ) -> None:
+        settings.LIMIT_USER_MESSAGES_PER_MINUTE = 1
+        command(ME)
+        take_in(session(), event("one"), event("two", sender=BOB))
+        assert set(Run.objects.values_list("asker", flat=True)) == {ALICE, BOB}

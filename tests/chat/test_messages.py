@@ -1,12 +1,18 @@
 import re
+import socket
 import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import orjson
 import pytest
 from django.db import connection
+from redis import Redis
 from rest_framework.test import APIClient
 
+from agents import stream
 from agents.models import Event, IdempotencyKey, Run
 from chat.models import Message, Thread
 from realm import tokens
@@ -342,3 +348,45 @@ def test_a_session_without_the_token_against_forgery_is_refused(settings: Any) -
 
 def bearer(user: Any) -> str:
     return f"Bearer {tokens.issue(user.matrix_user_id)}"
+
+
+@pytest.mark.django_db(transaction=True)
+class TestBlackHole:
+    """A Redis that takes connections and says nothing: worse than one that is not there."""
+
+    @pytest.fixture
+    def hole(self, redis: Redis, settings: Any) -> Iterator[list[socket.socket]]:
+        """The connections that were made to it."""
+        taken: list[socket.socket] = []
+        with socket.create_server(("127.0.0.1", 0)) as listening:
+
+            def take() -> None:
+                with suppress(OSError):
+                    while True:
+                        taken.append(listening.accept()[0])
+
+            thread = threading.Thread(target=take, daemon=True)
+            thread.start()
+            settings.REDIS_URL = f"redis://127.0.0.1:{listening.getsockname()[1]}"
+            stream._publisher.cache_clear()
+            yield taken
+            listening.shutdown(socket.SHUT_RDWR)
+            thread.join(5)
+        for each in taken:
+            each.close()
+        if stream._publisher.cache_info().currsize:
+            stream._publisher().close()
+        stream._publisher.cache_clear()
+
+    @pytest.mark.parametrize("prefer", ["", "wait=30"])
+    def test_it_costs_one_request_a_time_out_and_no_other(
+        self, api: APIClient, hole: list[socket.socket], prefer: str
+    ) -> None:
+        began = time.monotonic()
+        for _ in range(10):
+            said = post(api, {"content": "Hello"}, prefer=prefer)
+            assert said.status_code == 202
+        took = time.monotonic() - began
+        # Of a breaker that opens for three seconds each time, not of each of the requests.
+        assert 1 <= len(hole) <= 2 * (1 + took // stream.BREAK_SECONDS)
+        assert took < 10

@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -505,3 +505,39 @@ def test_the_breaker_spares_a_run_a_redis_that_is_away(model: FakeLLM, settings:
     run.refresh_from_db()
     assert run.status == "completed"
     stream._breaker.reset()
+
+
+class TestRoom:
+    """Each open stream takes memory: there is an end to how many are open."""
+
+    def test_beyond_it_streams_are_refused_and_nothing_is_asked(self, settings: Any) -> None:
+        settings.CHAT_MAX_STREAMS = 1
+        run = ask()
+        before = Run.objects.count()
+
+        async def scene() -> None:
+            async with request(f"/api/chat/runs/{run.pk}/events") as first:
+                await first.event()
+                await until(lambda: listeners.listening() == 1)
+                for path in (f"runs/{run.pk}/events", f"threads/{run.thread_id}/events"):
+                    async with request(f"/api/chat/{path}") as second:
+                        await second.begun()
+                        assert (second.status, second.headers["retry-after"]) == (503, "5")
+                question = {"content": "Hello"}
+                accept = {"accept": "text/event-stream"}
+                async with request("/api/chat/messages", "POST", question, **accept) as asked:
+                    await asked.begun()
+                    assert asked.status == 503
+            await until(lambda: listeners.listening() == 0)
+            async with request(f"/api/chat/runs/{run.pk}/events") as again:
+                await again.event()
+                assert again.status == 200
+
+        go(scene())
+        assert Run.objects.count() == before
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(20):
+        while not condition():
+            await asyncio.sleep(0.01)

@@ -11,7 +11,7 @@ from django.test import Client
 from django.utils import timezone
 from django.utils.html import escape
 
-from agents.models import Event, Price, Run, Summary
+from agents.models import Event, Limit, Price, Run, Summary
 from botrunner.models import Reply, Room, RoomEvent, Session
 from chat.models import Message, Thread
 from console import roles
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.django_db
 
 PAGES = sorted((model for model in admin.site._registry), key=lambda model: model._meta.label_lower)
 # What people make in forms, not the system.
-MANAGED = {User, Group, BotRegistration, BotCommand, Price, Subscription}
+MANAGED = {User, Group, BotRegistration, BotCommand, Limit, Price, Subscription}
 ONLY_ADMINS = {AuditEntry, Group}
 
 

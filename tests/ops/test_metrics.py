@@ -382,3 +382,17 @@ def test_deliveries_that_wait_and_that_were_given_up_are_counted(
     assert waiting.subscription.enabled
     assert told.value("botrealm_webhooks_waiting") == 1
     assert told.value("botrealm_webhooks_dead") == 1
+
+
+def test_refusals_are_counted_by_their_reason(client: Client, settings: Any) -> None:
+    settings.LIMIT_USER_MESSAGES_PER_MINUTE = 1
+
+    def refusals() -> float:
+        page = Scrape(metrics.exposition().decode())
+        samples = page.families["botrealm_refusals"].samples
+        return sum(s.value for s in samples if s.labels.get("code") == "rate-limited")
+
+    before = refusals()
+    for _ in range(3):
+        client.post("/api/chat/messages", {"content": "Hello"}, "application/json")
+    assert refusals() == before + 2

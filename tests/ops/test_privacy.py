@@ -13,7 +13,7 @@ from django.db import DatabaseError, OperationalError
 from django.test import Client
 from redis import Redis
 
-from agents import commands, inbox, runs, runtime, stream
+from agents import commands, handover, inbox, runs, runtime, stream
 from agents.models import Run
 from botrunner import acting, replies
 from botrunner.client import MatrixError
@@ -176,7 +176,7 @@ def test_not_in_error_reports(paths: Paths, sentry: Mailbox) -> None:
 
 def test_not_in_tasks(paths: Paths, redis: Redis) -> None:
     paths.http()
-    runtime.hand_over(Run.objects.values_list("pk", flat=True))
+    handover.hand_over(Run.objects.values_list("pk", flat=True))
 
     [message] = redis.lrange("agent_events:celery", 0, -1)
     whole = json.loads(message)

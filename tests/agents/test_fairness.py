@@ -1,0 +1,159 @@
+"""Whose turn it is, where more is asked than there are slots for."""
+
+import time
+from typing import Any
+
+import pytest
+from django.db.models.functions import Now
+
+from agents import handover, runs, runtime, shares
+from agents.models import Run
+from tests import factories
+from tests.agents.conftest import Broker
+
+pytestmark = pytest.mark.django_db(transaction=True)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left() -> Any:
+    yield
+    shares.left.clear()
+
+
+@pytest.fixture
+def small(settings: Any) -> None:
+    """Four runs are handed over ahead of the slots."""
+    settings.CELERY_WORKER_CONCURRENCY = 4
+
+
+def ask(asker: str, times: int = 1, **extra: Any) -> list[str]:
+    return [factories.ask(asker=asker, **extra).pk for _ in range(times)]
+
+
+def again(reader: runtime.Reader) -> None:
+    """Have it look at once, however long the last look took."""
+    reader._turns._look_at = 0
+    reader.read()
+
+
+def test_a_single_question_is_handed_over_without_a_look_at_the_others(
+    reader: runtime.Reader,
+    broker: Broker,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(handover, "hand_over_fairly", None)
+    mine = ask("alice")
+    reader.read()
+    assert broker.handed() == mine
+
+
+def test_what_has_no_room_in_the_queue_waits_in_the_database(
+    reader: runtime.Reader,
+    broker: Broker,
+    small: None,
+) -> None:
+    asked = ask("alice", 10)
+    reader.read()
+    assert broker.handed() == asked[:4]
+    assert set(Run.objects.untold().values_list("pk", flat=True)) == set(asked[4:])
+    again(reader)
+    assert broker.handed() == asked[4:8]
+
+
+def test_whoever_has_little_in_hand_goes_before_a_flood(
+    reader: runtime.Reader,
+    broker: Broker,
+    small: None,
+) -> None:
+    flood = ask("alice", 30)
+    reader.read()
+    for run_id in broker.handed():
+        assert runs.claim(run_id)
+    [bobs] = ask("bob")
+    again(reader)
+    assert broker.handed() == [bobs, *flood[4:7]]
+
+
+def test_those_of_three_go_in_turns(
+    reader: runtime.Reader,
+    broker: Broker,
+    small: None,
+) -> None:
+    alices, bobs, carols = (ask(name, 5) for name in ("alice", "bob", "carol"))
+    handed: list[str] = []
+    for _ in range(3):
+        again(reader)
+        handed += broker.handed()
+        for run_id in handed[-4:]:
+            assert runs.claim(run_id)
+        counts = [len({*handed} & {*mine}) for mine in (alices, bobs, carols)]
+        assert max(counts) - min(counts) <= 1
+    assert counts == [4, 4, 4]
+
+
+def test_all_of_a_flood_is_handed_over_in_the_end(
+    reader: runtime.Reader,
+    broker: Broker,
+    small: None,
+) -> None:
+    asked = ask("alice", 25)
+    deadline = time.monotonic() + 60
+    while not all(run.is_finished for run in Run.objects.all()):
+        assert time.monotonic() < deadline
+        reader.read()
+        for run_id in broker.handed():
+            runs.execute(run_id)
+    assert Run.objects.filter(pk__in=asked, status="completed").count() == 25
+    assert not shares.left.is_set()
+
+
+class TestShare:
+    @pytest.fixture(autouse=True)
+    def _half(self, settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        settings.AGENT_USER_SHARE = 50
+        settings.CELERY_WORKER_CONCURRENCY = 4
+        monkeypatch.setattr(shares, "slots", shares.Slots())
+
+    def test_nobody_gets_more_than_that_of_the_slots(self) -> None:
+        first, second, third = ask("alice", 3)
+        assert runs.claim(first)
+        assert runs.claim(second)
+        assert runs.claim(third) is None
+        assert Run.objects.untold().filter(pk=third).exists()
+        assert runs.claim(ask("bob")[0])
+
+    def test_whoever_has_all_of_it_is_passed_over(
+        self,
+        reader: runtime.Reader,
+        broker: Broker,
+    ) -> None:
+        flood = ask("alice", 10)
+        again(reader)
+        assert broker.handed() == flood[:2]
+        for run_id in flood[:2]:
+            runs.claim(run_id)
+        [bobs] = ask("bob")
+        again(reader)
+        assert broker.handed() == [bobs]
+
+    def test_its_next_goes_on_when_one_has_ended(
+        self,
+        reader: runtime.Reader,
+        broker: Broker,
+    ) -> None:
+        flood = ask("alice", 10)
+        again(reader)
+        broker.handed()
+        for run_id in flood[:2]:
+            runs.claim(run_id)
+        runs.cancel(Run.objects.get(pk=flood[0]))
+        again(reader)
+        assert broker.handed() == [flood[2]]
+
+    def test_a_run_whose_worker_was_lost_is_taken_over_all_the_same(self) -> None:
+        mine = ask("alice", 2)
+        for run_id in mine:
+            runs.claim(run_id)
+        Run.objects.update(lease_expires_at=Now())
+        time.sleep(0.01)
+        assert runs.claim(mine[0])
