@@ -186,7 +186,7 @@ def _too_fast(scope: Scope, seconds: float) -> Reached:
     return Reached(
         f"{may} {_questions(scope.limits.messages)} a minute. Try again in {max(1, ceil(seconds))} s. "
         + scope.mended("MESSAGES_PER_MINUTE"),
-        code="rate-limited",
+        code="rate_limited",
         retry_after=seconds,
     )
 
@@ -200,7 +200,7 @@ def _too_many_waiting(scope: Scope) -> Reached:
     return Reached(
         f"{scope.limits.waiting} {of} wait for their answers, and no more may. Wait for some, or "
         "cancel some. " + scope.mended("RUNS_WAITING"),
-        code="too-many-waiting",
+        code="too_many_waiting",
         retry_after=WAITING_SECONDS,
     )
 
@@ -239,7 +239,7 @@ def _estimate(scopes: Iterable[Scope], model: str, size: int) -> tuple[int, int]
         raise Reached(
             f"Money is limited here, and the model {model!r} has no price. Ask for another model; an "
             "operator can add its price.",
-            code="budget-exhausted",
+            code="budget_exhausted",
             retry_after=prices.REFRESH_SECONDS,
         )
     return usage.prompt_tokens + usage.completion_tokens, cost or 0
@@ -260,7 +260,7 @@ def _exhausted(scope: Scope, spent: Spending) -> Reached:
     return Reached(
         f"{may} take {what} a day, and what is left of it ({rest}) is too little for this. It begins "
         f"anew at 0:00 UTC. {scope.mended(name)}",
-        code="budget-exhausted",
+        code="budget_exhausted",
         retry_after=_seconds_of_today_left(),
     )
 

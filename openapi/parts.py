@@ -23,7 +23,7 @@ REASONS = {
     413: "The body is too large.",
     415: "The body is of a media type that is not understood here.",
     422: "The Idempotency-Key stands for another request.",
-    429: "A limit of the asker's or of the room's is reached; the answer says which.",
+    429: "A limit is reached; the answer says which, and `Retry-After` when to try again.",
     502: "The homeserver says what makes no sense.",
     503: "The database is busy. Please try again.",
 }
@@ -150,7 +150,7 @@ CODES = {
     401: "not_authenticated",
     403: "permission_denied",
     404: "not_found",
-    429: "rate-limited",
+    429: "rate_limited",
 }
 # Headers that come with a refusal.
 WITH = {429: {"Retry_After": "Seconds until another try may be worth it."}}

@@ -22,6 +22,7 @@ _OURS = (
     "HOOKS_",
     "RETENTION_",
     "LIMIT_",
+    "SERVER_SESSIONS_",
 )
 for _name in list(os.environ):
     if _name not in _KEEP and (
@@ -49,6 +50,8 @@ os.environ |= {
     "LIMIT_ROOM_MESSAGES_PER_MINUTE": "0",
     "LIMIT_ROOM_RUNS_WAITING": "0",
     "AGENT_USER_SHARE": "100",
+    # Many tests come from one address within a minute.
+    "SERVER_SESSIONS_PER_MINUTE": "0",
 }
 # A file, as in production: threads of a test have connections of their own. The name is that of a file
 # from the start, for pytest-django shares one connection between threads where it is `:memory:`.

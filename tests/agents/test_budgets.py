@@ -58,7 +58,7 @@ class TestTokens:
         settings.LIMIT_USER_TOKENS_PER_DAY = 900
         said = api.post(URL, {"content": "Hello"}, format="json")
         assert said.status_code == 429
-        assert said.json()["code"] == "budget-exhausted"
+        assert said.json()["code"] == "budget_exhausted"
         assert "900 tokens a day" in said.json()["error"]
         assert 1 <= int(said["Retry-After"]) <= 86400
         assert not Run.objects.exists()

@@ -55,7 +55,7 @@ def test_whoever_asks_too_fast_is_told_when_to_come_back(api: APIClient, setting
     assert [each.status_code for each in said] == [202, 202, 202, 429]
     refused = said[-1]
     assert 1 <= int(refused["Retry-After"]) <= 20
-    assert refused.json()["code"] == "rate-limited"
+    assert refused.json()["code"] == "rate_limited"
     assert "You may ask 3 questions a minute." in refused.json()["error"]
     assert "LIMIT_USER_MESSAGES_PER_MINUTE" in refused.json()["error"]
     assert (Run.objects.count(), Message.objects.count()) == (3, 3)
@@ -82,7 +82,7 @@ def test_as_json_api_the_refusal_is_an_error_document(api: APIClient, settings: 
     ]
     assert [each.status_code for each in said] == [201, 429]
     [error] = said[1].json()["errors"]
-    assert (error["status"], error["code"]) == ("429", "rate-limited")
+    assert (error["status"], error["code"]) == ("429", "rate_limited")
     assert 1 <= int(said[1]["Retry-After"]) <= 60
 
 
@@ -135,7 +135,7 @@ class TestWaiting:
         settings.LIMIT_USER_RUNS_WAITING = 2
         said = [api.post(URL, {"content": "Hello"}, format="json") for _ in range(3)]
         assert [each.status_code for each in said] == [202, 202, 429]
-        assert said[-1].json()["code"] == "too-many-waiting"
+        assert said[-1].json()["code"] == "too_many_waiting"
         assert "2 of your questions wait" in said[-1].json()["error"]
         assert int(said[-1]["Retry-After"]) >= 1
 
@@ -242,7 +242,7 @@ def test_asking_again_counts_as_a_question(api: APIClient, client: Any, settings
     settings.LIMIT_USER_MESSAGES_PER_MINUTE = 1
     factories.ask()
     said = api.post(f"/api/chat/runs/{run.pk}/retry")
-    assert (said.status_code, said.json()["code"]) == (429, "rate-limited")
+    assert (said.status_code, said.json()["code"]) == (429, "rate_limited")
     assert client.post(f"/runs/{run.pk}/retry").status_code == 429
     run.refresh_from_db()
     assert run.status == "cancelled"

@@ -373,7 +373,7 @@ class TestLimits:
         assert Run.objects.count() == 1
         found = RoomEvent.objects.get(event_id=refused["event_id"])
         assert found.state == RoomEvent.State.HANDLED
-        assert found.note.startswith("Refused (rate-limited): You may ask 1 question a minute.")
+        assert found.note.startswith("Refused (rate_limited): You may ask 1 question a minute.")
         reply = Reply.objects.get(question=found)
         assert (reply.run, reply.status) == (None, Reply.Status.WAITING)
         [part] = replies.contents(reply)
@@ -383,7 +383,7 @@ class TestLimits:
     def test_a_flood_is_answered_with_one_sentence_for_each_person(
         self, settings: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setitem(acting.NOTICE_SECONDS, "rate-limited", 10**9)
+        monkeypatch.setitem(acting.NOTICE_SECONDS, "rate_limited", 10**9)
         settings.LIMIT_ROOM_MESSAGES_PER_MINUTE = 1
         command()
         command(BOB)
@@ -393,7 +393,7 @@ class TestLimits:
         assert Run.objects.count() == 1
         told = Reply.objects.filter(run=None).values_list("question__sender", flat=True)
         assert sorted(told) == [ALICE, BOB]
-        assert RoomEvent.objects.filter(note__startswith="Refused (rate-limited)").count() == 19
+        assert RoomEvent.objects.filter(note__startswith="Refused (rate_limited)").count() == 19
         unsaid = RoomEvent.objects.filter(state="ignored", source__isnull=True)
         assert unsaid.count() == 17
 

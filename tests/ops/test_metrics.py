@@ -390,7 +390,7 @@ def test_refusals_are_counted_by_their_reason(client: Client, settings: Any) -> 
     def refusals() -> float:
         page = Scrape(metrics.exposition().decode())
         samples = page.families["botrealm_refusals"].samples
-        return sum(s.value for s in samples if s.labels.get("code") == "rate-limited")
+        return sum(s.value for s in samples if s.labels.get("code") == "rate_limited")
 
     before = refusals()
     for _ in range(3):
