@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
-from agents import inbox, leases, lifecycle, llm, models, runs, runtime, statements
+from agents import handover, inbox, leases, lifecycle, llm, models, runs, runtime, statements
 from agents.conditions import Condition, Is
 from agents.models import Attempt, Event, Run, RunQuerySet
 from chat.models import Thread
@@ -255,7 +255,8 @@ class Conformance(RuleBasedStateMachine):
     def sweep(self) -> None:
         runs.end_overdue()
         handed: list[str] = []
-        runtime.hand_over = handed.extend
+        handover.hand_over = handed.extend
+        handover.room = lambda: 1000
         runtime.sweep_runs()
         assert set(handed) == self.world.sweep()
 
@@ -298,7 +299,12 @@ class Conformance(RuleBasedStateMachine):
 def live(monkeypatch: pytest.MonkeyPatch, examples: int, *, shrink: bool = True) -> int:
     """How many steps were taken."""
     # What the machine replaces as it goes.
-    for module, name in ((leases, "worker_name"), (runs, "random"), (runtime, "hand_over")):
+    for module, name in (
+        (leases, "worker_name"),
+        (runs, "random"),
+        (handover, "hand_over"),
+        (handover, "room"),
+    ):
         monkeypatch.setattr(module, name, getattr(module, name))
     Conformance.steps = 0
     run_state_machine_as_test(
