@@ -24,12 +24,6 @@ def alice() -> User:
 
 
 @pytest.fixture
-def bob() -> Client:
-    """A colleague of hers."""
-    return client_of(factories.user("bob"))
-
-
-@pytest.fixture
 def client(alice: User, settings: Any) -> Client:
     settings.CHAT_ALLOW_ANONYMOUS = False
     return client_of(alice)
@@ -411,40 +405,7 @@ def plan_of(query: str) -> str:
 
 
 class TestOthers:
-    """Bob gets nowhere near what is Alice's."""
-
-    @pytest.fixture
-    def paths(self, client: Client, alice: User) -> list[str]:
-        thread = talk(alice)
-        run = thread.runs.get()
-        return [
-            at
-            for base in (
-                f"/api/threads/{thread.pk}",
-                f"/api/runs/{run.pk}",
-                f"/api/messages/{run.message_id}",
-            )
-            for at in [base, *links_in(told(client.get(base)))]
-        ]
-
-    def test_what_is_hers_is_not_there(self, bob: Client, paths: list[str]) -> None:
-        assert len(paths) > 15
-        for at in paths:
-            only_error(bob.get(at), 404)
-
-    def test_it_is_in_no_list(self, bob: Client, paths: list[str], alice: User) -> None:
-        thread = Thread.objects.get()
-        for at in ("/api/threads", "/api/messages", "/api/runs"):
-            assert told(bob.get(at))["data"] == []
-        for at in ("/api/messages", "/api/runs"):
-            assert told(bob.get(f"{at}?filter[thread]={thread.pk}&include=thread"))["data"] == []
-
-    def test_he_cannot_ask_in_it(self, bob: Client, client: Client, alice: User) -> None:
-        thread = talk(alice)
-
-        only_error(bob.send("POST", "/api/messages", question(thread=thread.pk)), 404)
-
-        assert thread.messages.count() == 2
+    """What is alice's is told to nobody else: see tests/security/test_bola.py."""
 
     def test_nobody_must_prove_who_they_are(self, client: Client, alice: User) -> None:
         nobody = Client()

@@ -102,7 +102,7 @@ def owned_by(user: User | None) -> dict[str, Any]:
 
 def talk(owner: User | None, **extra: Any) -> Run:
     """A question with its answer."""
-    run = factories.ask(**{"content": "a canary sings", "owner": owner} | extra)
+    run = factories.ask(**{"content": "Hello", "owner": owner} | extra)
     runs.execute(run.pk)
     return Run.objects.select_related("thread", "message", "answer").get(pk=run.pk)
 
