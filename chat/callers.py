@@ -1,8 +1,10 @@
 """Who talks to the chat server, in whichever form, and what they may see."""
 
+from urllib.parse import urlsplit
+
 from django.conf import settings
 from rest_framework import exceptions
-from rest_framework.permissions import BasePermission
+from rest_framework.permissions import SAFE_METHODS, BasePermission
 from rest_framework.request import Request
 from rest_framework.views import APIView
 
@@ -19,11 +21,27 @@ class MayChat(BasePermission):
         asker = request.headers.get("X-Asked-By")
         if asker and asker != str(request.user.pk):
             raise exceptions.NotAuthenticated("You are not signed in as before.")
-        if settings.CHAT_ALLOW_ANONYMOUS or request.user.is_authenticated:
+        if request.user.is_authenticated:
             return True
+        if settings.CHAT_ALLOW_ANONYMOUS:
+            return request.method in SAFE_METHODS or not _from_another_site(request)
         raise exceptions.NotAuthenticated(
             "Sign in, or send a realm-server JWT as 'Authorization: Bearer ...'."
         )
+
+
+def _from_another_site(request: Request) -> bool:
+    """Whether a browser sends this for a page that is not ours. Where nobody has to prove anything,
+    any page that somebody looks at could else ask here, at a server that only they can reach."""
+    if site := request.headers.get("Sec-Fetch-Site"):
+        return site not in ("same-origin", "none")
+    origin = request.headers.get("Origin")
+    if origin is None or origin in settings.CSRF_TRUSTED_ORIGINS:
+        return False
+    try:
+        return urlsplit(origin).netloc != request.get_host()
+    except ValueError:
+        return True
 
 
 class CallersView(APIView):

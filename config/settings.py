@@ -210,6 +210,8 @@ CACHES = {
 
 # Realm
 MATRIX_URL = env.url("MATRIX_URL", "http://localhost:8008", schemes=("http", "https")).rstrip("/")
+# Tries to get a server session, of an address; 0: no limit (realm/throttles.py).
+SERVER_SESSIONS_PER_MINUTE = env.integer("SERVER_SESSIONS_PER_MINUTE", 120)
 
 # Chat
 CHAT_ALLOW_ANONYMOUS = env.flag("CHAT_ALLOW_ANONYMOUS", DEBUG)

@@ -23,6 +23,7 @@ REASONS = {
     413: "The body is too large.",
     415: "The body is of a media type that is not understood here.",
     422: "The Idempotency-Key stands for another request.",
+    429: "There were too many of these lately; `Retry-After` says when to try again.",
     502: "The homeserver says what makes no sense.",
     503: "The database is busy. Please try again.",
 }

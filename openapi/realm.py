@@ -116,6 +116,7 @@ def session(schema: Any) -> Schema:
         needing(access_token=token),
         schema.resource(SessionSerializer),
         None,
+        429,
         502,
     )
     as_document = resource("server-session", access_token=token)

@@ -8,7 +8,7 @@ from rest_framework.permissions import IsAuthenticated
 from rest_framework.request import Request
 from rest_framework.response import Response
 
-from realm import openid
+from realm import openid, throttles
 from realm.authentication import RealmServerAuthentication
 from realm.jsonapi import (
     BadGateway,
@@ -49,6 +49,7 @@ class ServerSessionView(JSONAPIView):
     # Whoever comes for a new token may still send the one that has expired.
     authentication_classes = []
     permission_classes = []
+    throttle_classes = [throttles.ServerSessions]
     refusals = {
         openid.TokenRefused: exceptions.AuthenticationFailed,
         openid.HomeserverAway: Unavailable,

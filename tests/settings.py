@@ -21,6 +21,7 @@ _OURS = (
     "ADMIN_",
     "HOOKS_",
     "RETENTION_",
+    "SERVER_SESSIONS_",
 )
 for _name in list(os.environ):
     if _name not in _KEEP and (
@@ -42,6 +43,8 @@ os.environ |= {
     "OPENAI_API_KEY": "",
     "OPENAI_BASE_URL": "",
     "REDIS_URL": "redis://127.0.0.1:1",
+    # Many tests come from one address within a minute.
+    "SERVER_SESSIONS_PER_MINUTE": "0",
 }
 # A file, as in production: threads of a test have connections of their own. The name is that of a file
 # from the start, for pytest-django shares one connection between threads where it is `:memory:`.

@@ -5,13 +5,15 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from http.client import HTTPConnection
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from realm import openid, tokens
+from realm import openid, throttles, tokens
 from realm.models import User
 from tests.realm.conftest import JSON_API, Client
 from tests.realm.homeserver import USERINFO, Homeserver, answer
@@ -106,14 +108,58 @@ def test_a_token_that_the_homeserver_does_not_know_is_refused(homeserver: Homese
     assert not User.objects.exists()
 
 
-def test_only_our_homeserver_is_asked(homeserver: Homeserver, other: Homeserver) -> None:
+# Where a server's name could lead that somebody sends along: none of them is ever looked up.
+PLACES = [
+    "localhost",
+    "127.1",
+    "0",
+    "[::1]",
+    "[::ffff:127.0.0.1]",
+    "169.254.169.254",
+    "10.0.0.1",
+    "100.64.0.1",
+    "[fd00::1]",
+    "2130706433",
+    "0x7f000001",
+    "0177.0.0.1",
+    "evil.test",
+    "user@localhost",
+    "localhost#x",
+    "localhost/x",
+    "localhost:22",
+    "localhost\r\nHost: evil.test",
+    "lосalhost",  # noqa: RUF001  (Cyrillic letters)
+    "x" * 300,
+    "localhost.",
+    "",
+    None,
+    7,
+    ["localhost"],
+]
+
+
+def test_only_our_homeserver_is_asked(
+    homeserver: Homeserver, other: Homeserver, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whoever runs a homeserver could else be anybody."""
     host = other.url.removeprefix("http://")
-    for name in (host, other.url, f"{host}/", f"localhost@{host}"):
+    theirs = [host, other.url, f"{host}/", f"localhost@{host}", f"{host}#", f"{host}?", f"{host}/x"]
+    asked: list[Any] = []
+    connect = socket.create_connection
+
+    def watched(address: Any, *args: Any, **kwargs: Any) -> Any:
+        asked.append(address)
+        return connect(address, *args, **kwargs)
+
+    monkeypatch.setattr(socket, "create_connection", watched)
+    for name in [*theirs, *PLACES]:
         body = {"access_token": TOKEN, "matrix_server_name": name, "server": name, "url": other.url}
-        assert exchange(body).status_code == 401
+        headers = {"HTTP_X_FORWARDED_HOST": host, "HTTP_ORIGIN": other.url}
+        assert exchange(body, **headers).status_code == 401, name
     assert other.asked == []
-    assert len(homeserver.asked) == 4
+    ours = homeserver.url.removeprefix("http://").partition(":")
+    assert set(asked) == {(ours[0], int(ours[2]))}
+    assert len(asked) == len(homeserver.asked)
     assert not User.objects.exists()
 
 
@@ -355,3 +401,72 @@ def test_why_it_failed_is_told_to_the_operator(
     exchange()
     assert "An OpenID token could not be checked" in caplog.text
     assert "status 404" in caplog.text
+
+
+class TestHowOften:
+    """Each try costs the homeserver a request."""
+
+    @pytest.fixture(autouse=True)
+    def _three_a_minute(self, settings: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+        settings.SERVER_SESSIONS_PER_MINUTE = 3
+        # In the middle of a minute, which does not end.
+        monkeypatch.setattr(throttles, "time", SimpleNamespace(time=lambda: 1_800_000_020.5))
+        throttles.redis.cache_clear()
+        throttles._alone.forget()
+        yield
+        throttles.redis.cache_clear()
+
+    def test_an_address_has_a_few_tries_a_minute(
+        self, homeserver: Homeserver, redis: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        assert [exchange().status_code for _ in range(5)] == [401, 401, 401, 429, 429]
+        assert len(homeserver.asked) == 3
+        refused = exchange()
+        assert refused.headers["Retry-After"] == "40"
+        assert refused.headers["Content-Type"] == JSON_API
+        assert refused.json()["errors"][0]["code"] == "throttled"
+        # Counted where the other processes count, too, and not for good.
+        [key] = redis.keys("*:tries:*")
+        assert 0 < redis.ttl(key) <= 2 * throttles.WINDOW_SECONDS
+
+        assert exchange(REMOTE_ADDR="203.0.113.7").status_code == 401
+        monkeypatch.setattr(throttles, "time", SimpleNamespace(time=lambda: 1_800_000_070.0))
+        assert exchange().status_code == 401
+
+    def test_none_gets_through_of_many_at_once(self, redis: Any) -> None:
+        with ThreadPoolExecutor(20) as pool:
+            counted = list(pool.map(lambda _: throttles.tries("x"), range(50)))
+        assert sorted(counted) == list(range(1, 51))
+
+    def test_nobody_chooses_the_address_that_counts(
+        self, homeserver: Homeserver, redis: Any, settings: Any
+    ) -> None:
+        def tries(of: str, ours: int = 0) -> list[int]:
+            settings.TRUSTED_PROXIES = ours
+            return [
+                exchange(HTTP_X_FORWARDED_FOR=of.format(number)).status_code for number in range(4)
+            ]
+
+        assert tries("198.51.100.{}")[-1] == 429
+        # Behind a proxy of ours, which appends whom it heard from.
+        assert tries("198.51.100.{}, 192.0.2.1", ours=1) == [401, 401, 401, 429]
+        assert tries("192.0.2.1{}", ours=1) == [401, 401, 401, 401]
+
+    def test_a_whole_network_of_ipv6_is_one(self) -> None:
+        assert throttles.network("2001:db8:0:1::1") == throttles.network("2001:db8:0:1:ffff::2")
+        assert throttles.network("2001:db8:0:1::1") != throttles.network("2001:db8:0:2::1")
+        assert throttles.network("::ffff:192.0.2.1") == throttles.network("192.0.2.1")
+        assert throttles.network("192.0.2.1") != throttles.network("192.0.2.2")
+        assert throttles.network(None) == "unknown"
+
+    def test_without_redis_each_process_counts_by_itself(self, homeserver: Homeserver) -> None:
+        assert [exchange().status_code for _ in range(5)] == [401, 401, 401, 429, 429]
+        assert exchange(REMOTE_ADDR="203.0.113.7").status_code == 401
+
+    def test_a_good_token_is_counted_as_well(self, homeserver: Homeserver, redis: Any) -> None:
+        homeserver.users[TOKEN] = "@alice:localhost"
+        assert [exchange().status_code for _ in range(4)] == [201, 201, 201, 429]
+
+    def test_0_is_no_limit(self, homeserver: Homeserver, settings: Any) -> None:
+        settings.SERVER_SESSIONS_PER_MINUTE = 0
+        assert {exchange().status_code for _ in range(9)} == {401}

@@ -35,13 +35,25 @@ def token(seed: str, header: dict[str, Any] | None = None, **changes: Any) -> st
     return (signed + b"." + base64.urlsafe_b64encode(signature).rstrip(b"=")).decode()
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def seed(settings: Any) -> str:
+    settings.CHAT_ALLOW_ANONYMOUS = False
     return settings.REALM_SECRET_SEED
 
 
 def status(authorization: str) -> int:
-    response = Client().get("/_bot-registrations", HTTP_AUTHORIZATION=authorization)
+    """What the realm server says; the chat server, in both its forms, has the same opinion."""
+    found = _status("/_bot-registrations", authorization)
+    # To the chat server a user that it does not know has proven nothing.
+    assert {_status("/api/threads", authorization)} == {401 if found == 404 else found}
+    plain = Client().get("/api/chat/threads", HTTP_AUTHORIZATION=authorization)
+    assert plain.status_code == (401 if found == 404 else found)
+    assert ("WWW-Authenticate" in plain.headers) == (plain.status_code == 401)
+    return found
+
+
+def _status(path: str, authorization: str) -> int:
+    response = Client().get(path, HTTP_AUTHORIZATION=authorization)
     assert response.headers["Content-Type"] == "application/vnd.api+json"
     if response.status_code == 401:
         assert response.headers["WWW-Authenticate"] == 'Bearer realm="realm-server"'
@@ -65,8 +77,9 @@ def test_the_scheme_is_read_as_rfc_7235_says(alice: User, scheme: str, seed: str
     "changes",
     [
         {"exp": lambda now: now + DAY + 0.5},
-        {"exp": lambda now: now - 10},  # within the leeway
-        {"iat": lambda now: now + 10},
+        {"exp": lambda now: now - tokens.LEEWAY_SECONDS + 10},
+        {"iat": lambda now: now + tokens.LEEWAY_SECONDS - 1},
+        {"nbf": lambda now: now + tokens.LEEWAY_SECONDS - 1},
         {"sessionRoom": "!room:localhost"},
         {"admin": True},
     ],
@@ -79,7 +92,7 @@ def test_unusual_but_good_claims(alice: User, seed: str, changes: dict[str, Any]
     "changes",
     [
         {"exp": None},
-        {"exp": lambda now: now - 60},
+        {"exp": lambda now: now - tokens.LEEWAY_SECONDS - 1},
         {"exp": -1},
         {"exp": 0},
         {"exp": True},
@@ -93,7 +106,9 @@ def test_unusual_but_good_claims(alice: User, seed: str, changes: dict[str, Any]
         {"exp": lambda now: now + 8 * DAY},
         {"exp": 253402300799},
         {"iat": None},
-        {"iat": lambda now: now + 120},
+        {"iat": lambda now: now + tokens.LEEWAY_SECONDS + 10},
+        {"iat": None, "exp": lambda now: now + 8 * DAY},
+        {"iss": "https://elsewhere.example", "aud": ["somebody", "else"]},
         {"iat": "now"},
         {"nbf": lambda now: now + 120},
         {"aud": "somebody-else"},
@@ -135,16 +150,52 @@ def test_headers_that_are_refused(alice: User, seed: str, header: dict[str, Any]
     assert status(f"Bearer {token(seed, header)}") == 401
 
 
-def test_a_key_that_the_header_brings_is_not_used(alice: User, seed: str) -> None:
-    theirs = "the-forgers-own-seed-0123456789-0123456789"
-    header = {
-        "alg": "HS256",
-        "kid": "../../dev/null' OR 1=1",
-        "jku": "http://127.0.0.1:1/keys",
-        "jwk": {"kty": "oct", "k": base64.urlsafe_b64encode(theirs.encode()).decode()},
-    }
-    assert status(f"Bearer {token(theirs, header)}") == 401
-    assert status(f"Bearer {token(theirs)}") == 401
+THEIRS = "the-forgers-own-seed-0123456789-0123456789"
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {},
+        {"kid": "1"},
+        {"kid": "../../dev/null"},
+        {"kid": "' OR 1=1 --"},
+        {"jku": "http://127.0.0.1:1/keys"},
+        {"x5u": "http://127.0.0.1:1/certificate"},
+        {"jwk": {"kty": "oct", "k": base64.urlsafe_b64encode(THEIRS.encode()).decode()}},
+    ],
+)
+def test_a_key_that_the_header_brings_is_not_used(alice: User, header: dict[str, Any]) -> None:
+    for key in (THEIRS, ""):
+        assert status(f"Bearer {token(key, {'alg': 'HS256'} | header)}") == 401
+
+
+def test_a_token_of_a_key_that_was_changed_is_worth_nothing(alice: User, settings: Any) -> None:
+    """The way to take back all of them at once."""
+    old = tokens.issue("@alice:localhost")
+    assert status(f"Bearer {old}") == 200
+    settings.REALM_SECRET_SEED = "another-seed-0123456789-0123456789-0123456789"
+    assert status(f"Bearer {old}") == 401
+    assert status(f"Bearer {tokens.issue('@alice:localhost')}") == 200
+
+
+def test_the_key_of_sessions_signs_no_tokens(alice: User, settings: Any) -> None:
+    assert status(f"Bearer {token(settings.SECRET_KEY)}") == 401
+
+
+def test_a_token_counts_in_its_header_alone(alice: User, seed: str) -> None:
+    """An address stands in logs, histories and referrers."""
+    good = token(seed)
+    for name in ("access_token", "token", "jwt", "authorization", "Authorization"):
+        for path in ("/_bot-registrations", "/api/threads", "/api/chat/threads"):
+            assert Client().get(path, {name: good}).status_code in (400, 401)
+            browser = Client()
+            browser.cookies[name] = good
+            assert browser.get(path).status_code == 401
+            body = {name: good}
+            assert browser.post("/api/chat/messages", body, format="json").status_code == 401
+    for name in ("HTTP_X_AUTHORIZATION", "HTTP_PROXY_AUTHORIZATION", "HTTP_X_ACCESS_TOKEN"):
+        assert Client().get("/_bot-registrations", **{name: f"Bearer {good}"}).status_code == 401
 
 
 def test_tokens_without_a_signature_are_refused(alice: User, seed: str) -> None:
