@@ -93,14 +93,6 @@ def test_what_cannot_be_is_refused(alice: User, attributes: dict[str, Any], poin
     assert not Subscription.objects.exists()
 
 
-def test_the_server_chooses_secret_and_state(alice: User) -> None:
-    post(alice, secret="whsec_bWluZQ==", enabled=False, owner="@bob:localhost")
-
-    made = Subscription.objects.get()
-    assert (made.enabled, made.owner) == (True, alice)
-    assert made.secret != "whsec_bWluZQ=="
-
-
 def test_nobody_subscribes_to_the_bot_of_another(alice: User) -> None:
     bot = matrix.command(matrix.BOB).registration
     only_error(post(alice, botId=str(bot.pk)), 403)

@@ -88,24 +88,6 @@ def test_a_username_is_a_string(alice: User, username: Any) -> None:
     assert only_error(response, 400)["source"] == {"pointer": "/data/attributes/username"}
 
 
-def test_what_the_server_writes_cannot_be_sent(alice: User, bob: User) -> None:
-    document = registration_of("@alice:localhost")
-    document["data"]["attributes"] |= {
-        "createdAt": "2001-01-01T00:00:00Z",
-        "created_at": "2001-01-01T00:00:00Z",
-        "enabled": False,
-        "user": bob.pk,
-        "userId": bob.pk,
-        "pk": str(uuid.uuid4()),
-    }
-    document["data"]["relationships"] = {"owner": {"data": {"type": "user", "id": str(bob.pk)}}}
-    assert client_of(alice).send("POST", "/_bot-registration", document).status_code == 201
-    row = BotRegistration.objects.get()
-    assert row.user == alice
-    assert row.created_at.year > 2001
-    assert row.enabled
-
-
 def test_a_disabled_bot_says_so(alice: User) -> None:
     bot_id = register(alice)
     mine = BotRegistration.objects.of(alice)

@@ -1,31 +1,88 @@
-"""Whatever comes in, the answer is a JSON:API document, and never a 500."""
+"""Whatever comes in at whichever JSON:API address, the answer is a document, and never a 500."""
 
 import json
 import logging
+import re
 import uuid
 from typing import Any
 
 import pytest
 from django.db import DatabaseError
 
+from chat.models import Message
+from hooks.models import Subscription
 from realm import views
-from realm.models import BotRegistration, User
-from tests.realm.conftest import JSON_API, Client, client_of, only_error, registration_of
+from realm.models import BotCommand, BotRegistration, User
+from tests.realm.conftest import JSON_API, Client, a_filter, client_of, only_error, registration_of
+from tests.security.routes import routes
 
 pytestmark = pytest.mark.django_db
 GOOD = registration_of("@alice:localhost")
 # The same in every process that collects these tests.
 NOBODY = "00000000-0000-4000-8000-000000000000"
 RESOURCE = GOOD["data"]
+HOOK = "https://hooks.example.org/runs"
+
+# Where something is made: the type of it, and attributes that will do. What is sent to one address is
+# sent to all, with these put in the place of a registration's.
+MAKERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "/_bot-registration": ("bot-registration", RESOURCE["attributes"]),
+    "/_bot-commands": (
+        "bot-command",
+        {"botId": NOBODY, "command": "ping", "filter": a_filter()},
+    ),
+    "/_webhook-subscription": ("webhook-subscription", {"url": HOOK}),
+    "/_server-session": ("server-session", {"accessToken": "x"}),
+    "/api/messages": ("messages", {"content": "Hello"}),
+}
+# What these make needs nobody else: a bot, or a homeserver.
+ALONE = ("/_bot-registration", "/_webhook-subscription", "/api/messages")
+DELETERS = ("/_bot-registration", "/_bot-commands", "/_webhook-subscription")
+READERS = (
+    "/_bot-registrations",
+    "/_bot-commands",
+    "/_webhook-subscriptions",
+    "/api/threads",
+    "/api/messages",
+    "/api/runs",
+)
+
+
+@pytest.fixture(autouse=True)
+def _settings(settings: Any) -> None:
+    settings.HOOKS_ALLOWED_HOSTS = ["hooks.example.org"]
+
+
+def body_at(path: str, document: Any) -> bytes:
+    """As that address would have it: a document, or bytes that look like one."""
+    kind, attributes = MAKERS[path]
+    body = document if isinstance(document, bytes) else json.dumps(document).encode()
+    for usual, ours in ((RESOURCE["attributes"], attributes), ("bot-registration", kind)):
+        body = body.replace(json.dumps(usual).encode(), json.dumps(ours).encode())
+    return body
+
+
+def nothing_is_made() -> bool:
+    made = (BotRegistration, BotCommand, Subscription, Message)
+    return not any(model._default_manager.exists() for model in made)
+
+
+def test_every_address_of_documents_is_tried() -> None:
+    tried = {*MAKERS, *DELETERS, *READERS}
+    found = {
+        f"/{route}"
+        for route in routes()
+        if "<" not in route and "..." not in route and "/chat" not in route
+    }
+    documents = {
+        path for path in found if path.startswith("/_") or re.match("/api/[a-z]+$", path)
+    } - {"/api/docs", "/api/schema"}
+    assert tried == documents
 
 
 @pytest.fixture
 def client(alice: User) -> Client:
     return client_of(alice)
-
-
-def posted(client: Client, body: bytes, **extra: Any) -> Any:
-    return client.raw("POST", "/_bot-registration", body, **extra)
 
 
 @pytest.mark.parametrize(
@@ -56,8 +113,14 @@ def posted(client: Client, body: bytes, **extra: Any) -> Any:
     ],
 )
 def test_bodies_that_are_no_document(client: Client, body: bytes) -> None:
-    only_error(posted(client, body), 400)
-    assert not BotRegistration.objects.exists()
+    for path in MAKERS:
+        response = client.raw("POST", path, body_at(path, body))
+        if body:
+            only_error(response, 400)
+        # What is not there lacks all that there must be.
+        assert response.status_code == 400
+        assert response.headers["Content-Type"] == JSON_API
+    assert nothing_is_made()
 
 
 @pytest.mark.parametrize(
@@ -99,11 +162,13 @@ def test_bodies_that_are_no_document(client: Client, body: bytes) -> None:
 def test_documents_of_the_wrong_shape(
     client: Client, document: Any, status: int, pointer: str
 ) -> None:
-    response = client.send("POST", "/_bot-registration", document)
-    error = only_error(response, status)
-    assert error["source"] == {"pointer": pointer}
-    assert len(error["detail"]) < 200
-    assert not BotRegistration.objects.exists()
+    # What is missing is told of each in its own words.
+    some = ["/_bot-registration"] if pointer.endswith("username") else MAKERS
+    for path in some:
+        error = only_error(client.raw("POST", path, body_at(path, document)), status)
+        assert error["source"] == {"pointer": pointer}
+        assert len(error["detail"]) < 200
+    assert nothing_is_made()
 
 
 @pytest.mark.parametrize(
@@ -132,14 +197,18 @@ def test_documents_of_the_wrong_shape(
 def test_relationships_of_the_wrong_shape(client: Client, relationship: Any) -> None:
     for name, step in [("thread", "thread"), ("a/b~c", "a~1b~0c")]:
         document = {"data": RESOURCE | {"relationships": {name: relationship}}}
-        error = only_error(client.send("POST", "/_bot-registration", document), 400)
-        assert error["source"] == {"pointer": f"/data/relationships/{step}"}
+        for path in MAKERS:
+            error = only_error(client.raw("POST", path, body_at(path, document)), 400)
+            assert error["source"] == {"pointer": f"/data/relationships/{step}"}
+    assert nothing_is_made()
 
 
-@pytest.mark.parametrize("name", ["username", "id", "type"])
-def test_a_name_stands_for_one_thing(client: Client, name: str) -> None:
-    document = {"data": RESOURCE | {"relationships": {name: {"data": None}}}}
-    only_error(client.send("POST", "/_bot-registration", document), 400)
+@pytest.mark.parametrize("path", MAKERS)
+def test_a_name_stands_for_one_thing(client: Client, path: str) -> None:
+    for name in (*MAKERS[path][1], "id", "type"):
+        document = {"data": RESOURCE | {"relationships": {name: {"data": None}}}}
+        only_error(client.raw("POST", path, body_at(path, document)), 400)
+    assert nothing_is_made()
 
 
 @pytest.mark.parametrize(
@@ -158,10 +227,11 @@ def test_what_is_allowed_and_not_needed_is_passed_over(
     client: Client, extra: dict[str, Any]
 ) -> None:
     document = {"data": RESOURCE | extra, "meta": {"b": [1]}, "jsonapi": {"version": "1.1"}}
-    assert client.send("POST", "/_bot-registration", document).status_code == 201
+    for path in ALONE:
+        assert client.raw("POST", path, body_at(path, document)).status_code == 201
 
 
-@pytest.mark.parametrize("path", ["/_bot-registration", "/_bot-commands"])
+@pytest.mark.parametrize("path", DELETERS)
 @pytest.mark.parametrize(
     ("body", "pointer"),
     [
@@ -186,26 +256,54 @@ def test_deleting_needs_an_id(
     client: Client, alice: User, path: str, body: bytes, pointer: str
 ) -> None:
     """An empty body is never "all of them"."""
-    row = BotRegistration.objects.create(user=alice, username="@alice:localhost")
-    kind = path.removeprefix("/_").rstrip("s").encode()
+    row = hers(path, alice)
+    kind = MAKERS[path][0].encode()
     body = body.replace(b"TYPE", kind).replace(b"ID", str(row.pk).encode())
     error = only_error(client.raw("DELETE", path, body), 400)
     assert error["source"] == {"pointer": pointer}
-    assert BotRegistration.objects.exists()
+    row.refresh_from_db()
 
 
-def test_deleting_wants_the_right_type(client: Client, alice: User) -> None:
-    row = BotRegistration.objects.create(user=alice, username="@alice:localhost")
-    document = {"data": {"type": "bot-command", "id": str(row.pk)}}
-    only_error(client.send("DELETE", "/_bot-registration", document), 409)
-    assert BotRegistration.objects.exists()
+def hers(path: str, alice: User) -> Any:
+    """What she could delete there."""
+    bot = BotRegistration.objects.create(user=alice, username="@alice:localhost")
+    if path == "/_bot-commands":
+        return BotCommand.objects.create(registration=bot, command="ping", filter=a_filter())
+    if path == "/_webhook-subscription":
+        return Subscription.objects.create(owner=alice, url=HOOK)
+    return bot
+
+
+@pytest.mark.parametrize("path", DELETERS)
+def test_deleting_wants_the_right_type(client: Client, alice: User, path: str) -> None:
+    row = hers(path, alice)
+    document = {"data": {"type": "messages", "id": str(row.pk)}}
+    only_error(client.send("DELETE", path, document), 409)
+    row.refresh_from_db()
+    document["data"]["type"] = MAKERS[path][0]
+    assert client.send("DELETE", path, document).status_code == 204
 
 
 @pytest.mark.parametrize("pk", ["x", "1", "%00", "%FF", "..%2f", "9" * 3000, "%F0%9F%98%80"])
-@pytest.mark.parametrize("path", ["/_bot-registration", "/_bot-commands"])
+@pytest.mark.parametrize("path", DELETERS)
 def test_an_address_that_names_no_id(client: Client, path: str, pk: str) -> None:
     response = client.delete(f"{path}/{pk}")
     only_error(response, 404 if "%2f" in pk else 400)
+
+
+def test_a_body_that_is_too_large(client: Client) -> None:
+    body = json.dumps({"data": RESOURCE | {"meta": {"a": "x" * 5_000_000}}}).encode()
+    for method, paths in (("POST", MAKERS), ("DELETE", DELETERS)):
+        for path in paths:
+            assert only_error(client.raw(method, path, body), 413)["code"] == "too_large"
+    response = Client().raw("POST", "/_server-session", body, content_type="application/json")
+    only_error(response, 413)
+
+
+def test_a_body_of_unknown_length_is_not_taken_for_none(client: Client) -> None:
+    for method, paths in (("POST", MAKERS), ("DELETE", DELETERS)):
+        for path in paths:
+            only_error(client.raw(method, path, HTTP_TRANSFER_ENCODING="chunked"), 411)
 
 
 @pytest.mark.parametrize(
@@ -233,9 +331,9 @@ def test_an_address_that_names_no_id(client: Client, path: str, pk: str) -> None
     ],
 )
 def test_media_types_that_are_not_spoken(client: Client, media_type: str) -> None:
-    response = posted(client, json.dumps(GOOD).encode(), content_type=media_type)
-    only_error(response, 415)
-    assert not BotRegistration.objects.exists()
+    for path in MAKERS:
+        only_error(client.raw("POST", path, body_at(path, GOOD), content_type=media_type), 415)
+    assert nothing_is_made()
 
 
 @pytest.mark.parametrize(
@@ -250,14 +348,15 @@ def test_media_types_that_are_not_spoken(client: Client, media_type: str) -> Non
     ],
 )
 def test_media_types_that_are_spoken(client: Client, media_type: str) -> None:
-    response = posted(client, json.dumps(GOOD).encode(), content_type=media_type)
-    assert response.status_code == 201
+    for path in ALONE:
+        response = client.raw("POST", path, body_at(path, GOOD), content_type=media_type)
+        assert response.status_code == 201
 
 
 @pytest.mark.parametrize("media_type", [f"{JSON_API}; charset=utf-8", "text/html; charset=utf-16"])
 def test_the_media_type_counts_without_a_body_too(client: Client, media_type: str) -> None:
-    response = client.raw("GET", "/_bot-commands?botId=%41", content_type=media_type)
-    only_error(response, 415)
+    for path in (*READERS, "/_bot-commands?botId=%41"):
+        only_error(client.raw("GET", path, content_type=media_type), 415)
 
 
 @pytest.mark.parametrize(
@@ -274,7 +373,11 @@ def test_the_media_type_counts_without_a_body_too(client: Client, media_type: st
     ],
 )
 def test_answers_that_cannot_be_given(client: Client, accept: str) -> None:
-    only_error(client.get("/_bot-registrations", HTTP_ACCEPT=accept), 406)
+    for path in READERS:
+        only_error(client.get(path, HTTP_ACCEPT=accept), 406)
+    for path in MAKERS:
+        only_error(client.raw("POST", path, body_at(path, GOOD), HTTP_ACCEPT=accept), 406)
+    assert nothing_is_made()
 
 
 @pytest.mark.parametrize(
@@ -292,10 +395,11 @@ def test_answers_that_cannot_be_given(client: Client, accept: str) -> None:
     ],
 )
 def test_answers_that_can(client: Client, accept: str, answer: str) -> None:
-    response = client.get("/_bot-registrations", HTTP_ACCEPT=accept)
-    assert response.status_code == 200
-    assert response.headers["Content-Type"] == answer
-    assert "Accept" in response.headers["Vary"]
+    for path in READERS:
+        response = client.get(path, HTTP_ACCEPT=accept)
+        assert response.status_code == 200
+        assert response.headers["Content-Type"] == answer
+        assert "Accept" in response.headers["Vary"]
 
 
 @pytest.mark.parametrize(
@@ -362,13 +466,17 @@ def test_addresses_where_nothing_is(nobody: Client, path: str, method: str) -> N
     ],
 )
 def test_query_parameters_that_are_not_known(client: Client, query: str, parameter: str) -> None:
-    error = only_error(client.get(f"/_bot-registrations?{query}"), 400)
-    assert error["source"] == {"parameter": parameter}
+    known = ("sort=", "page[size]")  # to lists of the chat server: tests/chat/test_resources.py
+    for path in READERS:
+        if path.startswith("/_") or not query.startswith(known):
+            error = only_error(client.get(f"{path}?{query}"), 400)
+            assert error["source"] == {"parameter": parameter}
 
 
 def test_more_query_parameters_than_anybody_needs(client: Client) -> None:
     query = "&".join(f"fields[{number}]=x" for number in range(2000))
-    only_error(client.get(f"/_bot-registrations?{query}"), 400)
+    for path in READERS:
+        only_error(client.get(f"{path}?{query}"), 400)
 
 
 def test_fields_of_nothing(client: Client, alice: User) -> None:
@@ -405,7 +513,8 @@ def test_fields_that_there_are_not(client: Client, query: str, parameter: str) -
 
 
 def test_a_host_that_is_not_ours(nobody: Client) -> None:
-    only_error(nobody.get("/_bot-registrations", HTTP_HOST="evil.example"), 400)
+    for path in READERS:
+        only_error(nobody.get(path, HTTP_HOST="evil.example"), 400)
 
 
 def test_a_database_that_fails(
