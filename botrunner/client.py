@@ -30,6 +30,7 @@ from nio import (
 from nio.exceptions import EncryptionError, LocalProtocolError, OlmUnverifiedDeviceError
 from peewee import OperationalError
 
+from botrunner import shapes
 from botrunner.keystore import Store, writes_of
 from botrunner.models import Session
 
@@ -81,7 +82,8 @@ class KeysOutdated(Exception):
 
 @dataclass(frozen=True)
 class News:
-    """One answer of /sync: as the server gave it, and what nio could decrypt of it, by event id."""
+    """One answer of /sync in its shape (botrunner.shapes), and what nio could decrypt of it, by event
+    id."""
 
     data: dict[str, Any]
     decrypted: dict[str, dict[str, Any]]
@@ -91,8 +93,8 @@ class News:
         return str(self.data["next_batch"])
 
     def rooms(self, membership: str) -> dict[str, Any]:
-        found = (self.data.get("rooms") or {}).get(membership)
-        return found if isinstance(found, dict) else {}
+        found: dict[str, Any] = self.data["rooms"][membership]
+        return found
 
     @property
     def brought_keys(self) -> bool:
@@ -215,6 +217,7 @@ class Homeserver:
         body = await self.request("GET", path, seconds=seconds + REQUEST_SECONDS)
         if not isinstance(body.get("next_batch"), str):
             raise MatrixError("NO_NEXT_BATCH", "The homeserver's answer is not that of /sync.")
+        body = shapes.sync(body)
         of_crypto = self._of_crypto(body)
         if of_crypto is None:
             return News(body, {})
@@ -239,14 +242,13 @@ class Homeserver:
         is nothing new. It checks all that it is given against schemas and writes to its store, which
         costs more than everything else that is done here."""
         kept = ("next_batch", "to_device", "device_lists", "device_one_time_keys_count")
-        joined = (body.get("rooms") or {}).get("join") or {}
         rooms = {
             room_id: room
-            for room_id, room in joined.items()
+            for room_id, room in body["rooms"]["join"].items()
             if self.is_encrypted(room_id) or is_about_encryption(room)
         }
         counts = body.get("device_one_time_keys_count")
-        is_news = rooms or any(any((body.get(key) or {}).values()) for key in kept[1:3])
+        is_news = rooms or any(any(body.get(key, {}).values()) for key in kept[1:3])
         if not is_news and counts == self._key_counts:
             return None
         found = {key: body[key] for key in kept if key in body}
@@ -307,8 +309,7 @@ class Homeserver:
         query |= {"to": end} if end else {}
         path = f"{API}/rooms/{quote(room_id, safe='')}/messages?{urlencode(query)}"
         body = await self.request("GET", path)
-        chunk = body.get("chunk")
-        return chunk if isinstance(chunk, list) else [], str(body.get("end") or "")
+        return shapes.events(body.get("chunk")), str(body.get("end") or "")
 
     async def join(self, room_id: str) -> None:
         await self._call(self.nio.join(room_id))
@@ -431,17 +432,13 @@ def _words(error: BaseException) -> str:
     return str(error) or type(error).__name__
 
 
-def is_about_encryption(room: Any) -> bool:
+def is_about_encryption(room: dict[str, Any]) -> bool:
     """Whether the news of a room tell that it is, or becomes, an encrypted one."""
-    if not isinstance(room, dict):
-        return False
-    for part in ("state", "timeline"):
-        events = (room.get(part) or {}).get("events") or []
-        for event in events:
-            kind = event.get("type") if isinstance(event, dict) else None
-            if kind in ("m.room.encryption", "m.room.encrypted"):
-                return True
-    return False
+    return any(
+        event.get("type") in ("m.room.encryption", "m.room.encrypted")
+        for part in ("state", "timeline")
+        for event in room.get(part, {}).get("events", [])
+    )
 
 
 def _parsed(body: dict[str, Any]) -> SyncResponse | None:

@@ -25,8 +25,8 @@ async def batch_of(news: News, since: str, homeserver: Homeserver, known: set[st
     for room_id, room in news.rooms("join").items():
         if room_id in known and _is_own(room, homeserver.user_id):
             continue
-        timeline = room.get("timeline") or {}
-        events = [_opened(event, news) for event in timeline.get("events") or []]
+        timeline = room.get("timeline", {})
+        events = [_opened(event, news) for event in timeline.get("events", [])]
         earlier: list[Any] = []
         is_new = room_id not in known
         if is_new or timeline.get("limited"):
@@ -49,17 +49,17 @@ async def batch_of(news: News, since: str, homeserver: Homeserver, known: set[st
 
 def _is_own(room: dict[str, Any], me: str) -> bool:
     """Whether all that is new in a room are messages of the bot: half of what comes in."""
-    timeline = room.get("timeline") or {}
+    timeline = room.get("timeline", {})
     if timeline.get("limited") or is_about_encryption(room):
         return False
     return all(
-        isinstance(event, dict) and event.get("sender") == me and event.get("type") == ROOM_MESSAGE
-        for event in timeline.get("events") or []
+        event.get("sender") == me and event.get("type") == ROOM_MESSAGE
+        for event in timeline.get("events", [])
     )
 
 
-def _opened(event: Any, news: News) -> Any:
-    if isinstance(event, dict) and event.get("type") == ENCRYPTED:
+def _opened(event: dict[str, Any], news: News) -> dict[str, Any]:
+    if event.get("type") == ENCRYPTED:
         return news.decrypted.get(str(event.get("event_id")), event)
     return event
 
@@ -89,9 +89,11 @@ async def _gap(homeserver: Homeserver, room_id: str, start: str, end: str) -> li
     return found[::-1]
 
 
-def _joined_or_before(me: str, oldest: datetime, *, stop_at_join: bool) -> Callable[[Any], bool]:
-    def is_end(event: Any) -> bool:
-        milliseconds = event.get("origin_server_ts") if isinstance(event, dict) else None
+def _joined_or_before(
+    me: str, oldest: datetime, *, stop_at_join: bool
+) -> Callable[[dict[str, Any]], bool]:
+    def is_end(event: dict[str, Any]) -> bool:
+        milliseconds = event.get("origin_server_ts")
         if isinstance(milliseconds, int) and milliseconds / 1000 < oldest.timestamp():
             return True
         return stop_at_join and is_own_join(event, me)

@@ -10,6 +10,7 @@ from django.utils import timezone
 
 from botrunner.client import Homeserver, MatrixError
 from botrunner.models import Room, Session
+from botrunner.said import is_id
 from botrunner.timeline import Invite
 from botrunner.units import unit
 
@@ -26,25 +27,19 @@ def invites(rooms: dict[str, Any], me: str) -> list[Invite]:
     """Who invited `me` where, from the `invite` section of a sync. Its events are stripped: they have
     no id and no time, and some are about others."""
     return [
-        Invite(room_id, str(event.get("sender") or ""))
+        Invite(room_id, event["sender"])
         for room_id, room in rooms.items()
-        for event in _stripped_state(room)
+        for event in room["invite_state"]["events"]
         if _is_invitation(event, me)
     ]
 
 
-def _stripped_state(room: Any) -> list[Any]:
-    state = room.get("invite_state") if isinstance(room, dict) else None
-    events = state.get("events") if isinstance(state, dict) else None
-    return events if isinstance(events, list) else []
-
-
-def _is_invitation(event: Any, me: str) -> bool:
-    """Another homeserver may have sent anything."""
-    content = event.get("content") if isinstance(event, dict) else None
+def _is_invitation(event: dict[str, Any], me: str) -> bool:
+    content = event.get("content")
     return (
         isinstance(content, dict)
         and content.get("membership") == "invite"
+        and is_id(event.get("sender"))
         and event.get("type") == "m.room.member"
         and event.get("state_key") == me
     )

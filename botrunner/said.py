@@ -39,8 +39,8 @@ class Said:
         event_id, sender = source.get("event_id"), source.get("sender")
         milliseconds, content = source.get("origin_server_ts"), source.get("content")
         if not (
-            _is_id(event_id)
-            and _is_id(sender)
+            is_id(event_id)
+            and is_id(sender)
             and isinstance(milliseconds, int)
             and isinstance(content, dict)
             and isinstance(source.get("type"), str)
@@ -65,21 +65,19 @@ class Said:
     @property
     def edits(self) -> str | None:
         """The event that this one puts other words to, if it does."""
-        return text_of(self.relation, "event_id") if self._relates("m.replace") else None
+        return _id_of(self.relation, "event_id") if self._relates("m.replace") else None
 
     @property
     def redacts(self) -> str | None:
         """The event that this one takes back, if it does."""
         if self.type != REDACTION:
             return None
-        return text_of(self.content, "redacts") or text_of(self.source, "redacts")
+        return _id_of(self.content, "redacts") or _id_of(self.source, "redacts")
 
     @property
     def thread_root(self) -> str:
         """The root of the Matrix thread that it is said in; empty outside of one."""
-        root = self.relation.get("event_id") if self._relates("m.thread") else None
-        # Another homeserver may have sent anything.
-        return root if _is_id(root) else ""
+        return (_id_of(self.relation, "event_id") or "") if self._relates("m.thread") else ""
 
     def mentions(self, user_id: str) -> bool:
         mentions = self.content.get("m.mentions")
@@ -100,7 +98,14 @@ class Said:
         return self.relation.get("rel_type") == kind
 
 
-def _is_id(value: Any) -> TypeGuard[str]:
+def _id_of(data: dict[str, Any], key: str) -> str | None:
+    value = data.get(key)
+    return value if is_id(value) else None
+
+
+def is_id(value: Any) -> TypeGuard[str]:
+    """Whether it can be the id of an event, a room or a user: another homeserver may have sent
+    anything."""
     return (
         isinstance(value, str) and 0 < len(value) <= MAX_ID_LENGTH and not UNSTORABLE.search(value)
     )
@@ -134,14 +139,13 @@ def is_own_join(event: Any, me: str) -> bool:
     """Whether `me` came in by this event: a change of name has the same membership before it."""
     if not isinstance(event, dict) or event.get("type") != "m.room.member":
         return False
-    content = event.get("content")
-    before = (event.get("unsigned") or {}).get("prev_content") or {}
-    return (
-        event.get("state_key") == me
-        and isinstance(content, dict)
-        and content.get("membership") == "join"
-        and before.get("membership") != "join"
-    )
+    unsigned = event.get("unsigned")
+    before = unsigned.get("prev_content") if isinstance(unsigned, dict) else None
+    return event.get("state_key") == me and _joins(event.get("content")) and not _joins(before)
+
+
+def _joins(content: Any) -> bool:
+    return isinstance(content, dict) and content.get("membership") == "join"
 
 
 def text_of(data: dict[str, Any], key: str) -> str | None:
