@@ -269,12 +269,18 @@ class Hub:
             while self._wanted():
                 message = await pubsub.get_message(timeout=1)
                 if message and message["type"] == "message":
-                    self._heed(orjson.loads(message["data"]))
+                    self._heed(message["data"])
                 if time.monotonic() - called > live.CALL_SECONDS:
                     self._call(list(self._runs))
                     called = time.monotonic()
 
-    def _heed(self, news: dict[str, Any]) -> None:
+    def _heed(self, raw: bytes) -> None:
+        try:
+            self._hand_out(orjson.loads(raw))
+        except (TypeError, ValueError, AttributeError):
+            logger.warning("News that make no sense were heard on %s", stream.live_channel())
+
+    def _hand_out(self, news: dict[str, Any]) -> None:
         for run_id, attempt, events in news.get("told", ()):
             if listeners := self._runs.get(run_id):
                 told = [Told(Place(attempt, number), *event) for number, *event in events]

@@ -11,9 +11,9 @@ from urllib.parse import urlsplit
 import pytest
 from playwright.sync_api import Browser, Page, Request, expect, sync_playwright
 
-from tests.chat.hostile import HOSTILE
 from tests.chromium import executable
 from tests.fakes.llm import Failure, FakeLLM, Hang, Reply, call_tool
+from tests.security.hostile import HOSTILE
 from tests.system.stack import Stack
 
 pytestmark = pytest.mark.system

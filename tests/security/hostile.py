@@ -35,6 +35,7 @@ HOSTILE = [
     '[x](https://e.org "title\\" onmouseover=\\"document.title=\'run\'")',
     f"[ ](//evil.example/relative) [ ](/logout) [up](../../x) [x]({OUT})",
     "```html\"><script>document.title='run'</script>\ncode\n```",
+    "```x&#32;fixed&#32;inset-0 y\ncode\n```",
     "```\n</code></pre><script>document.title='run'</script>\n```",
     "`</code><img src=x onerror=\"document.title='run'\">`",
     "<details open ontoggle=\"document.title='run'\"><summary>x</summary></details>",

@@ -1,0 +1,59 @@
+"""How hard it is tried. The same examples each time, so that what is found once is found again;
+FUZZ_FACTOR=50 tries that many times as many, other ones each time."""
+
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+FACTOR = int(os.environ.get("FUZZ_FACTOR", "1"))
+# An example takes milliseconds; what takes this long is quadratic or hangs, on any machine.
+DEADLINE = timedelta(seconds=10)
+
+
+def tried(count: int, **strategies: Any) -> Callable[[Any], Any]:
+    """The decorated test with `count` examples of these."""
+    settled = settings(
+        max_examples=count * FACTOR,
+        derandomize=FACTOR == 1,
+        deadline=DEADLINE,
+        database=None,
+        # Fixtures live as long as all the examples: they are to leave nothing behind.
+        suppress_health_check=list(HealthCheck),
+        print_blob=FACTOR != 1,
+    )
+    return lambda test: settled(given(**strategies)(test))
+
+
+# As people who mean harm write it: of all kinds, lone surrogates and NUL included.
+words = st.one_of(
+    st.text(max_size=30),
+    st.text(st.characters(categories=["Cc", "Cf", "Cs", "Zs", "So"]), max_size=8),
+    st.sampled_from(["", "\0", "\ud800", "a\0b", "x" * 300, "null", "-1", "1e999", "../..", "'--"]),
+)
+numbers = st.one_of(
+    st.integers(-(2**70), 2**70), st.floats(), st.sampled_from([0, -1, 2**31, 2**63, 2**64])
+)
+scalars = st.one_of(st.none(), st.booleans(), numbers, words)
+anything = st.recursive(
+    scalars,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(words, inner, max_size=4),
+    max_leaves=12,
+)
+
+
+def objects(required: dict[str, Any], **optional: Any) -> Any:
+    """JSON objects with these members; each may be of any other kind, or missing."""
+    members = {name: odd(each) for name, each in {**required, **optional}.items()}
+    return st.fixed_dictionaries({}, optional=members) | st.fixed_dictionaries(
+        {name: required[name] for name in required},
+        optional={name: members[name] for name in optional},
+    )
+
+
+def odd(strategy: Any) -> Any:
+    """What is expected, mostly."""
+    return st.one_of(strategy, strategy, strategy, anything)

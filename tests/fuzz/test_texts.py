@@ -1,0 +1,116 @@
+"""Texts that people, models and services write: made into HTML, split for a room, taken for an answer,
+an address or a line of a log, within a time that grows with their length and no faster."""
+
+import time
+
+import pytest
+from hypothesis import strategies as st
+
+from agents import llm, outgoing, webhooks
+from botrunner import replies
+from botrunner.replies import MAX_CONTENT_BYTES, split
+from chat.markdown import MAX_LENGTH, TAGS, to_html
+from config.scrub import Scrubber
+from tests.fuzz.examples import anything, objects, tried, words
+from tests.fuzz.test_model_answers import dumps
+from tests.security.hostile import HOSTILE
+from tests.security.markup import Parsed, faults
+
+# What Markdown and HTML are made of.
+PIECES = [
+    *"*_`[]()<>!#|-\\&;:~\"'= \n\t",
+    "```",
+    "](",
+    "<a href=",
+    "javascript:",
+    "&#106;",
+    "\u202e",
+]
+MARKED = st.lists(st.sampled_from([*PIECES, *HOSTILE[:12]]) | words, max_size=25).map("".join)
+
+
+@tried(150, text=MARKED)
+def test_markdown(text: str) -> None:
+    html = to_html(llm.storable(text), apart=True)
+    assert Parsed(html).tags <= TAGS
+    assert not faults(html)
+
+
+@pytest.mark.parametrize(
+    "piece",
+    ["*a_", "[", "![a](", "[[a](", "`", "<a ", "&#1;", "> ", "- \n", "a|\n|-\n", "\\", "~~"],
+)
+def test_what_repeats_itself_takes_no_longer_for_it(piece: str) -> None:
+    text = piece * (MAX_LENGTH // 2 // len(piece))
+    started = time.process_time()
+    to_html(text)
+    assert time.process_time() - started < 5
+
+
+@tried(20, pieces=st.lists(MARKED, max_size=4), times=st.integers(1, 400))
+def test_an_answer_of_any_length_fits_into_events(pieces: list[str], times: int) -> None:
+    text = llm.storable("\n".join(pieces * times))[:100_000]
+    for piece in split(text, MAX_CONTENT_BYTES):
+        assert replies._size(replies._message(piece, "m.text")) <= MAX_CONTENT_BYTES
+
+
+@tried(
+    100,
+    status=st.integers(100, 599),
+    body=st.one_of(objects({"reply": words}).map(dumps), anything.map(dumps), st.binary()),
+)
+def test_what_a_webhook_answers(status: int, body: bytes) -> None:
+    try:
+        text = webhooks._text(status, body)
+    except llm.LLMError as error:
+        assert error.code.startswith("webhook_")
+        return
+    assert text.strip()
+    assert not llm.UNSTORABLE.search(text)
+
+
+URL = st.lists(
+    st.sampled_from(
+        [*":/@?#[]%.\\ ", "https", "http", "hooks.example.org", "127.0.0.1", "::1", "443", "\r\n"]
+    )
+    | words,
+    max_size=8,
+).map("".join)
+
+
+@tried(150, url=st.one_of(URL, URL.map("https://{}".format)))
+def test_an_address_may_be_called_or_may_not(url: str) -> None:
+    if outgoing.allowed(url, ["hooks.example.org"]):
+        assert outgoing.host_of(url) == "hooks.example.org"
+        assert url.startswith(("https://", "HTTPS://"))
+    assert "@" not in outgoing.host_of(url)
+
+
+SECRETS = [
+    "password=",
+    "Bearer ",
+    "access_token",
+    "://a:b@",
+    "eyJ",
+    "sk-",
+    "DETAIL:",
+    "secret",
+    '"',
+]
+
+
+@tried(100, parts=st.lists(st.sampled_from(SECRETS) | words, max_size=12))
+def test_a_line_of_a_log_is_scrubbed(parts: list[str]) -> None:
+    scrub = Scrubber("the-secret-of-this-server")
+    told = scrub("the-secret-of-this-server".join(parts))
+    assert "the-secret-of-this-server" not in told
+
+
+@pytest.mark.parametrize(
+    "piece", ["://", "a:", "Bearer ", "eyJ", "password=", "sk-a", "@", "DETAIL:"]
+)
+def test_a_long_line_takes_no_longer_for_what_is_in_it(piece: str) -> None:
+    line = (piece * 20_000)[:100_000]
+    started = time.process_time()
+    Scrubber("the-secret-of-this-server")(line)
+    assert time.process_time() - started < 5
