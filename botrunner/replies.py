@@ -24,7 +24,7 @@ from botrunner.client import Homeserver, MatrixError, TokenRefused
 from botrunner.models import Reply, Room, Session
 from botrunner.said import MARK, Said
 from botrunner.units import unit
-from chat.markdown import to_html
+from chat.markdown import in_order, to_html
 from realm.tracing import tagged
 
 if TYPE_CHECKING:
@@ -208,7 +208,7 @@ def edit_of(event_id: str, content: dict[str, Any]) -> dict[str, Any]:
 def _message(text: str, msgtype: str) -> dict[str, Any]:
     return {
         "msgtype": msgtype,
-        "body": text,
+        "body": in_order(text),
         "format": "org.matrix.custom.html",
         "formatted_body": to_html(text),
     }

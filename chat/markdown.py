@@ -2,6 +2,7 @@
 
 import functools
 import html
+import re
 
 import nh3
 from markdown_it import MarkdownIt
@@ -18,6 +19,10 @@ ATTRIBUTES = {"*": set(), "a": {"href"}, "ol": {"start"}, "code": {"class"}}
 # out, the other is shown as it was written.
 MAX_NESTING = 20
 MAX_LENGTH = 50_000
+# Between these, text is shown in another order than it is written in: "exe.txt" could be "txt.exe".
+ORDERS = re.compile("[\u202a-\u202e\u2066-\u2069]")
+# One class, or the reader's page could be made to look like another: "```x&#32;fixed&#32;inset-0".
+LANGUAGE = re.compile(r"language-[\w+#.-]{1,40}", re.ASCII)
 SCHEMES = {"https", "http", "ftp", "mailto", "magnet"}
 
 
@@ -32,8 +37,8 @@ def to_html(text: str, *, apart: bool = False) -> str:
     """`apart`: links open a page of their own, which is told nothing of ours. Rooms have no use for
     that: a client opens links as it likes."""
     if len(text) > MAX_LENGTH:
-        return f"<pre>{html.escape(text)}</pre>"
-    return nh3.clean(
+        return in_order(f"<pre>{html.escape(text)}</pre>")
+    cleaned = nh3.clean(
         _parser().render(text),
         tags=TAGS,
         attributes=ATTRIBUTES,
@@ -41,12 +46,19 @@ def to_html(text: str, *, apart: bool = False) -> str:
         link_rel="noopener noreferrer nofollow" if apart else None,
         set_tag_attribute_values={"a": {"target": "_blank"}} if apart else None,
         attribute_filter=_attribute,
-    ).strip()
+    )
+    # After it: they may be written as entities.
+    return in_order(cleaned).strip()
+
+
+def in_order(text: str) -> str:
+    """The text without what would have it shown in another order than it is written in."""
+    return ORDERS.sub("", text)
 
 
 def _attribute(tag: str, name: str, value: str) -> str | None:
     if (tag, name) == ("code", "class"):
-        return value if value.startswith("language-") else None
+        return value if LANGUAGE.fullmatch(value) else None
     if name == "href" and value.partition(":")[0].lower() not in SCHEMES:
         return None  # a link to a place of ours, which no answer has any business with
     return value

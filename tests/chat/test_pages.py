@@ -15,7 +15,6 @@ from chat.markdown import to_html
 from chat.models import Thread
 from console.models import AuditEntry
 from realm.models import User
-from tests.chat.hostile import HOSTILE
 from tests.factories import ask, conversation
 from tests.fakes.llm import CONTEXT_TOO_LONG, Failure, FakeLLM, Reply, call_tool
 
@@ -416,26 +415,6 @@ class TestSafety:
         assert "no-store" in page["Cache-Control"]
         # Which the policy would keep from working.
         assert not re.search(r"<style|\sstyle=|\son\w+=|<script(?! type=\"module\" src)", page.text)
-
-    @pytest.mark.parametrize("said", HOSTILE)
-    def test_what_a_model_says_is_text_or_harmless(self, said: str) -> None:
-        html = to_html(said, apart=True)
-        tags = re.findall(r"<\s*/?\s*([a-z0-9]+)([^>]*)>", html)
-        for name, attributes in tags:
-            assert name not in {"script", "img", "svg", "math", "style", "iframe", "form", "input"}
-            assert name not in {"object", "embed", "link", "meta", "base", "video", "audio"}
-            names = set(re.findall(r'([\w:-]+)="', attributes))
-            assert names <= {"href", "target", "rel", "start", "class"}
-            for address in re.findall(r'href="([^"]*)"', attributes):
-                assert re.match(r"(https?|ftp|mailto|magnet):", address)
-            for kind in re.findall(r'class="([^"]*)"', attributes):
-                assert kind.startswith("language-")
-
-    def test_what_takes_long_to_read_is_shown_as_it_was_written(self) -> None:
-        assert "<b>" not in to_html("<b>" + "x" * 50_000)
-        assert to_html("*" * 50_001) == f"<pre>{'*' * 50_001}</pre>"
-        # Takes minutes where it may nest for as long as it likes.
-        assert "[[[" in to_html("[" * 40_000)
 
     def test_links_open_apart(self) -> None:
         html = to_html("[x](https://e.org)", apart=True)

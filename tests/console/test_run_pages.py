@@ -19,7 +19,7 @@ from agents.inbox import WhenBusy
 from agents.models import Attempt, Event, Run, Step
 from botrunner import replies
 from botrunner.models import Reply, Room, RoomEvent, Session
-from chat.models import Message, Thread
+from chat.models import Thread
 from console import trace
 from console.models import AuditEntry
 from realm.models import BotCommand, BotRegistration
@@ -28,7 +28,6 @@ from tests.botrunner import scenes
 from tests.fakes.llm import FakeLLM
 
 pytestmark = pytest.mark.django_db
-HOSTILE = "<script>alert(1)</script>"
 SignIn = Callable[..., Client]
 
 
@@ -214,24 +213,6 @@ class TestWhoSeesWhat:
         entry = AuditEntry.objects.get(action="read")
         assert entry.object_id == run.thread_id
 
-    def test_what_is_hostile_is_shown_as_it_is(self, admin_client: Client) -> None:
-        scenes.command()
-        account = scenes.session()
-        Room.objects.update(room_id=f"!{HOSTILE}")
-        room = Room.objects.get()
-        scenes.take_in(account, scenes.event(f"{HOSTILE} hello", sender=scenes.ALICE))
-        event = RoomEvent.objects.latest("id")
-        RoomEvent.objects.update(note=HOSTILE)
-        Run.objects.update(model=HOSTILE, correlation_id=HOSTILE, worker=HOSTILE)
-        Reply.objects.update(error=HOSTILE)
-        asked = Run.objects.get()
-        runs.execute(asked.pk)
-        for row in (asked, asked.thread, event, room, event.room, Session.objects.get()):
-            for address in (url(row), f"{url(row)}?tab=json"):
-                assert HOSTILE not in text_of(admin_client, address)
-        registration = BotRegistration.objects.get()
-        assert HOSTILE not in text_of(admin_client, url(registration))
-
 
 class TestActions:
     @pytest.mark.parametrize(
@@ -344,16 +325,6 @@ class TestThread:
         assert "question 10" in around
         for nonsense in ("?upto=x", "?start=99999999999999", "?start=900", "?at=-1"):
             assert admin_client.get(f"{url(thread)}{nonsense}").status_code == 200
-
-    def test_answers_are_markdown_without_the_dangers_of_it(self, admin_client: Client) -> None:
-        thread = factories.conversation(1)
-        Message.objects.filter(role="assistant").update(
-            content=f"**bold** [x](javascript:alert(1)) {HOSTILE}"
-        )
-        page = text_of(admin_client, url(thread))
-        assert "<strong>bold</strong>" in page
-        assert "javascript:alert" not in page.replace("](javascript:alert(1))", "")
-        assert HOSTILE not in page
 
     def test_each_answer_says_where_it_went(self, admin_client: Client, run: Run) -> None:
         page = text_of(admin_client, url(run.thread))

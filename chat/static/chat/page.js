@@ -240,7 +240,8 @@ class RunStream extends Stream {
 
   write(text) {
     this.heard();
-    keepingTheEnd(() => this.draft.append(text));
+    // What shows words in another order than they were written in stays out (chat/markdown.py).
+    keepingTheEnd(() => this.draft.append(text.replace(/[\u202a-\u202e\u2066-\u2069]/g, "")));
     this.turn.classList.add("speaks");
   }
 
