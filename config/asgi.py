@@ -24,6 +24,9 @@ from config.wsgi import application as wsgi
 
 THREADS = 8
 CHUNK_BYTES = 256 * 1024
+# Of an address with all headers: more than any client has need of, and less than it takes to keep a
+# thread busy.
+MAX_HEAD_BYTES = 64 * 1024
 # For a client to send a body, and to take a piece of a stream.
 PATIENCE_SECONDS = 60
 
@@ -48,6 +51,9 @@ def _threads() -> ThreadPoolExecutor:
 async def application(scope: Message, receive: Receive, send: Send) -> None:
     if scope["type"] != "http":
         raise ValueError(f"There is no {scope['type']} here.")
+    if _head_size(scope) > MAX_HEAD_BYTES:
+        await _refuse_head(send)
+        return
     loop, threads = asyncio.get_running_loop(), _threads()
     try:
         async with asyncio.timeout(PATIENCE_SECONDS):
@@ -147,6 +153,22 @@ def environ(scope: Message, body: bytes) -> dict[str, Any]:
         value = raw_value.decode("latin-1")
         found[key] = f"{found[key]},{value}" if key in found else value
     return found
+
+
+def _head_size(scope: Message) -> int:
+    address = len(scope.get("raw_path") or scope["path"]) + len(scope["query_string"])
+    return address + sum(len(name) + len(value) for name, value in scope["headers"])
+
+
+async def _refuse_head(send: Send) -> None:
+    body = b'{"ok":false,"error":"The address or the headers are too long."}'
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"content-length", str(len(body)).encode()),
+        (b"connection", b"close"),
+    ]
+    await send({"type": "http.response.start", "status": 431, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
 
 
 async def _body(scope: Message, receive: Receive) -> bytes | None:

@@ -5,11 +5,12 @@ from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
 
+from django.db.models import QuerySet
 from rest_framework.fields import Field, UUIDField
 from rest_framework_json_api import serializers
 
 from agents import commands
-from realm import openid, tokens
+from realm import models, openid, tokens
 from realm.filters import Filter, InvalidFilter
 from realm.jsonapi import Forbidden, Missing, StringField
 from realm.models import BotCommand, BotRegistration, User
@@ -58,6 +59,10 @@ class BotRegistrationSerializer(serializers.ModelSerializer):
             )
         return username
 
+    def validate(self, attrs: Any) -> Any:
+        _check_number(BotRegistration.objects.of(self.context["request"].user), "bots")
+        return attrs
+
 
 class IdField(UUIDField):
     """A UUID in a string: DRF takes a number for one, too."""
@@ -105,6 +110,15 @@ class BotCommandSerializer(serializers.ModelSerializer):
     def validate_bot_id(self, bot_id: UUID) -> UUID:
         check_owner(bot_id, self.context["request"].user, pointer="/data/attributes/botId")
         return bot_id
+
+    def validate(self, attrs: Any) -> Any:
+        _check_number(BotCommand.objects.of(self.context["request"].user), "commands")
+        return attrs
+
+
+def _check_number(rows: QuerySet[Any], name: str) -> None:
+    if rows.count() >= models.MAX_EACH:
+        raise serializers.ValidationError(f"Nobody may have more than {models.MAX_EACH} {name}.")
 
 
 def check_owner(bot_id: UUID, user: User, **source: str) -> None:

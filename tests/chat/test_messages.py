@@ -130,22 +130,6 @@ def test_one_character_is_enough_and_a_long_text_is_kept_whole(api: APIClient) -
     assert Message.objects.filter(content="ä" * 200_000).exists()
 
 
-def test_a_body_of_unknown_length_is_not_taken_for_an_empty_one(api: APIClient) -> None:
-    response = api.generic(
-        "POST", URL, content_type="application/json", headers={"Transfer-Encoding": "chunked"}
-    )
-
-    assert response.status_code == 411
-    assert response.json()["error"] == "Send the body with a Content-Length."
-
-
-def test_a_body_over_the_limit_is_refused(api: APIClient, settings: Any) -> None:
-    response = post(api, {"content": "x" * settings.DATA_UPLOAD_MAX_MEMORY_SIZE})
-
-    assert response.status_code == 413
-    assert response.json() == {"ok": False, "error": "The body is too large."}
-
-
 class TestModels:
     def test_the_default_model_is_taken_where_none_is_named(self, api: APIClient) -> None:
         assert post(api, {"content": "Hi"}).json()["model"] == "gpt-4o-mini"

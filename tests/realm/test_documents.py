@@ -208,19 +208,6 @@ def test_an_address_that_names_no_id(client: Client, path: str, pk: str) -> None
     only_error(response, 404 if "%2f" in pk else 400)
 
 
-def test_a_body_that_is_too_large(client: Client) -> None:
-    body = json.dumps({"data": RESOURCE | {"meta": {"a": "x" * 5_000_000}}}).encode()
-    assert only_error(posted(client, body), 413)["code"] == "too_large"
-    response = Client().raw("POST", "/_server-session", body, content_type="application/json")
-    only_error(response, 413)
-
-
-def test_a_body_of_unknown_length_is_not_taken_for_none(client: Client) -> None:
-    for method in ("POST", "DELETE"):
-        response = client.raw(method, "/_bot-registration", HTTP_TRANSFER_ENCODING="chunked")
-        only_error(response, 411)
-
-
 @pytest.mark.parametrize(
     "media_type",
     [
