@@ -70,6 +70,7 @@ MIDDLEWARE = [
     "realm.jsonapi.DocumentErrors",
     "django.middleware.security.SecurityMiddleware",
     "config.headers.PermissionsPolicy",
+    "config.headers.ContentPolicy",
     "whitenoise.middleware.WhiteNoiseMiddleware",
     "django.contrib.sessions.middleware.SessionMiddleware",
     "django.middleware.common.CommonMiddleware",

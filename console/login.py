@@ -12,6 +12,7 @@ from django import forms
 from django.conf import settings
 from django.contrib import admin, messages
 from django.contrib.auth import forms as auth_forms
+from django.contrib.auth.models import AnonymousUser
 from django.core.exceptions import ValidationError
 from django.http import HttpRequest, HttpResponse
 from django.shortcuts import redirect, render
@@ -26,6 +27,8 @@ from console import audit
 from console.models import AuditEntry
 
 Action = AuditEntry.Action
+# Of those who may look at what others said: after a day's work they sign in again.
+STAFF_SESSION = timedelta(hours=8)
 
 
 class CodeField(forms.CharField):
@@ -98,32 +101,40 @@ def check(device: TOTPDevice, code: str) -> None:
 
 
 class SecondFactor:
-    """Nobody gets to the admin with a password alone who has a second factor, or who must have one.
+    """Nobody gets in with a password alone who has a second factor, nor to the admin who must have one.
 
-    At each request and not only at the login: for the sessions that were there before the device.
+    At each request and not only at the login: for the sessions that were there before the device. In
+    the admin such a one is asked for a code; elsewhere it is nobody's, who is asked to sign in.
     """
 
     def __init__(self, get_response: Callable[[HttpRequest], HttpResponse]) -> None:
         self.get_response = get_response
 
     def __call__(self, request: HttpRequest) -> HttpResponse:
-        if self._stops(request):
-            return redirect("console_totp")
+        if request.path_info.startswith(reverse("admin:index")):
+            if self._stops(request):
+                return redirect("console_totp")
+        # Without a session there is nobody to look up.
+        elif settings.SESSION_COOKIE_NAME in request.COOKIES and _owes_code(request.user):
+            request.user = AnonymousUser()
         return self.get_response(request)
 
     def _stops(self, request: HttpRequest) -> bool:
-        home = reverse("admin:index")
-        if not request.path_info.startswith(home) or request.path_info in {
+        if request.path_info in {
             reverse("admin:login"),
             reverse("admin:logout"),
             reverse("admin:jsi18n"),
             reverse("console_totp"),
         }:
             return False
-        user: Any = request.user
-        if not user.is_authenticated or user.is_verified():
-            return False
-        return settings.ADMIN_REQUIRE_TOTP or device_of(user) is not None
+        return _owes_code(request.user, must_have=settings.ADMIN_REQUIRE_TOTP)
+
+
+def _owes_code(user: Any, *, must_have: bool = False) -> bool:
+    """Whether whoever has signed in has yet to show that they have their second factor."""
+    if not user.is_authenticated or user.is_verified():
+        return False
+    return must_have or device_of(user) is not None
 
 
 def totp(request: HttpRequest) -> HttpResponse:
@@ -208,6 +219,8 @@ def locked_out(request: HttpRequest, *_: Any) -> HttpResponse:
 
 def note_login(sender: Any, request: HttpRequest | None, user: Any, **_: Any) -> None:
     if request is not None:
+        if user.is_staff:
+            request.session.set_expiry(int(STAFF_SESSION.total_seconds()))
         audit.entry_of(user, Action.LOGIN, user, ip=audit.client_ip(request)).save()
 
 
