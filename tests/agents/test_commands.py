@@ -3,14 +3,12 @@
 import hashlib
 import hmac
 import json
-import socket
 from typing import Any
 
 import pytest
 
-from agents import commands, inbox, llm, outgoing, runs, webhooks
+from agents import commands, inbox, llm, runs, webhooks
 from agents.models import Run
-from agents.outgoing import public_address
 from tests.factories import ask, conversation
 from tests.fakes.receiver import Receiver
 
@@ -93,51 +91,6 @@ def test_amending_is_for_runs_that_wait() -> None:
     assert run.message.content == "second"
     runs.execute(run.pk)
     assert not inbox.amend(run.pk, content="third")
-
-
-@pytest.mark.parametrize(
-    "address",
-    [
-        "127.0.0.1",
-        "10.0.0.1",
-        "169.254.169.254",
-        "172.16.3.4",
-        "192.168.1.1",
-        "100.64.0.1",
-        "0.0.0.0",
-        "224.0.0.1",
-        "255.255.255.255",
-        "::1",
-        "::",
-        "fe80::1%eth0",
-        "fc00::1",
-        "ff02::1",
-        "::ffff:127.0.0.1",
-        "::ffff:10.0.0.1",
-        "64:ff9b::7f00:1",
-        "2002:7f00:1::",
-    ],
-)
-def test_private_addresses_are_never_called(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    resolve(monkeypatch, "93.184.215.14", address)
-    with pytest.raises(outgoing.Forbidden, match="not on the public network"):
-        public_address("hooks.example.org", 443)
-
-
-def test_public_addresses_are_called(monkeypatch: pytest.MonkeyPatch) -> None:
-    resolve(monkeypatch, "93.184.215.14", "2606:2800:21f:cb07:6820:80da:af6b:8b2c")
-    assert public_address("hooks.example.org", 443) == "93.184.215.14"
-
-
-@pytest.mark.parametrize("host", [".example.org", "a..example.org", f"{'a' * 64}.example.org"])
-def test_what_is_no_name_is_not_called(host: str) -> None:
-    with pytest.raises(outgoing.Forbidden, match="no name"):
-        public_address(host, 443)
-
-
-def resolve(monkeypatch: pytest.MonkeyPatch, *addresses: str) -> None:
-    found = [(0, 0, 0, "", (address, 443)) for address in addresses]
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: found)
 
 
 @pytest.fixture
