@@ -1,9 +1,15 @@
 """Secrets and what people say are planted, every path is driven, well and badly; then they are looked
 for where they must not be."""
+# ruff: noqa: F811
 
+import asyncio
 import base64
 import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
 import sentry_sdk
@@ -15,23 +21,31 @@ from redis import Redis
 
 from agents import commands, inbox, runs, runtime, stream
 from agents.models import Run
-from botrunner import acting, replies
-from botrunner.client import MatrixError
+from botrunner import accounts, acting, replies
+from botrunner.client import Homeserver, MatrixError
 from botrunner.models import Reply, Session
 from config.scrub import Scrubber
+from hooks import sender
+from hooks.models import Subscription
 from ops import metrics
-from realm import tokens
+from realm import openid, tokens
 from realm.models import User
 from tests import factories
 from tests.botrunner import scenes
+from tests.botrunner.test_client import Scripted, server  # noqa: F401
 from tests.fakes.llm import Failure, FakeLLM
-from tests.ops.conftest import Lines, Mailbox
+from tests.fakes.receiver import HOST, Receiver
+from tests.hooks import scenes as hooks
+from tests.ops.conftest import Lines, Mailbox, lines, sentry  # noqa: F401
+from tests.realm.homeserver import Homeserver as OpenIDServer
 
 SAID = "canary-words-of-a-person"
 KEY = "sk-canary-0123456789"  # that of the fixture `model`
 OPENID = "syt_canary_openid_0123456789"
 PASSWORD = "canary-password-0123456789"
 ACCESS = "syt_canary_access_0123456789"
+SIGNING = "canary-signing-secret-0123456789-0123456789"
+HOOK = f"https://{HOST}/canary-of-a-path/0123456789"
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -39,8 +53,19 @@ pytestmark = pytest.mark.django_db(transaction=True)
 class Paths:
     """What happens to a question, with canaries in it."""
 
-    def __init__(self, model: FakeLLM, redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(
+        self,
+        model: FakeLLM,
+        redis: Redis,
+        monkeypatch: pytest.MonkeyPatch,
+        receiver: type[Receiver],
+        openid_server: OpenIDServer,
+        homeserver: Scripted,
+        folder: Path,
+    ) -> None:
         self.model, self.redis, self.monkeypatch = model, redis, monkeypatch
+        self.receiver, self.openid_server = receiver, openid_server
+        self.homeserver, self.folder = homeserver, folder
         self.jwt = tokens.issue("@alice:localhost")
         self.client = Client(
             raise_request_exception=False, headers={"authorization": f"Bearer {self.jwt}"}
@@ -48,7 +73,15 @@ class Paths:
 
     @property
     def canaries(self) -> list[str]:
-        return [SAID, KEY, OPENID, PASSWORD, ACCESS, self.jwt]
+        secrets = Subscription.objects.values_list("secret", flat=True)
+        return [SAID, KEY, OPENID, PASSWORD, ACCESS, SIGNING, HOOK[-30:], self.jwt, *secrets]
+
+    @property
+    def addresses(self) -> list[str]:
+        """All that were asked, of the model, of webhooks, of the homeserver."""
+        asked = [call.path for call in self.model.requests]
+        asked += [path for _, path, _ in self.homeserver.asked]
+        return [unquote(path) for path in asked]
 
     def http(self) -> None:
         User.objects.of_matrix_id("@alice:localhost")
@@ -62,6 +95,65 @@ class Paths:
         post("/_server-session", {"access_token": OPENID}, "application/json")
         for password in (PASSWORD, f"{PASSWORD}-wrong"):
             Client().post("/admin/login/", {"username": "admin", "password": password})
+
+    def openid(self) -> None:
+        exchange = {"access_token": OPENID}
+        answers: list[Any] = [
+            (200, {"sub": "@alice:localhost"}),
+            (401, {"errcode": "M_UNKNOWN_TOKEN", "error": OPENID}),
+            (500, {"error": f"GET ?access_token={OPENID}"}),
+            (200, f"<html>{OPENID}".encode()),
+        ]
+        for status, body in answers:
+            self.openid_server.answers(body, status)
+            answer = self.client.post("/_server-session", exchange, "application/json")
+            assert (answer.status_code == 201) == (body == {"sub": "@alice:localhost"})
+        with self.monkeypatch.context() as patch:
+            patch.setattr(openid, "_subject", _raising(RuntimeError(f"access_token={OPENID}")))
+            answer = self.client.post("/_server-session", exchange, "application/json")
+            assert answer.status_code == 500
+
+    def webhook(self) -> None:
+        """One that a command calls, and one that is told of outcomes."""
+        subscription = hooks.subscribe(url=HOOK)
+        for status, body in ((200, SAID), (500, SAID), (403, SAID), (200, "")):
+            self.receiver.answer = (status, json.dumps({"reply": body}).encode())
+            runs.execute(factories.ask(SAID, command=HOOK, input={"sender": SAID}).pk)
+            hooks.told()
+            sender.send_due(subscription.pk)
+        with self.monkeypatch.context() as patch:
+            error = RuntimeError(f"secret={SIGNING}, token={ACCESS}")
+            patch.setattr("agents.webhooks._headers", _raising(error))
+            runs.execute(factories.ask(SAID, command=HOOK, input={"sender": SAID}).pk)
+
+    def login(self) -> None:
+        answers = self.homeserver.answers
+        answers["/keys"] = (200, {"one_time_key_counts": {}, "device_keys": {}})
+        account = Session(homeserver="http://hs", username="bot-runner")
+
+        async def scene() -> None:
+            bot = Homeserver(self.homeserver.url, "bot-runner", self.folder)
+            for status, answer in (
+                (403, {"errcode": "M_FORBIDDEN", "error": f"Not {PASSWORD}"}),
+                (500, {"errcode": "M_UNKNOWN", "error": f"password={PASSWORD} {ACCESS}"}),
+                (200, {"user_id": scenes.ME, "device_id": "D", "access_token": ACCESS}),
+            ):
+                answers["/login"] = (status, answer)
+                try:
+                    await bot.login(PASSWORD, "D")
+                    account.access_token = bot.nio.access_token
+                except MatrixError as error:
+                    accounts.logger.warning("Waiting for the homeserver at %s", bot.nio.homeserver)
+                    error.add_note("told without its words")
+            answers["/sync"] = (401, {"errcode": "M_UNKNOWN_TOKEN", "error": ACCESS})
+            try:
+                await bot.sync("s0", seconds=0, wanted={})
+            except MatrixError:
+                logging.getLogger("botrunner.bot").exception("The sync has to wait")
+            await bot.close()
+
+        asyncio.run(scene())
+        assert account.access_token == ACCESS
 
     def http_with_a_defect(self) -> None:
         for error in (
@@ -126,6 +218,9 @@ class Paths:
     def drive(self) -> None:
         for path in (
             self.http,
+            self.openid,
+            self.webhook,
+            self.login,
             self.http_with_a_defect,
             self.worker,
             self.worker_with_a_defect,
@@ -145,13 +240,24 @@ def _raising(error: Exception) -> Any:
 
 @pytest.fixture
 def paths(
-    model: FakeLLM, redis: Redis, redis_server: str, monkeypatch: pytest.MonkeyPatch
-) -> Paths:
+    model: FakeLLM,
+    redis: Redis,
+    redis_server: str,
+    monkeypatch: pytest.MonkeyPatch,
+    https_receiver: type[Receiver],
+    server: Scripted,
+    settings: Any,
+    tmp_path: Path,
+) -> Iterator[Paths]:
     from config.celery import app
 
     app.conf.broker_url = redis_server
     app.set_current()
-    return Paths(model, redis, monkeypatch)
+    settings.HOOKS_ALLOWED_HOSTS = settings.AGENT_WEBHOOK_HOSTS = [HOST]
+    settings.AGENT_WEBHOOK_SECRET = SIGNING
+    with OpenIDServer() as openid_server:
+        settings.MATRIX_URL = openid_server.url
+        yield Paths(model, redis, monkeypatch, https_receiver, openid_server, server, tmp_path)
 
 
 def test_not_in_the_log(paths: Paths, lines: Lines) -> None:
@@ -193,6 +299,40 @@ def test_not_in_metrics(paths: Paths) -> None:
     assert "botrealm_runs_total" in told
     for canary in paths.canaries:
         assert canary not in told
+
+
+def test_not_in_an_address(paths: Paths) -> None:
+    paths.drive()
+
+    assert any("/chat/completions" in address for address in paths.addresses)
+    assert any("/login" in address for address in paths.addresses)
+    for canary in paths.canaries:
+        assert not [address for address in paths.addresses if canary in address]
+    # That of its receiver has its own path, and nothing of ours.
+    assert len(paths.receiver.seen) > 8
+    for headers, _ in paths.receiver.seen:
+        told = json.dumps(headers)
+        assert not [canary for canary in paths.canaries if canary in told]
+    # The specification has the token there, for our own homeserver alone.
+    assert any(OPENID in target for target in paths.openid_server.asked)
+
+
+def test_not_in_what_is_answered(paths: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    request = Client.request
+
+    def kept(self: Client, **asked: Any) -> Any:
+        response = request(self, **asked)
+        if response.status_code >= 400 and not asked["PATH_INFO"].startswith("/admin"):
+            told.append(f"{dict(response.headers)} {response.content.decode()}")
+        return response
+
+    monkeypatch.setattr(Client, "request", kept)
+    paths.drive()
+
+    assert len(told) > 6
+    for canary in paths.canaries:
+        assert not [each for each in told if canary in each]
 
 
 def test_not_in_what_the_doctor_says(paths: Paths, settings: Any, capsys: Any) -> None:
