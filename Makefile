@@ -30,6 +30,9 @@ test-quick: $(READY) $(REDIS) ## Run those that stay within a process, on all co
 test-systems: $(READY) $(REDIS) $(HOMESERVER) ## Run those that start the real processes and kill them, two files at a time
 	$(BIN)/python -m pytest -m system -n 2 --dist loadfile $(ARGS) || [ $$? -eq 5 ]
 
+fuzz: $(READY) $(REDIS) ## Fuzz with other examples than the tests have, FUZZ_FACTOR times as many
+	FUZZ_FACTOR=$${FUZZ_FACTOR:-50} $(BIN)/python -m pytest tests/fuzz -n logical --maxprocesses 4 $(ARGS)
+
 lint: $(READY) ## Check format, lint, types, imports, migrations and docs/openapi.yaml
 	@status=0; \
 	for check in "ruff format --check ." "ruff check ." mypy lint-imports; do \
@@ -80,4 +83,4 @@ $(HOMESERVER): $(READY)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/homeserver.txt \
 		&& touch $@ || echo "Synapse could not be installed: Matrix rooms need a homeserver of yours, by MATRIX_URL." >&2
 
-.PHONY: help run test test-quick test-systems lint migrations-check schema schema-check format bench screenshots
+.PHONY: help run test test-quick test-systems fuzz lint migrations-check schema schema-check format bench screenshots
