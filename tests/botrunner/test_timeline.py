@@ -487,7 +487,7 @@ def test_only_what_follows_the_own_join_counts() -> None:
 
 @pytest.mark.parametrize("target", ["$a\0b", "$" + "x" * 300, "", 7])
 def test_what_changes_an_event_that_can_be_none_changes_nothing(target: Any) -> None:
-    """PostgreSQL takes no such id, be it to look for, and the sync that brings it would come for ever."""
+    """PostgreSQL takes no such id, even to look for it: the sync would come again for ever."""
     edit = {"body": "x", "m.relates_to": {"rel_type": "m.replace", "event_id": target}}
     said = [
         Said.parse(event(edit)),
