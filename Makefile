@@ -37,6 +37,9 @@ faults: $(READY) $(REDIS) ## Damage the real processes on purpose, as SEED has i
 faults-all: $(READY) $(REDIS) ## All faults, then 5,000 runs among random ones; half an hour
 	FAULTS_SEED=$(SEED) FAULTS_ALL=true FAULTS_RUNS=5000 $(BIN)/python -m pytest tests/faults -m faults $(ARGS)
 
+fuzz: $(READY) $(REDIS) ## Fuzz with other examples than the tests have, FUZZ_FACTOR times as many
+	FUZZ_FACTOR=$${FUZZ_FACTOR:-50} $(BIN)/python -m pytest tests/fuzz -n logical --maxprocesses 4 $(ARGS)
+
 lint: $(READY) ## Check format, lint, types, imports, migrations and docs/openapi.yaml
 	@status=0; \
 	for check in "ruff format --check ." "ruff check ." mypy lint-imports; do \
@@ -87,4 +90,4 @@ $(HOMESERVER): $(READY)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/homeserver.txt \
 		&& touch $@ || echo "Synapse could not be installed: Matrix rooms need a homeserver of yours, by MATRIX_URL." >&2
 
-.PHONY: help run test test-quick test-systems faults faults-all lint migrations-check schema schema-check format bench screenshots
+.PHONY: help run test test-quick test-systems faults faults-all fuzz lint migrations-check schema schema-check format bench screenshots

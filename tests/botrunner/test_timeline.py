@@ -10,7 +10,7 @@ from agents import runs
 from agents.models import Run
 from botrunner import acting, replies, timeline
 from botrunner.models import Conversation, Reply, Room, RoomEvent, Session
-from botrunner.said import MARK, since_own_join
+from botrunner.said import MARK, Said, since_own_join
 from botrunner.timeline import Batch, Invite, LeaseLost, RoomNews
 from chat.models import Message
 from tests.botrunner.scenes import (
@@ -483,3 +483,15 @@ def test_only_what_follows_the_own_join_counts() -> None:
     kept = list(since_own_join([old, join, new, renamed, newer], ME))
     assert kept == [new, renamed, newer]
     assert list(since_own_join([old, member(ALICE, "join"), new], ME)) == []
+
+
+@pytest.mark.parametrize("target", ["$a\0b", "$" + "x" * 300, "", 7])
+def test_what_changes_an_event_that_can_be_none_changes_nothing(target: Any) -> None:
+    """PostgreSQL takes no such id, even to look for it: the sync would come again for ever."""
+    edit = {"body": "x", "m.relates_to": {"rel_type": "m.replace", "event_id": target}}
+    said = [
+        Said.parse(event(edit)),
+        Said.parse(event({"redacts": target}, type="m.room.redaction")),
+        Said.parse(event({}, type="m.room.redaction", redacts=target)),
+    ]
+    assert [(each.edits, each.redacts) for each in said if each] == [(None, None)] * 3

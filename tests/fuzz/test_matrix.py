@@ -19,7 +19,7 @@ from botrunner.client import Homeserver, MatrixError
 from botrunner.gaps import batch_of
 from botrunner.matching import cancels, objection, question
 from botrunner.models import RoomEvent, Session
-from botrunner.said import Said, is_own_join, since_own_join, storable
+from botrunner.said import UNSTORABLE, Said, is_own_join, since_own_join, storable
 from botrunner.timeline import Batch
 from realm.filters import Filter, InvalidFilter
 from tests.botrunner import scenes
@@ -181,7 +181,7 @@ def test_an_event_is_read_or_is_none(source: Any) -> None:
     if said is None:
         return
     for told in (said.edits, said.redacts, said.thread_root):
-        assert told is None or len(told) <= 255
+        assert told is None or (len(told) <= 255 and not UNSTORABLE.search(told))
     said.mentions(ME)
     cancels(said, ME)
     for wanted in FILTERS:
