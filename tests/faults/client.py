@@ -116,20 +116,25 @@ class Load:
         self.pause = pause
         self.seed = seed
         self.failures: list[BaseException] = []
+        self._persons: list[threading.Thread] = []
+
+    @property
+    def is_over(self) -> bool:
+        return not any(person.is_alive() for person in self._persons)
 
     @contextmanager
     def running(self) -> Iterator[None]:
         """Ask while the block goes on, and to the end of the load."""
-        persons = [
+        self._persons = [
             threading.Thread(target=self._ask, args=(number,), daemon=True)
             for number in range(self.persons)
         ]
-        for person in persons:
+        for person in self._persons:
             person.start()
         try:
             yield
         finally:
-            for person in persons:
+            for person in self._persons:
                 person.join()
         if self.failures:
             raise self.failures[0]

@@ -10,10 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from tests.faults import injections as faults
+from tests.faults.client import Load
 from tests.faults.plant import WORKERS, Plant
 
 Draw = Callable[[random.Random], dict[str, Any]]
-MEAN_PAUSE = 4.0
+# Of one target, between two faults.
+MEAN_QUESTIONS = 40
+MOST_SECONDS = 3.0
 
 
 def _nothing(chance: random.Random) -> dict[str, Any]:
@@ -87,50 +90,54 @@ TARGETS: dict[str, list[tuple[faults.Fault, Draw]]] = {
 
 @dataclass(frozen=True)
 class Step:
-    """A fault, so many seconds after the one before it was over."""
+    """A fault: so many accepted questions after the one before it, however long those take on this
+    machine, and a moment later."""
 
+    questions: int
     delay: float
     fault: faults.Fault
     arguments: dict[str, Any]
 
     def __str__(self) -> str:
         told = ", ".join(f"{name}={value}" for name, value in self.arguments.items())
-        return f"{self.delay:.1f} s {self.fault.__name__}({told})"
-
-    @property
-    def seconds(self) -> float:
-        return self.delay + float(self.arguments.get("seconds", 0))
+        return f"{self.questions} questions, {self.delay:.1f} s: {self.fault.__name__}({told})"
 
 
 Schedule = dict[str, list[Step]]
 
 
-def make(seed: int, seconds: float, vendor: str) -> Schedule:
-    """About so many seconds of faults, of the database only where it is a server."""
+def make(seed: int, questions: int, vendor: str) -> Schedule:
+    """Faults for so many questions, of the database only where it is a server."""
     return {
-        target: _steps(random.Random(f"{seed} {target}"), kinds, seconds)
+        target: _steps(random.Random(f"{seed} {target}"), kinds, questions)
         for target, kinds in TARGETS.items()
         if target != "postgresql" or vendor == "postgresql"
     }
 
 
 def _steps(
-    chance: random.Random, kinds: list[tuple[faults.Fault, Draw]], seconds: float
+    chance: random.Random, kinds: list[tuple[faults.Fault, Draw]], questions: int
 ) -> list[Step]:
     steps: list[Step] = []
-    while sum(step.seconds for step in steps) < seconds:
+    while (left := questions - sum(step.questions for step in steps)) > MEAN_QUESTIONS // 2:
         fault, draw = chance.choice(kinds)
-        steps.append(Step(chance.uniform(0, 2 * MEAN_PAUSE), fault, draw(chance)))
+        pause = min(left, chance.randint(1, 2 * MEAN_QUESTIONS))
+        steps.append(Step(pause, chance.uniform(0, MOST_SECONDS), fault, draw(chance)))
     return steps
 
 
-def play(schedule: Schedule, plant: Plant) -> None:
-    """All targets at once, to the end."""
+def play(schedule: Schedule, plant: Plant, load: Load) -> None:
+    """All targets at once; returns when the load is over."""
     failures: list[BaseException] = []
 
     def hit(steps: list[Step]) -> None:
         try:
             for step in steps:
+                goal = len(plant.client.asked) + step.questions
+                while len(plant.client.asked) < goal:
+                    if load.is_over:
+                        return
+                    time.sleep(0.05)
                 time.sleep(step.delay)
                 step.fault(plant, **step.arguments)
         except BaseException as error:

@@ -10,8 +10,8 @@ from tests.faults.settings import RUNS, SEED
 
 pytestmark = pytest.mark.faults
 
-SECONDS_OF_A_RUN = 0.1
-PERSONS = 16
+PERSONS = 32
+MEAN_PAUSE = 1.0
 
 
 def slow_answer(call: Call) -> Reply:
@@ -22,7 +22,7 @@ def slow_answer(call: Call) -> Reply:
 
 def test_the_same_seed_is_the_same_schedule() -> None:
     def told(seed: int) -> list[str]:
-        steps = schedule.make(seed, 100, "postgresql")
+        steps = schedule.make(seed, 1000, "postgresql")
         return [f"{target} {step}" for target in steps for step in steps[target]]
 
     assert told(1) == told(1) != told(2)
@@ -32,8 +32,7 @@ def test_the_same_seed_is_the_same_schedule() -> None:
 def test_whatever_happens_nothing_is_lost_repeated_or_out_of_order(
     plant: Plant, table: list[Row]
 ) -> None:
-    seconds = RUNS * SECONDS_OF_A_RUN
-    planned = schedule.make(SEED, seconds, plant.vendor)
+    planned = schedule.make(SEED, RUNS, plant.vendor)
     for target, steps in planned.items():
         sys.stdout.write("\n  ".join([target, *map(str, steps)]) + "\n")
     plant.begin()
@@ -42,11 +41,11 @@ def test_whatever_happens_nothing_is_lost_repeated_or_out_of_order(
         RUNS,
         threads=max(PERSONS, RUNS // 15),
         persons=PERSONS,
-        pause=seconds * PERSONS / RUNS,
+        pause=MEAN_PAUSE,
         seed=SEED,
     )
     with load.running():
-        schedule.play(planned, plant)
+        schedule.play(planned, plant, load)
     plant.mended()
     plant.wait_up()
     plant.settle(180)
