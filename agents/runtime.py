@@ -222,8 +222,11 @@ class Keeper:
                 chore()
             except TROUBLE as error:
                 failure = error
-            took = time.monotonic() - started
-            self._next[number] = started + max(seconds * 0.9, 20 * took)
+            ended = time.monotonic()
+            # What takes long is done less often, but not for long: it may have waited for a database
+            # that is back now, and all waits for the sweep then.
+            rest = min(20 * (ended - started), MAX_PAUSE_SECONDS)
+            self._next[number] = max(started + seconds * 0.9, ended + rest)
         if failure:
             raise failure
 

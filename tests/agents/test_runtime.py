@@ -345,6 +345,24 @@ class TestSweep:
             runtime.Keeper(reader).tick()
         assert broker.handed() == [run.pk]
 
+    def test_a_chore_that_took_long_once_is_done_again_soon(
+        self, reader: runtime.Reader, broker: Broker, monkeypatch: Any
+    ) -> None:
+        """It may have waited for the database, and the runs that are left over then wait for it."""
+        done: list[bool] = []
+
+        def chore() -> None:
+            done.append(True)
+            time.sleep(0.2)
+
+        monkeypatch.setattr(runtime, "CHORES", [(chore, 0.01)])
+        monkeypatch.setattr(runtime, "MAX_PAUSE_SECONDS", 0.1)
+        keeper = runtime.Keeper(reader)
+        keeper.tick()
+        time.sleep(0.2)
+        keeper.tick()
+        assert len(done) == 2
+
     def test_the_clock_of_the_asker_does_not_count(self, monkeypatch: Any) -> None:
         ahead = timezone.now() + timedelta(minutes=5)
         monkeypatch.setattr("django.utils.timezone.now", lambda: ahead)
