@@ -14,8 +14,10 @@ from tests.faults.client import Load
 from tests.faults.plant import WORKERS, Plant
 
 Draw = Callable[[random.Random], dict[str, Any]]
-# Of one target, between two faults.
+# Of one target, between two faults: in a short run they come thick and fast.
 MEAN_QUESTIONS = 40
+MEAN_QUESTIONS_OF_MANY = 120
+MANY = 1000
 MOST_SECONDS = 3.0
 
 
@@ -119,9 +121,10 @@ def _steps(
     chance: random.Random, kinds: list[tuple[faults.Fault, Draw]], questions: int
 ) -> list[Step]:
     steps: list[Step] = []
-    while (left := questions - sum(step.questions for step in steps)) > MEAN_QUESTIONS // 2:
+    mean = MEAN_QUESTIONS if questions < MANY else MEAN_QUESTIONS_OF_MANY
+    while (left := questions - sum(step.questions for step in steps)) > mean // 2:
         fault, draw = chance.choice(kinds)
-        pause = min(left, chance.randint(1, 2 * MEAN_QUESTIONS))
+        pause = min(left, chance.randint(1, 2 * mean))
         steps.append(Step(pause, chance.uniform(0, MOST_SECONDS), fault, draw(chance)))
     return steps
 
