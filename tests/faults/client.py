@@ -50,7 +50,7 @@ class Client:
     port: int
     asked: list[Asked] = field(default_factory=list)
     requests: list[Request] = field(default_factory=list)
-    patience: float = 120.0
+    patience: float = 300.0
 
     @property
     def refusals(self) -> int:
@@ -98,17 +98,38 @@ class Client:
                 raise AssertionError(f"{key} was not accepted: {status} {told}")
             time.sleep(0.2)
 
+    def wait_for(self, asked: Asked) -> None:
+        """Until its run has ended."""
+        give_up = time.monotonic() + self.patience
+        while True:
+            _, told = self.call("GET", f"/api/chat/runs/{asked.run_id}")
+            if told and told.get("run", {}).get("status") in ("completed", "failed", "cancelled"):
+                return
+            if time.monotonic() > give_up:
+                raise AssertionError(f"{asked.run_id} did not end: {told}")
+            time.sleep(0.5)
+
     def cancel(self, asked: Asked) -> int:
         return self.call("POST", f"/api/chat/runs/{asked.run_id}/cancel")[0]
 
 
 class Load:
     """Questions in many threads: `persons` ask at once, each now in one of their threads, now in
-    another; what is asked in a thread is asked in order."""
+    another; what is asked in a thread is asked in order. With `burst` each asks up to so many
+    questions in a thread and then waits for the last answer: no more is asked than is answered."""
 
     def __init__(
-        self, client: Client, *, runs: int, threads: int, persons: int, pause: float, seed: int
+        self,
+        client: Client,
+        *,
+        runs: int,
+        threads: int,
+        persons: int,
+        pause: float,
+        seed: int,
+        burst: int = 0,
     ) -> None:
+        self.burst = burst
         self.client = client
         self.runs = runs
         self.threads = threads
@@ -145,10 +166,15 @@ class Load:
         mine = [f"t{first}-{person}-{n}" for n in range(person, self.threads, self.persons)]
         asked: Counter[str] = Counter()
         try:
-            for _ in range(person, self.runs, self.persons):
+            left = len(range(person, self.runs, self.persons))
+            while left:
                 thread_id = chance.choice(mine)
-                self.client.ask(thread_id, asked[thread_id])
-                asked[thread_id] += 1
-                time.sleep(chance.uniform(0, 2 * self.pause))
+                for _ in range(min(left, chance.randint(1, self.burst or 1))):
+                    last = self.client.ask(thread_id, asked[thread_id])
+                    asked[thread_id] += 1
+                    left -= 1
+                    time.sleep(chance.uniform(0, 2 * self.pause))
+                if self.burst:
+                    self.client.wait_for(last)
         except BaseException as error:
             self.failures.append(error)

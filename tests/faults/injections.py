@@ -10,6 +10,7 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 
 import redis
@@ -216,8 +217,9 @@ def fill_disk(plant: Plant, seconds: float) -> None:
 
 
 @contextmanager
-def wrong_clock(plant: Plant, offset: int) -> Iterator[Callable[[], bool]]:
-    """One worker alone, whose clock is so many seconds off; whether it has carried out a run."""
+def wrong_clock(plant: Plant, offset: int) -> Iterator[Callable[[], list[float]]]:
+    """One worker alone, whose clock is so many seconds off; for each attempt that it has ended, how
+    many it was."""
     with plant.stack._supervisor() as supervisor:
         environment = {
             "PYTHONPATH": str(Path(__file__).parent / "clock"),
@@ -226,10 +228,14 @@ def wrong_clock(plant: Plant, offset: int) -> Iterator[Callable[[], bool]]:
         worker = plant.extra_worker(**environment)
         for program in WORKERS:
             supervisor.stopProcess(program)
-    host_and_pid = f"%:{worker.pid}:%"
-    query = f"SELECT count(*) FROM agents_attempt WHERE worker LIKE '{host_and_pid}'"
+    query = f"SELECT started_at FROM agents_attempt WHERE worker LIKE '%:{worker.pid}:%'"
+
+    def seconds_off() -> list[float]:
+        times = (datetime.fromisoformat(str(at)) for (at,) in plant.database.rows(query))
+        return [at.replace(tzinfo=at.tzinfo or UTC).timestamp() - time.time() for at in times]
+
     try:
-        yield lambda: bool(plant.database.rows(query)[0][0])
+        yield seconds_off
     finally:
         with plant.stack._supervisor() as supervisor:
             for program in WORKERS:

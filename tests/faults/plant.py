@@ -101,10 +101,23 @@ class Plant:
         self._ended_before = self._ended()
 
     def load(
-        self, runs: int, *, threads: int = 8, persons: int = 8, pause: float = 0.1, seed: int = 0
+        self,
+        runs: int,
+        *,
+        threads: int = 8,
+        persons: int = 8,
+        pause: float = 0.1,
+        seed: int = 0,
+        burst: int = 0,
     ) -> Load:
         return Load(
-            self.client, runs=runs, threads=threads, persons=persons, pause=pause, seed=seed
+            self.client,
+            runs=runs,
+            threads=threads,
+            persons=persons,
+            pause=pause,
+            seed=seed,
+            burst=burst,
         )
 
     def mended(self) -> None:

@@ -10,8 +10,7 @@ from tests.faults.settings import RUNS, SEED
 
 pytestmark = pytest.mark.faults
 
-PERSONS = 32
-MEAN_PAUSE = 1.0
+PERSONS = 16
 
 
 def slow_answer(call: Call) -> Reply:
@@ -41,8 +40,8 @@ def test_whatever_happens_nothing_is_lost_repeated_or_out_of_order(
         RUNS,
         threads=max(PERSONS, RUNS // 15),
         persons=PERSONS,
-        pause=MEAN_PAUSE,
         seed=SEED,
+        burst=4,
     )
     with load.running():
         schedule.play(planned, plant, load)
