@@ -27,6 +27,7 @@ COLUMNS = (
     "self_exits",
 )
 ROWS: list[Row] = []
+STARTED: list[str] = []
 
 
 class Keeper:
@@ -40,6 +41,7 @@ class Keeper:
         if self.is_damaged:
             self.close()
         if self._plant is None:
+            STARTED.append(DATABASE)
             self._plant = Plant(DATABASE).__enter__()
         return self._plant
 
@@ -85,9 +87,9 @@ def table() -> list[Row]:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    if not ROWS:
+    if not STARTED:
         return
-    lines = [f"Faults on {DATABASE}, FAULTS_SEED={SEED}", " | ".join(COLUMNS)]
+    lines = [f"Faults on {DATABASE}; again: make faults SEED={SEED}", " | ".join(COLUMNS)]
     for row in ROWS:
         cells = [getattr(row, name) for name in COLUMNS]
         told = [f"{cell:.1f} s" if isinstance(cell, float) else str(cell) for cell in cells]
