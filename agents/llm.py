@@ -4,6 +4,7 @@ Without a key and a base URL there is no model, and an echo answers (`configured
 """
 
 import functools
+import json
 import logging
 import re
 import socket
@@ -31,6 +32,7 @@ MAX_RETRY_AFTER_SECONDS = 15 * 60
 # More than any call takes; what is claimed beyond it must not overflow a column.
 MAX_TOKENS = 50_000_000
 UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
+HALF_A_CHARACTER = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 class LLMError(Exception):
@@ -234,13 +236,31 @@ def _read(response: Any, control: Control, reply: Reply) -> Reply:
     try:
         if "json" in response.headers.get("content-type", ""):
             # An endpoint that cannot stream answers whole.
-            return _whole(orjson.loads(b"".join(chunks)), control, reply)
-        return _streamed((orjson.loads(data) for data in _data_lines(chunks)), control, reply)
+            return _whole(_parsed(b"".join(chunks)), control, reply)
+        return _streamed(map(_parsed, _data_lines(chunks)), control, reply)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         # Whatever the endpoint sent, it is not the protocol: no schema is worth its cost per token.
         raise LLMError(
             "The model's answer could not be read.", code="unreadable", permanent=False
         ) from error
+
+
+def _parsed(data: bytes) -> Any:
+    """JSON as endpoints write it. Some cut an answer in the middle of a character and escape its
+    halves: orjson refuses those, and the run would fail for one emoji. Raises `ValueError`."""
+    try:
+        return orjson.loads(data)
+    except orjson.JSONDecodeError:
+        if not HALF_A_CHARACTER.search(data):
+            raise
+    try:
+        return json.loads(data, parse_constant=_no_json)
+    except RecursionError as error:
+        raise ValueError("too deep") from error
+
+
+def _no_json(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
 
 
 def _streamed(chunks: Iterator[dict[str, Any]], control: Control, reply: Reply) -> Reply:

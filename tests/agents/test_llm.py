@@ -61,6 +61,27 @@ class TestAnswers:
 
         assert complete().text == "ab"
 
+    @pytest.mark.parametrize("stream", [True, False])
+    def test_half_a_character_is_dropped_and_the_rest_kept(
+        self, model: FakeLLM, stream: bool
+    ) -> None:
+        whole = b'{"choices": [{"message": {"content": "Half \\ud83d and \\ude00."}}]}'
+        model.script(
+            Reply(("Half \ud83d", " and ", "\ude00."))
+            if stream
+            else Raw(whole, content_type="application/json")
+        )
+        assert complete().text == "Half  and ."
+
+    @pytest.mark.parametrize(
+        "body", [b"[" * 100_000 + b'"\\ud83d"', b'{"usage": NaN, "choices": ["\\ud83d"]}']
+    )
+    def test_nor_does_it_let_garbage_in(self, model: FakeLLM, body: bytes) -> None:
+        model.script(Raw(body, content_type="application/json"))
+        with pytest.raises(llm.LLMError) as caught:
+            complete()
+        assert caught.value.code == "unreadable"
+
     def test_connections_are_kept(self, model: FakeLLM) -> None:
         complete()
         before = model.connections
@@ -83,7 +104,7 @@ class TestTrouble:
 
     @pytest.mark.parametrize(
         "behaviour",
-        [Reply("\ud800"), Cut(after=2), Cut(after=2, clean=True), StreamError(after=2), Cut()],
+        [Cut(after=2), Cut(after=2, clean=True), StreamError(after=2), Cut()],
         ids=repr,
     )
     def test_half_an_answer_is_none(self, model: FakeLLM, behaviour: Any) -> None:

@@ -3,6 +3,7 @@ import random
 
 import pytest
 
+from tests.faults import model_scenarios  # noqa: F401 - it adds its rows
 from tests.faults.invariants import Row
 from tests.faults.plant import Plant
 from tests.faults.scenarios import SCENARIOS, Scenario
