@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import sqlite3
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from tests.faults.client import Asked
 from tests.faults.invariants import Allowed
 from tests.faults.plant import Plant, answer
 from tests.faults.scenarios import PROCESS, scenario
+from tests.faults.servers import SQLite
 
 SOME_FAIL = Allowed(extra_calls=40, failures=True)
 # What a person would wait for at the most beside a flood; idle, it is half a second.
@@ -288,6 +290,26 @@ def _flood(plant: Plant, count: int) -> None:
     assert waiting > 1, "The flood was over too soon to tell."
     assert max(took) < BESIDE_SECONDS
     plant.mended()
+
+
+@scenario(41, "a later version has changed the schema", "schema")
+def _(plant: Plant) -> None:
+    """As an upgrade does it: the migration first, while the old programs go on."""
+    _execute(plant, "ALTER TABLE agents_run ADD COLUMN from_later integer NULL")
+    try:
+        plant.wait_for_calls(4)
+        plant.settle()
+    finally:
+        _execute(plant, "ALTER TABLE agents_run DROP COLUMN from_later")
+
+
+def _execute(plant: Plant, statement: str) -> None:
+    if isinstance(plant.database, SQLite):
+        with closing(sqlite3.connect(plant.database.path, timeout=30)) as connection:
+            connection.execute(statement)
+    else:
+        with plant.postgresql.connect() as connection:
+            connection.execute(statement)  # type: ignore[arg-type]
 
 
 @scenario(39, "two hundred listeners leave", "http", load=None)
