@@ -316,7 +316,8 @@ def _write(
         request_id=tracing.request_id(),
         model=asked.model,
         request_event_id=event_id or uuid.uuid4(),
-        # By the database's clock, which the claim goes by.
+        # By the database's clock, which the claim goes by, and a retry's time.
+        created_at=Now(),
         due_at=Now(),
         handed_at=Now(),
         **columns,

@@ -580,13 +580,13 @@ def _log_outcome(
 ) -> None:
     """The one line about a run that has ended; what it is about is bound already."""
     calls = [step.duration_ms for step in transcript.steps if step.kind == Step.Kind.MODEL]
-    begun = run.started_at or timezone.now()
+    begun = run.started_at or run.clock()
     outcomes.info(
         f"Run {status.value}",
         status=status.value,
         queue_ms=_milliseconds(begun - run.created_at),
         model_ms=sum(calls),
-        total_ms=_milliseconds(timezone.now() - run.created_at),
+        total_ms=_milliseconds(run.clock() - run.created_at),
         **_spent(run, transcript),
         **({"error_code": error_code} if error_code else {}),
     )

@@ -224,6 +224,28 @@ class TestAgain:
             left = run.deadline_at - timezone.now()
             assert timedelta(seconds=80) < left < timedelta(seconds=100)
 
+    def test_whatever_the_clock_says_of_the_process_that_took_the_question(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        slow = timezone.now() - timedelta(hours=1)
+        created_at = Run._meta.get_field("created_at")
+        monkeypatch.setitem(vars(created_at), "_get_default", lambda: slow)
+        run = ask(60)
+        runs.cancel(run)
+        assert runs.retry(run)
+        left = reload(run).deadline_at - timezone.now()
+        assert timedelta(seconds=50) < left < timedelta(seconds=70)
+
+    def test_nor_does_it_matter_what_a_workers_clock_says(
+        self, model: FakeLLM, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """By which an hour is over that the database has not seen."""
+        run = ask(60)
+        real = timezone.now
+        monkeypatch.setattr(timezone, "now", lambda: real() + timedelta(hours=1))
+        runs.execute(run.pk)
+        assert reload(run).status == Run.Status.COMPLETED
+
     def test_one_that_is_put_back_is_not(self) -> None:
         run = ask(60)
         runs.claim(run.pk)
