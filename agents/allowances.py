@@ -64,8 +64,9 @@ class Pace(models.Model):
     """How fast a user or a room asks, and how many of its runs wait at most."""
 
     scope = models.CharField(primary_key=True, max_length=MAX_SCOPE_LENGTH)
-    # Each question puts it off; one that would put it off by more than a minute is refused.
-    free_at = models.DateTimeField()
+    # In microseconds since 1970, by the database's clock. Each question puts it off; one that would
+    # put it off by more than a minute is refused.
+    free_at = models.BigIntegerField(default=0)
     # An upper bound: counted up with each question, put right by counting when it gets to the limit.
     waiting = models.PositiveIntegerField(default=0)
 

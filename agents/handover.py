@@ -81,11 +81,12 @@ def hand_over_fairly(runs: RunQuerySet, free: int) -> int:
     rows = list(numbered.values_list("pk", "asker", "number")[:CANDIDATES])
     if not rows:
         return 0
-    taken, most = shares.taken(), shares.most()
+    taken, most = shares.taken(), shares.of(shares.slots.count())
+    bounded = settings.AGENT_USER_SHARE < 100
     ranked = [(taken.get(asker, 0) + number, pk) for pk, asker, number in rows]
     # What came first goes first where two have the same number in hand: sorting keeps the order.
     ranked.sort(key=lambda each: each[0])
-    chosen = [pk for rank, pk in ranked if not most or rank <= most][:free]
+    chosen = [pk for rank, pk in ranked if rank <= most or not bounded][:free]
     if len(chosen) < len(rows):
         shares.left.set()
     _mark_and_hand_over(chosen)

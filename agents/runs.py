@@ -16,7 +16,6 @@ from typing import Any, cast
 
 import structlog
 from django.db import connection, transaction
-from django.db.models import Exists
 from django.db.models.functions import Now
 from django.utils import timezone
 
@@ -62,15 +61,21 @@ RECORD_PATIENCE_SECONDS = 30.0
 def execute(run_id: str) -> str | None:
     """Carry out a run if it may be claimed; otherwise it is somebody else's, or done, or not due,
     and nothing happens. The id of its thread when the thread's summary is due."""
-    run = claim(run_id)
+    run = _unfinished(run_id)
     if run is None:
         return None
-    with (
-        _tagged(run),
-        leases.heartbeat().hold(run) as lease,
-        live.desk().feed(run.pk, run.attempt, stop=lease.lose) as feed,
-    ):
-        return run.thread_id if _attempt(run, lease, feed) else None
+    with shares.seats.one(run.asker) as free:
+        if not free:
+            _leave(run)
+            return None
+        if not _claim(run):
+            return None
+        with (
+            _tagged(run),
+            leases.heartbeat().hold(run) as lease,
+            live.desk().feed(run.pk, run.attempt, stop=lease.lose) as feed,
+        ):
+            return run.thread_id if _attempt(run, lease, feed) else None
 
 
 def _tagged(run: Run) -> AbstractContextManager[None]:
@@ -87,40 +92,40 @@ def _tagged(run: Run) -> AbstractContextManager[None]:
 
 def claim(run_id: str) -> Run | None:
     """Take a run for this worker, or None when it is not to be had."""
+    run = _unfinished(run_id)
+    return run if run and _claim(run) else None
+
+
+def _unfinished(run_id: str) -> Run | None:
     run = next(iter(Run.objects.select_related("thread").filter(pk=run_id).clocked()), None)
-    if run is None or run.is_finished:
-        return None
+    return None if run is None or run.is_finished else run
+
+
+def _claim(run: Run) -> bool:
     change = _change(run, lifecycle.Claimed())
     worker, now = leases.worker_name(), timezone.now()
-    most = shares.most() if run.status == Run.Status.QUEUED else 0
-    claimable = Run.objects.claimable_as_read(run)
-    if most:
-        others = shares.in_hand().filter(asker=run.asker)
-        claimable = claimable.filter(~Exists(others.order_by()[most - 1 : most]))
     with transaction.atomic():
-        taken = claimable.update(
+        taken = Run.objects.claimable_as_read(run).update(
             worker=worker, claimed_at=now, updated_at=now, **as_columns(change)
         )
         if taken:
             _end_attempt(run, change.ended, code="worker_lost")
     if not taken:
-        if most:
-            _leave(run, most)
-        return None
+        return False
     run.attempt = change.columns["attempt"]
     run.worker, run.claimed_at, run.started_at = worker, now, run.started_at or run.clock()
-    return run
+    return True
 
 
 def _change(run: Run, event: lifecycle.Event) -> lifecycle.Change:
     return event.change(run.state, run.clock(), leases.rules())
 
 
-def _leave(run: Run, most: int) -> None:
-    """Where so many of its asker's runs are being worked on as may be, have it wait for its turn."""
-    if shares.in_hand().filter(asker=run.asker).count() >= most:
+def _leave(run: Run) -> None:
+    """Have it wait for its turn: its asker has as many slots here as may be."""
+    with transaction.atomic():
         Run.objects.as_read(run).update(handed_at=None)
-        shares.left.set()
+    shares.left.set()
 
 
 def _attempt(run: Run, lease: leases.Lease, feed: live.Feed) -> bool:

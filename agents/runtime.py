@@ -367,6 +367,7 @@ class Runtime(bootsteps.StartStopStep):
         # What has been loaded stays: looked through for garbage time and again, it cost a tenth.
         gc.freeze()
         gc.set_threshold(GARBAGE_OBJECTS, *gc.get_threshold()[1:])
+        shares.seats.slots = parent.concurrency
         reader = Reader(self.name)
 
         def read() -> None:

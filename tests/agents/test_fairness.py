@@ -1,15 +1,18 @@
 """Whose turn it is, where more is asked than there are slots for."""
 
 import time
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
 from django.db.models.functions import Now
 
-from agents import handover, runs, runtime, shares
+from agents import handover, leases, runs, runtime, shares
 from agents.models import Run
 from tests import factories
 from tests.agents.conftest import Broker
+from tests.agents.test_runs import in_background
+from tests.fakes.llm import FakeLLM, Hang
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -114,13 +117,22 @@ class TestShare:
         settings.CELERY_WORKER_CONCURRENCY = 4
         monkeypatch.setattr(shares, "slots", shares.Slots())
 
-    def test_nobody_gets_more_than_that_of_the_slots(self) -> None:
-        first, second, third = ask("alice", 3)
-        assert runs.claim(first)
-        assert runs.claim(second)
-        assert runs.claim(third) is None
-        assert Run.objects.untold().filter(pk=third).exists()
-        assert runs.claim(ask("bob")[0])
+    def test_nobody_gets_more_than_that_of_the_slots(self, model: FakeLLM) -> None:
+        model.default = Hang(after=1)
+        alices, bobs = ask("alice", 3), ask("bob")
+        with ExitStack() as working:
+            for run_id in alices[:2]:
+                working.enter_context(in_background(runs.execute, run_id))
+            model.wait_for_requests(2)
+            assert runs.execute(alices[2]) is None
+            assert Run.objects.untold().get().pk == alices[2]
+            working.enter_context(in_background(runs.execute, bobs[0]))
+            model.wait_for_requests(3)
+            for run in Run.objects.all():
+                runs.cancel(run)
+            leases.heartbeat().lose_all()
+        with shares.seats.one("alice") as free:
+            assert free
 
     def test_whoever_has_all_of_it_is_passed_over(
         self,

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
 from typing import Any
 
 import orjson
@@ -45,7 +44,7 @@ def accepted(ask: Callable[[], Any], times: int) -> int:
 def let_pass(seconds: float) -> None:
     """As if all had asked so much earlier."""
     for pace in Pace.objects.all():
-        pace.free_at -= timedelta(seconds=seconds)
+        pace.free_at -= int(seconds * limits.SECOND)
         pace.save()
 
 
