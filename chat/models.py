@@ -1,12 +1,14 @@
 import re
 import uuid
+from itertools import accumulate
+from typing import Any
 
 import cuid2
 from django.conf import settings
 from django.contrib.auth.models import AnonymousUser
 from django.db import models
 from django.db.models import F, OuterRef, Q, Subquery, Value
-from django.db.models.functions import Coalesce, Now, Substr
+from django.db.models.functions import Coalesce, Length, Now, Substr
 from django.utils import timezone
 
 from realm.models import User
@@ -144,3 +146,26 @@ class Message(models.Model):
     def __str__(self) -> str:
         # Not what was said: titles, log lines and choices of a form show it to everybody.
         return f"{self.get_role_display()} {self.position} of {self.thread_id}"
+
+
+# A page of messages ends before it has more characters than this, unless it is one message.
+PAGE_CHARACTERS = 4_000_000
+# What is read of each before it is known which have room.
+BEGINNING = 20_000
+
+
+def page_of(messages: models.QuerySet[Message], limit: int) -> tuple[list[Message], bool]:
+    """The first of some messages, at most `limit`, and whether there are more: no more of them are in
+    memory at once than fit on a page. One query, and another where one is long."""
+    beginning = Substr("content", 1, BEGINNING)
+    rows: list[Any] = list(
+        messages.annotate(size=Length("content"), beginning=beginning).defer("content")[: limit + 1]
+    )
+    sums = accumulate(row.size for row in rows)
+    fitting = sum(total <= PAGE_CHARACTERS for total in sums)
+    shown = rows[: min(limit, max(1, fitting))]
+    long = [row.pk for row in shown if row.size > BEGINNING]
+    whole = dict(Message.objects.filter(pk__in=long).values_list("pk", "content")) if long else {}
+    for row in shown:
+        row.content = whole.get(row.pk, row.beginning)
+    return shown, len(rows) > len(shown)

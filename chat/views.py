@@ -19,7 +19,7 @@ from agents.models import Run
 from chat import streams
 from chat.callers import CallersView
 from chat.http import PlainAPIView
-from chat.models import Message, Thread
+from chat.models import Message, Thread, page_of
 from chat.serializers import (
     AskSerializer,
     ThreadSerializer,
@@ -150,21 +150,21 @@ class ThreadView(ChatView):
 
 class ThreadMessagesView(ChatView):
     def get(self, request: Request, thread_id: str) -> Response:
-        """The newest messages in the order asked. `next` is the id to give as `before` for older
-        ones, null when there are none."""
+        """The newest messages in the order asked, fewer than asked for where they are long. `next` is
+        the id to give as `before` for older ones, null when there are none."""
         thread = get_object_or_404(self.threads(), pk=thread_id)
         messages = Message.objects.filter(thread=thread).order_by("-position")
         if (before := request.query_params.get("before")) is not None:
             edge = get_object_or_404(Message, pk=_uuid(before, "before"), thread=thread)
             messages = messages.filter(position__lt=edge.position)
         limit = _limit(request.query_params.get("limit"))
-        page = list(messages[: limit + 1])
-        shown = page[:limit][::-1]
+        newest_first, has_more = page_of(messages, limit)
+        shown = newest_first[::-1]
         return Response(
             {
                 "ok": True,
                 "messages": [message_json(message) for message in shown],
-                "next": shown[0].pk if len(page) > limit else None,
+                "next": shown[0].pk if has_more else None,
             }
         )
 

@@ -19,6 +19,30 @@ def test_the_api_says_that_it_is_there(api: APIClient) -> None:
 
 
 class TestHistory:
+    def test_a_page_of_long_messages_is_shorter_and_none_is_lost(self, api: APIClient) -> None:
+        thread = factories.conversation(5)
+        long = Message.objects.filter(thread=thread, role="assistant")
+        long.update(content="x" * 1_500_000)
+        url = f"/api/chat/threads/{thread.pk}/messages"
+        pages, before = [], None
+        while before or not pages:
+            told = api.get(url, {"before": before} if before else {}).json()
+            pages.append([(m["id"], len(m["content"])) for m in told["messages"]])
+            before = told["next"]
+        assert all(sum(size for _, size in page) <= 4_000_000 for page in pages)
+        assert len(pages) == 3
+        ids = [pk for page in reversed(pages) for pk, _ in page]
+        expected = Message.objects.filter(thread=thread).order_by("position")
+        assert ids == [str(pk) for pk in expected.values_list("pk", flat=True)]
+        assert [size for page in pages for _, size in page].count(1_500_000) == 5
+
+    def test_one_message_is_told_however_long_it_is(self, api: APIClient) -> None:
+        thread = factories.conversation(1)
+        Message.objects.filter(thread=thread, position=1).update(content="x" * 5_000_000)
+        told = api.get(f"/api/chat/threads/{thread.pk}/messages").json()
+        assert [len(m["content"]) for m in told["messages"]] == [5_000_000]
+        assert told["next"]
+
     def test_messages_come_in_the_order_asked(self, api: APIClient) -> None:
         thread = factories.conversation(2)
 
