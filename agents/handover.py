@@ -20,9 +20,10 @@ from agents import shares, stream, tasks
 from agents.models import Run, RunQuerySet
 
 # The part of the time that a reader spends on looking for whose turn it is.
-LOOKING = 0.1
+LOOKING = 0.05
 # More are not looked at: those of each asker that come first.
 CANDIDATES = 1000
+MOST_AHEAD = 500
 
 
 def hand_over(run_ids: Iterable[str]) -> None:
@@ -40,10 +41,14 @@ def queued() -> int:
     return int(stream.consumer().llen(settings.CELERY_TASK_DEFAULT_QUEUE))
 
 
+def least() -> int:
+    """How many tasks Celery's queue should have: a slot that becomes free shall find one."""
+    return max(4, settings.CELERY_WORKER_CONCURRENCY // 4)
+
+
 def room() -> int:
-    """How many runs Celery's queue should have beside those that it has: a slot that becomes free
-    shall find one, and no more. Raises `RedisError`."""
-    return max(0, max(4, settings.CELERY_WORKER_CONCURRENCY // 4) - queued())
+    """How many runs it should have beside those that it has. Raises `RedisError`."""
+    return max(0, least() - queued())
 
 
 class Turns:
@@ -51,26 +56,40 @@ class Turns:
 
     def __init__(self) -> None:
         self._look_at = 0.0
+        # More than the least where so many go between two looks that the queue runs empty.
+        self._ahead = 0
+        self._found_enough = False
 
     def hand(self, run_ids: Collection[str]) -> None:
         """Hand over runs that are due, or leave them to their turn. Raises `RedisError`,
         `DatabaseError`, `OperationalError` of kombu."""
         if not run_ids and not shares.left.is_set():
             return
-        free = room()
-        if len(run_ids) <= free and not shares.left.is_set():
+        waiting = queued()
+        if len(run_ids) <= least() - waiting and not shares.left.is_set():
             hand_over(run_ids)
             return
         if run_ids:
             with transaction.atomic():
-                waiting = Run.objects.filter(pk__in=run_ids, status=Run.Status.QUEUED)
-                waiting.update(handed_at=None)
+                asked = Run.objects.filter(pk__in=run_ids, status=Run.Status.QUEUED)
+                asked.update(handed_at=None)
             shares.left.set()
-        if free and time.monotonic() >= self._look_at:
-            started = time.monotonic()
-            hand_over_fairly(Run.objects.untold(), free)
-            now = time.monotonic()
-            self._look_at = now + (now - started) / LOOKING
+        ran_empty = self._found_enough and not waiting
+        is_short = waiting <= max(least(), self._ahead) // 2
+        if ran_empty or (is_short and time.monotonic() >= self._look_at):
+            self._look(waiting, ran_empty=ran_empty)
+
+    def _look(self, waiting: int, *, ran_empty: bool) -> None:
+        if ran_empty:
+            self._ahead = min(MOST_AHEAD, 2 * self._ahead)
+        elif waiting > self._ahead // 4:
+            self._ahead //= 2
+        self._ahead = max(least(), self._ahead)
+        free = self._ahead - waiting
+        started = time.monotonic()
+        self._found_enough = hand_over_fairly(Run.objects.untold(), free) == free
+        now = time.monotonic()
+        self._look_at = now + (now - started) / LOOKING
 
 
 def hand_over_fairly(runs: RunQuerySet, free: int) -> int:

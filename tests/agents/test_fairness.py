@@ -34,8 +34,9 @@ def ask(asker: str, times: int = 1, **extra: Any) -> list[str]:
 
 
 def again(reader: runtime.Reader) -> None:
-    """Have it look at once, however long the last look took."""
+    """Have it look at once, however long the last look took, and for no more than usual."""
     reader._turns._look_at = 0
+    reader._turns._found_enough = False
     reader.read()
 
 
