@@ -234,10 +234,13 @@ def _complete(run: Run, answer: str, transcript: loop.Transcript) -> bool:
             payload={"output": answer},
             answer_id=message.pk,
         )
-        if not won:
+        if won:
+            message.save(force_insert=True)
+        else:
             transaction.set_rollback(True)
-            return False
-        message.save(force_insert=True)
+    if not won:
+        _mark_fenced(run)  # which was rolled back with the rest
+        return False
     _log_outcome(run, Run.Status.COMPLETED, transcript)
     return summary_due
 
@@ -309,12 +312,15 @@ def _fenced(run: Run, change: lifecycle.Change, **columns: Any) -> bool:
     claimed = Run.objects.filter(pk=run.pk).that(lifecycle.OfAttempt(run.attempt).guard)
     if claimed.update(updated_at=timezone.now(), **as_columns(change), **columns):
         return True
+    if _mark_fenced(run):
+        logger.warning("Outcome thrown away: this worker no longer holds the run (fenced)")
+    return False
+
+
+def _mark_fenced(run: Run) -> bool:
     attempt = Attempt.objects.filter(run=run.pk, number=run.attempt)
     # Its own outcome stands there where the database was lost just after it had been recorded.
-    if not attempt.filter(result__in=RECORDED).exists():
-        logger.warning("Outcome thrown away: this worker no longer holds the run (fenced)")
-        attempt.update(fenced_at=Now())
-    return False
+    return bool(attempt.exclude(result__in=RECORDED).update(fenced_at=Now()))
 
 
 def _spent(run: Run, transcript: loop.Transcript) -> dict[str, int | None]:
