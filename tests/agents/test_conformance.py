@@ -144,6 +144,7 @@ class Conformance(RuleBasedStateMachine):
         if run is None:
             return
         if lifecycle.used_up(run.state, leases.rules()):
+            self.taken[worker].pop(run_id, None)  # which it may have lost to itself
             gone = llm.LLMError("Lost.", code="workers_lost", permanent=True)
             runs._fail_or_retry(run, gone, runs.NOTHING)
         else:
