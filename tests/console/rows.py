@@ -4,7 +4,7 @@ from django.contrib.auth.models import Group
 from django.db.models import Model
 from django.utils import timezone
 
-from agents.models import Summary
+from agents.models import Limit, Summary
 from botrunner.models import Reply, Room, RoomEvent, Session
 from console import roles
 from console.models import AuditEntry, BulkJob
@@ -51,6 +51,7 @@ def one_of_each() -> dict[type[Model], Any]:
         event,
         Reply.objects.create(question=event, room=room, run=run, key="k"),
         factories.price(),
+        Limit.objects.create(kind="user", name="@alice:localhost", runs_waiting=1),
         Summary.objects.create(thread=run.thread, covers_from=0, covers_to=1, text="s", model="m"),
         webhook,
         Delivery.objects.create(

@@ -11,7 +11,8 @@ from redis import Redis
 from agents import listeners, live, runtime, stream
 from agents.events import Malformed, Told
 from agents.models import Run
-from tests.agents.test_runtime import Broker, _celery, broker, dead, pending  # noqa: F401
+from tests.agents.conftest import Broker, _celery, broker  # noqa: F401
+from tests.agents.test_runtime import dead, pending
 from tests.fuzz.examples import anything, objects, odd, tried, words
 
 KINDS = ["agent.run.requested", "agent.run.completed", "agent.run.failed", "agent.run.cancelled"]

@@ -16,7 +16,7 @@ from django.test import RequestFactory
 from rest_framework_json_api.utils import format_field_name
 
 from agents import runs
-from agents.models import Price, Run
+from agents.models import Limit, Price, Run
 from chat.models import Message, Thread
 from hooks.models import Subscription
 from realm import tokens
@@ -143,6 +143,8 @@ def hostile(writing: Writing, bob: User) -> dict[str, Any]:
     # These are no attributes: tests/security/test_jsonapi_hostile.py.
     may |= {"id", "type"} if writing.kind else set()
     may |= {"thread", "thread_id", "threadId"} if writing.kind == "messages" else set()
+    # A form names whom it was made for, and is refused from anybody else.
+    may |= {"asker"} if writing.form else set()
     return {name: value for name, value in found.items() if name not in may}
 
 
@@ -243,6 +245,10 @@ FORMS: dict[type[Model], tuple[str, str]] = {
     Price: (
         "cached completion currency model prompt valid_from",
         "cached completion currency model prompt valid_from",
+    ),
+    Limit: (
+        "cost_per_day kind messages_per_minute name note runs_waiting tokens_per_day",
+        "cost_per_day kind messages_per_minute name note runs_waiting tokens_per_day",
     ),
     Subscription: (
         "on_cancelled on_completed on_failed registration url",

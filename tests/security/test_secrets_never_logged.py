@@ -309,7 +309,8 @@ def test_not_in_an_address(paths: Paths) -> None:
     for canary in paths.canaries:
         assert not [address for address in paths.addresses if canary in address]
     # That of its receiver has its own path, and nothing of ours.
-    assert len(paths.receiver.seen) > 8
+    # The commands, and what is told of outcomes; of the latter some wait for their next try.
+    assert len(paths.receiver.seen) > 4
     for headers, _ in paths.receiver.seen:
         told = json.dumps(headers)
         assert not [canary for canary in paths.canaries if canary in told]
