@@ -3,6 +3,7 @@
 import io
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import django_otp
@@ -18,6 +19,7 @@ from django.http import HttpRequest, HttpResponse
 from django.shortcuts import redirect, render
 from django.urls import reverse
 from django.utils import timezone
+from django.utils.functional import SimpleLazyObject
 from django.utils.safestring import mark_safe
 from django_otp.plugins.otp_totp.models import TOTPDevice
 from unfold.forms import AuthenticationForm
@@ -114,9 +116,10 @@ class SecondFactor:
         if request.path_info.startswith(reverse("admin:index")):
             if self._stops(request):
                 return redirect("console_totp")
-        # Without a session there is nobody to look up.
-        elif settings.SESSION_COOKIE_NAME in request.COOKIES and _owes_code(request.user):
-            request.user = AnonymousUser()
+        else:
+            # Looked up only where somebody asks who it is.
+            user: Any = SimpleLazyObject(partial(_unless_owed, request.user))
+            request.user = user
         return self.get_response(request)
 
     def _stops(self, request: HttpRequest) -> bool:
@@ -135,6 +138,10 @@ def _owes_code(user: Any, *, must_have: bool = False) -> bool:
     if not user.is_authenticated or user.is_verified():
         return False
     return must_have or device_of(user) is not None
+
+
+def _unless_owed(user: Any) -> Any:
+    return AnonymousUser() if _owes_code(user) else user
 
 
 def totp(request: HttpRequest) -> HttpResponse:
