@@ -31,6 +31,7 @@ import psutil
 
 from benchmarks.system import Result, System
 from tests.synapse import CLIENT, Account, Synapse, wait_for
+from tests.system.stack import WITHOUT_LIMITS
 
 BASE_DIR = Path(__file__).resolve().parent.parent
 SETUP = """
@@ -242,6 +243,7 @@ def homeserver(
                 alice, bot = synapse.register("alice"), synapse.register("bot-runner")
                 bare = synapse.register("bare")
                 env = os.environ | {
+                    **WITHOUT_LIMITS,
                     "DJANGO_SETTINGS_MODULE": "config.settings",
                     "DATABASE_URL": f"sqlite:///{directory}/db.sqlite",
                     "REDIS_URL": redis_url,

@@ -38,6 +38,14 @@ BASE_DIR = Path(__file__).resolve().parents[2]
 COMMAND = [sys.executable, "scripts/stack.py"]
 START_SECONDS = 60
 STOP_SECONDS = 30
+# All that is asked of a system under test comes from one caller.
+WITHOUT_LIMITS = {
+    "LIMIT_USER_MESSAGES_PER_MINUTE": "0",
+    "LIMIT_USER_RUNS_WAITING": "0",
+    "LIMIT_ROOM_MESSAGES_PER_MINUTE": "0",
+    "LIMIT_ROOM_RUNS_WAITING": "0",
+    "AGENT_USER_SHARE": "100",
+}
 
 T = TypeVar("T")
 
@@ -68,12 +76,7 @@ class Stack:
             "REALM_SECRET_SEED": secrets.token_urlsafe(50),
             "DEBUG": "false",
             "CHAT_ALLOW_ANONYMOUS": "true",
-            # All that is asked of it comes from one caller.
-            "LIMIT_USER_MESSAGES_PER_MINUTE": "0",
-            "LIMIT_USER_RUNS_WAITING": "0",
-            "LIMIT_ROOM_MESSAGES_PER_MINUTE": "0",
-            "LIMIT_ROOM_RUNS_WAITING": "0",
-            "AGENT_USER_SHARE": "100",
+            **WITHOUT_LIMITS,
             "OPENAI_API_KEY": "sk-test" if llm_url else "",
             "OPENAI_BASE_URL": llm_url,
             **env,
