@@ -382,9 +382,7 @@ def _refusal(error: "openai.APIStatusError", model: str) -> LLMError:
     logger.warning(
         "Model endpoint answered %s (code %s, type %s, request %s)",
         status,
-        error.code,
-        error.type,
-        error.request_id,
+        *(storable(str(told))[:100] for told in (error.code, error.type, error.request_id)),
     )
     if status == 429 and error.code == "insufficient_quota":
         message, code, permanent = "The server's model quota is used up.", "quota", True

@@ -38,6 +38,16 @@ def _uses_the_database(item: pytest.Item) -> bool:
     return marked or not {"db", "transactional_db", "live_server"}.isdisjoint(fixtures)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[Any]) -> Iterator[None]:
+    """Some tests make up text of which half a character is logged; pytest-xdist carries none of it."""
+    report = yield
+    report.sections = [
+        (name, text.encode(errors="backslashreplace").decode()) for name, text in report.sections
+    ]
+    return report
+
+
 @pytest.fixture(scope="session")
 def django_db_setup(django_db_setup: None, django_db_blocker: Any) -> Iterator[None]:
     """PostgreSQL drops no database that somebody is connected to, and a thread that ended without
