@@ -11,6 +11,7 @@ from agents.models import IdempotencyKey, Run
 from chat.models import Message, Thread
 from realm.models import User
 from tests import factories
+from tests.plans import explain_sql
 from tests.realm.conftest import JSON_API, Client, client_of, only_error
 
 pytestmark = pytest.mark.django_db
@@ -394,13 +395,7 @@ class TestLists:
 
         sqlite = connection.vendor == "sqlite"
         index = "thread_id=? AND position>" if sqlite else "message_position_is_unique"
-        assert index in plan_of(asked[-1]["sql"])
-
-
-def plan_of(query: str) -> str:
-    with connection.cursor() as cursor:
-        cursor.execute(connection.ops.explain_query_prefix() + " " + query)
-        return str(cursor.fetchall())
+        assert index in explain_sql(asked[-1]["sql"])
 
 
 class TestOthers:
