@@ -20,7 +20,7 @@ from agents import shares, stream, tasks
 from agents.models import Run, RunQuerySet
 
 # The part of the time that a reader spends on looking for whose turn it is.
-LOOKING = 0.05
+LOOKING = 0.25
 # More are not looked at: those of each asker that come first.
 CANDIDATES = 1000
 MOST_AHEAD = 500
@@ -43,7 +43,7 @@ def queued() -> int:
 
 def least() -> int:
     """How many tasks Celery's queue should have: a slot that becomes free shall find one."""
-    return max(4, settings.CELERY_WORKER_CONCURRENCY // 4)
+    return max(4, settings.CELERY_WORKER_CONCURRENCY)
 
 
 def room() -> int:
