@@ -33,6 +33,13 @@ MAX_RETRY_AFTER_SECONDS = 15 * 60
 MAX_TOKENS = 50_000_000
 UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
 HALF_A_CHARACTER = re.compile(rb"\\u[dD][89a-fA-F]")
+# The more answers come at once, the less often each of them is read: a thread that is woken for every
+# token, to wait for all the others then, costs many times what the token does.
+REST_SECONDS_EACH = 0.0005
+LEAST_REST_SECONDS = 0.01
+MOST_REST_SECONDS = 0.1
+# Chunks closer than this were read together.
+TOGETHER_SECONDS = 0.002
 
 
 class LLMError(Exception):
@@ -231,7 +238,12 @@ def _cut(response: Any) -> None:
         connection.shutdown(socket.SHUT_RDWR)
 
 
+# The answers that are being read in this process.
+_reading: set[int] = set()
+
+
 def _read(response: Any, control: Control, reply: Reply) -> Reply:
+    _reading.add(id(response))
     chunks = _bounded(response.iter_bytes(), control)
     try:
         if "json" in response.headers.get("content-type", ""):
@@ -243,6 +255,8 @@ def _read(response: Any, control: Control, reply: Reply) -> Reply:
         raise LLMError(
             "The model's answer could not be read.", code="unreadable", permanent=False
         ) from error
+    finally:
+        _reading.discard(id(response))
 
 
 def _parsed(data: bytes) -> Any:
@@ -362,13 +376,22 @@ def _data_lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def _bounded(chunks: Iterator[bytes], control: Control) -> Iterator[bytes]:
-    size = 0
+    size, rested = 0, 0.0
     for chunk in chunks:
         control.check()
         size += len(chunk)
         if size > MAX_RESPONSE_BYTES:
             raise LLMError("The model's answer is too long.", code="too_long", permanent=True)
         yield chunk
+        if (rest := _rest_seconds()) and time.monotonic() - rested > TOGETHER_SECONDS:
+            time.sleep(rest)
+            rested = time.monotonic()
+
+
+def _rest_seconds() -> float:
+    """How long to leave an answer in the kernel's buffer: nothing unless many come at once."""
+    rest = len(_reading) * REST_SECONDS_EACH
+    return 0 if rest < LEAST_REST_SECONDS else min(rest, MOST_REST_SECONDS)
 
 
 def storable(text: str) -> str:
