@@ -68,6 +68,9 @@ class Limits:
     cost: int
 
 
+NONE = Limits(messages=0, waiting=0, tokens=0, cost=0)
+
+
 @dataclass(frozen=True)
 class Scope:
     """Whom limits hold for."""
@@ -107,7 +110,9 @@ class LimitList:
         if time.monotonic() >= self._stale_at:
             self._own = {(each.kind, each.name): each for each in Limit.objects.all()}
             self._stale_at = time.monotonic() + REFRESH_SECONDS
-        return limits_of(kind, self._own.get((kind.value, name)))
+        own = self._own.get((kind.value, name))
+        # The settings are for people. A program's request that has to wait stands in Redis alone.
+        return NONE if own is None and name == PROGRAMS else limits_of(kind, own)
 
     def forget(self) -> None:
         self._stale_at = 0.0

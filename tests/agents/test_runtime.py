@@ -14,8 +14,8 @@ from django.utils import timezone
 from redis import Redis
 from redis.exceptions import RedisError
 
-from agents import handover, runs, runtime, stream
-from agents.models import Event, Run
+from agents import handover, limits, runs, runtime, stream
+from agents.models import Event, Limit, Run
 from chat.models import Message
 from tests import factories
 from tests.agents.conftest import Broker
@@ -122,6 +122,27 @@ class TestReader:
         reader.read()
 
         assert broker.handed() == [later[0].pk]
+
+    def test_programs_are_limited_by_a_row_of_their_own_alone_and_then_wait(
+        self, reader: runtime.Reader, redis: Redis, broker: Broker, settings: Any
+    ) -> None:
+        settings.LIMIT_USER_MESSAGES_PER_MINUTE = 1
+        for number in range(3):
+            add(redis, request(runId=f"run-{number}"))
+        reader.read()
+        assert Run.objects.count() == 3
+
+        Limit.objects.create(kind="user", name=limits.PROGRAMS, messages_per_minute=1)
+        limits.limit_list.forget()
+        for number in range(3, 5):
+            add(redis, request(runId=f"run-{number}"))
+        reader.read()
+        assert (Run.objects.count(), pending(redis)) == (4, 1)
+
+        Limit.objects.all().delete()
+        limits.limit_list.forget()
+        reader.handle(stream.claim_stale("worker-1", idle=timedelta()))
+        assert (Run.objects.count(), pending(redis)) == (5, 0)
 
     def test_a_wiped_redis_gets_its_group_back(
         self, reader: runtime.Reader, redis: Redis, broker: Broker
