@@ -1,3 +1,5 @@
+import itertools
+import time
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from typing import Any
@@ -34,6 +36,28 @@ class TestAnswers:
         assert reply.usage.prompt_tokens > 0
         assert model.requests[0].stream
         assert model.requests[0].include_usage
+
+    def test_of_many_at_once_each_is_read_less_often_and_all_of_it(
+        self, model: FakeLLM, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        model.script(Reply("word " * 10, deltas=10, delta_latency=0.01))
+        came: list[float] = []
+        control = llm.Control(text=lambda piece: came.append(time.monotonic()))
+        monkeypatch.setattr(llm, "_reading", set(range(200)))
+
+        reply = llm.complete(QUESTION, model="gpt-4o-mini", control=control)
+
+        assert reply.text == "word " * 10
+        together = sum(b - a < 0.005 for a, b in itertools.pairwise(came))
+        assert together >= 3, "most of them come within the first rest"
+
+    @pytest.mark.parametrize(("answers", "rest"), [(1, 0), (19, 0), (50, 0.025), (1000, 0.1)])
+    def test_few_are_read_as_they_come(
+        self, answers: int, rest: float, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(llm, "_reading", set(range(answers)))
+
+        assert llm._rest_seconds() == rest
 
     def test_an_endpoint_that_cannot_stream_is_understood(self, model: FakeLLM) -> None:
         body = (
