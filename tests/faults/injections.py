@@ -182,12 +182,16 @@ def limit_connections(plant: Plant, seconds: float, most: int = 2) -> None:
 
 def deadlock(plant: Plant, asked: Asked) -> None:
     """Somebody takes the rows of a run's thread and of the run the wrong way round; the database ends
-    the transaction of the one that waits for the shorter time, which is the system's."""
+    the transaction of the one that waits for the shorter time, which is the system's. The run has been
+    claimed: a claim would wait for the thread with nothing in hand."""
     with plant.postgresql.connect() as server, server.transaction():
         server.execute("SET deadlock_timeout = '60s'")
         # The outcome has changed the run when it waits for the thread, which its answer refers to.
         server.execute("SELECT 1 FROM chat_thread WHERE id = %s FOR UPDATE", [asked.thread_id])
-        waiting = "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+        waiting = f"""
+            SELECT 1 FROM pg_stat_activity
+             WHERE {server.info.backend_pid} = ANY(pg_blocking_pids(pid)) AND NOT EXISTS (
+                   SELECT 1 FROM agents_run WHERE id = '{asked.run_id}' FOR UPDATE SKIP LOCKED)"""
         wait_for("the outcome to wait", lambda: plant.database.rows(waiting), 30)
         server.execute("SELECT 1 FROM agents_run WHERE id = %s FOR UPDATE", [asked.run_id])
 

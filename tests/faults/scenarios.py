@@ -268,7 +268,9 @@ def _(plant: Plant) -> None:
 @scenario(19, "the database ends a deadlock", "database", vendors=ONLY_POSTGRESQL, load=None)
 def _(plant: Plant) -> None:
     plant.llm.script(Reply(latency=5))
-    faults.deadlock(plant, plant.client.ask(plant.thread("deadlock"), 0))
+    asked = plant.client.ask(plant.thread("deadlock"), 0)
+    plant.llm.wait_for_requests(1, 30)
+    faults.deadlock(plant, asked)
     plant.mended()
     assert "deadlock detected" in plant.stack.log()
 
