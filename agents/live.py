@@ -30,8 +30,11 @@ from agents import stream
 
 logger = logging.getLogger(__name__)
 
-# Tokens that come faster than this are told together. The first one is told at once.
+# Tokens that come faster than this are told together. The first one is told at once. Where many runs
+# tell at the same time each waits longer: what is told costs the same however long it is.
 TICK_SECONDS = 0.04
+TICK_SECONDS_EACH = 0.001
+MOST_TICK_SECONDS = 0.2
 # A web process calls again sooner than a worker forgets.
 CALL_SECONDS = 20.0
 CALLED_SECONDS = 60.0
@@ -196,7 +199,7 @@ class Desk:
                     self._changed.wait(due - time.monotonic() if self._news else None)
                 if time.monotonic() >= due:
                     feeds, self._news = list(self._news), {}
-                    due = time.monotonic() + TICK_SECONDS
+                    due = time.monotonic() + tick_seconds(len(feeds))
                 else:
                     feeds = list(self._urgent)
                     for feed in feeds:
@@ -271,6 +274,11 @@ class Desk:
                 feed.call()
         if len(self._calls) > 1000:
             self._calls = {run: until for run, until in self._calls.items() if until > now}
+
+
+def tick_seconds(feeds: int) -> float:
+    """How long so many feeds keep what comes from now on."""
+    return min(max(TICK_SECONDS, feeds * TICK_SECONDS_EACH), MOST_TICK_SECONDS)
 
 
 @functools.cache

@@ -3,25 +3,24 @@
 Without a key and a base URL there is no model, and an echo answers (`configured()` tells).
 """
 
-import functools
 import json
 import logging
 import re
-import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext, suppress
+from concurrent.futures import CancelledError
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import orjson
 from django.conf import settings
 
+from agents import endpoint
+
 if TYPE_CHECKING:
-    # At run time it is loaded by the first call: 30 MB and half a second that only workers need.
     import openai
 
 logger = logging.getLogger(__name__)
@@ -33,13 +32,6 @@ MAX_RETRY_AFTER_SECONDS = 15 * 60
 MAX_TOKENS = 50_000_000
 UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
 HALF_A_CHARACTER = re.compile(rb"\\u[dD][89a-fA-F]")
-# The more answers come at once, the less often each of them is read: a thread that is woken for every
-# token, to wait for all the others then, costs many times what the token does.
-REST_SECONDS_EACH = 0.0005
-LEAST_REST_SECONDS = 0.01
-MOST_REST_SECONDS = 0.1
-# Chunks closer than this were read together.
-TOGETHER_SECONDS = 0.002
 
 
 class LLMError(Exception):
@@ -120,8 +112,8 @@ class Control:
     stopped: Callable[[], bool] = lambda: False
     # What comes, as it comes.
     text: Callable[[str], None] = lambda piece: None
-    # Who knows first that the answer is no longer wanted may cut the connection meanwhile, so that
-    # it is noticed between two chunks too.
+    # Who knows first that the answer is no longer wanted may cut the call meanwhile, so that it is
+    # noticed between two chunks too.
     cutting: Callable[[Cut], AbstractContextManager[None]] = lambda cut: nullcontext()
     purse: Purse = BOUNDLESS
 
@@ -129,7 +121,11 @@ class Control:
         if self.stopped():
             raise Stopped
         if time.monotonic() > self.deadline:
-            raise LLMError("The answer took too long.", code="deadline", permanent=True)
+            raise _too_late()
+
+
+def _too_late() -> LLMError:
+    return LLMError("The answer took too long.", code="deadline", permanent=True)
 
 
 def configured() -> bool:
@@ -165,98 +161,141 @@ def complete(
     sent = orjson.dumps(body)
     control.purse.reserve(model, len(sent))
 
+    import aiohttp
     import httpx2
     import openai
 
+    lost = (openai.APIConnectionError, httpx2.HTTPError, httpx2.StreamError, aiohttp.ClientError)
     refused = False
+    answer = _Answer(control, reply)
     try:
-        with (
-            _client().post(
-                "/chat/completions",
-                cast_to=object,
-                # Bytes and an untyped stream: the SDK's typed request and events cost ten times the
-                # rest of the call.
-                content=sent,
-                options={
-                    "headers": {"Content-Type": "application/json", "Accept": "text/event-stream"},
-                    "timeout": _timeout(control),
-                },
-                stream=True,
-                stream_cls=openai.Stream[object],
-            ) as stream,
-            control.cutting(partial(_cut, stream.response)),
-        ):
-            return _read(stream.response, control, reply)
+        try:
+            endpoint.post(sent, answer, deadline=control.deadline, cutting=control.cutting)
+        except lost as error:  # the SDK wraps only some of what goes wrong before the first byte
+            if not answer.is_told:
+                raise _lost(error) from error
+        return answer.end()
+    except CancelledError:
+        raise Stopped from None
+    except TimeoutError:
+        raise _too_late() from None
     except openai.APIStatusError as error:
         refused = True
         raise _refusal(error, model) from error
-    except (openai.APITimeoutError, httpx2.TimeoutException) as error:
-        raise LLMError(
-            "The model did not answer in time.", code="timeout", permanent=False
-        ) from error
-    except (openai.APIError, httpx2.HTTPError, httpx2.StreamError) as error:
-        if control.stopped():
-            raise Stopped from error
-        # The SDK wraps only what goes wrong before the first byte.
-        raise LLMError(
-            "The connection to the model was lost.", code="connection", permanent=False
-        ) from error
     finally:
+        answer.keep()
         control.purse.note(reply, refused=refused)
 
 
 def warm_up() -> None:
     """Load the SDK, so that the first run of a worker need not wait for it."""
     if configured():
-        _client()
+        endpoint.client()
 
 
-@functools.cache
-def _client() -> "openai.OpenAI":
-    """One for the process: a client costs 70 ms, most of it TLS. Retries are agents.runs' affair,
-    which waits in the database and not in a worker's slot."""
+def _lost(error: Exception) -> LLMError:
+    import httpx2
     import openai
 
-    return openai.OpenAI(
-        api_key=settings.OPENAI_API_KEY or "none",
-        base_url=settings.OPENAI_BASE_URL or None,
-        max_retries=0,
-    )
+    if isinstance(error, openai.APITimeoutError) and error.__cause__:
+        error = error.__cause__  # type: ignore[assignment]
+    # Where the endpoint hangs up before it answers, that is told as a time-out of the connection.
+    if isinstance(error, openai.APITimeoutError | httpx2.TimeoutException) and not isinstance(
+        error, httpx2.ConnectTimeout
+    ):
+        return LLMError("The model did not answer in time.", code="timeout", permanent=False)
+    return LLMError("The connection to the model was lost.", code="connection", permanent=False)
 
 
-def _timeout(control: Control) -> Any:
-    import openai
+class _Answer:
+    """What has come of an answer: server-sent events, or JSON from an endpoint that cannot stream."""
 
-    read = min(settings.OPENAI_TIMEOUT_SECONDS, max(0.1, control.deadline - time.monotonic()))
-    return openai.Timeout(read, connect=min(5.0, read))
+    def __init__(self, control: Control, reply: Reply) -> None:
+        self.is_told = False  # all of it, whatever becomes of the connection
+        self._control = control
+        self._reply = reply
+        self._is_whole = False
+        self._is_finished = False
+        self._size = 0
+        self._rest: list[bytes] = []  # joined once, however many chunks one line comes in
+        self._pieces: list[str] = []
+        self._calls: dict[int, dict[str, str]] = {}
+
+    def begin(self, content_type: str) -> None:
+        self._is_whole = "json" in content_type
+
+    def feed(self, chunk: bytes) -> None:
+        """Raises `LLMError` and `Stopped`."""
+        self._control.check()
+        self._size += len(chunk)
+        if self._size > MAX_RESPONSE_BYTES:
+            raise LLMError("The model's answer is too long.", code="too_long", permanent=True)
+        if self._is_whole or b"\n" not in chunk:
+            self._rest.append(chunk)
+            return
+        *lines, left = b"".join([*self._rest, chunk]).split(b"\n")
+        self._rest = [left]
+        with _readable():
+            for line in lines:
+                # What follows `[DONE]` is read as well, or the connection could not be used again.
+                if line.startswith(b"data:") and not self.is_told:
+                    self._hear(line[5:].strip())
+
+    def end(self) -> Reply:
+        """The answer, when nothing more comes. Raises `LLMError` and `Stopped`."""
+        with _readable():
+            if self._is_whole:
+                return _whole(_parsed(b"".join(self._rest)), self._control, self._reply)
+        if not self._is_finished:
+            self._control.check()
+            raise _broken_off()
+        self._reply.tool_calls = [_tool_call(call) for _, call in sorted(self._calls.items())]
+        return self._reply
+
+    def keep(self) -> None:
+        """Put down what has come, be it all or not."""
+        if self._is_whole:
+            return
+        self._reply.text = "".join(self._pieces)
+        if not self._is_finished and self._reply.usage == Usage():
+            # Roughly what was paid for: the end, which tells it, did not come.
+            self._reply.usage = Usage(completion_tokens=len(self._pieces))
+
+    def _hear(self, data: bytes) -> None:
+        if data == b"[DONE]":
+            self.is_told = True
+            return
+        chunk = _parsed(data)
+        if chunk.get("error"):
+            if not self._is_finished:
+                raise _broken_off()
+            self.is_told = True
+            return
+        if chunk.get("usage"):
+            self._reply.usage = _usage(chunk["usage"])
+        for choice in chunk["choices"][:1]:
+            delta = choice.get("delta") or {}
+            if piece := storable(delta.get("content") or ""):
+                self._pieces.append(piece)
+                self._control.text(piece)
+            for fragment in delta.get("tool_calls") or []:
+                _gather(self._calls, fragment)
+            self._is_finished = self._is_finished or bool(choice.get("finish_reason"))
 
 
-def _cut(response: Any) -> None:
-    """End a connection that another thread may be reading from, which closing it would not do."""
-    connection = response.extensions["network_stream"].get_extra_info("socket")
-    with suppress(OSError):  # it is closed already
-        connection.shutdown(socket.SHUT_RDWR)
+def _broken_off() -> LLMError:
+    return LLMError("The model broke off its answer.", code="broken", permanent=False)
 
 
-# The answers that are being read in this process.
-_reading: set[int] = set()
-
-
-def _read(response: Any, control: Control, reply: Reply) -> Reply:
-    _reading.add(id(response))
-    chunks = _bounded(response.iter_bytes(), control)
+@contextmanager
+def _readable() -> Iterator[None]:
+    """Whatever the endpoint sent that is not the protocol: no schema is worth its cost per token."""
     try:
-        if "json" in response.headers.get("content-type", ""):
-            # An endpoint that cannot stream answers whole.
-            return _whole(_parsed(b"".join(chunks)), control, reply)
-        return _streamed(map(_parsed, _data_lines(chunks)), control, reply)
+        yield
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        # Whatever the endpoint sent, it is not the protocol: no schema is worth its cost per token.
         raise LLMError(
             "The model's answer could not be read.", code="unreadable", permanent=False
         ) from error
-    finally:
-        _reading.discard(id(response))
 
 
 def _parsed(data: bytes) -> Any:
@@ -275,36 +314,6 @@ def _parsed(data: bytes) -> Any:
 
 def _no_json(constant: str) -> None:
     raise ValueError(f"{constant} is not JSON")
-
-
-def _streamed(chunks: Iterator[dict[str, Any]], control: Control, reply: Reply) -> Reply:
-    pieces: list[str] = []
-    calls: dict[int, dict[str, str]] = {}
-    finished = False
-    try:
-        for chunk in chunks:
-            if chunk.get("error"):
-                break
-            if chunk.get("usage"):
-                reply.usage = _usage(chunk["usage"])
-            for choice in chunk["choices"][:1]:
-                delta = choice.get("delta") or {}
-                if piece := storable(delta.get("content") or ""):
-                    pieces.append(piece)
-                    control.text(piece)
-                for fragment in delta.get("tool_calls") or []:
-                    _gather(calls, fragment)
-                finished = finished or bool(choice.get("finish_reason"))
-    finally:
-        reply.text = "".join(pieces)
-        if not finished and reply.usage == Usage():
-            # Roughly what was paid for: the end, which tells it, did not come.
-            reply.usage = Usage(completion_tokens=len(pieces))
-    if not finished:
-        control.check()  # a connection that was cut looks like one that broke
-        raise LLMError("The model broke off its answer.", code="broken", permanent=False)
-    reply.tool_calls = [_tool_call(call) for _, call in sorted(calls.items())]
-    return reply
 
 
 def _whole(body: dict[str, Any], control: Control, reply: Reply) -> Reply:
@@ -348,50 +357,6 @@ def _usage(usage: dict[str, Any]) -> Usage:
 
 def _count(usage: dict[str, Any], name: str) -> int:
     return min(max(0, int(usage.get(name) or 0)), MAX_TOKENS)
-
-
-def _data_lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    """The `data:` lines of server-sent events, up to `[DONE]`. Then the rest is read as well, or the
-    connection could not be used again."""
-    import httpx2
-
-    rest: list[bytes] = []  # joined once, however many chunks one line comes in
-    done = False
-    try:
-        for chunk in chunks:
-            if b"\n" not in chunk:
-                rest.append(chunk)
-                continue
-            *lines, left = b"".join([*rest, chunk]).split(b"\n")
-            rest = [left]
-            for line in lines:
-                if line.startswith(b"data:") and not done:
-                    data = line[5:].strip()
-                    done = data == b"[DONE]"
-                    if not done:
-                        yield data
-    except httpx2.TimeoutException:
-        if not done:
-            raise
-
-
-def _bounded(chunks: Iterator[bytes], control: Control) -> Iterator[bytes]:
-    size, rested = 0, 0.0
-    for chunk in chunks:
-        control.check()
-        size += len(chunk)
-        if size > MAX_RESPONSE_BYTES:
-            raise LLMError("The model's answer is too long.", code="too_long", permanent=True)
-        yield chunk
-        if (rest := _rest_seconds()) and time.monotonic() - rested > TOGETHER_SECONDS:
-            time.sleep(rest)
-            rested = time.monotonic()
-
-
-def _rest_seconds() -> float:
-    """How long to leave an answer in the kernel's buffer: nothing unless many come at once."""
-    rest = len(_reading) * REST_SECONDS_EACH
-    return 0 if rest < LEAST_REST_SECONDS else min(rest, MOST_REST_SECONDS)
 
 
 def storable(text: str) -> str:

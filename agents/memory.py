@@ -81,14 +81,15 @@ def context(run: Run) -> Context:
 
 
 def shortened(messages: QuerySet[Message], whole: int = -1) -> QuerySet[Any]:
-    """With `text` in the place of `content`: all of the one at the position `whole`, of others no more
-    than its beginning leaves the database."""
+    """Their `pk`, `position`, `role` and `text`, as named tuples: of the one at the position `whole`
+    all that it says, of others no more than its beginning leaves the database."""
     text = Case(
         When(position=whole, then=F("content")),
         default=Substr("content", 1, MESSAGE_CHARACTERS),
         output_field=TextField(),
     )
-    return messages.annotate(text=text).defer("content")
+    found = messages.annotate(text=text)
+    return found.values_list("pk", "position", "role", "text", named=True)
 
 
 def within(newest_first: list[Any], characters: int) -> list[Any]:

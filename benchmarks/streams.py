@@ -34,7 +34,8 @@ class Stream(asyncio.Protocol):
 
     def __init__(self, head: bytes) -> None:
         self._head = head
-        self.first = 0.0
+        # Of each token: when it was here, and how long it was under way.
+        self.at = array("d")
         self.seconds = array("d")
         self.run = ""
         self.begun = asyncio.Event()
@@ -55,6 +56,7 @@ class Stream(asyncio.Protocol):
             data = data.partition(b"event: run.completed")[0]
             self.over.set()
         for sent in SENT_AT.findall(data):
+            self.at.append(now)
             self.seconds.append(now - float(sent))
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -106,7 +108,8 @@ async def _at_once(system: System, port: int, pid: int, count: int) -> Result:
     late = [lag for each in opened for lag in each.seconds[-TOKENS_PER_SECOND:]]
     web, work = (b - a for a, b in zip(before, after, strict=True))
     figures = {
-        "tokens_per_second": round(came / took),
+        "tokens_per_second": _while_all(opened),
+        "with_start_and_end": round(came / took),
         "missing": count * tokens - came,
         **milliseconds(lag for each in opened for lag in each.seconds),
         "last_second_p50_ms": milliseconds(late)["p50_ms"],
@@ -115,6 +118,14 @@ async def _at_once(system: System, port: int, pid: int, count: int) -> Result:
         "worker_cores": round(work / took, 2),
     }
     return Result("stream", f"{count} of {TOKENS_PER_SECOND} tokens/s", figures)
+
+
+def _while_all(streams: list[Stream]) -> int:
+    """Tokens a second between the last first one and the first last one."""
+    since, until = max(each.at[0] for each in streams), min(each.at[-1] for each in streams)
+    if since >= until:
+        return 0
+    return round(sum(since <= at < until for each in streams for at in each.at) / (until - since))
 
 
 async def _idle(system: System, port: int, pid: int) -> Result:

@@ -11,7 +11,7 @@ import redis as redis_client
 from django.db import connection
 from rest_framework.test import APIClient
 
-from agents import leases, limits, live, llm, prices, stream
+from agents import endpoint, leases, limits, live, prices, stream
 from tests.fakes import receiver
 from tests.fakes.llm import FakeLLM
 from tests.redisserver import redis_executable
@@ -76,16 +76,10 @@ def model(_llm_server: FakeLLM, settings: Any) -> Iterator[FakeLLM]:
     _llm_server.reset()
     settings.OPENAI_BASE_URL = _llm_server.url
     settings.OPENAI_API_KEY = "sk-canary-0123456789"
-    _close_client()
+    # Left to the garbage, its connections are warned of in another test.
+    endpoint.close()
     yield _llm_server
-    _close_client()
-
-
-def _close_client() -> None:
-    """Its connections with it: left to the garbage, they are warned of in another test."""
-    if llm._client.cache_info().currsize:
-        llm._client().close()
-    llm._client.cache_clear()
+    endpoint.close()
 
 
 @pytest.fixture(scope="session")

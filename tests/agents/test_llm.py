@@ -1,22 +1,30 @@
 import itertools
+import math
+import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from typing import Any
 
 import pytest
 
-from agents import llm, loop, tools
+from agents import endpoint, llm, loop, tools
 from tests.fakes.llm import (
     GARBAGE,
+    Call,
     Cut,
     Failure,
     FakeLLM,
+    Hang,
     Raw,
     Reply,
+    Steps,
     StreamError,
     ToolCall,
     call_tool,
+    chunk,
 )
 
 QUESTION = [{"role": "user", "content": "What time is it?"}]
@@ -43,7 +51,7 @@ class TestAnswers:
         model.script(Reply("word " * 10, deltas=10, delta_latency=0.01))
         came: list[float] = []
         control = llm.Control(text=lambda piece: came.append(time.monotonic()))
-        monkeypatch.setattr(llm, "_reading", set(range(200)))
+        monkeypatch.setattr(endpoint, "_reading", set(range(200)))
 
         reply = llm.complete(QUESTION, model="gpt-4o-mini", control=control)
 
@@ -55,9 +63,9 @@ class TestAnswers:
     def test_few_are_read_as_they_come(
         self, answers: int, rest: float, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(llm, "_reading", set(range(answers)))
+        monkeypatch.setattr(endpoint, "_reading", set(range(answers)))
 
-        assert llm._rest_seconds() == rest
+        assert endpoint.rest_seconds() == rest
 
     def test_an_endpoint_that_cannot_stream_is_understood(self, model: FakeLLM) -> None:
         body = (
@@ -148,12 +156,12 @@ class TestTrouble:
 
     def test_nobody_listens(self, settings: Any) -> None:
         settings.OPENAI_BASE_URL = "http://127.0.0.1:1/v1"
-        llm._client.cache_clear()
+        endpoint.close()
 
         with pytest.raises(llm.LLMError) as caught:
             complete()
 
-        llm._client.cache_clear()
+        endpoint.close()
         assert caught.value.code == "connection"
         assert not caught.value.permanent
 
@@ -178,6 +186,71 @@ class TestTrouble:
             )
 
         model.wait_for_disconnects()
+
+    @pytest.mark.parametrize("after", [None, 3], ids=["no headers", "three words"])
+    def test_a_call_is_cut_while_the_endpoint_is_silent(
+        self, model: FakeLLM, after: int | None
+    ) -> None:
+        words = ("one ", "two ", "three ", "four")
+        model.script(Hang(after, Reply(words)))
+        came, cuts = threading.Semaphore(0), []
+
+        @contextmanager
+        def cutting(cut: Callable[[], None]) -> Iterator[None]:
+            cuts.append(cut)
+            yield
+
+        def cut_when_silent() -> None:
+            model.wait_for_requests()
+            for _ in range(after or 0):
+                came.acquire(timeout=5)
+            cuts[0]()
+
+        reply = llm.Reply()
+        cutter = threading.Thread(target=cut_when_silent)
+        cutter.start()
+        with pytest.raises(llm.Stopped):
+            llm.complete(
+                QUESTION,
+                model="gpt-4o-mini",
+                control=llm.Control(cutting=cutting, text=lambda piece: came.release()),
+                reply=reply,
+            )
+        cutter.join()
+
+        assert reply.text == "".join(words[: after or 0]), "what came before is kept"
+        model.wait_for_disconnects()
+
+    def test_time_is_up_while_the_endpoint_is_silent(self, model: FakeLLM) -> None:
+        model.script(Hang(after=2, reply=Reply(("one ", "two ", "three"))))
+        reply = llm.Reply()
+
+        with pytest.raises(llm.LLMError) as caught:
+            llm.complete(
+                QUESTION,
+                model="gpt-4o-mini",
+                control=llm.Control(deadline=time.monotonic() + 0.5),
+                reply=reply,
+            )
+
+        assert caught.value.code == "deadline"
+        assert reply.text == "one two "
+        model.wait_for_disconnects()
+
+    def test_an_endpoint_that_never_ends_its_answer_has_answered(
+        self, model: FakeLLM, settings: Any
+    ) -> None:
+        """All is told with `[DONE]`, whatever becomes of the connection."""
+
+        class Unended:
+            def steps(self, call: Call) -> Steps:
+                yield Reply("Answer").beginning(call, 8) + chunk(Reply().events(call)[2])
+                yield math.inf
+
+        settings.OPENAI_TIMEOUT_SECONDS = 0.3
+        model.script(Unended())
+
+        assert complete().text == "Answer"
 
 
 @pytest.mark.parametrize(

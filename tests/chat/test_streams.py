@@ -198,6 +198,11 @@ def test_what_was_trimmed_is_said(model: FakeLLM, redis: Redis) -> None:
         go(scene())
 
 
+@pytest.mark.parametrize(("feeds", "seconds"), [(1, 0.04), (100, 0.1), (1000, 0.2)])
+def test_the_more_tell_at_once_the_more_is_told_together(feeds: int, seconds: float) -> None:
+    assert live.tick_seconds(feeds) == seconds
+
+
 def test_a_new_attempt_begins_anew(model: FakeLLM) -> None:
     run = ask("Hi")
 

@@ -199,8 +199,10 @@ class Clock:
         envelope = _envelope(call, "chat.completion.chunk")
         yield self.latency
         yield _STREAM_HEAD + chunk([_event(envelope, {"role": "assistant", "content": ""})])
-        for _ in range(self.deltas):
-            yield self.delta_latency
+        begun = time.monotonic()
+        for number in range(1, self.deltas + 1):
+            # As many a second as was asked for, on a machine that wakes late too.
+            yield max(0.0, begun + number * self.delta_latency - time.monotonic())
             yield chunk([_event(envelope, {"content": f"@{time.monotonic():.6f} "})])
         yield chunk([_event(envelope, {}, "stop"), _DONE]) + LAST_CHUNK
 

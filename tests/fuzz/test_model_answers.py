@@ -1,7 +1,6 @@
 """What a model endpoint answers: an answer, or an error that says whether to try again."""
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import orjson
@@ -55,23 +54,17 @@ def dumps(data: Any) -> bytes:
     return json.dumps(data).encode("utf-8", "surrogatepass")
 
 
-class Response:
-    """As the SDK gives it."""
-
-    def __init__(self, pieces: list[bytes], kind: str) -> None:
-        self.pieces = pieces
-        self.headers = {"content-type": kind}
-
-    def iter_bytes(self) -> Iterator[bytes]:
-        yield from self.pieces
-
-
 def read(pieces: list[bytes], kind: str) -> None:
     reply = llm.Reply()
+    answer = llm._Answer(llm.Control(), reply)
     try:
-        llm._read(Response(pieces, kind), llm.Control(), reply)
+        answer.begin(kind)
+        for piece in pieces:
+            answer.feed(piece)
+        answer.end()
     except llm.LLMError as error:
         assert error.code in ("unreadable", "broken")
+    answer.keep()
     storable(reply)
 
 
