@@ -272,7 +272,7 @@ def _(plant: Plant) -> None:
     plant.llm.wait_for_requests(1, 30)
     faults.deadlock(plant, asked)
     plant.mended()
-    assert "deadlock detected" in plant.stack.log()
+    plant.stack.wait("word of it", lambda: "deadlock detected" in plant.stack.log(), 30)
 
 
 @scenario(20, "SQLite is locked", "database", vendors=ONLY_SQLITE, allowed=AWAY)
