@@ -410,15 +410,18 @@ class Reasoned:
         object_id: str,
         name: str,
         deed: Callable[[Any], bool],
+        *,
+        done_text: str = "done",
     ) -> HttpResponse:
-        """Have `deed` done to the row, which tells whether it changed anything, and go back to it."""
+        """Have `deed` done to the row, which tells whether it changed anything, and go back to it.
+        `done_text`: what was done, where `name` does not say it."""
         admin: Any = self
         row = admin.get_object(request, unquote(object_id))
         if row is None or not admin.has_view_permission(request, row):
             raise Http404
         with transaction.atomic():
             done = deed(row)
-            result = "done" if done else "there was nothing to do"
+            result = done_text if done else "there was nothing to do"
             audit.note(request, name, row, form.cleaned_data["reason"], result)
         level = messages.SUCCESS if done else messages.WARNING
         admin.message_user(request, f"{name.capitalize()} of {row}: {result}.", level)

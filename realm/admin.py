@@ -3,18 +3,21 @@ from typing import Any
 from axes.utils import reset as axes_reset
 from django import forms
 from django.contrib import admin
+from django.contrib.admin.utils import unquote
 from django.contrib.auth.admin import GroupAdmin, UserAdmin
 from django.contrib.auth.models import Group
 from django.db.models import Count, Max, OuterRef, QuerySet, Subquery, Sum
-from django.http import HttpRequest
+from django.http import HttpRequest, HttpResponse
 from django.urls import reverse
 from django.utils.html import format_html
+from unfold.decorators import action
+from unfold.enums import ActionVariant
 from unfold.forms import AdminPasswordChangeForm, UserChangeForm, UserCreationForm
 
 from agents import commands
 from chat.models import Thread
 from console import audit
-from console.base import ConsoleAdmin, Empty, Inline
+from console.base import ConsoleAdmin, Empty, Inline, Reasoned, dialog
 from realm.models import BotCommand, BotRegistration, User
 
 admin.site.unregister(Group)
@@ -32,7 +35,7 @@ def _of_threads(figure: Any) -> Subquery:
 
 
 @admin.register(User)
-class RealmUserAdmin(UserAdmin, ConsoleAdmin):
+class RealmUserAdmin(Reasoned, UserAdmin, ConsoleAdmin):
     empty = Empty("Make the first one:", "python manage.py createsuperuser")
     form = UserChangeForm
     add_form = UserCreationForm
@@ -51,12 +54,13 @@ class RealmUserAdmin(UserAdmin, ConsoleAdmin):
     search_fields = ["=username", "=matrix_user_id", "^email"]
     fieldsets = [
         *(UserAdmin.fieldsets or []),
-        ("Matrix", {"fields": ["matrix_user_id"]}),
+        ("Matrix", {"fields": ["matrix_user_id", "tokens_valid_from"]}),
     ]
+    actions_detail = ("revoke_tokens",)
 
     def get_readonly_fields(self, request: HttpRequest, obj: Any = None) -> Any:
         """Whoever may manage users shall not be able to become more than that."""
-        fields = super().get_readonly_fields(request, obj)
+        fields = [*super().get_readonly_fields(request, obj), "tokens_valid_from"]
         if request.user.is_superuser:
             return fields
         return [*fields, "is_superuser", "user_permissions"]
@@ -110,6 +114,32 @@ class RealmUserAdmin(UserAdmin, ConsoleAdmin):
                 request, audit.Action.CHANGE, user, result=f"Let log in again ({forgotten} locks)."
             )
         self.message_user(request, "They may log in again.")
+
+    def has_revoke_permission(self, request: HttpRequest, object_id: Any = "") -> bool:
+        user = self.get_object(request, unquote(str(object_id)))
+        return user is not None and self.has_change_permission(request, user)
+
+    @action(
+        description="Revoke API tokens",
+        permissions=["revoke"],
+        variant=ActionVariant.DANGER,
+        icon="key_off",
+        url_path="revoke-tokens",
+        dialog=dialog(
+            "Revoke all API tokens of this user?",
+            "Every token that was issued until now is refused, wherever it is; new ones can be had. "
+            "Sessions in a browser stay: a new password ends them.",
+            "Revoke",
+        ),
+    )
+    def revoke_tokens(self, request: HttpRequest, form: Any, object_id: str) -> HttpResponse:
+        def deed(user: User) -> bool:
+            user.revoke_tokens()
+            return True
+
+        return self.do(
+            request, form, object_id, audit.Action.CHANGE, deed, done_text="all API tokens revoked"
+        )
 
     def _may_touch(self, request: HttpRequest, user: User | None) -> bool:
         return request.user.is_superuser or user is None or not user.is_superuser

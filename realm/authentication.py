@@ -32,6 +32,10 @@ class RealmTokenAuthentication(BaseAuthentication):
             )
         if not user.is_active:
             raise AuthenticationFailed("The token's user is deactivated.")
+        try:
+            tokens.check_not_revoked(claims, user)
+        except tokens.InvalidToken as error:
+            raise AuthenticationFailed(str(error)) from None
         return user, claims
 
     def authenticate_header(self, request: Request) -> str:

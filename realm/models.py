@@ -1,5 +1,6 @@
 import re
 import uuid
+from datetime import timedelta
 from typing import ClassVar
 
 from django.contrib.auth.hashers import make_password
@@ -7,7 +8,7 @@ from django.contrib.auth.models import AbstractUser, UserManager
 from django.core.exceptions import ValidationError
 from django.core.validators import RegexValidator
 from django.db import IntegrityError, models
-from django.db.models import Q
+from django.db.models import F, Q
 from django.utils import timezone
 
 from realm.filters import EVENT_TYPES, MATRIX_EVENT, Filter, InvalidFilter
@@ -53,8 +54,26 @@ class User(AbstractUser):
         blank=True,
         validators=[RegexValidator(MATRIX_USER_ID, "Write it as @user:server.")],
     )
+    # A whole second, as a token's `iat` is. Changed by revoke_tokens().
+    tokens_valid_from = models.DateTimeField(
+        "API tokens valid from",
+        null=True,
+        editable=False,
+        help_text="The API tokens that were issued before are revoked.",
+    )
 
     objects: ClassVar[RealmUserManager] = RealmUserManager()
+
+    def revoke_tokens(self) -> None:
+        """Have all realm tokens refused that the user has. The moment is the next second, for those of
+        this one must go too; whatever is issued from here on bears at least that time."""
+        moment = timezone.now().replace(microsecond=0) + timedelta(seconds=1)
+        me = User.objects.filter(pk=self.pk)
+        earlier = Q(tokens_valid_from=None) | Q(tokens_valid_from__lt=moment)
+        if not me.filter(earlier).update(tokens_valid_from=moment):
+            # Revoked in this second already, and a token issued since then bears that very time.
+            me.update(tokens_valid_from=F("tokens_valid_from") + timedelta(seconds=1))
+        self.refresh_from_db(fields=["tokens_valid_from"])
 
 
 class BotRegistrationQuerySet(models.QuerySet["BotRegistration"]):

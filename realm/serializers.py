@@ -26,10 +26,11 @@ class Session:
     expires_at: datetime
 
     @classmethod
-    def of(cls, user: str) -> "Session":
-        token = tokens.issue(user)
+    def of(cls, user: User) -> "Session":
+        name = str(user.matrix_user_id)
+        token = tokens.issue(name, valid_from=user.tokens_valid_from)
         expires = datetime.fromtimestamp(tokens.verify(token).expires, UTC)
-        return cls(pk=user, user=user, token=token, expires_at=expires)
+        return cls(pk=name, user=name, token=token, expires_at=expires)
 
 
 class ServerSessionSerializer(serializers.Serializer):

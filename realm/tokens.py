@@ -1,15 +1,16 @@
 """Realm-server JWTs: HS256 with `REALM_SECRET_SEED`.
 
-Claims: `user` (Matrix id), `sessionRoom` (optional), `iat`, `exp` (required).
+Claims: `user` (Matrix id), `sessionRoom` (optional), `iat` and `exp` (required, in whole seconds).
 """
 
 import time
 from dataclasses import dataclass
+from datetime import datetime
 
 import jwt
 from django.conf import settings
 
-from realm.models import MATRIX_USER_ID
+from realm.models import MATRIX_USER_ID, User
 
 MAX_AGE_SECONDS = 7 * 24 * 3600
 MAX_LENGTH = 8192
@@ -24,12 +25,22 @@ class InvalidToken(Exception):
 class Claims:
     user: str
     session_room: str | None
-    expires: float  # seconds since 1970
+    issued: float  # seconds since 1970, as `expires`
+    expires: float
 
 
-def issue(user: str, *, session_room: str | None = None, max_age: int = MAX_AGE_SECONDS) -> str:
-    """A token for the Matrix id `user`, good for `max_age` seconds (at most seven days)."""
+def issue(
+    user: str,
+    *,
+    session_room: str | None = None,
+    max_age: int = MAX_AGE_SECONDS,
+    valid_from: datetime | None = None,
+) -> str:
+    """A token for the Matrix id `user`, good for `max_age` seconds (at most seven days). `valid_from`:
+    the user's, if their tokens have been revoked; it may be a moment ahead."""
     now = int(time.time())
+    if valid_from:
+        now = max(now, int(valid_from.timestamp()))
     claims: dict[str, str | int] = {
         "user": user,
         "iat": now,
@@ -41,7 +52,7 @@ def issue(user: str, *, session_room: str | None = None, max_age: int = MAX_AGE_
 
 
 def verify(token: str) -> Claims:
-    """Raises `InvalidToken`."""
+    """Whether the user has it still is for `check_not_revoked` to say. Raises `InvalidToken`."""
     if len(token) > MAX_LENGTH:
         raise InvalidToken("The token is too long.")
     try:
@@ -58,13 +69,21 @@ def verify(token: str) -> Claims:
         raise InvalidToken(f"The token lacks the claim {error.claim}.") from None
     except (jwt.PyJWTError, ValueError, TypeError, OverflowError):
         raise InvalidToken("The token is not valid.") from None
-    user, room, expires = claims["user"], claims.get("sessionRoom"), claims["exp"]
+    user, room = claims["user"], claims.get("sessionRoom")
+    issued, expires = claims["iat"], claims["exp"]
     if not isinstance(user, str) or not MATRIX_USER_ID.match(user):
         raise InvalidToken("The claim user is not a Matrix id.")
     if room is not None and not isinstance(room, str):
         raise InvalidToken("The claim sessionRoom is not a room id.")
-    if not isinstance(expires, int | float):  # PyJWT reads "123" as a number
-        raise InvalidToken("The claim exp is not a number.")
+    for name, value in (("iat", issued), ("exp", expires)):
+        if not isinstance(value, int | float):  # PyJWT reads "123" as a number
+            raise InvalidToken(f"The claim {name} is not a number.")
     if expires > time.time() + MAX_AGE_SECONDS + LEEWAY_SECONDS:
         raise InvalidToken("The token lives longer than seven days.")
-    return Claims(user=user, session_room=room, expires=expires)
+    return Claims(user=user, session_room=room, issued=issued, expires=expires)
+
+
+def check_not_revoked(claims: Claims, user: User) -> None:
+    """Raises `InvalidToken`. Without a leeway, which would let in what leaked just before."""
+    if user.tokens_valid_from and claims.issued < user.tokens_valid_from.timestamp():
+        raise InvalidToken("The token has been revoked. Get a new one: POST /_server-session.")

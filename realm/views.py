@@ -64,9 +64,10 @@ class ServerSessionView(JSONAPIView):
         asked = self.get_serializer(data=request.data)
         asked.is_valid(raise_exception=True)
         matrix_user_id = openid.matrix_user(asked.validated_data["access_token"])
-        if not User.objects.of_matrix_id(matrix_user_id).is_active:
+        user = User.objects.of_matrix_id(matrix_user_id)
+        if not user.is_active:
             raise Forbidden("This account is deactivated.")
-        session = Session.of(matrix_user_id)
+        session = Session.of(user)
         return Response(
             self.get_serializer(session).data,
             status.HTTP_201_CREATED,

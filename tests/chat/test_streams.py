@@ -258,12 +258,15 @@ def test_a_stream_is_visible_to_whom_the_run_is(what: str, settings: Any) -> Non
         def bearer(who: Any) -> str:
             return f"Bearer {tokens.issue(who.matrix_user_id)}"
 
-        assert await status(authorization=await asyncio.to_thread(bearer, alice)) == 200
-        assert await status(authorization=await asyncio.to_thread(bearer, bob)) == 404
+        hers = bearer(alice)
+        assert await status(authorization=hers) == 200
+        assert await status(authorization=bearer(bob)) == 404
         assert await status() == 404
         settings.CHAT_ALLOW_ANONYMOUS = False
         assert await status() == 401
         assert await status(authorization="Bearer nonsense") == 401
+        await asyncio.to_thread(alice.revoke_tokens)
+        assert await status(authorization=hers) == 401
 
     go(scene())
 

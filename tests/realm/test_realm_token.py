@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 from django.core.management import CommandError, call_command
 
+from console.models import AuditEntry
 from realm import tokens
 from realm.models import User
 from tests.realm.conftest import Client
@@ -43,10 +44,42 @@ def test_it_creates_the_user_when_told_to() -> None:
     assert User.objects.filter(matrix_user_id="@dora:localhost").count() == 1
 
 
+def good(token: str) -> bool:
+    client = Client()
+    client.credentials(HTTP_AUTHORIZATION=f"Bearer {token.strip()}")
+    return client.get("/_bot-registrations").status_code == 200
+
+
+def test_it_revokes_all_tokens_of_a_user_and_prints_none(alice: User) -> None:
+    old = [printed("@alice:localhost"), printed("@alice:localhost", "--hours", "1")]
+    assert all(map(good, old))
+
+    said = printed("@alice:localhost", "--revoke")
+
+    assert said.startswith("All tokens of @alice:localhost are revoked.")
+    assert "ey" + "J" not in said
+    assert not any(map(good, old))
+    entry = AuditEntry.objects.get()
+    assert (entry.name, entry.action, entry.object_id, entry.result) == (
+        "manage.py realm_token",
+        "change",
+        str(alice.pk),
+        "All API tokens revoked.",
+    )
+    # In the same second, as a script does it.
+    assert good(printed("@alice:localhost"))
+
+
+def test_it_does_not_revoke_and_create_at_once() -> None:
+    with pytest.raises(CommandError, match="not allowed with"):
+        printed("@dora:localhost", "--create", "--revoke")
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
         (["@dora:localhost"], "not known here"),
+        (["@dora:localhost", "--revoke"], "no token of theirs is good"),
         (["dora"], "not a Matrix id"),
         (["@dora"], "not a Matrix id"),
         (["@" + "d" * 300 + ":localhost", "--create"], "not a Matrix id"),

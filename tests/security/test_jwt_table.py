@@ -3,17 +3,24 @@
 import base64
 import hashlib
 import hmac
+import io
 import json
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import jwt
 import pytest
+from django.core.management import CommandError, call_command
+from django.utils import timezone
 
 from realm import tokens
 from realm.models import User
-from tests.realm.conftest import Client
+from tests.realm.conftest import Client, only_error
+from tests.security import access
+from tests.security.routes import address
+from tests.security.world import visitor
 
 pytestmark = pytest.mark.django_db
 DAY = 24 * 3600
@@ -110,6 +117,8 @@ def test_unusual_but_good_claims(alice: User, seed: str, changes: dict[str, Any]
         {"iat": None, "exp": lambda now: now + 8 * DAY},
         {"iss": "https://elsewhere.example", "aud": ["somebody", "else"]},
         {"iat": "now"},
+        {"iat": str},
+        {"iat": float("nan")},
         {"nbf": lambda now: now + 120},
         {"aud": "somebody-else"},
         {"user": None},
@@ -258,6 +267,126 @@ def test_a_deactivated_user_is_refused(alice: User, seed: str) -> None:
     alice.is_active = False
     alice.save()
     assert status(f"Bearer {token(seed)}") == 401
+
+
+@pytest.fixture
+def now(monkeypatch: pytest.MonkeyPatch) -> datetime:
+    """In the middle of a second, which lasts as long as the test."""
+    moment = datetime.now(UTC).replace(microsecond=500_000)
+    monkeypatch.setattr(time, "time", moment.timestamp)
+    monkeypatch.setattr(timezone, "now", lambda: moment)
+    return moment
+
+
+@pytest.mark.parametrize(
+    ("ago", "meant"),
+    [(DAY, 401), (1, 401), (0, 401), (-1, 200), (-tokens.LEEWAY_SECONDS, 200)],
+)
+def test_what_was_issued_up_to_the_second_of_revoking_is_refused(
+    alice: User, seed: str, now: datetime, ago: int, meant: int
+) -> None:
+    signed = f"Bearer {token(seed, iat=lambda now: now - ago)}"
+    assert status(signed) == 200
+    alice.revoke_tokens()
+    assert status(signed) == meant
+
+
+@pytest.mark.parametrize("iat", [-1, 0, True, 0.5, -(10**300)])
+def test_an_odd_time_is_before_revoking(alice: User, seed: str, now: datetime, iat: float) -> None:
+    assert status(f"Bearer {token(seed, iat=iat)}") == 200
+    alice.revoke_tokens()
+    assert status(f"Bearer {token(seed, iat=iat)}") == 401
+
+
+def test_what_is_issued_in_the_second_of_revoking_is_good_until_the_next_time(
+    alice: User, now: datetime
+) -> None:
+    alice.revoke_tokens()
+    new = tokens.issue("@alice:localhost", valid_from=alice.tokens_valid_from)
+    assert status(f"Bearer {new}") == 200
+    alice.revoke_tokens()
+    assert status(f"Bearer {new}") == 401
+    newer = tokens.issue("@alice:localhost", valid_from=alice.tokens_valid_from)
+    assert status(f"Bearer {newer}") == 200
+
+
+def test_revoking_again_by_a_clock_that_is_behind_brings_nothing_back(
+    alice: User, now: datetime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alice.revoke_tokens()
+    before = alice.tokens_valid_from
+    monkeypatch.setattr(timezone, "now", lambda: now - timedelta(seconds=20))
+    alice.revoke_tokens()
+    assert before
+    assert alice.tokens_valid_from
+    assert alice.tokens_valid_from > before
+
+
+def test_revoking_is_of_one_user_and_of_tokens_alone(alice: User, bob: User, seed: str) -> None:
+    alice.revoke_tokens()
+    assert status(f"Bearer {token(seed, user='@bob:localhost')}") == 200
+    browser = Client()
+    browser.force_login(alice)
+    assert browser.get("/api/chat/threads").status_code == 200
+
+
+def test_a_revoked_token_is_told_what_to_do(alice: User, seed: str) -> None:
+    alice.revoke_tokens()
+    client = Client()
+    client.credentials(HTTP_AUTHORIZATION=f"Bearer {token(seed)}")
+    said = "The token has been revoked. Get a new one: POST /_server-session."
+    for path in ("/_bot-registrations", "/api/threads"):
+        error = only_error(client.get(path), 401)
+        assert (error["code"], error["detail"]) == ("authentication_failed", said)
+    assert client.get("/api/chat/threads").json() == {"ok": False, "error": said}
+
+
+def test_a_terminal_shows_what_to_do(
+    live_server: Any, alice: User, seed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alice.revoke_tokens()
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n"))
+    with pytest.raises(CommandError, match="has been revoked"):
+        call_command("chat", url=live_server.url, token=token(seed))
+
+
+def test_to_tell_a_revoked_token_takes_no_more_queries(
+    alice: User, seed: str, django_assert_num_queries: Any
+) -> None:
+    client = Client()
+    client.credentials(HTTP_AUTHORIZATION=f"Bearer {token(seed)}")
+    with django_assert_num_queries(1):
+        assert client.get("/api/chat/models").status_code == 200
+    alice.revoke_tokens()
+    with django_assert_num_queries(1):
+        assert client.get("/api/chat/models").status_code == 401
+
+
+@pytest.mark.parametrize("end", ["revoked", "deactivated"])
+def test_a_token_that_has_ended_opens_no_door(settings: Any, end: str) -> None:
+    """Wherever a token is needed, and whatever comes to be added: streams, JSON:API, bots, webhooks."""
+    caller = visitor("token")
+    doors = [
+        (method, route)
+        for route, by_method in access.table().items()
+        for method, (nobody, with_token, *_) in by_method.items()
+        if nobody == "401" and with_token == "yes" and method != "OPTIONS"
+    ]
+    assert {"api/chat/runs/<id:run_id>/events", "_bot-commands"} <= {route for _, route in doors}
+    user = User.objects.get(matrix_user_id="@token:localhost")
+    if end == "revoked":
+        user.revoke_tokens()
+    else:
+        User.objects.filter(pk=user.pk).update(is_active=False)
+    open_still = [
+        (method, route)
+        for method, route in doors
+        if caller.send(
+            method, address(route, caller.ids), b"{}", content_type="application/json"
+        ).status_code
+        != 401
+    ]
+    assert not open_still
 
 
 def test_a_session_of_the_admin_does_not_count(alice: User, nobody: Client) -> None:

@@ -70,6 +70,16 @@ def test_a_new_user_gets_a_token_and_is_known_from_then_on(homeserver: Homeserve
     assert client.get("/_bot-registrations").status_code == 200
 
 
+def test_a_token_of_just_after_revoking_is_good(homeserver: Homeserver, alice: User) -> None:
+    homeserver.users[TOKEN] = "@alice:localhost"
+    clients = [Client(), Client()]
+    for client in clients:
+        alice.revoke_tokens()
+        client.credentials(HTTP_AUTHORIZATION=f"Bearer {exchange().headers['Authorization']}")
+    old, new = (client.get("/_bot-registrations").status_code for client in clients)
+    assert (old, new) == (401, 200)
+
+
 def test_the_same_user_again_is_the_same_user(homeserver: Homeserver, alice: User) -> None:
     homeserver.users[TOKEN] = "@alice:localhost"
     assert exchange().status_code == 201

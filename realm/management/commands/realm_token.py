@@ -1,32 +1,62 @@
 from typing import Any
 
 from django.core.management.base import BaseCommand, CommandError, CommandParser
+from django.db import transaction
 
+from console import audit
 from realm import tokens
 from realm.models import MATRIX_USER_ID, MAX_MATRIX_ID_LENGTH, NameTaken, User
 
 
 class Command(BaseCommand):
-    help = "Print a realm-server JWT for a Matrix user, for scripts."
+    help = "Print a realm-server JWT for a Matrix user, for scripts; or revoke all that there are."
     requires_system_checks: list[str] = []  # their warnings would end up in $(...)
 
     def add_arguments(self, parser: CommandParser) -> None:
         parser.add_argument("user", help="a Matrix id, @user:server")
-        parser.add_argument("--create", action="store_true", help="create the user if unknown")
+        way = parser.add_mutually_exclusive_group()
+        way.add_argument("--create", action="store_true", help="create the user if unknown")
+        way.add_argument(
+            "--revoke",
+            action="store_true",
+            help="have all tokens refused that the user has, and print none",
+        )
         parser.add_argument(
             "--hours", type=int, default=168, help="how long it is good for (at most 168)"
         )
 
-    def handle(self, *args: Any, user: str, create: bool, hours: int, **options: Any) -> None:
+    def handle(
+        self, *args: Any, user: str, create: bool, revoke: bool, hours: int, **options: Any
+    ) -> None:
         if not MATRIX_USER_ID.match(user) or len(user) > MAX_MATRIX_ID_LENGTH:
             raise CommandError(f"{user!r} is not a Matrix id: write it as @user:server.")
         if not 1 <= hours <= 168:
             raise CommandError("--hours is from 1 to 168.")
-        if not User.objects.filter(matrix_user_id=user).exists():
+        found = User.objects.filter(matrix_user_id=user).first()
+        if revoke:
+            self._revoke(user, found)
+            return
+        if found is None:
             if not create:
                 raise CommandError(f"{user} is not known here. Add --create to create the user.")
             try:
-                User.objects.of_matrix_id(user)
+                found = User.objects.of_matrix_id(user)
             except NameTaken as error:
                 raise CommandError(str(error)) from None
-        self.stdout.write(tokens.issue(user, max_age=hours * 3600))
+        self.stdout.write(
+            tokens.issue(user, max_age=hours * 3600, valid_from=found.tokens_valid_from)
+        )
+
+    def _revoke(self, name: str, user: User | None) -> None:
+        if user is None:
+            raise CommandError(f"{name} is not known here: no token of theirs is good.")
+        with transaction.atomic():
+            user.revoke_tokens()
+            entry = audit.entry_of(
+                None, audit.Action.CHANGE, user, result="All API tokens revoked."
+            )
+            entry.name = "manage.py realm_token"
+            entry.save()
+        self.stdout.write(
+            f"All tokens of {name} are revoked. The same without --revoke prints a new one."
+        )
