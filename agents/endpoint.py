@@ -5,18 +5,21 @@ for every token of its answer, to wait for all the others then, costs many times
 """
 
 import asyncio
+import atexit
 import functools
 import threading
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Coroutine
+from contextlib import AbstractContextManager, suppress
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from django.conf import settings
 
 if TYPE_CHECKING:
     # At run time it is loaded by the first call: 30 MB and half a second that only workers need.
     import openai
+
+T = TypeVar("T")
 
 CONNECT_SECONDS = 5.0
 # The more answers come at once, the less often each of them is looked at.
@@ -44,7 +47,7 @@ def post(body: bytes, answer: Answer, *, deadline: float, cutting: Cutting) -> N
     """Send a call of `/chat/completions` and feed `answer` to its end. `cutting` is given what ends the
     call from any thread while it goes on. Raises what the SDK raises; `TimeoutError` at the `deadline`
     (of `time.monotonic()`), and `concurrent.futures.CancelledError` where it was cut."""
-    asyncio.run_coroutine_threadsafe(_post(body, answer, deadline, cutting), _loop()).result()
+    _run(_post(body, answer, deadline, cutting))
 
 
 async def _post(body: bytes, answer: Answer, deadline: float, cutting: Cutting) -> None:
@@ -67,7 +70,7 @@ async def _stream(body: bytes, answer: Answer) -> None:
     import openai
 
     seconds = settings.OPENAI_TIMEOUT_SECONDS
-    async with await client().post(
+    async with await _client().post(
         "/chat/completions",
         cast_to=object,
         # Bytes and an untyped stream: the SDK's typed request and events cost ten times the rest of
@@ -103,19 +106,39 @@ def rest_seconds() -> float:
     return 0 if rest < LEAST_REST_SECONDS else min(rest, MOST_REST_SECONDS)
 
 
+_starting = threading.Lock()
+
+
+def _run(work: Coroutine[Any, Any, T], seconds: float | None = None) -> T:
+    """Have the event loop do it, and wait for it."""
+    with _starting:  # threads that all find no loop would make one each
+        loop = _loop()
+    return asyncio.run_coroutine_threadsafe(work, loop).result(seconds)
+
+
 @functools.cache
 def _loop() -> asyncio.AbstractEventLoop:
     import uvloop
 
     loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()
     threading.Thread(target=loop.run_forever, name="endpoint", daemon=True).start()
+    atexit.register(close)
     return loop
 
 
+def warm_up() -> None:
+    """Load the SDK, so that the first call of the process need not wait for it."""
+    _run(_made())
+
+
+async def _made() -> None:
+    _client()
+
+
 @functools.cache
-def client() -> "openai.AsyncOpenAI":
-    """One for the process: a client costs 70 ms, most of it TLS. Retries are agents.runs' affair,
-    which waits in the database and not in a worker's slot."""
+def _client() -> "openai.AsyncOpenAI":
+    """One for the process, made in its event loop: a client costs 70 ms, most of it TLS. Retries are
+    agents.runs' affair, which waits in the database and not in a worker's slot."""
     import openai
 
     return openai.AsyncOpenAI(
@@ -128,6 +151,12 @@ def client() -> "openai.AsyncOpenAI":
 
 def close() -> None:
     """Close all connections. The next call makes a client as the settings are then."""
-    if client.cache_info().currsize:
-        asyncio.run_coroutine_threadsafe(client().close(), _loop()).result()
-        client.cache_clear()
+    with suppress(TimeoutError):
+        _run(_closed(), seconds=2)
+
+
+async def _closed() -> None:
+    if _client.cache_info().currsize:
+        client = _client()
+        _client.cache_clear()
+        await client.close()

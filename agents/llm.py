@@ -190,7 +190,7 @@ def complete(
 def warm_up() -> None:
     """Load the SDK, so that the first run of a worker need not wait for it."""
     if configured():
-        endpoint.client()
+        endpoint.warm_up()
 
 
 def _lost(error: Exception) -> LLMError:

@@ -1,8 +1,10 @@
+import functools
 import itertools
 import math
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
@@ -121,6 +123,28 @@ class TestAnswers:
             complete()
 
         assert model.connections == before
+
+    def test_the_first_calls_of_a_process_may_come_at_once(
+        self, model: FakeLLM, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """They all find no event loop yet, and must not make one each."""
+        slow = functools.cache(_slowly(endpoint._loop.__wrapped__))
+        endpoint.close()
+        with monkeypatch.context() as patch, ThreadPoolExecutor(8) as pool:
+            patch.setattr(endpoint, "_loop", slow)
+            replies = list(pool.map(lambda _: complete(), range(8)))
+            endpoint.close()
+        slow().call_soon_threadsafe(slow().stop)
+
+        assert len({reply.text for reply in replies}) == 1
+
+
+def _slowly(make: Callable[[], Any]) -> Callable[[], Any]:
+    def made() -> Any:
+        time.sleep(0.05)
+        return make()
+
+    return made
 
 
 class TestTrouble:
