@@ -10,7 +10,7 @@ from django.db import connection
 from django.db.models import F
 from rest_framework.test import APIClient
 
-from agents import inbox, memory, runs
+from agents import inbox, memory, outcomes, runs
 from agents.inbox import Busy, WhenBusy
 from agents.models import Attempt, Event, IdempotencyKey, Run
 from chat.models import Message, Thread
@@ -33,7 +33,7 @@ def statuses(thread_id: str) -> list[str]:
     return list(runs.values_list("status", flat=True))
 
 
-def outcomes(run: Run) -> list[str]:
+def ends_of(run: Run) -> list[str]:
     return list(run.events.filter(type__in=ENDS).values_list("type", flat=True))
 
 
@@ -108,9 +108,9 @@ class TestMerge:
         second = ask("two", "merge", thread_id=first.thread_id)
         runs.execute(second.pk)
 
-        assert outcomes(first) == ["agent.run.cancelled"]
+        assert ends_of(first) == ["agent.run.cancelled"]
         assert first.events.get(type="agent.run.cancelled").payload["mergedInto"] == second.pk
-        assert outcomes(second) == ["agent.run.completed"]
+        assert ends_of(second) == ["agent.run.completed"]
         told = api.get(f"/api/chat/runs/{first.pk}").json()["run"]
         assert (told["status"], told["mergedInto"]) == ("cancelled", second.pk)
 
@@ -121,7 +121,7 @@ class TestMerge:
         second = ask("two", thread_id=first.thread_id)
         third = ask("three", "merge", thread_id=first.thread_id)
         assert statuses(first.thread_id) == ["processing", "cancelled", "queued"]
-        runs._complete(held, "1", runs.NOTHING)
+        outcomes.complete(held, "1", outcomes.NOTHING)
         assert reload(first).status == Run.Status.COMPLETED
         assert reload(second).merged_into == third
         assert runs.claim(third.pk)
@@ -156,8 +156,8 @@ class TestInterrupt:
         third = ask("three", "interrupt", thread_id=first.thread_id)
 
         assert statuses(first.thread_id) == ["cancelled", "cancelled", "queued"]
-        assert not runs._complete(held, "late", runs.NOTHING)
-        assert outcomes(first) == outcomes(second) == ["agent.run.cancelled"]
+        assert not outcomes.complete(held, "late", outcomes.NOTHING)
+        assert ends_of(first) == ends_of(second) == ["agent.run.cancelled"]
         assert runs.claim(third.pk)
 
     def test_another_command_goes_on(self) -> None:
@@ -205,7 +205,7 @@ class TestWhatTheModelSees:
         runs.cancel(first)
         transcript = runs.loop.Transcript()
         transcript.begin(runs.loop.StepRecord("model", "m", {}, output="Half an"))
-        runs._keep_partial(held, transcript)
+        outcomes.keep_partial(held, transcript)
         runs.retry(first)
         runs.execute(first.pk)
         assert [m["content"] for m in model.requests[-1].messages] == ["one"]
@@ -230,7 +230,7 @@ class TestWhatTheModelSees:
         transcript.begin(runs.loop.StepRecord("model", "m", {}, output="Half an"))
         # The word that it was recorded may be lost.
         for _ in range(2):
-            runs._keep_partial(held, transcript)
+            outcomes.keep_partial(held, transcript)
         assert first.steps.count() == 1
 
 
@@ -321,7 +321,7 @@ class TestRaces:
             runs.execute(going.pk)
         for run in Run.objects.filter(thread=thread_id):
             assert run.is_finished, run.status
-            assert len(outcomes(run)) == 1
+            assert len(ends_of(run)) == 1
             assert (run.merged_into_id is None) or run.status == Run.Status.CANCELLED
         answered = Message.objects.filter(role="assistant").values_list("position", flat=True)
         expected = Run.objects.filter(status="completed").values_list(F("position") + 1, flat=True)
@@ -364,10 +364,10 @@ class TestRaces:
             held = runs.claim(first.pk)
             assert held
             failures = self.all_at_once(
-                lambda held=held: runs._complete(held, "1", runs.NOTHING),
+                lambda held=held: outcomes.complete(held, "1", outcomes.NOTHING),
                 lambda first=first: ask("two", "interrupt", thread_id=first.thread_id),
             )
             assert failures == []
-            assert len(outcomes(first)) == 1
+            assert len(ends_of(first)) == 1
             assert Attempt.objects.filter(run=first).count() == 1
             Thread.objects.all().delete()

@@ -16,7 +16,18 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
-from agents import handover, inbox, leases, lifecycle, llm, models, runs, runtime, statements
+from agents import (
+    handover,
+    inbox,
+    leases,
+    lifecycle,
+    llm,
+    models,
+    outcomes,
+    runs,
+    runtime,
+    statements,
+)
 from agents.conditions import Condition, Is
 from agents.models import Attempt, Event, Run, RunQuerySet
 from chat.models import Thread
@@ -146,7 +157,7 @@ class Conformance(RuleBasedStateMachine):
         if lifecycle.used_up(run.state, leases.rules()):
             self.taken[worker].pop(run_id, None)  # which it may have lost to itself
             gone = llm.LLMError("Lost.", code="workers_lost", permanent=True)
-            runs._fail_or_retry(run, gone, runs.NOTHING)
+            outcomes.fail_or_retry(run, gone, outcomes.NOTHING)
         else:
             self.taken[worker][run_id] = run
 
@@ -180,7 +191,7 @@ class Conformance(RuleBasedStateMachine):
         if found := self.held(worker, which):
             run, claimed = found
             self.world.write(run.pk, lifecycle.Answered(run.attempt), claimed)
-            runs._complete(run, "An answer", runs.NOTHING)
+            outcomes.complete(run, "An answer", outcomes.NOTHING)
             if told:
                 self.put_down(worker, run.pk)
 
@@ -204,9 +215,9 @@ class Conformance(RuleBasedStateMachine):
                 "No.", code="no", permanent=permanent, retry_after=pause.total_seconds()
             )
             CLOCKS.skew = timedelta(seconds=skew)
-            runs.random = SimpleNamespace(random=lambda: luck)
+            outcomes.random = SimpleNamespace(random=lambda: luck)
             try:
-                runs._fail_or_retry(run, error, runs.NOTHING)
+                outcomes.fail_or_retry(run, error, outcomes.NOTHING)
             finally:
                 CLOCKS.skew = timedelta()
             self.put_down(worker, run.pk)
@@ -302,7 +313,7 @@ def keep_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a machine replaces as it goes."""
     for module, name in (
         (leases, "worker_name"),
-        (runs, "random"),
+        (outcomes, "random"),
         (handover, "hand_over"),
         (handover, "room"),
     ):

@@ -10,7 +10,7 @@ from django.db.models.functions import Now
 from django.utils import timezone
 from redis.exceptions import RedisError
 
-from agents import leases, rollups, runs
+from agents import leases, outcomes, rollups, runs
 from agents.inbox import Invalid
 from agents.models import Attempt, Event, Rollup, Run
 from agents.runtime import Keeper, Reader
@@ -168,7 +168,7 @@ class TestAtWork:
         assert held
         give(run, -2)
         runs.end_overdue()
-        assert not runs._complete(held, "late", runs.NOTHING)
+        assert not outcomes.complete(held, "late", outcomes.NOTHING)
         assert how(run) == OVERDUE
         assert not Message.objects.filter(role="assistant").exists()
 
@@ -191,7 +191,7 @@ class TestAtWork:
                 for what in (
                     (runs.end_overdue,),
                     (runs.cancel, reload(held)),
-                    (runs._fail_or_retry, held, late, runs.NOTHING),
+                    (outcomes.fail_or_retry, held, late, outcomes.NOTHING),
                 )
             ]
             for thread in racing:

@@ -14,7 +14,7 @@ from django.db.models.functions import Now
 from django.utils import timezone
 from redis import Redis
 
-from agents import runs
+from agents import outcomes, runs
 from agents.models import Attempt, Event, Run
 from tests import factories
 from tests.fakes.llm import Failure, FakeLLM
@@ -31,8 +31,8 @@ def failed(content: str = "Hello", **extra: Any) -> Run:
     run = factories.ask(content, **extra)
     taken = runs.claim(run.pk)
     assert taken
-    runs._fail_or_retry(
-        taken, runs.llm.LLMError("No.", code="refused", permanent=True), runs.NOTHING
+    outcomes.fail_or_retry(
+        taken, runs.llm.LLMError("No.", code="refused", permanent=True), outcomes.NOTHING
     )
     return reload(run)
 
@@ -127,13 +127,13 @@ class TestRetry:
         assert held
         runs.cancel(run)
         runs.retry(run)
-        assert not runs._complete(held, "late", runs.NOTHING)
+        assert not outcomes.complete(held, "late", outcomes.NOTHING)
         assert reload(run).status == Run.Status.QUEUED
 
         taken = runs.claim(run.pk)
         assert taken
         assert taken.attempt == 2
-        assert not runs._complete(held, "late", runs.NOTHING)
+        assert not outcomes.complete(held, "late", outcomes.NOTHING)
         assert reload(run).status == Run.Status.PROCESSING
 
 
@@ -154,7 +154,7 @@ class TestOrder:
         assert held
         runs.retry(first)
         assert runs.claim(first.pk) is None
-        runs._complete(held, "2", runs.NOTHING)
+        outcomes.complete(held, "2", outcomes.NOTHING)
         assert runs.claim(first.pk)
 
     def test_but_not_for_one_whose_worker_was_lost(self) -> None:
@@ -197,7 +197,7 @@ class TestRequeue:
         held = runs.claim(run.pk)
         assert held
         assert runs.requeue(run)
-        assert not runs._complete(held, "late", runs.NOTHING)
+        assert not outcomes.complete(held, "late", outcomes.NOTHING)
         assert Attempt.objects.get().result == Attempt.Result.REQUEUED
         runs.execute(run.pk)
         assert reload(run).status == Run.Status.COMPLETED

@@ -11,7 +11,7 @@ from django.db import IntegrityError, OperationalError, connection
 from django.db.models.functions import Now
 from django.utils import timezone
 
-from agents import commands, memory, runs
+from agents import commands, memory, outcomes, runs
 from agents.models import Attempt, Event, Run, Step
 from chat.models import Message
 from tests import factories
@@ -495,16 +495,16 @@ def test_an_outcome_outlasts_a_passing_trouble_of_the_database(caplog: Any) -> N
             raise troubles.pop()
         return True
 
-    assert runs._persist(record) is True
+    assert outcomes.persist(record) is True
     assert "trying again" in caplog.text
 
 
 def test_an_outcome_whose_commit_was_not_confirmed_is_not_taken_for_thrown_away(
     monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
-    persist = runs._persist
+    persist = outcomes.persist
     # As `_persist` does when the connection is lost just after the commit.
-    monkeypatch.setattr(runs, "_persist", lambda record: (record(), persist(record))[1])
+    monkeypatch.setattr(outcomes, "persist", lambda record: (record(), persist(record))[1])
     run = factories.ask()
     runs.execute(run.pk)
 

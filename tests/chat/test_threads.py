@@ -9,7 +9,7 @@ from django.db import connection
 from django.utils import timezone
 from rest_framework.test import APIClient
 
-from agents import memory, retention, runs
+from agents import memory, outcomes, retention, runs
 from agents.inbox import WhenBusy
 from agents.models import Attempt, Event, Run, Usage
 from chat.models import Message, Thread
@@ -255,8 +255,8 @@ class TestDelete:
         assert held
         retention.delete_thread(held.thread)
 
-        assert not runs._complete(held, "late", runs.NOTHING)
-        assert not runs._keep_partial(held, runs.NOTHING)
+        assert not outcomes.complete(held, "late", outcomes.NOTHING)
+        assert not outcomes.keep_partial(held, outcomes.NOTHING)
         assert runs.claim(held.pk) is None
         assert memory.summarise(held.thread_id) is None
         assert not Message.objects.exists()

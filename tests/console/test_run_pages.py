@@ -14,7 +14,7 @@ from django.test.utils import CaptureQueriesContext
 from django.urls import reverse
 from django.utils import timezone
 
-from agents import memory, runs
+from agents import memory, outcomes, runs
 from agents.inbox import WhenBusy
 from agents.models import Attempt, Event, Run, Step
 from botrunner import replies
@@ -103,7 +103,7 @@ class TestTrace:
         taken = runs.claim(asked.pk)
         assert taken
         overloaded = runs.llm.LLMError("Busy.", code="overloaded", permanent=False)
-        runs._fail_or_retry(taken, overloaded, runs.NOTHING)
+        outcomes.fail_or_retry(taken, overloaded, outcomes.NOTHING)
         Run.objects.update(due_at=Now())
         runs.execute(asked.pk)
 
@@ -232,7 +232,7 @@ class TestActions:
             assert taken
             if before == "failed":
                 error = runs.llm.LLMError("No.", code="refused", permanent=True)
-                runs._fail_or_retry(taken, error, runs.NOTHING)
+                outcomes.fail_or_retry(taken, error, outcomes.NOTHING)
         client = sign_in("Operator")
         address = deed_url(asked, deed)
         assert deed.capitalize() in text_of(client, url(asked))

@@ -14,7 +14,7 @@ from django.utils import timezone
 from prometheus_client.parser import text_string_to_metric_families
 from redis import Redis
 
-from agents import rollups, runs, stream, workers
+from agents import outcomes, rollups, runs, stream, workers
 from agents.models import Attempt, Event, Rollup, Run, Summary
 from botrunner.models import Session
 from chat.models import Message, Thread
@@ -186,7 +186,7 @@ class TestRuns:
         assert late
         Run.objects.update(lease_expires_at=timezone.now() - timedelta(minutes=1))
         runs.execute(run.pk)
-        runs._complete(late, "late", runs.NOTHING)
+        outcomes.complete(late, "late", outcomes.NOTHING)
         rollups.fold()
 
         told = scrape()
