@@ -393,6 +393,7 @@ OPERATIONS: dict[tuple[str, str], Schema] = {
         },
         400,
         404,
+        429,
         parameters=[
             THREAD_PATH,
             query("after", "The number of the last event seen.", text(pattern="^[0-9]{0,9}$")),
@@ -415,6 +416,7 @@ OPERATIONS: dict[tuple[str, str], Schema] = {
         },
         400,
         404,
+        429,
         parameters=[
             RUN_PATH,
             query("after", "The id of the last event seen.", text(pattern=RUN_EVENT)),
