@@ -14,6 +14,7 @@ from typing import Any, ParamSpec, TypeVar
 import orjson
 from django.conf import settings
 from django.db import close_old_connections
+from django.db.models.functions import Coalesce, Length
 from django.http import StreamingHttpResponse
 from redis.exceptions import RedisError
 from rest_framework import exceptions
@@ -22,13 +23,14 @@ from rest_framework.request import Request
 from agents import listeners
 from agents.listeners import Gap, Place, Told
 from agents.models import Run
+from chat.models import fitting, read_contents
 from chat.serializers import message_json, run_json
 from realm.connections import AWAY
 
 logger = logging.getLogger(__name__)
 
 KEEP_ALIVE_SECONDS = 15.0
-# How many turns of a thread are read at a time.
+# How many turns of a thread are read at a time, fewer where they are long.
 TURNS = 50
 END = 1 << 62  # no event has such a number: the place of an attempt's end
 START = Place(0, 0)
@@ -232,11 +234,17 @@ async def thread_events(thread_id: str, after: int) -> AsyncGenerator[bytes]:
 
 def _told_of_thread(thread_id: str, after: int) -> tuple[bytes, int]:
     """The next frames after the number `after`, and the number of the last of them."""
-    runs = (
+    size = Length("message__content") + Coalesce(Length("answer__content"), 0)
+    runs: list[Any] = list(
         Run.objects.filter(thread_id=thread_id, position__gte=after - after % 2)
         .select_related("message", "answer")
+        .annotate(size=size)
+        .defer("message__content", "answer__content")
         .order_by("position")[:TURNS]
     )
+    runs = runs[: fitting(run.size for run in runs)]
+    said = (message for run in runs for message in (run.message, run.answer) if message)
+    read_contents(said)
     frames: list[bytes] = []
     for number, kind, data in _numbered(runs):
         if number <= after:

@@ -12,7 +12,7 @@ from redis import Redis
 from agents import runs
 from agents.models import Run, Step, Worker
 from chat.markdown import to_html
-from chat.models import Thread
+from chat.models import Message, Thread
 from console.models import AuditEntry
 from realm.models import User
 from tests.factories import ask, conversation
@@ -202,8 +202,22 @@ class TestAConversation:
         thread = conversation(40, thread=Thread.objects.create(owner=alice))
         for run in Run.objects.all():
             Step.objects.create(run=run, attempt=1, kind="model", name="m", duration_ms=1)
-        with django_assert_max_num_queries(8):
+        with django_assert_max_num_queries(9):
             browser.get(f"/threads/{thread.pk}")
+
+    def test_of_long_turns_fewer_are_shown_and_none_is_lost(
+        self, browser: Client, alice: User
+    ) -> None:
+        thread = conversation(5, thread=Thread.objects.create(owner=alice))
+        Message.objects.filter(thread=thread, role="assistant").update(content="x " * 800_000)
+        path: str | None = f"/threads/{thread.pk}"
+        seen: list[list[str]] = []
+        while path:
+            page = browser.get(path)
+            seen.insert(0, re.findall(r"<p>(question \d)</p>", page.text))
+            more = re.search(r'id="earlier"[^>]* href="([^"]+)"', page.text)
+            path = f"/threads/{thread.pk}{more[1]}" if more else None
+        assert [len(page) for page in seen] == [1, 2, 2]
 
     @pytest.mark.parametrize("value", ["x", "-1", "1.5", "²", "9" * 20])
     def test_a_place_that_is_none_is_not_there(

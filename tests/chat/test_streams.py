@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import gc
 import json
+import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -469,6 +470,21 @@ def test_a_thread_is_told_in_the_order_of_the_conversation(model: FakeLLM) -> No
     go(scene())
 
 
+def test_of_a_thread_of_long_turns_few_are_read_at_a_time() -> None:
+    thread = conversation(5)
+    Message.objects.filter(thread=thread, role="assistant").update(content="x" * 1_500_000)
+    after, sizes, numbers = 0, [], []
+    while True:
+        frames, reached = streams._told_of_thread(thread.pk, after)
+        if not frames:
+            break
+        sizes.append(len(frames) // 3_000_000)  # the message, and the output of its run
+        numbers += re.findall(rb"id: (\d+)", frames)
+        after = reached
+    assert sizes == [2, 2, 1]
+    assert numbers == [str(number).encode() for number in range(1, 11)]
+
+
 def test_a_thread_says_what_was_deleted() -> None:
     thread = conversation(3)
     Message.objects.get(thread=thread, position=2).delete()
@@ -515,9 +531,9 @@ class TestRoom:
     """Each open stream takes memory: there is an end to how many are open."""
 
     @pytest.fixture(autouse=True)
-    def _nobody_is_seated(self) -> Iterator[None]:
-        gc.collect()
-        assert not streams.seats._taken
+    def _nobody_is_seated(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+        # Of other tests somebody may hold a response still.
+        monkeypatch.setattr(streams, "seats", streams.Seats())
         yield
         gc.collect()
         assert not streams.seats._taken
