@@ -80,10 +80,16 @@ def _start(thread: Thread, end: int) -> int:
     """Where a part begins that ends before `end`: PAGE turns earlier, fewer where they are long."""
     start = max(end - PAGE, 0)
     said = Message.objects.filter(thread=thread, position__gte=2 * start, position__lt=2 * end)
-    sizes = [0] * (end - start)
-    for position, size in said.values_list("position", Length("content")):
-        sizes[position // 2 - start] += size
-    return max(start, end - fitting(reversed(sizes)))
+    sizes = dict(said.values_list("position", Length("content")))
+    unanswered = [2 * turn for turn in range(start, end) if 2 * turn + 1 not in sizes]
+    if unanswered:
+        partial = Step.objects.filter(
+            run__thread=thread, run__position__in=unanswered, run__status=Run.Status.CANCELLED
+        )
+        for position, size in partial.values_list("run__position", Length("output")):
+            sizes[position + 1] = max(size, sizes.get(position + 1, 0))
+    of_turns = [sizes.get(2 * turn, 0) + sizes.get(2 * turn + 1, 0) for turn in range(start, end)]
+    return max(start, end - fitting(reversed(of_turns)))
 
 
 def turn_of(run: Run) -> Turn:

@@ -379,7 +379,11 @@ OPERATIONS: dict[tuple[str, str], Schema] = {
         404,
         parameters=[
             THREAD_PATH,
-            query("limit", "How many.", {"type": "integer", "minimum": 1, "maximum": MAX_PAGE}),
+            query(
+                "limit",
+                "How many at the most: fewer where they are long.",
+                {"type": "integer", "minimum": 1, "maximum": MAX_PAGE},
+            ),
             query("before", "A message: those before it.", text(format="uuid")),
         ],
     ),

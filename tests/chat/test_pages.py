@@ -205,11 +205,23 @@ class TestAConversation:
         with django_assert_max_num_queries(9):
             browser.get(f"/threads/{thread.pk}")
 
+    @pytest.mark.parametrize("cancelled", [False, True])
     def test_of_long_turns_fewer_are_shown_and_none_is_lost(
-        self, browser: Client, alice: User
+        self, browser: Client, alice: User, cancelled: bool
     ) -> None:
         thread = conversation(5, thread=Thread.objects.create(owner=alice))
         Message.objects.filter(thread=thread, role="assistant").update(content="x " * 800_000)
+        if cancelled:  # what they had said by then is shown
+            for run in Run.objects.all():
+                step = {
+                    "kind": "model",
+                    "name": "m",
+                    "duration_ms": 1,
+                    "output": run.answer.content,
+                }
+                Step.objects.create(run=run, attempt=run.attempt, **step)
+            Run.objects.update(status="cancelled", answer=None)
+            Message.objects.filter(thread=thread, role="assistant").delete()
         path: str | None = f"/threads/{thread.pk}"
         seen: list[list[str]] = []
         while path:
@@ -217,6 +229,7 @@ class TestAConversation:
             seen.insert(0, re.findall(r"<p>(question \d)</p>", page.text))
             more = re.search(r'id="earlier"[^>]* href="([^"]+)"', page.text)
             path = f"/threads/{thread.pk}{more[1]}" if more else None
+            assert page.text.count("x x x ") // 266_000 == len(seen[0])
         assert [len(page) for page in seen] == [1, 2, 2]
 
     @pytest.mark.parametrize("value", ["x", "-1", "1.5", "²", "9" * 20])
