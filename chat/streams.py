@@ -64,29 +64,26 @@ class Seats:
     def __init__(self) -> None:
         # Seats are given back by the garbage collector too, in whatever it interrupts.
         self._lock = threading.RLock()
-        self._taken: Counter[str] = Counter()
+        self.taken: Counter[str] = Counter()
 
     def take(self, caller: str) -> None:
         """Raises `TooManyStreams`."""
         most = settings.CHAT_MAX_STREAMS_PER_USER
         with self._lock:
-            if self._taken.total() >= settings.CHAT_MAX_STREAMS:
+            if self.taken.total() >= settings.CHAT_MAX_STREAMS:
                 raise Full("Too many streams are open here. Try again, or ask for the run itself.")
-            if most and self._taken[caller] >= most:
+            if most and self.taken[caller] >= most:
                 raise TooManyOfOne(
                     f"You have {most} streams open here, and no more may be. Close one, or ask for the "
                     "run itself. An operator can raise it: CHAT_MAX_STREAMS_PER_USER."
                 )
-            self._taken[caller] += 1
+            self.taken[caller] += 1
 
     def give_back(self, caller: str) -> None:
         with self._lock:
-            self._taken[caller] -= 1
-            if not self._taken[caller]:
-                del self._taken[caller]
-
-    def of(self, caller: str) -> int:
-        return self._taken.get(caller, 0)
+            self.taken[caller] -= 1
+            if not self.taken[caller]:
+                del self.taken[caller]
 
 
 seats = Seats()

@@ -536,7 +536,7 @@ class TestRoom:
         monkeypatch.setattr(streams, "seats", streams.Seats())
         yield
         gc.collect()
-        assert not streams.seats._taken
+        assert not streams.seats.taken
 
     def test_one_user_cannot_take_the_streams_of_all(self, settings: Any) -> None:
         settings.CHAT_MAX_STREAMS_PER_USER = 2
@@ -571,7 +571,7 @@ class TestRoom:
                     async with request(of_run, **others) as other:
                         await other.event()
                         assert other.status == 200
-            await until(lambda: not streams.seats._taken)
+            await until(lambda: not streams.seats.taken)
             async with request(of_run, **alice) as again:
                 await again.event()
                 assert again.status == 200
@@ -613,7 +613,7 @@ class TestRoom:
     def test_zero_is_no_limit(self, settings: Any) -> None:
         settings.CHAT_MAX_STREAMS_PER_USER = 0
         seated = [streams.Seat("user:1") for _ in range(200)]
-        assert streams.seats.of("user:1") == len(seated)
+        assert streams.seats.taken["user:1"] == len(seated)
 
     def test_a_stream_that_nobody_reads_keeps_no_seat(self) -> None:
         """HEAD, and a client that has left before the first frame."""
@@ -625,7 +625,7 @@ class TestRoom:
 
         go(scene())
         gc.collect()
-        assert not streams.seats._taken
+        assert not streams.seats.taken
 
     def test_beyond_it_streams_are_refused_and_nothing_is_asked(self, settings: Any) -> None:
         settings.CHAT_MAX_STREAMS = 1
@@ -644,7 +644,7 @@ class TestRoom:
                 async with request("/api/chat/messages", "POST", question, **accept) as asked:
                     await asked.begun()
                     assert asked.status == 503
-            await until(lambda: listeners.listening() == 0)
+            await until(lambda: not streams.seats.taken)
             async with request(f"/api/chat/runs/{run.pk}/events") as again:
                 await again.event()
                 assert again.status == 200
