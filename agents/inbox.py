@@ -16,7 +16,7 @@ from django.db.models import F
 from django.db.models.functions import Now
 from django.utils import timezone
 
-from agents import lifecycle, limits, runs, stream
+from agents import lifecycle, limits, refusals, runs, stream
 from agents.models import CHAT_REPLY, Event, IdempotencyKey, Run, new_run_id
 from chat.models import CHOSEN_ID, Message, Thread, ThreadQuerySet, new_thread_id
 from realm import tracing
@@ -188,7 +188,7 @@ def ask(
             return earlier
         raise
     except limits.Reached as reached:
-        limits.refused.send(ask, code=reached.code)
+        _count(source, reached)
         raise Limited(reached) from None
     return asked
 
@@ -205,7 +205,7 @@ def ask_again(run: Run) -> bool:
                 transaction.set_rollback(True)
                 return False
     except limits.Reached as reached:
-        limits.refused.send(ask_again, code=reached.code)
+        _count(run.source, reached)
         raise Limited(reached) from None
     return True
 
@@ -221,6 +221,11 @@ def amend(run_id: str, *, content: str) -> bool:
             return False
         Message.objects.filter(run=run_id).update(content=content)
     return True
+
+
+def _count(source: str, reached: limits.Reached) -> None:
+    # Where it is part of a transaction that is repeated, it is a refusal once.
+    transaction.on_commit(partial(refusals.count, str(source), reached.code), robust=True)
 
 
 def _admit(asker: str, place: str, command: str, model: str, content: str) -> None:

@@ -19,7 +19,6 @@ from django.conf import settings
 from django.db import connection, transaction
 from django.db.models import BigIntegerField, Count, F, Q
 from django.db.models.expressions import RawSQL
-from django.dispatch import Signal
 from django.utils import timezone
 
 from agents import llm, prices
@@ -43,9 +42,6 @@ USUAL_OUTPUT_TOKENS = 4096
 BYTES_PER_TOKEN = 3
 PACE_MEMORY = timedelta(days=1)
 SPENDING_MEMORY = timedelta(days=40)
-
-# Sent with `code` by whoever refuses something here.
-refused = Signal()
 
 
 class Reached(Exception):

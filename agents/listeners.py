@@ -138,15 +138,6 @@ class Listener:
         self._news.set()
 
 
-# Those of all event loops: the process has one, but for tests.
-_listening: set[Any] = set()
-
-
-def listening() -> int:
-    """How many listen in this process."""
-    return len(_listening)
-
-
 class Hub:
     """The listeners of one event loop."""
 
@@ -192,13 +183,11 @@ class Hub:
     @contextmanager
     def _kept(self, table: dict[str, set[Any]], key: str, who: Any) -> Iterator[None]:
         table[key].add(who)
-        _listening.add(who)
         if self._task is None:
             self._task = asyncio.create_task(self._listen())
         try:
             yield
         finally:
-            _listening.discard(who)
             table[key].discard(who)
             if not table[key]:
                 del table[key]

@@ -7,7 +7,7 @@ here is added again (agents.runtime).
 import functools
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -180,6 +180,22 @@ def shout(channel: str, message: bytes) -> None:
     except RedisError as error:
         _breaker.trip()
         logger.info("Redis is away (%s): nobody hears on %s", type(error).__name__, channel)
+
+
+def add_up(key: str, numbers: Mapping[str, int]) -> bool:
+    """Add to the numbers of a hash. False when Redis did not take them, as far as is known."""
+    if _breaker.open():
+        return False
+    try:
+        with _publisher().pipeline(transaction=True) as pipe:
+            for name, number in numbers.items():
+                pipe.hincrby(key, name, number)
+            pipe.execute()
+    except RedisError as error:
+        _breaker.trip()
+        logger.info("Redis is away (%s): %s is added up later", type(error).__name__, key)
+        return False
+    return True
 
 
 def _outcome_channel(run_id: str) -> str:

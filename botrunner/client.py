@@ -40,6 +40,9 @@ API = "/_matrix/client/v3"
 DEVICE_NAME = "Botrealm"
 REQUEST_SECONDS = 30
 MAX_RETRY_AFTER_SECONDS = 15 * 60
+# Many times what a homeserver has to say at once; more is not kept in memory, whoever it comes from.
+MAX_ANSWER_BYTES = 64 * 1024 * 1024
+CHUNK_BYTES = 64 * 1024
 # What nio raises for an event that its sender made up: the checks of it do not cover all.
 UNREADABLE = (AssertionError, AttributeError, KeyError, TypeError, ValueError, RecursionError)
 
@@ -70,6 +73,20 @@ class MatrixError(Exception):
 
 class TokenRefused(MatrixError):
     """The access token is no longer good: log in again."""
+
+
+class TooLong(MatrixError):
+    """The answer has more than `MAX_ANSWER_BYTES`; what follows was not read. So has the next, as far
+    as anybody can tell."""
+
+    @property
+    def permanent(self) -> bool:
+        return True
+
+    def __init__(self, path: str, status: int) -> None:
+        most = MAX_ANSWER_BYTES // 1024**2
+        message = f"The homeserver's answer to {path} is longer than {most} MiB."
+        super().__init__("TOO_LONG", message, status=status)
 
 
 class LoginRefused(MatrixError):
@@ -103,6 +120,14 @@ class News:
 
 class Client(AsyncClient):
     """What one event has in it must not stop the bot for good: it would be shown it once more."""
+
+    async def parse_body(self, transport_response: aiohttp.ClientResponse) -> dict[Any, Any]:
+        """What nio is told of an answer; nothing of one that is no JSON. Raises `TooLong`."""
+        try:
+            told: dict[Any, Any] = orjson.loads(await _body(transport_response))
+        except orjson.JSONDecodeError:
+            return {}
+        return told
 
     def _handle_timeline_event(self, event: Any, room_id: str, *rest: Any) -> Any:
         try:
@@ -379,7 +404,7 @@ class Homeserver:
         limit = aiohttp.ClientTimeout(total=seconds)
         try:
             async with await self.nio.send(method, path, data, headers, timeout=limit) as answer:
-                text = await answer.read()
+                text = await _body(answer)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise MatrixError("UNREACHABLE", _words(error)) from error
         try:
@@ -426,6 +451,18 @@ class Homeserver:
             self.token_refused.set()
             return TokenRefused(code, message, status=status, retry_after=wait)
         return MatrixError(code, message, status=status, retry_after=wait, session=session)
+
+
+async def _body(answer: aiohttp.ClientResponse) -> bytes:
+    """The whole of it, decompressed. Raises `TooLong`."""
+    pieces, size = [], 0
+    async for piece in answer.content.iter_chunked(CHUNK_BYTES):
+        size += len(piece)
+        if size > MAX_ANSWER_BYTES:
+            answer.close()
+            raise TooLong(answer.url.path, answer.status)
+        pieces.append(piece)
+    return b"".join(pieces)
 
 
 def _words(error: BaseException) -> str:

@@ -10,7 +10,9 @@ from rest_framework.views import APIView
 
 from agents import inbox
 from chat.models import Thread, ThreadQuerySet
+from console.audit import client_ip
 from realm.models import User
+from realm.throttles import network
 
 
 class MayChat(BasePermission):
@@ -50,6 +52,13 @@ class CallersView(APIView):
     @property
     def caller(self) -> User | None:
         return self.request.user if self.request.user.is_authenticated else None
+
+    @property
+    def whose_streams(self) -> str:
+        """For `streams.Seat`: those who do not sign in are told apart by where they come from."""
+        if self.caller:
+            return f"user:{self.caller.pk}"
+        return f"network:{network(client_ip(self.request))}"
 
     def threads(self) -> ThreadQuerySet:
         return Thread.objects.open_to(self.caller)

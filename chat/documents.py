@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 from django.db.models import F, Model, QuerySet
-from django.db.models.functions import Coalesce
+from django.db.models.functions import Coalesce, Length
 from rest_framework.fields import SkipField
 from rest_framework.relations import PKOnlyObject
 from rest_framework_json_api import serializers
@@ -18,7 +18,7 @@ from rest_framework_json_api.utils import format_field_name, get_serializer_fiel
 from agents import inbox
 from agents.models import Run
 from chat.keyset import Order
-from chat.models import CHOSEN_ID, Message, Thread, ThreadQuerySet
+from chat.models import CHOSEN_ID, Message, Thread, ThreadQuerySet, fitting, read_contents
 from chat.serializers import PolicyField, WholeField, usage_json
 from realm.jsonapi import Conflict, JSONAPIRenderer, Malformed, StringField
 
@@ -63,7 +63,8 @@ class ToOne(Relationship):
 
 
 class OfThread(Relationship):
-    """To what stands in a thread: of the last turns where it is included, in their order."""
+    """To what stands in a thread: of the last turns where it is included, in their order; fewer of it
+    where it is long."""
 
     def get_attribute(self, instance: Any) -> Any:
         included = getattr(instance, "included", {})
@@ -75,17 +76,19 @@ class OfThread(Relationship):
         return [{"type": self.kind, "id": str(row.pk)} for row in value]
 
     def load(self, rows: list[Any], others: QuerySet[Any], known: "Known") -> list[Any]:
-        found = known.add(
-            others.filter(
-                thread__in=[row.pk for row in rows],
-                position__gte=2 * (F("thread__turns") - NEWEST_TURNS),
-            ).order_by("position")
-        )
+        newest_first = others.filter(
+            thread__in=[row.pk for row in rows],
+            position__gte=2 * (F("thread__turns") - NEWEST_TURNS),
+        ).order_by("-position")
         of_thread = defaultdict(list)
-        for other in found:
+        for other in newest_first:
             of_thread[other.thread_id].append(other)
+        found = []
         for row in rows:
-            row.included = getattr(row, "included", {}) | {self.field_name: of_thread[row.pk]}
+            newest = of_thread[row.pk]
+            told = known.add(reversed(newest[: fitting(other.size for other in newest)]))
+            row.included = getattr(row, "included", {}) | {self.field_name: told}
+            found += told
         return found
 
 
@@ -104,7 +107,7 @@ class Known:
 
 class Compound:
     """A document's primary rows and what `include` adds to them: one query for each step of a path,
-    of what may be seen in `threads`."""
+    of what may be seen in `threads`. What was said is left out until `read`."""
 
     def __init__(
         self,
@@ -129,6 +132,17 @@ class Compound:
             self.kinds[target.Meta.model] = target
             found = field.load(rows, target.rows(self.threads), self.known)
             self._load(found, target, [path[1:] for path in paths if path[0] == name and path[1:]])
+
+    @property
+    def size(self) -> int:
+        """How many characters were said in all that it tells."""
+        rows = (row for kind in (Message, Run) for row in self.known.of(kind).values())
+        return sum(row.size for row in rows)
+
+    def read(self) -> None:
+        """Fill in what was said."""
+        answers = [run.answer for run in self.known.of(Run).values() if run.answer]
+        read_contents([*self.known.of(Message).values(), *answers])
 
     @cached_property
     def included(self) -> "list[tuple[type[ResourceSerializer], list[Any]]]":
@@ -210,7 +224,8 @@ class ResourceSerializer(serializers.ModelSerializer):
 
     @classmethod
     def rows(cls, threads: ThreadQuerySet) -> QuerySet[Any]:
-        """What may be told to whom these threads are open, with all that telling it needs."""
+        """What may be told to whom these threads are open, with all that telling it needs but what was
+        said: of that, `size` says how many characters it has."""
         raise NotImplementedError
 
 
@@ -254,8 +269,10 @@ class MessageSerializer(ResourceSerializer):
 
     @classmethod
     def rows(cls, threads: ThreadQuerySet) -> QuerySet[Message]:
-        return Message.objects.filter(thread__in=threads).annotate(
-            run_pk=Coalesce("run__id", "answered_run__id")
+        return (
+            Message.objects.filter(thread__in=threads)
+            .annotate(run_pk=Coalesce("run__id", "answered_run__id"), size=Length("content"))
+            .defer("content")
         )
 
 
@@ -311,7 +328,12 @@ class RunSerializer(ResourceSerializer):
 
     @classmethod
     def rows(cls, threads: ThreadQuerySet) -> QuerySet[Run]:
-        return Run.objects.filter(thread__in=threads).select_related("answer")
+        return (
+            Run.objects.filter(thread__in=threads)
+            .select_related("answer")
+            .annotate(size=Coalesce(Length("answer__content"), 0))
+            .defer("answer__content")
+        )
 
     def get_usage(self, run: Run) -> dict[str, int]:
         return usage_json(run)

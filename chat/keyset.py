@@ -31,9 +31,14 @@ class Page:
 
 
 def cut(
-    rows: QuerySet[Any], query: QueryDict, order: Order, link: Callable[[QueryDict], str]
+    rows: QuerySet[Any],
+    query: QueryDict,
+    order: Order,
+    link: Callable[[QueryDict], str],
+    fitting: Callable[[list[Any]], int] = len,
 ) -> Page:
-    """The page that a query asks for. `link` makes an address of another query. Raises `Malformed`."""
+    """The page that a query asks for. `link` makes an address of another query; `fitting` says how
+    many of the rows there is room for, from the first on. Raises `Malformed`."""
     size = _size(query)
     after, before = (_place(query, f"page[{side}]", rows.model, order) for side in SIDES)
     if after:
@@ -42,7 +47,8 @@ def cut(
         rows = rows.filter(_beyond(_reversed(order), before))
     backwards = before is not None and after is None
     found = list(rows.order_by(*(_reversed(order) if backwards else order))[: size + 1])
-    more, found = len(found) > size, found[:size]
+    shown = fitting(found[:size])
+    more, found = len(found) > shown, found[:shown]
     if backwards:
         found.reverse()
 

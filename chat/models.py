@@ -1,5 +1,6 @@
 import re
 import uuid
+from collections.abc import Iterable
 from itertools import accumulate
 from typing import Any
 
@@ -148,10 +149,25 @@ class Message(models.Model):
         return f"{self.get_role_display()} {self.position} of {self.thread_id}"
 
 
-# A page of messages ends before it has more characters than this, unless it is one message.
+# A page ends before what was said in it has more characters than this, unless it has one row.
 PAGE_CHARACTERS = 4_000_000
 # What is read of each before it is known which have room.
 BEGINNING = 20_000
+
+
+def fitting(sizes: Iterable[int]) -> int:
+    """How many of some rows a page has room for, each with so many characters: at least one."""
+    return max(1, sum(total <= PAGE_CHARACTERS for total in accumulate(sizes)))
+
+
+def read_contents(messages: Iterable[Message]) -> None:
+    """Fill in what was said, where it was left out. One query."""
+    rows = list(messages)
+    keys = {row.pk for row in rows}
+    kept = Message.objects.filter(pk__in=keys).order_by()
+    found = dict(kept.values_list("pk", "content")) if keys else {}
+    for row in rows:
+        row.content = found.get(row.pk, "")  # deleted meanwhile
 
 
 def page_of(messages: models.QuerySet[Message], limit: int) -> tuple[list[Message], bool]:
@@ -161,9 +177,7 @@ def page_of(messages: models.QuerySet[Message], limit: int) -> tuple[list[Messag
     rows: list[Any] = list(
         messages.annotate(size=Length("content"), beginning=beginning).defer("content")[: limit + 1]
     )
-    sums = accumulate(row.size for row in rows)
-    fitting = sum(total <= PAGE_CHARACTERS for total in sums)
-    shown = rows[: min(limit, max(1, fitting))]
+    shown = rows[: min(limit, fitting(row.size for row in rows))]
     long = [row.pk for row in shown if row.size > BEGINNING]
     whole = dict(Message.objects.filter(pk__in=long).values_list("pk", "content")) if long else {}
     for row in shown:

@@ -23,6 +23,7 @@ from chat.documents import (
     Relationship,
     ResourceSerializer,
 )
+from chat.models import PAGE_CHARACTERS, fitting
 from realm.jsonapi import (
     Conflict,
     JSONAPIView,
@@ -65,12 +66,23 @@ class ResourcesView(CallersView, JSONAPIView):
 
     def told(self, row: Any) -> Any:
         self.compound = self._compound([row])
+        self.compound.read()
         return self.get_serializer(row).data
 
     def page(self, rows: QuerySet[Any], order: keyset.Order) -> tuple[Any, dict[str, str | None]]:
-        page = keyset.cut(rows, self.request.query_params, order, self._address)
-        self.compound = self._compound(page.rows)
+        page = keyset.cut(rows, self.request.query_params, order, self._address, self._fitting)
+        if self.compound:
+            self.compound.read()
         return self.get_serializer(page.rows, many=True).data, page.links
+
+    def _fitting(self, rows: list[Any]) -> int:
+        """How many of the rows a page has room for, with what `include` adds to them: at least one."""
+        count = fitting(getattr(row, "size", 0) for row in rows)
+        while True:
+            self.compound = self._compound(rows[:count])
+            if count == 1 or self.compound.size <= PAGE_CHARACTERS:
+                return count
+            count //= 2
 
     def _address(self, query: QueryDict) -> str:
         return f"{self.request.path}?{query.urlencode()}"

@@ -4,12 +4,17 @@ asked in threads, a unit at a time."""
 import asyncio
 import logging
 import re
-from collections.abc import AsyncIterator, Callable, Iterator
+import threading
+import weakref
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import aclosing
 from typing import Any, ParamSpec, TypeVar
 
 import orjson
 from django.conf import settings
 from django.db import close_old_connections
+from django.db.models.functions import Coalesce, Length
 from django.http import StreamingHttpResponse
 from redis.exceptions import RedisError
 from rest_framework import exceptions
@@ -18,13 +23,14 @@ from rest_framework.request import Request
 from agents import listeners
 from agents.listeners import Gap, Place, Told
 from agents.models import Run
+from chat.models import fitting, read_contents
 from chat.serializers import message_json, run_json
 from realm.connections import AWAY
 
 logger = logging.getLogger(__name__)
 
 KEEP_ALIVE_SECONDS = 15.0
-# How many turns of a thread are read at a time.
+# How many turns of a thread are read at a time, fewer where they are long.
 TURNS = 50
 END = 1 << 62  # no event has such a number: the place of an attempt's end
 START = Place(0, 0)
@@ -37,27 +43,65 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class TooManyStreams(exceptions.APIException):
-    """503, with `Retry-After`: each stream takes memory for as long as it is open."""
+class TooManyStreams(Exception):
+    """Each stream takes memory for as long as it is open."""
 
-    status_code = 503
-    default_detail = "Too many streams are open here. Please try again, or ask for the run itself."
-    wait = 5
+    code = "too_many_streams"
+    retry_after = 5
 
 
-def check_room() -> None:
-    """Raises `TooManyStreams`."""
-    if listeners.listening() >= settings.CHAT_MAX_STREAMS:
-        raise TooManyStreams
+class Full(TooManyStreams):
+    """The process has as many as it may."""
+
+
+class TooManyOfOne(TooManyStreams):
+    """One caller has as many of them as they may."""
+
+
+class Seats:
+    """Who has how many streams in this process, those that have yet to begin included."""
+
+    def __init__(self) -> None:
+        # Seats are given back by the garbage collector too, in whatever it interrupts.
+        self._lock = threading.RLock()
+        self.taken: Counter[str] = Counter()
+
+    def take(self, caller: str) -> None:
+        """Raises `TooManyStreams`."""
+        most = settings.CHAT_MAX_STREAMS_PER_USER
+        with self._lock:
+            if self.taken.total() >= settings.CHAT_MAX_STREAMS:
+                raise Full("Too many streams are open here. Try again, or ask for the run itself.")
+            if most and self.taken[caller] >= most:
+                raise TooManyOfOne(
+                    f"You have {most} streams open here, and no more may be. Close one, or ask for the "
+                    "run itself. An operator can raise it: CHAT_MAX_STREAMS_PER_USER."
+                )
+            self.taken[caller] += 1
+
+    def give_back(self, caller: str) -> None:
+        with self._lock:
+            self.taken[caller] -= 1
+            if not self.taken[caller]:
+                del self.taken[caller]
+
+
+seats = Seats()
+
+
+class Seat:
+    """What a stream takes, until it is left or has been forgotten: a client may be gone before the
+    first frame. Raises `TooManyStreams`."""
+
+    def __init__(self, caller: str) -> None:
+        seats.take(caller)
+        self.leave = weakref.finalize(self, seats.give_back, caller)
 
 
 class EventStream(StreamingHttpResponse):
-    """Raises `TooManyStreams`."""
-
-    def __init__(self, frames: AsyncIterator[bytes], **headers: str) -> None:
-        check_room()
+    def __init__(self, frames: AsyncGenerator[bytes], seat: Seat, **headers: str) -> None:
         super().__init__(
-            frames,
+            _seated(frames, seat),
             content_type="text/event-stream",
             headers={
                 "Cache-Control": "no-cache, no-transform",
@@ -66,6 +110,15 @@ class EventStream(StreamingHttpResponse):
                 **headers,
             },
         )
+
+
+async def _seated(frames: AsyncGenerator[bytes], seat: Seat) -> AsyncGenerator[bytes]:
+    try:
+        async with aclosing(frames):
+            async for frame in frames:
+                yield frame
+    finally:
+        seat.leave()
 
 
 def wants_stream(request: Request) -> bool:
@@ -111,7 +164,7 @@ def _after(request: Request) -> str:
 
 async def run_events(
     run: Run, after: Place | None, accepted: dict[str, Any] | None = None
-) -> AsyncIterator[bytes]:
+) -> AsyncGenerator[bytes]:
     """What a run tells, from after `after` on, up to its outcome. `accepted`: what is told first."""
     yield RETRY
     if accepted:
@@ -157,7 +210,7 @@ async def _remembers(hub: listeners.Hub, run_id: str) -> bool:
         return False
 
 
-async def thread_events(thread_id: str, after: int) -> AsyncIterator[bytes]:
+async def thread_events(thread_id: str, after: int) -> AsyncGenerator[bytes]:
     """What happens in a thread, for as long as the client stays. Numbers count the questions and
     outcomes in the order of the conversation: 2n+1 is the question of turn n, 2n+2 its outcome."""
     yield RETRY
@@ -178,11 +231,17 @@ async def thread_events(thread_id: str, after: int) -> AsyncIterator[bytes]:
 
 def _told_of_thread(thread_id: str, after: int) -> tuple[bytes, int]:
     """The next frames after the number `after`, and the number of the last of them."""
-    runs = (
+    size = Length("message__content") + Coalesce(Length("answer__content"), 0)
+    runs: list[Any] = list(
         Run.objects.filter(thread_id=thread_id, position__gte=after - after % 2)
         .select_related("message", "answer")
+        .annotate(size=size)
+        .defer("message__content", "answer__content")
         .order_by("position")[:TURNS]
     )
+    runs = runs[: fitting(run.size for run in runs)]
+    said = (message for run in runs for message in (run.message, run.answer) if message)
+    read_contents(said)
     frames: list[bytes] = []
     for number, kind, data in _numbered(runs):
         if number <= after:

@@ -6,12 +6,13 @@ from datetime import timedelta
 
 from django.conf import settings
 from django.db.models import F
+from django.db.models.functions import Length
 from django.utils import timezone
 from redis.exceptions import RedisError
 
 from agents import stream
 from agents.models import Attempt, Run, Step, Worker
-from chat.models import Message, Thread
+from chat.models import Message, Thread, fitting
 
 PAGE = 20
 
@@ -70,9 +71,25 @@ class Part:
 def part(thread: Thread, *, before: int | None = None) -> Part:
     """The turns before the turn `before`; the latest ones by default."""
     end = thread.turns if before is None else min(before, thread.turns)
-    start = max(end - PAGE, 0)
+    start = _start(thread, end)
     turns = _turns(thread, start, end)
     return Part(turns=turns, earlier=start if start else None)
+
+
+def _start(thread: Thread, end: int) -> int:
+    """Where a part begins that ends before `end`: PAGE turns earlier, fewer where they are long."""
+    start = max(end - PAGE, 0)
+    said = Message.objects.filter(thread=thread, position__gte=2 * start, position__lt=2 * end)
+    sizes = dict(said.values_list("position", Length("content")))
+    unanswered = [2 * turn for turn in range(start, end) if 2 * turn + 1 not in sizes]
+    if unanswered:
+        partial = Step.objects.filter(
+            run__thread=thread, run__position__in=unanswered, run__status=Run.Status.CANCELLED
+        )
+        for position, size in partial.values_list("run__position", Length("output")):
+            sizes[position + 1] = max(size, sizes.get(position + 1, 0))
+    of_turns = [sizes.get(2 * turn, 0) + sizes.get(2 * turn + 1, 0) for turn in range(start, end)]
+    return max(start, end - fitting(reversed(of_turns)))
 
 
 def turn_of(run: Run) -> Turn:

@@ -43,6 +43,8 @@ class ChatView(CallersView, PlainAPIView):
         inbox.Busy: 409,
         Run.DoesNotExist: 404,  # deleted by another request just now
         inbox.Limited: 429,
+        streams.TooManyOfOne: 429,
+        streams.Full: 503,
     }
 
     def thread(self, thread_id: str) -> Thread:
@@ -71,8 +73,8 @@ class MessagesView(ChatView):
         with its stream where that is what the client accepts."""
         question = AskSerializer(data=request.data)
         question.is_valid(raise_exception=True)
-        if streams.wants_stream(request):
-            streams.check_room()  # before anything is accepted
+        # Before anything is accepted.
+        seat = streams.Seat(self.whose_streams) if streams.wants_stream(request) else None
         accepted = inbox.ask(
             **question.validated_data,
             source=Run.Source.HTTP,
@@ -83,8 +85,8 @@ class MessagesView(ChatView):
         headers = {"Location": f"/api/chat/runs/{accepted.run_id}"}
         if accepted.repeated:
             headers["Idempotency-Replayed"] = "true"
-        if streams.wants_stream(request):
-            return self._stream(accepted, headers)
+        if seat:
+            return self._stream(accepted, seat, headers)
         seconds = _seconds_to_wait(request)
         run = self._outcome(accepted.run_id, seconds) if seconds else None
         told = accepted_json(accepted)
@@ -94,11 +96,13 @@ class MessagesView(ChatView):
             return Response(told, headers=headers)
         return Response(told, status=202, headers=headers)
 
-    def _stream(self, accepted: inbox.Accepted, headers: dict[str, str]) -> HttpResponseBase:
+    def _stream(
+        self, accepted: inbox.Accepted, seat: streams.Seat, headers: dict[str, str]
+    ) -> HttpResponseBase:
         # A repeat may be of a run that is long gone.
         run = self.run(accepted.run_id)
         frames = streams.run_events(run, None, accepted_json(accepted))
-        return streams.EventStream(frames, **headers)
+        return streams.EventStream(frames, seat, **headers)
 
     def _outcome(self, run_id: str, seconds: int) -> Run | None:
         """The run, if it has ended within `seconds`."""
@@ -183,7 +187,8 @@ class RunEventsView(ChatView):
             raise exceptions.NotFound("The run has no such event.")
         if after == (run.attempt, streams.END) and run.is_finished:
             return HttpResponse(status=204)
-        return streams.EventStream(streams.run_events(run, after))
+        seat = streams.Seat(self.whose_streams)
+        return streams.EventStream(streams.run_events(run, after), seat)
 
 
 class RunCancelView(ChatView):
@@ -208,7 +213,8 @@ class ThreadEventsView(ChatView):
         """What happens in the thread, as server-sent events, for as long as the client stays."""
         thread = get_object_or_404(self.threads(), pk=thread_id)
         number = streams.number_asked(request)
-        return streams.EventStream(streams.thread_events(thread.pk, number))
+        seat = streams.Seat(self.whose_streams)
+        return streams.EventStream(streams.thread_events(thread.pk, number), seat)
 
 
 class ModelsView(ChatView):

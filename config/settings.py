@@ -231,6 +231,7 @@ for _name, _model in [
 CHAT_MEMORY_RECENT_MESSAGES = env.integer("CHAT_MEMORY_RECENT_MESSAGES", 8, least=1, most=1000)
 CHAT_MAX_WAIT_SECONDS = env.integer("CHAT_MAX_WAIT_SECONDS", 60)
 CHAT_MAX_STREAMS = env.integer("CHAT_MAX_STREAMS", 5000, least=1)  # of a web process
+CHAT_MAX_STREAMS_PER_USER = env.integer("CHAT_MAX_STREAMS_PER_USER", 50)  # of these; 0: no limit
 CHAT_WHEN_BUSY = env.choice(
     "CHAT_WHEN_BUSY", "enqueue", ("enqueue", "merge", "reject", "interrupt")
 )

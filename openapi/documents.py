@@ -249,7 +249,7 @@ class Documents(JsonApiAutoSchema):
 
     def _page_parameters(self) -> Iterator[Schema]:
         size = {"type": "integer", "minimum": 1, "maximum": keyset.MAX_SIZE, "default": keyset.SIZE}
-        yield query("page[size]", "How many.", size)
+        yield query("page[size]", "How many at the most: fewer where they are long.", size)
         of_messages = self.view.serializer_class.Meta.resource_name == "messages"
         row = r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}" if of_messages else "[A-Za-z0-9_-]{1,64}"
         for side in keyset.SIDES:

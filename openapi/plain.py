@@ -379,7 +379,11 @@ OPERATIONS: dict[tuple[str, str], Schema] = {
         404,
         parameters=[
             THREAD_PATH,
-            query("limit", "How many.", {"type": "integer", "minimum": 1, "maximum": MAX_PAGE}),
+            query(
+                "limit",
+                "How many at the most: fewer where they are long.",
+                {"type": "integer", "minimum": 1, "maximum": MAX_PAGE},
+            ),
             query("before", "A message: those before it.", text(format="uuid")),
         ],
     ),
@@ -393,6 +397,7 @@ OPERATIONS: dict[tuple[str, str], Schema] = {
         },
         400,
         404,
+        429,
         parameters=[
             THREAD_PATH,
             query("after", "The number of the last event seen.", text(pattern="^[0-9]{0,9}$")),
@@ -415,6 +420,7 @@ OPERATIONS: dict[tuple[str, str], Schema] = {
         },
         400,
         404,
+        429,
         parameters=[
             RUN_PATH,
             query("after", "The id of the last event seen.", text(pattern=RUN_EVENT)),

@@ -2,7 +2,8 @@
 
 HTTP is counted in the process that serves it; the processes of a web server add up in
 PROMETHEUS_MULTIPROC_DIR. Everything else is read from the database and Redis when it is asked for, so
-it is right however many processes and hosts there are: each web process tells the same.
+it is right however many processes and hosts there are, and whatever they do: each web process tells the
+same.
 
 What has ended is read from the rollups (agents.rollups), so a scrape costs the same however many runs
 there were. A counter of theirs holds what ended since midnight UTC and then starts anew, which
@@ -41,7 +42,7 @@ from prometheus_client.core import (
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
-from agents import limits, prices, rollups, stream
+from agents import prices, refusals, rollups, stream
 from agents.models import Attempt, Rollup, Run
 from botrunner.models import Reply
 from hooks.models import Delivery
@@ -65,18 +66,6 @@ HTTP_SECONDS = Histogram(
     ["method", "route"],
     buckets=HTTP_BOUNDS,
 )
-
-
-REFUSALS = Counter(
-    "botrealm_refusals", "Questions refused over HTTP because a limit was reached.", ["code"]
-)
-
-
-def observe_refusal(sender: Any, code: str, **_: Any) -> None:
-    REFUSALS.labels(code).inc()
-
-
-limits.refused.connect(observe_refusal)
 
 
 def observe_request(method: str, route: str, status: int, seconds: float) -> None:
@@ -280,6 +269,14 @@ def _gauges_of_database() -> Iterator[Metric]:
 
 
 def _from_redis() -> Iterator[Metric]:
+    known = {(source, code): 0 for source in Run.Source.values for code in refusals.CODES}
+    found = refusals.counted()
+    yield _counters(
+        "botrealm_refusals",
+        "Questions refused because a limit was reached; those of the stream at each try.",
+        ["source", "code"],
+        {labels: found.get(labels, 0) for labels in known},
+    )
     figures = stream.figures()
     yield _gauge("botrealm_stream_entries", "Entries on the event stream.", figures.length)
     yield _gauge("botrealm_dead_letters", "Entries that no worker could use.", figures.dead)

@@ -1,17 +1,21 @@
 """The bot's own loop. Without a homeserver."""
 
 import asyncio
+import itertools
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
 from asgiref.sync import async_to_sync
 from django.db import OperationalError, connections
 
 from agents import inbox
 from agents.models import Run
-from botrunner import acting, timeline
+from botrunner import acting, client, timeline
+from botrunner import bot as loop
 from botrunner.bot import Bot
 from botrunner.models import RoomEvent, Session
 from botrunner.timeline import Batch, RoomNews
@@ -32,6 +36,58 @@ def test_who_does_not_stream_has_no_reader_of_what_runs_tell(
         return bot
 
     assert bool(asyncio.run(scene()).drafts) == streams
+
+
+@pytest.mark.django_db(transaction=True)
+def test_a_first_sync_that_is_too_long_is_said_once_and_asked_for_again(
+    settings: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    settings.BOT_RUNNER_STORE = tmp_path
+    monkeypatch.setattr(client, "MAX_ANSWER_BYTES", 1024 * 1024)
+    monkeypatch.setattr(loop, "MAX_PAUSE_SECONDS", 0.01)
+    row = session()
+    row.since = ""
+    row.save(update_fields=["since"])
+    asked = itertools.count(1)
+
+    async def scene() -> None:
+        stopping = asyncio.Event()
+
+        async def sync(request: web.Request) -> web.Response:
+            assert "since" not in request.query
+            is_long = next(asked) <= 3
+            return web.json_response({"next_batch": "s1", "x": "x" * (is_long * 2 * 1024 * 1024)})
+
+        async def keys(request: web.Request) -> web.Response:
+            return web.json_response({"one_time_key_counts": {"signed_curve25519": 50}})
+
+        async def heard() -> None:
+            while not row.since:
+                await asyncio.sleep(0.01)
+            stopping.set()
+
+        app = web.Application()
+        app.router.add_get("/_matrix/client/v3/sync", sync)
+        app.router.add_post("/_matrix/client/v3/keys/upload", keys)
+        async with TestServer(app) as server:
+            settings.MATRIX_URL = str(server.make_url("/")).rstrip("/")
+            bot = Bot(row, HOLDER, stopping)
+            bot.homeserver.nio.restore_login(ME, "DEVICE", "token")
+            async with asyncio.timeout(30):
+                await asyncio.gather(bot._repeat("sync", bot.sync, 0), heard())
+            await bot.homeserver.close()
+
+    with caplog.at_level("INFO"):
+        async_to_sync(scene)()
+    said = [record.getMessage() for record in caplog.records if record.name == "botrunner.bot"]
+    assert [line for line in said if "longer than 1 MiB" in line] == [
+        "The sync has to wait: TOO_LONG: The homeserver's answer to /_matrix/client/v3/sync is longer "
+        "than 1 MiB."
+    ]
+    assert "The sync works again" in said
+    row.refresh_from_db()
+    assert (row.since, next(asked)) == ("s1", 5)
+    assert "longer than 1 MiB" in row.last_error
 
 
 @pytest.mark.parametrize("asked_at_once", [True, False])

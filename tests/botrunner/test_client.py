@@ -1,7 +1,9 @@
 """What nio makes of odd answers, and what is made of nio. Against a scripted homeserver."""
 
 import asyncio
+import contextlib
 import http.server
+import itertools
 import json
 import sqlite3
 import threading
@@ -14,7 +16,15 @@ import pytest
 import vodozemac
 from nio.crypto import InboundGroupSession
 
-from botrunner.client import Homeserver, KeysOutdated, LoginRefused, MatrixError, TokenRefused
+from botrunner import client
+from botrunner.client import (
+    Homeserver,
+    KeysOutdated,
+    LoginRefused,
+    MatrixError,
+    TokenRefused,
+    TooLong,
+)
 from botrunner.models import Session
 from botrunner.timeline import LeaseLost
 from tests.botrunner.scenes import ALICE, ME, event
@@ -27,6 +37,9 @@ class Scripted(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.answers: dict[str, tuple[int, Any]] = {}
         self.asked: list[tuple[str, str, Any]] = []
+        # Of an answer in pieces: how many bytes were taken, and that it is over.
+        self.sent = 0
+        self.told = threading.Event()
 
     @property
     def url(self) -> str:
@@ -45,12 +58,27 @@ class Handler(http.server.BaseHTTPRequestHandler):
             (answer for words, answer in self.server.answers.items() if words in path),
             (404, {"errcode": "M_NOT_FOUND", "error": "no"}),
         )
+        if callable(answer):
+            self.tell(answer())
+            return
         data = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
+
+    def tell(self, pieces: Iterator[bytes]) -> None:
+        """Without saying how long it is, for as long as the client reads."""
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        self.server.sent = 0
+        with contextlib.suppress(OSError):
+            for piece in pieces:
+                self.wfile.write(piece)
+                self.server.sent += len(piece)
+        self.server.told.set()
 
     do_POST = do_PUT = do_GET  # noqa: N815
 
@@ -90,6 +118,40 @@ def room(*events: Any, **timeline: Any) -> dict[str, Any]:
 
 async def sync(homeserver: Homeserver) -> Any:
     return await homeserver.sync("s0", seconds=0, wanted={})
+
+
+@pytest.mark.parametrize("path", ["/sync", "/messages", "/joined_members", "/keys/query"])
+def test_an_answer_without_end_is_not_read_to_its_end(
+    server: Scripted, use: Any, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    """By nio neither."""
+    monkeypatch.setattr(client, "MAX_ANSWER_BYTES", 2 * 1024 * 1024)
+    # What is on its way between two sockets when the client closes, many times over.
+    most = 64 * 1024 * 1024
+    endless = itertools.repeat(b'{"next_batch": "' + 65536 * b"x", most // 65536)
+    server.answers[path] = (200, lambda: endless)
+
+    async def scene(homeserver: Homeserver) -> None:
+        homeserver.know_room("!a", encrypted=True)
+        calls = {
+            "/sync": lambda: sync(homeserver),
+            "/messages": lambda: homeserver.messages("!a", "s0", None),
+            "/joined_members": lambda: homeserver._call(homeserver.nio.joined_members("!a")),
+            "/keys/query": lambda: homeserver.request("POST", "/_matrix/client/v3/keys/query", {}),
+        }
+        with pytest.raises(TooLong, match="is longer than 2 MiB") as refused:
+            await calls[path]()
+        assert path in str(refused.value)
+
+    use(scene)
+    assert server.told.wait(20)
+    assert server.sent < most / 2
+
+
+def test_an_answer_as_long_as_may_be_is_read(server: Scripted, use: Any) -> None:
+    filling = {"presence": {"events": ["x" * 5_000_000]}}
+    server.answers["/sync"] = (200, {"next_batch": "s1", "rooms": {}} | filling)
+    assert use(sync).next_batch == "s1"
 
 
 def test_one_odd_room_does_not_poison_the_sync(server: Scripted, use: Any) -> None:

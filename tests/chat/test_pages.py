@@ -12,7 +12,7 @@ from redis import Redis
 from agents import runs
 from agents.models import Run, Step, Worker
 from chat.markdown import to_html
-from chat.models import Thread
+from chat.models import Message, Thread
 from console.models import AuditEntry
 from realm.models import User
 from tests.factories import ask, conversation
@@ -202,8 +202,35 @@ class TestAConversation:
         thread = conversation(40, thread=Thread.objects.create(owner=alice))
         for run in Run.objects.all():
             Step.objects.create(run=run, attempt=1, kind="model", name="m", duration_ms=1)
-        with django_assert_max_num_queries(8):
+        with django_assert_max_num_queries(9):
             browser.get(f"/threads/{thread.pk}")
+
+    @pytest.mark.parametrize("cancelled", [False, True])
+    def test_of_long_turns_fewer_are_shown_and_none_is_lost(
+        self, browser: Client, alice: User, cancelled: bool
+    ) -> None:
+        thread = conversation(5, thread=Thread.objects.create(owner=alice))
+        Message.objects.filter(thread=thread, role="assistant").update(content="x " * 800_000)
+        if cancelled:  # what they had said by then is shown
+            for run in Run.objects.all():
+                step = {
+                    "kind": "model",
+                    "name": "m",
+                    "duration_ms": 1,
+                    "output": run.answer.content,
+                }
+                Step.objects.create(run=run, attempt=run.attempt, **step)
+            Run.objects.update(status="cancelled", answer=None)
+            Message.objects.filter(thread=thread, role="assistant").delete()
+        path: str | None = f"/threads/{thread.pk}"
+        seen: list[list[str]] = []
+        while path:
+            page = browser.get(path)
+            seen.insert(0, re.findall(r"<p>(question \d)</p>", page.text))
+            more = re.search(r'id="earlier"[^>]* href="([^"]+)"', page.text)
+            path = f"/threads/{thread.pk}{more[1]}" if more else None
+            assert page.text.count("x x x ") // 266_000 == len(seen[0])
+        assert [len(page) for page in seen] == [1, 2, 2]
 
     @pytest.mark.parametrize("value", ["x", "-1", "1.5", "²", "9" * 20])
     def test_a_place_that_is_none_is_not_there(

@@ -1,8 +1,9 @@
 """Server-sent events, through the ASGI application, with a real Redis and a real model endpoint."""
 
 import asyncio
+import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -465,6 +466,21 @@ def test_a_thread_is_told_in_the_order_of_the_conversation(model: FakeLLM) -> No
     go(scene())
 
 
+def test_of_a_thread_of_long_turns_few_are_read_at_a_time() -> None:
+    thread = conversation(5)
+    Message.objects.filter(thread=thread, role="assistant").update(content="x" * 1_500_000)
+    after, sizes, numbers = 0, [], []
+    while True:
+        frames, reached = streams._told_of_thread(thread.pk, after)
+        if not frames:
+            break
+        sizes.append(len(frames) // 3_000_000)  # the message, and the output of its run
+        numbers += re.findall(rb"id: (\d+)", frames)
+        after = reached
+    assert sizes == [2, 2, 1]
+    assert numbers == [str(number).encode() for number in range(1, 11)]
+
+
 def test_a_thread_says_what_was_deleted() -> None:
     thread = conversation(3)
     Message.objects.get(thread=thread, position=2).delete()
@@ -501,39 +517,3 @@ def test_the_breaker_spares_a_run_a_redis_that_is_away(model: FakeLLM, settings:
     run.refresh_from_db()
     assert run.status == "completed"
     stream._breaker.reset()
-
-
-class TestRoom:
-    """Each open stream takes memory: there is an end to how many are open."""
-
-    def test_beyond_it_streams_are_refused_and_nothing_is_asked(self, settings: Any) -> None:
-        settings.CHAT_MAX_STREAMS = 1
-        run = ask()
-        before = Run.objects.count()
-
-        async def scene() -> None:
-            async with request(f"/api/chat/runs/{run.pk}/events") as first:
-                await first.event()
-                await until(lambda: listeners.listening() == 1)
-                for path in (f"runs/{run.pk}/events", f"threads/{run.thread_id}/events"):
-                    async with request(f"/api/chat/{path}") as second:
-                        await second.begun()
-                        assert (second.status, second.headers["retry-after"]) == (503, "5")
-                question = {"content": "Hello"}
-                accept = {"accept": "text/event-stream"}
-                async with request("/api/chat/messages", "POST", question, **accept) as asked:
-                    await asked.begun()
-                    assert asked.status == 503
-            await until(lambda: listeners.listening() == 0)
-            async with request(f"/api/chat/runs/{run.pk}/events") as again:
-                await again.event()
-                assert again.status == 200
-
-        go(scene())
-        assert Run.objects.count() == before
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
-        while not condition():
-            await asyncio.sleep(0.01)

@@ -3,23 +3,27 @@
 import json
 import re
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from django.db import transaction
 from django.test import Client
 from django.utils import timezone
 from prometheus_client.parser import text_string_to_metric_families
 from redis import Redis
 
-from agents import outcomes, rollups, runs, stream, workers
-from agents.models import Attempt, Event, Rollup, Run, Summary
+from agents import inbox, limits, outcomes, refusals, rollups, runs, stream, workers
+from agents.models import Attempt, Event, Limit, Rollup, Run, Summary
 from botrunner.models import Session
 from chat.models import Message, Thread
 from ops import metrics
 from tests import factories
+from tests.botrunner import scenes as rooms
 from tests.fakes.llm import Failure, FakeLLM
 from tests.fakes.receiver import HOST
 from tests.hooks import scenes as webhooks
@@ -384,15 +388,67 @@ def test_deliveries_that_wait_and_that_were_given_up_are_counted(
     assert told.value("botrealm_webhooks_dead") == 1
 
 
-def test_refusals_are_counted_by_their_reason(client: Client, settings: Any) -> None:
-    settings.LIMIT_USER_MESSAGES_PER_MINUTE = 1
+class TestRefusals:
+    @pytest.fixture(autouse=True)
+    def _one_a_minute(self, redis: Redis, settings: Any) -> Iterator[None]:
+        settings.LIMIT_USER_MESSAGES_PER_MINUTE = 1
+        yield
+        refusals._untold.clear()
 
-    def refusals() -> float:
-        page = Scrape(metrics.exposition().decode())
-        samples = page.families["botrealm_refusals"].samples
-        return sum(s.value for s in samples if s.labels.get("code") == "rate_limited")
+    @staticmethod
+    def ask(client: Client) -> int:
+        asked = {"content": "Hello"}
+        return client.post("/api/chat/messages", asked, "application/json").status_code
 
-    before = refusals()
-    for _ in range(3):
-        client.post("/api/chat/messages", {"content": "Hello"}, "application/json")
-    assert refusals() == before + 2
+    def test_those_over_http_by_their_reason(self, client: Client) -> None:
+        assert scrape().value("botrealm_refusals_total", source="http", code="rate_limited") == 0
+        assert [self.ask(client) for _ in range(3)] == [202, 429, 429]
+        told = scrape()
+        assert told.value("botrealm_refusals_total", source="http", code="rate_limited") == 2
+        assert told.value("botrealm_refusals_total", source="http", code="too_many_waiting") == 0
+
+    def test_those_in_a_room_which_no_web_process_sees(self) -> None:
+        """Counted by another process, which ends."""
+        rooms.command()
+        rooms.take_in(rooms.session(), *[rooms.event("Hello") for _ in range(3)])
+        refusals._untold.clear()
+        told = scrape()
+        assert told.value("botrealm_refusals_total", source="matrix", code="rate_limited") == 2
+
+    def test_those_on_the_stream(self) -> None:
+        Limit.objects.create(kind="user", name=limits.PROGRAMS, messages_per_minute=1)
+        for number in range(3):
+            with suppress(inbox.Limited):
+                inbox.ask(
+                    content=f"{number}",
+                    source=Run.Source.STREAM,
+                    asker=limits.PROGRAMS,
+                    threads=Thread.objects.all(),
+                )
+        told = scrape()
+        assert told.value("botrealm_refusals_total", source="stream", code="rate_limited") == 2
+
+    def test_what_is_taken_back_was_not_refused(self) -> None:
+        """The bot repeats a transaction that the database has failed."""
+        factories.ask()
+        with suppress(ZeroDivisionError), transaction.atomic():
+            with suppress(inbox.Limited):
+                factories.ask()
+            raise ZeroDivisionError
+        told = scrape()
+        assert told.value("botrealm_refusals_total", source="http", code="rate_limited") == 0
+
+    def test_what_redis_does_not_take_is_told_with_the_next(
+        self, client: Client, settings: Any
+    ) -> None:
+        there = settings.REDIS_URL
+        self.ask(client)
+        settings.REDIS_URL = "redis://127.0.0.1:1"
+        stream._publisher.cache_clear()
+        assert [self.ask(client) for _ in range(2)] == [429, 429]
+        settings.REDIS_URL = there
+        stream._publisher.cache_clear()
+        stream._breaker.reset()
+        assert self.ask(client) == 429
+        told = scrape()
+        assert told.value("botrealm_refusals_total", source="http", code="rate_limited") == 3

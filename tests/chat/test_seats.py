@@ -1,0 +1,157 @@
+"""Each open stream takes memory: there is an end to how many are open, in all and of one caller."""
+
+import asyncio
+import contextlib
+import gc
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from redis import Redis
+
+from agents.models import Run
+from chat import streams
+from realm import tokens
+from tests.chat.listening import go, request
+from tests.factories import ask, user
+
+pytestmark = pytest.mark.django_db(transaction=True)
+
+
+def bearer(name: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {tokens.issue(user(name).matrix_user_id)}"}
+
+
+@pytest.fixture(autouse=True)
+def _nobody_is_seated(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    # Of other tests somebody may hold a response still.
+    monkeypatch.setattr(streams, "seats", streams.Seats())
+    yield
+    gc.collect()
+    assert not streams.seats.taken
+
+
+def test_one_user_cannot_take_the_streams_of_all(settings: Any) -> None:
+    settings.CHAT_MAX_STREAMS_PER_USER = 2
+    settings.CHAT_ALLOW_ANONYMOUS = True
+    run = ask()
+    of_run, of_thread = (
+        f"/api/chat/runs/{run.pk}/events",
+        f"/api/chat/threads/{run.thread_id}/events",
+    )
+    alice, bob = bearer("alice"), bearer("bob")
+    before = Run.objects.count()
+
+    async def scene() -> None:
+        async with (
+            request(of_run, **alice) as first,
+            request(of_thread, **alice) as second,
+            request(of_thread, **alice) as third,
+        ):
+            await first.event()
+            await second.event()
+            refused = await third.end()
+            told = json.loads(refused.body)
+            assert (refused.status, refused.headers["retry-after"]) == (429, "5")
+            assert (told["ok"], told["code"]) == (False, "too_many_streams")
+            assert "CHAT_MAX_STREAMS_PER_USER" in told["error"]
+            accept = {"accept": "text/event-stream", **alice}
+            async with request("/api/chat/messages", "POST", {"content": "Hi"}, **accept) as asked:
+                assert asked.status == 429
+            for others in (bob, {}):
+                async with request(of_run, **others) as other:
+                    await other.event()
+                    assert other.status == 200
+        await until(lambda: not streams.seats.taken)
+        async with request(of_run, **alice) as again:
+            await again.event()
+            assert again.status == 200
+
+    go(scene())
+    assert Run.objects.count() == before
+
+
+def test_those_who_do_not_sign_in_are_told_apart_by_their_address(settings: Any) -> None:
+    settings.CHAT_MAX_STREAMS_PER_USER = 1
+    settings.TRUSTED_PROXIES = 1
+    path = f"/api/chat/runs/{ask().pk}/events"
+
+    async def status(address: str) -> int:
+        async with request(path, x_forwarded_for=address) as found:
+            return found.status
+
+    async def scene() -> None:
+        async with request(path, x_forwarded_for="2001:db8::1") as first:
+            await first.event()
+            # One has a whole /64 of them.
+            assert await status("2001:db8::2") == 429
+            assert await status("2001:db8:1::1") == 200
+            assert await status("192.0.2.1") == 200
+
+    go(scene())
+
+
+def test_a_hundred_at_once_are_no_more_than_one_after_the_other(settings: Any) -> None:
+    settings.CHAT_MAX_STREAMS_PER_USER = 5
+    path = f"/api/chat/runs/{ask().pk}/events"
+
+    async def scene() -> None:
+        async with contextlib.AsyncExitStack() as crowd:
+            opening = [crowd.enter_async_context(request(path)) for _ in range(30)]
+            found = await asyncio.gather(*opening)
+            assert Counter(each.status for each in found) == {200: 5, 429: 25}
+
+    go(scene())
+
+
+def test_zero_is_no_limit(settings: Any) -> None:
+    settings.CHAT_MAX_STREAMS_PER_USER = 0
+    seated = [streams.Seat("user:1") for _ in range(200)]
+    assert streams.seats.taken["user:1"] == len(seated)
+
+
+def test_a_stream_that_nobody_reads_keeps_no_seat() -> None:
+    """HEAD, and a client that has left before the first frame."""
+    run = ask()
+
+    async def scene() -> None:
+        async with request(f"/api/chat/runs/{run.pk}/events", "HEAD") as head:
+            await head.end()
+
+    go(scene())
+    gc.collect()
+    assert not streams.seats.taken
+
+
+def test_beyond_it_streams_are_refused_and_nothing_is_asked(settings: Any) -> None:
+    settings.CHAT_MAX_STREAMS = 1
+    run = ask()
+    before = Run.objects.count()
+
+    async def scene() -> None:
+        async with request(f"/api/chat/runs/{run.pk}/events") as first:
+            await first.event()
+            for path in (f"runs/{run.pk}/events", f"threads/{run.thread_id}/events"):
+                async with request(f"/api/chat/{path}") as second:
+                    await second.begun()
+                    assert (second.status, second.headers["retry-after"]) == (503, "5")
+            question = {"content": "Hello"}
+            accept = {"accept": "text/event-stream"}
+            async with request("/api/chat/messages", "POST", question, **accept) as asked:
+                await asked.begun()
+                assert asked.status == 503
+        await until(lambda: not streams.seats.taken)
+        async with request(f"/api/chat/runs/{run.pk}/events") as again:
+            await again.event()
+            assert again.status == 200
+
+    go(scene())
+    assert Run.objects.count() == before
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(20):
+        while not condition():
+            await asyncio.sleep(0.01)
