@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from enum import StrEnum
 from functools import partial
@@ -82,6 +82,7 @@ class Accepted:
     model: str
     correlation_id: str
     repeated: bool = False
+    began_thread: bool = False
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,7 @@ def ask(
             _admit(asker, place, command, model, content)
             if idempotency:
                 _keep(idempotency, fingerprint, asked)
-            _write(
+            began_thread = _write(
                 asked,
                 content,
                 source,
@@ -190,7 +191,7 @@ def ask(
     except limits.Reached as reached:
         _count(source, reached)
         raise Limited(reached) from None
-    return asked
+    return replace(asked, began_thread=began_thread)
 
 
 def ask_again(run: Run) -> bool:
@@ -295,7 +296,8 @@ def _write(
     columns: dict[str, Any],
     is_new_thread: bool,
     when_busy: WhenBusy,
-) -> None:
+) -> bool:
+    """Whether it begins its thread."""
     turn = 0 if is_new_thread else _next_turn(asked.thread_id, threads)
     if turn == 0:
         turn = _begin_thread(asked.thread_id, threads, owner)
@@ -339,6 +341,7 @@ def _write(
         transaction.on_commit(partial(stream.publish, [event.as_entry()]), robust=True)
     if turn and when_busy is WhenBusy.MERGE:
         runs.merge_waiting(run)
+    return not turn
 
 
 def _make_way(thread_id: str, when_busy: WhenBusy, command: str) -> None:

@@ -138,9 +138,8 @@ def _ask_one(event: RoomEvent, said: Said, command: Listener, asked: str) -> Non
         reply.save()
         logger.info("A question was refused: %s", error)
         return
-    # The thread may have been deleted since it was looked up, the link with it, and begun anew by the
-    # question. From here on nobody deletes it: its row is locked.
-    if not conversations.filter(thread_id=accepted.thread_id).exists():
+    # Also where it was deleted since it was looked up, the link with it.
+    if accepted.began_thread:
         Conversation.objects.create(
             room=event.room, root=said.thread_root, thread_id=accepted.thread_id
         )

@@ -10,7 +10,6 @@ from django.db import connection, connections, transaction
 from agents import inbox, retention
 from agents.models import Run
 from botrunner.models import Conversation
-from chat.models import Thread
 from tests.botrunner.scenes import command, event, session, take_in
 
 pytestmark = pytest.mark.django_db(transaction=True)
@@ -21,11 +20,9 @@ def threads_of(*words: str) -> list[str]:
     return [runs[each] for each in words]
 
 
-@pytest.mark.parametrize("begun_anew", [False, True])
 def test_a_thread_that_is_deleted_just_before_a_question_is_linked_again(
-    monkeypatch: pytest.MonkeyPatch, begun_anew: bool
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """By whoever asks, or by somebody who asks in it over HTTP meanwhile."""
     command()
     row = session()
     take_in(row, event("one"))
@@ -34,9 +31,6 @@ def test_a_thread_that_is_deleted_just_before_a_question_is_linked_again(
 
     def deleted_first(**question: Any) -> Any:
         retention.delete_thread(thread)
-        if begun_anew:
-            rows = Thread.objects.all()
-            asked(content="over HTTP", source=Run.Source.HTTP, threads=rows, thread_id=thread.pk)
         return asked(**question)
 
     monkeypatch.setattr(inbox, "ask", deleted_first)

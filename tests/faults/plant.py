@@ -32,6 +32,7 @@ from tests.faults.servers import POSTGRESQL, PostgreSQL, RedisServer, SQLite
 from tests.system.stack import BASE_DIR, Stack
 
 LEASE_SECONDS = 3
+RECENT_MESSAGES = 1000
 MAX_ATTEMPTS = 5
 WORKERS = ("worker", "worker2")
 ENDED = re.compile(
@@ -69,8 +70,8 @@ class Plant:
                 "AGENT_MAX_ATTEMPTS": str(MAX_ATTEMPTS),
                 "WORKER_CONCURRENCY": "40",
                 "WORKER_GRACE_SECONDS": "5",
-                # No summaries: each question is one call of the model.
-                "CHAT_MEMORY_RECENT_MESSAGES": "1000",
+                # No summaries, but of hundreds of questions: each is one call of the model.
+                "CHAT_MEMORY_RECENT_MESSAGES": str(RECENT_MESSAGES),
                 "LOG_LEVELS": "*=info",
                 "STACK_MATRIX": "false",
             }
