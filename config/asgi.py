@@ -27,6 +27,7 @@ CHUNK_BYTES = 256 * 1024
 # Of an address with all headers: more than any client has need of, and less than it takes to keep a
 # thread busy.
 MAX_HEAD_BYTES = 64 * 1024
+HEAD_TOO_LONG = b'{"ok":false,"error":"The address or the headers are too long."}'
 # For a client to send a body, and to take a piece of a stream.
 PATIENCE_SECONDS = 60
 
@@ -161,14 +162,13 @@ def _head_size(scope: Message) -> int:
 
 
 async def _refuse_head(send: Send) -> None:
-    body = b'{"ok":false,"error":"The address or the headers are too long."}'
     headers = [
         (b"content-type", b"application/json"),
-        (b"content-length", str(len(body)).encode()),
+        (b"content-length", str(len(HEAD_TOO_LONG)).encode()),
         (b"connection", b"close"),
     ]
     await send({"type": "http.response.start", "status": 431, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+    await send({"type": "http.response.body", "body": HEAD_TOO_LONG})
 
 
 async def _body(scope: Message, receive: Receive) -> bytes | None:

@@ -9,12 +9,14 @@ from pathlib import Path
 import uvicorn
 
 from config import asgi
+from config.protocol import BoundedProtocol
 
 
 @asynccontextmanager
 async def serving() -> AsyncIterator[str]:
     """Its address."""
     options = {"port": 0, "lifespan": "off", "ws": "none", "log_config": None, "access_log": False}
+    options["http"] = BoundedProtocol
     server = uvicorn.Server(uvicorn.Config(asgi.application, host="127.0.0.1", **options))  # type: ignore[arg-type]
     task = asyncio.create_task(server.serve())
     try:

@@ -5,6 +5,7 @@ import json
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -63,6 +64,12 @@ def refused(response: Any, status: int) -> None:
         assert told["errors"][0]["status"] == str(status)
     else:
         assert told["ok"] is False
+
+
+CHUNKED = (
+    b"POST /api/chat/messages HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    b"Transfer-Encoding: chunked\r\n\r\n"
+)
 
 
 class TestBodies:
@@ -242,6 +249,41 @@ class TestHeads:
                     rest = await reader.read()
                 assert told.split()[1] == b"400"
                 assert b"HTTP/1.1" not in rest, "what came after it is not taken for a request"
+                writer.close()
+
+        go(scene())
+
+    @pytest.mark.parametrize(
+        ("beginning", "piece", "status"),
+        [
+            (b"GET /api", b"x" * 1000, b"431"),
+            (b"GET /api HTTP/1.1\r\nHost: a\r\nX: ", b"x" * 1000, b"431"),
+            (b"GET /api HTTP/1.1\r\nHost: a\r\n", b"X: y\r\n" * 100, b"431"),
+            (CHUNKED + b"5;", b"x" * 1000, b""),
+            (CHUNKED + b"2\r\n{}\r\n0\r\nX: ", b"x" * 1000, b""),
+        ],
+        ids=["address", "header", "headers", "extension", "trailer"],
+    )
+    @pytest.mark.django_db(transaction=True)
+    def test_one_that_never_ends(self, beginning: bytes, piece: bytes, status: bytes) -> None:
+        """It is not kept on and on: the connection is closed."""
+
+        async def scene() -> None:
+            async with serving() as url:
+                port = int(url.rpartition(":")[2])
+                reader, writer = await asyncio.open_connection("127.0.0.1", port)
+                writer.write(beginning)
+                sent = 0
+                async with asyncio.timeout(20):
+                    with suppress(ConnectionError):
+                        while not reader.at_eof() and sent < 10_000_000:
+                            writer.write(piece)
+                            sent += len(piece)
+                            await writer.drain()
+                            await asyncio.sleep(0)
+                assert sent < 10_000_000
+                with suppress(ConnectionError):
+                    assert status in await reader.readline()
                 writer.close()
 
         go(scene())
