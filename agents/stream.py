@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 BATCH = 200
 # A blocked read has to end before the client's socket time-out does.
 BLOCK_SECONDS = 1.0
+LOOK_SECONDS = 1.0
 BREAK_SECONDS = 3.0
 KEEPER_MS = 4000
 
@@ -206,15 +207,20 @@ class OutcomeWaiter:
     def __init__(self, pubsub: PubSub | None) -> None:
         self._pubsub = pubsub
 
-    def wait(self, seconds: float) -> None:
-        """Return when the outcome is told, after `seconds`, or at once when Redis is away."""
-        deadline = time.monotonic() + seconds
+    def wait(self, until: float) -> bool:
+        """Return when the outcome may be there: it is told, or a second has passed, for Redis may have
+        been away when it was told. False at `until` (of `time.monotonic()`), and at once where Redis
+        was away from the beginning."""
+        look_at = min(until, time.monotonic() + LOOK_SECONDS)
+        if self._pubsub is None or time.monotonic() >= until:
+            return False
         try:
-            while self._pubsub is not None and (left := deadline - time.monotonic()) > 0:
+            while (left := look_at - time.monotonic()) > 0:
                 if self._pubsub.get_message(ignore_subscribe_messages=True, timeout=left):
-                    return
+                    break
         except RedisError:
-            return
+            time.sleep(max(0.0, look_at - time.monotonic()))
+        return True
 
 
 @contextmanager

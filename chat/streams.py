@@ -175,9 +175,11 @@ async def run_events(
     with hub.run(run.pk, after or START) as listener:
         # Beside the telling: in a rush the database has others to serve, and tokens need not wait.
         looking = asyncio.create_task(_end_if_ended(listener))
+        last: Told | Gap | None = None
         try:
             while not (listener.ended and listener.up_to_date):
                 found = await listener.take(KEEP_ALIVE_SECONDS)
+                last = found[-1] if found else last
                 # One write for all of them.
                 yield b"".join(map(_told, found)) or KEEP_ALIVE
         finally:
@@ -189,7 +191,8 @@ async def run_events(
             and not await _remembers(hub, run.pk)
         ):
             yield _gap(str(Place(after.attempt, after.number + 1)), f"{after.attempt}-end")
-        yield await _unit(_outcome, run.pk)
+            last = None
+        yield await _unit(_outcome, run.pk, last)
 
 
 async def _end_if_ended(listener: listeners.Listener) -> None:
@@ -282,11 +285,26 @@ def _ended(run_ids: list[str]) -> list[str]:
     return [run_id for run_id in run_ids if run_id not in going_on]
 
 
-def _outcome(run_id: str) -> bytes:
+def _outcome(run_id: str, last: Told | Gap | None) -> bytes:
+    """`last`: what was told before it."""
     run = Run.objects.select_related("answer").filter(pk=run_id).first()
     if run is None:
         return _frame("0-end", "run.deleted", {"id": run_id})
-    return _frame(f"{run.attempt}-end", f"run.{run.status}", {"run": run_json(run)})
+    end = f"{run.attempt}-end"
+    outcome = _frame(end, f"run.{run.status}", {"run": run_json(run)})
+    if isinstance(last, Told) and run.status == Run.Status.COMPLETED and _breaks_off(run, last):
+        attempt, number = last.place
+        begins = Place(run.attempt, number + 1 if attempt == run.attempt else 1)
+        return _gap(str(begins), end) + outcome
+    return outcome
+
+
+def _breaks_off(run: Run, last: Told) -> bool:
+    """Whether the telling of a run that was answered ends before its last step: Redis was wiped, or
+    did not come back until it was too late."""
+    steps = run.steps.filter(attempt=run.attempt).count()
+    finished = orjson.loads(last.data)["step"] if last.type == "step.finished" else 0
+    return finished < steps or last.place.attempt < run.attempt
 
 
 async def _unit(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:

@@ -1,6 +1,7 @@
 """The chat server's HTTP: `/api/chat/...` in plain JSON."""
 
 import threading
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -107,10 +108,11 @@ class MessagesView(ChatView):
     def _outcome(self, run_id: str, seconds: int) -> Run | None:
         """The run, if it has ended within `seconds`."""
         with _seat() as seated, stream.outcome_of(run_id) as outcome:
-            run = Run.objects.select_related("answer").filter(pk=run_id).first()
-            if seated and run and not run.is_finished:
-                outcome.wait(seconds)
-                run = Run.objects.select_related("answer").filter(pk=run_id).first()
+            until = time.monotonic() + seconds
+            asked = Run.objects.select_related("answer").filter(pk=run_id)
+            run = asked.first()
+            while seated and run and not run.is_finished and outcome.wait(until):
+                run = asked.all().first()
         return run if run and run.is_finished else None
 
 

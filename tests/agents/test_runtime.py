@@ -494,10 +494,25 @@ class TestWaiting:
         run = factories.ask()
         with stream.outcome_of(run.pk) as outcome:
             runs.execute(run.pk)
-            outcome.wait(30)  # the test's patience would end long before
+            assert outcome.wait(time.monotonic() + 30)
 
         assert Run.objects.get().is_finished
 
+    def test_who_waits_looks_again_when_redis_was_away(self, redis: Redis) -> None:
+        """The outcome was told to nobody."""
+        run = factories.ask()
+        until = time.monotonic() + 30
+        with stream.outcome_of(run.pk) as outcome:
+            redis.client_kill_filter(_type="pubsub")
+            runs.execute(run.pk)
+            looks = 0
+            while not Run.objects.get().is_finished and outcome.wait(until):
+                looks += 1
+            assert outcome.wait(until), "and again, while there is time"
+
+        assert looks <= 1
+        assert time.monotonic() < until - 20
+
     def test_without_redis_nobody_waits(self) -> None:
         with stream.outcome_of("run_1") as outcome:
-            outcome.wait(30)
+            assert not outcome.wait(time.monotonic() + 30)

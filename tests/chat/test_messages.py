@@ -12,7 +12,7 @@ from django.db import connection
 from redis import Redis
 from rest_framework.test import APIClient
 
-from agents import stream
+from agents import runs, stream
 from agents.models import Event, IdempotencyKey, Run
 from chat.models import Message, Thread
 from realm import tokens
@@ -45,6 +45,25 @@ def test_a_message_is_accepted_as_the_documents_say(api: APIClient) -> None:
     assert re.fullmatch(r"thr_[a-z0-9]{24}", told["threadId"])
     assert re.fullmatch(r"run_[a-z0-9]{24}", told["runId"])
     assert response["Location"] == f"/api/chat/runs/{run.pk}"
+
+
+def test_who_waits_is_answered_although_nobody_tells(
+    api: APIClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it is when Redis goes away meanwhile."""
+    looks: list[float] = []
+
+    def look(waiter: stream.OutcomeWaiter, until: float) -> bool:
+        looks.append(until)
+        if len(looks) == 2:
+            runs.execute(Run.objects.get().pk)
+        return len(looks) < 5
+
+    monkeypatch.setattr(stream.OutcomeWaiter, "wait", look)
+    response = post(api, {"content": "Hello"}, prefer="wait=20")
+
+    assert (response.status_code, response.json()["status"]) == (200, "completed")
+    assert len(looks) == 2
 
 
 def test_the_run_its_message_and_its_event_are_recorded_together(api: APIClient) -> None:

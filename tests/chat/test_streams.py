@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from django.db import connections
 from redis import Redis
+from redis.exceptions import ConnectionError as RedisConnectionError
 
 from agents import listeners, live, runs, stream
 from agents.models import Attempt, Run, Step
@@ -177,6 +178,32 @@ def test_what_redis_forgot_is_said(model: FakeLLM, redis: Redis) -> None:
         assert outcome.data["run"]["output"]
 
     go(scene())
+
+
+def test_an_end_that_nobody_heard_is_said(model: FakeLLM, redis: Redis) -> None:
+    """Redis is wiped while the answer comes; whoever puts it together has only its beginning."""
+    run = ask("Hi")
+    model.script(TALK)
+
+    async def scene() -> None:
+        async with request(f"/api/chat/runs/{run.pk}/events") as response:
+            await response.event()
+            working = asyncio.create_task(asyncio.to_thread(runs.execute, run.pk))
+            *_, token = await response.until("message.delta")
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(live.Desk, "_pipe", deaf)
+                await working
+            *_, gap, outcome = await response.until("run.completed")
+        number = int(token.id.partition("-")[2])
+        assert gap.type == "gap"
+        assert gap.data == {"from": f"1-{number + 1}", "to": "1-end"}
+        assert outcome.data["run"]["output"] == "one two three four "
+
+    go(scene())
+
+
+def deaf(desk: live.Desk, news: Any) -> None:
+    raise RedisConnectionError
 
 
 def test_what_was_trimmed_is_said(model: FakeLLM, redis: Redis) -> None:
