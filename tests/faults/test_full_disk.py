@@ -18,6 +18,8 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture
 def full_disk(transactional_db: None) -> Iterator[None]:
     with connection.cursor() as cursor:
+        # What other tests have deleted is room, too.
+        cursor.execute("VACUUM")
         cursor.execute("PRAGMA page_count")
         cursor.execute(f"PRAGMA max_page_count = {cursor.fetchone()[0]}")
         yield
