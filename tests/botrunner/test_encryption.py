@@ -3,7 +3,9 @@
 import shutil
 import signal
 import sqlite3
+import threading
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from botrunner.client import Homeserver
 from botrunner.models import Reply, RoomEvent, Session
 from tests.botrunner.person import Person, run
 from tests.botrunner.world import ENCRYPTION, World, register
+from tests.fakes.llm import Call, Steps
 from tests.fakes.llm import Reply as Answer
 from tests.synapse import Account
 
@@ -48,11 +51,28 @@ def test_answers_in_an_encrypted_room_and_after_a_restart(
     )
 
 
+@dataclass(frozen=True)
+class Held:
+    """An answer that stops after so many of its steps, until it may go on."""
+
+    answer: Answer
+    steps_before: int
+    may_go_on: threading.Event
+
+    def steps(self, call: Call) -> Steps:
+        for number, step in enumerate(self.answer.steps(call)):
+            while number == self.steps_before and not self.may_go_on.is_set():
+                yield 0.05
+            yield step
+
+
 def test_an_answer_is_written_live_and_goes_on_after_a_kill(
     world: World, alice: Account, tmp_path: Path, model: Any
 ) -> None:
     words = tuple(f"{number} " for number in range(60))
-    model.script(Answer(words, delta_latency=0.15), Answer(words, delta_latency=0.15))
+    spoken = Answer(words, delta_latency=0.15)
+    may_end = threading.Event()
+    model.script(Held(spoken, 100, may_end), spoken)
     world.env |= {"OPENAI_BASE_URL": model.url, "OPENAI_API_KEY": "sk-test"}
     world.env["BOT_STREAM_EDITS"] = "1"
     register(alice)
@@ -68,6 +88,7 @@ def test_an_answer_is_written_live_and_goes_on_after_a_kill(
             world.start("bot")
             await person.until(lambda: len(person.edits(question)) > told)
             assert "".join(words) not in person.edits(question)  # the model still speaks
+            may_end.set()
             await person.until(lambda: person.edits(question)[-1:] == ["".join(words)])
             draft = await person.answer(question)
             assert draft.decrypted
