@@ -67,6 +67,8 @@ LEFTOVER_SECONDS = 10
 
 def main() -> None:
     os.chdir(REPO)
+    # What the processes write, the database above all, is for nobody else to read.
+    os.umask(0o077)
     environ.Env.read_env(REPO / ".env")
     # Until supervisord takes over, leave by an exception: it ends the subprocess in hand as well.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))

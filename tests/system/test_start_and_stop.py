@@ -75,6 +75,17 @@ def test_a_redis_that_is_given_is_used(redis_server: str) -> None:
         assert psutil_environment(stack)["REDIS_URL"] == redis_server
 
 
+def test_a_database_from_before_is_used_and_kept_from_others() -> None:
+    with Stack() as stack:
+        stack.stop()
+        path = stack.directory / "db.sqlite"
+        path.chmod(0o644)
+        stack.start()
+
+        # Its -wal and -shm get the same, which SQLite sees to.
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
 def doctor(stack: Stack, **env: str) -> subprocess.CompletedProcess[str]:
     """In a shell that knows of the stack's folder and of nothing else."""
     return subprocess.run(
