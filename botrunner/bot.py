@@ -111,14 +111,14 @@ class Bot:
         """Everything side by side. The first to break ends the others."""
         steps: list[tuple[str, Callable[[], Awaitable[None]], float]] = [
             ("sync", self.sync, 0),
-            ("outcomes", self._outcomes, 0),
+            ("reading of outcomes", self._outcomes, 0),
             ("sweep", self.sender.compose, SWEEP_SECONDS),
             ("typing", self.sender.show_typing, SWEEP_SECONDS / 2),
-            ("joins", self._joins, SWEEP_SECONDS),
+            ("joining", self._joins, SWEEP_SECONDS),
             ("pruning", self._prune, PRUNE_SECONDS),
         ]
         if self.drafts:
-            steps.append(("drafts", self._draft, SWEEP_SECONDS))
+            steps.append(("drafting", self._draft, SWEEP_SECONDS))
         tasks = [asyncio.create_task(self._repeat(*step)) for step in steps]
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
@@ -241,7 +241,7 @@ class Bot:
                 wait = _backoff(failures, error)
                 if name == "sync":
                     await self._lost_contact(error)
-            wakers = {"joins": [self._invited], "drafts": [self._asked]}.get(name, [])
+            wakers = {"joining": [self._invited], "drafting": [self._asked]}.get(name, [])
             await pause(wait, self.stopping, *([] if failures else wakers))
 
     async def _lost_contact(self, error: Exception) -> None:

@@ -51,7 +51,7 @@ class Leader:
                     self._told = ""
                     await self._lead(session)
                     continue
-                self._tell(f"Another bot runner works with {session}; standing by")
+                self._tell(f"Another bot runner works with {session}", _standing_by(session))
             except LeaseLost:
                 self._tell("Another bot runner has taken over")
             except KeysOutdated as error:
@@ -62,9 +62,9 @@ class Leader:
                 self._tell("The database is away", error)
             await pause(STANDBY_SECONDS, self.stopping)
 
-    def _tell(self, news: str, error: Exception | None = None) -> None:
+    def _tell(self, news: str, more: Exception | str = "") -> None:
         if news != self._told:
-            logger.warning("%s: %s", news, error) if error else logger.warning(news)
+            logger.warning("%s: %s", news, more) if more else logger.warning(news)
         self._told = news
 
     async def _lead(self, session: Session) -> None:
@@ -110,6 +110,13 @@ class Leader:
         except (DatabaseError, InterfaceError):
             connection.close()
             raise
+
+
+def _standing_by(session: Session) -> str:
+    """For how long at most: the other one may be dead, such as the one before this process."""
+    until = session.lease_expires_at
+    when = f", at {until:%H:%M:%S} UTC unless it is renewed" if until else ""
+    return f"standing by, to take over when its lease ends{when}"
 
 
 def _duration() -> timedelta:

@@ -157,7 +157,8 @@ DATABASES: dict[str, dict[str, Any]] = {
 _database = DATABASES["default"]
 if "sqlite" in _database["ENGINE"]:
     if _database["NAME"] != ":memory:":
-        Path(_database["NAME"]).parent.mkdir(parents=True, exist_ok=True)
+        # It holds what people say, sessions and the bot's access token.
+        Path(_database["NAME"]).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     _database["CONN_MAX_AGE"] = None
     _database["OPTIONS"] = {
         # Without IMMEDIATE a transaction that reads before it writes fails at once under load, in

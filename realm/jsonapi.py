@@ -220,6 +220,11 @@ class JSONAPIView(GenericAPIView[Any]):
         for kind, answer in self.refusals.items():
             if isinstance(exc, kind):
                 return super().handle_exception(answer(str(exc)))
+        if isinstance(exc, exceptions.UnsupportedMediaType):
+            understood = " or ".join(parser.media_type for parser in self.parser_classes)
+            exc.detail = exceptions.ErrorDetail(
+                f"{exc.detail} Send {understood}, without parameters, in UTF-8.", exc.default_code
+            )
         return super().handle_exception(exc)
 
     def get_exception_handler(self) -> Callable[..., Response]:

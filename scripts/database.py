@@ -4,6 +4,7 @@ One process for both, because importing Django is what takes the time. Run it as
 repository's root: `python -m scripts.database`.
 """
 
+import contextlib
 import io
 import os
 import secrets
@@ -14,7 +15,15 @@ import django
 from django.contrib.auth import get_user_model
 from django.core.exceptions import ImproperlyConfigured
 from django.core.management import CommandError, call_command
-from django.db import DatabaseError
+from django.db import DatabaseError, connection
+
+
+def keep_private(database: Path) -> None:
+    """Take from others what an earlier version let them read. Who opens the database next makes its
+    -wal and -shm with the same rights."""
+    for path in (database, Path(f"{database}-wal"), Path(f"{database}-shm")):
+        with contextlib.suppress(FileNotFoundError, PermissionError):
+            path.chmod(0o600)
 
 
 def migrate() -> None:
@@ -48,6 +57,8 @@ def main() -> None:
     os.environ.setdefault("DJANGO_SETTINGS_MODULE", "config.settings")
     try:
         django.setup()
+        if connection.vendor == "sqlite":
+            keep_private(Path(connection.settings_dict["NAME"]))
         migrate()
         make_admin(Path(os.environ["STACK_DIR"]) / "admin-password")
     except (ImproperlyConfigured, CommandError, DatabaseError) as error:

@@ -26,19 +26,19 @@ STREAM = os.environ.get("REDIS_STREAM_KEY", "").strip() or "agent_events"
 
 
 def web_problem(port: str) -> str | None:
-    """What keeps the HTTP API from being used, if anything."""
+    """What keeps the web server from being used, if anything. Probes leave no line in the log."""
     # Neither by name, which may lead to ::1 and somebody else, nor through a proxy, as urllib would.
     web = http.client.HTTPConnection("127.0.0.1", int(port), timeout=5)
     try:
-        web.request("GET", "/api")
+        web.request("GET", "/healthz")
         status = web.getresponse().status
     except (OSError, http.client.HTTPException) as error:
-        return f"GET http://localhost:{port}/api does not answer ({error})"
+        return f"GET http://localhost:{port}/healthz does not answer ({error})"
     finally:
         web.close()
     if status == http.HTTPStatus.OK:
         return None
-    return f"GET http://localhost:{port}/api answers {status}"
+    return f"GET http://localhost:{port}/healthz answers {status}"
 
 
 def worker_problem(redis: Redis) -> str | None:

@@ -32,6 +32,7 @@ import os
 import random
 import re
 import secrets
+import shlex
 import shutil
 import signal
 import socket
@@ -50,6 +51,8 @@ import supervise
 REPO = Path(__file__).resolve().parent.parent
 TEMPLATES = REPO / "deploy" / "local"
 WORKER = re.compile(r"^\[program:worker\]\n.*?(?=^\[)", re.MULTILINE | re.DOTALL)
+# The template of .env names every setting.
+SETTING = re.compile(r"^#?([A-Z_]+)=", re.MULTILINE)
 # Every port that the stack answers on: the variable and its default.
 PORTS = [("PORT", 3000), ("REALM_SERVER_PORT", 4201)]
 LOOPBACK = [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")]
@@ -64,6 +67,8 @@ LEFTOVER_SECONDS = 10
 
 def main() -> None:
     os.chdir(REPO)
+    # What the processes write, the database above all, is for nobody else to read.
+    os.umask(0o077)
     environ.Env.read_env(REPO / ".env")
     # Until supervisord takes over, leave by an exception: it ends the subprocess in hand as well.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
@@ -78,6 +83,7 @@ def main() -> None:
         prepare_redis(folder)
         prepare_metrics(folder)
         prepare_matrix(folder, patience=patience)
+        write_settings(folder, leaving)
         prepare_database()
         supervise.run(prepare_supervisor(folder, leaving))
 
@@ -255,6 +261,16 @@ def prepare_homeserver(directory: Path, *, patience: float) -> dict[str, str]:
     homeserver.prepare(directory, port)
     os.environ.update(STACK_HOMESERVER="true", MATRIX_URL=f"http://localhost:{port}")
     return {"user": homeserver.DEMO_USER, "password": homeserver.demo_password(directory)}
+
+
+def write_settings(folder: Path, leaving: contextlib.ExitStack) -> None:
+    """Write down the settings that the processes have, for `manage.py doctor` (ops/local.py) and for
+    a shell of the owner. They go when `leaving` closes."""
+    names = SETTING.findall((REPO / ".env.example").read_text())
+    path = folder / "stack.env"
+    lines = (f"{name}={shlex.quote(os.environ.get(name, ''))}\n" for name in names)
+    write_private(path, "".join(lines))
+    leaving.callback(path.unlink, missing_ok=True)
 
 
 def prepare_database() -> None:

@@ -1,6 +1,7 @@
 """Settings are read by a process that starts; so the tests start one."""
 
 import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -135,3 +136,11 @@ def test_database_urls(url: str, name: str) -> None:
     process = start("settings.DATABASES['default']['NAME']", DATABASE_URL=url)
 
     assert process.stdout.strip() == name
+
+
+def test_a_folder_made_for_the_database_is_its_owners_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "db"
+    process = start("settings.DEBUG", DATABASE_URL=f"sqlite:///{folder}/sqlite.db")
+
+    assert process.returncode == 0, process.stderr
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700

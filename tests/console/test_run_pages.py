@@ -82,6 +82,15 @@ class TestTrace:
             assert f'href="{url(row)}"' in page, row
         assert "https://matrix.to/#/!room/$answer:localhost" in page
 
+    def test_the_first_question_is_turn_1_and_a_reply_delivered_at_once_never_failed(
+        self, admin_client: Client, run: Run
+    ) -> None:
+        page = text_of(admin_client, url(run))
+
+        assert run.turn == 0
+        assert "</a>, turn 1<" in page
+        assert "<th>Failed tries</th>" in page
+
     def test_what_the_model_was_sent_is_what_the_memory_sent(
         self, admin_client: Client, model: FakeLLM
     ) -> None:

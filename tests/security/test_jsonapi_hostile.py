@@ -332,7 +332,10 @@ def test_a_body_of_unknown_length_is_not_taken_for_none(client: Client) -> None:
 )
 def test_media_types_that_are_not_spoken(client: Client, media_type: str) -> None:
     for path in MAKERS:
-        only_error(client.raw("POST", path, body_at(path, GOOD), content_type=media_type), 415)
+        answer = client.raw("POST", path, body_at(path, GOOD), content_type=media_type)
+        assert only_error(answer, 415)["detail"].endswith(
+            "Send application/vnd.api+json or application/json, without parameters, in UTF-8."
+        )
     assert nothing_is_made()
 
 

@@ -63,6 +63,25 @@ def test_the_last_lines_tell_how_to_log_in_and_nobody_else_may_read_it(stack: St
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
+def test_the_metrics_are_none_of_the_homeservers(stack: Stack) -> None:
+    with urllib.request.urlopen(f"{stack.url}/metrics", timeout=10) as answer:
+        told = answer.read().decode()
+
+    assert "botrealm_" in told
+    assert "synapse_" not in told
+
+
+def test_what_the_processes_write_is_for_their_owner_alone(stack: Stack) -> None:
+    written = {
+        path.relative_to(stack.directory).as_posix(): stat.S_IMODE(path.stat().st_mode)
+        for path in stack.directory.rglob("*")
+        if path.is_file() and path.name != "output.log"  # of the tests
+    }
+
+    assert "homeserver/homeserver.db" in written
+    assert [name for name, mode in written.items() if mode & 0o077] == []
+
+
 def test_the_demo_works_and_works_again(stack: Stack) -> None:
     for question in ("Is it Monday?", "And tomorrow?"):
         done = manage(stack, "matrix_demo", "--message", question)

@@ -1,12 +1,14 @@
 import os
 import signal
 import socket
+import stat
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from tests.system.stack import COMMAND, Stack
+from tests.system.stack import COMMAND, Stack, _clean_environment
 
 pytestmark = pytest.mark.system
 ROOT = Path(__file__).resolve().parents[2]
@@ -71,6 +73,52 @@ def test_a_redis_that_is_given_is_used(redis_server: str) -> None:
     with Stack(REDIS_URL=redis_server) as stack:
         assert stack.pid("redis") == 0
         assert psutil_environment(stack)["REDIS_URL"] == redis_server
+
+
+def test_a_database_from_before_is_used_and_kept_from_others() -> None:
+    with Stack() as stack:
+        stack.stop()
+        path = stack.directory / "db.sqlite"
+        path.chmod(0o644)
+        stack.start()
+
+        # Its -wal and -shm get the same, which SQLite sees to.
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def doctor(stack: Stack, **env: str) -> subprocess.CompletedProcess[str]:
+    """In a shell that knows of the stack's folder and of nothing else."""
+    return subprocess.run(
+        [sys.executable, "manage.py", "doctor"],
+        env=_clean_environment() | {"STACK_DIR": str(stack.directory)} | env,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_the_doctor_looks_at_the_stack_that_runs() -> None:
+    with Stack() as stack:
+        written = stack.directory / "stack.env"
+        assert f"REDIS_URL={stack.redis_url}\n" in written.read_text()
+        assert stat.S_IMODE(written.stat().st_mode) == 0o600
+
+        stack.wait("the worker's sign", lambda: "1 at work" in doctor(stack).stdout, 60)
+        done = doctor(stack)
+
+        assert f"looking at the local stack of {stack.directory}" in done.stdout
+        assert "does not answer at REDIS_URL" not in done.stdout
+        assert "The web processes add up what they count." in done.stdout
+        assert done.returncode == 0, done.stdout
+
+        other = doctor(stack, REDIS_URL="redis://127.0.0.1:1", DATABASE_URL="sqlite:///:memory:")
+
+        assert f"not at the local stack of {stack.directory}" in other.stdout
+        assert "does not answer at REDIS_URL" in other.stdout
+        stack.stop()
+        assert not written.exists()
 
 
 def psutil_environment(stack: Stack) -> dict[str, str]:

@@ -1,0 +1,69 @@
+"""Who leads, and what is said meanwhile."""
+
+import asyncio
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from asgiref.sync import async_to_sync
+from django.utils import timezone
+
+from botrunner.bot import Bot
+from botrunner.leader import Leader
+from botrunner.models import Session
+from tests.botrunner.scenes import session
+
+
+@pytest.mark.django_db(transaction=True)
+def test_it_says_once_when_the_lease_of_a_dead_one_ends_and_takes_over_then(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    row = session()
+    until = timezone.now() + timedelta(seconds=3)
+    Session.objects.filter(pk=row.pk).update(holder="dead", lease_expires_at=until)
+    stopping = asyncio.Event()
+
+    async def lead(leader: Leader, found: Session) -> None:
+        stopping.set()
+
+    async def scene() -> None:
+        async with asyncio.timeout(60):
+            await Leader(stopping).run()
+
+    monkeypatch.setattr(Leader, "_lead", lead)
+    monkeypatch.setattr("botrunner.accounts.session", lambda: Session.objects.get(pk=row.pk))
+    async_to_sync(scene)()
+
+    said = [record.getMessage() for record in caplog.records if "lease" in record.getMessage()]
+    assert said == [
+        f"Another bot runner works with {row}: standing by, to take over when its lease ends, "
+        f"at {until:%H:%M:%S} UTC unless it is renewed"
+    ]
+    assert Session.objects.get(pk=row.pk).holder != "dead"
+
+
+@pytest.mark.django_db(transaction=True)
+def test_what_has_to_wait_is_one_thing(
+    settings: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A line of the log says: the <name> has to wait."""
+    settings.BOT_RUNNER_STORE = tmp_path
+    settings.BOT_STREAM_EDITS = True
+    names = []
+
+    async def repeat(bot: Bot, name: str, *_: Any) -> None:
+        names.append(name)
+
+    async def scene() -> None:
+        bot = Bot(row, "holder", asyncio.Event())
+        await bot._work()
+        await bot.homeserver.close()
+        if bot.drafts:
+            await bot.drafts.close()
+
+    row = session()
+    monkeypatch.setattr(Bot, "_repeat", repeat)
+    async_to_sync(scene)()
+
+    assert len(names) == 7
+    assert [name for name in names if name.split()[0].endswith("s")] == []
