@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from django.db import connection
 from nio.store import SqliteStore
 from vodozemac import PreKeyMessage, SessionCreationException
 
@@ -18,6 +17,7 @@ from botrunner.client import Homeserver
 from botrunner.models import Reply, RoomEvent, Session
 from tests.botrunner.person import Person, run
 from tests.botrunner.world import ENCRYPTION, World, register
+from tests.botrunner.world import freeze as world_freeze
 from tests.fakes.llm import Call, Steps
 from tests.fakes.llm import Reply as Answer
 from tests.synapse import Account
@@ -210,14 +210,9 @@ def test_who_was_frozen_and_comes_back_ruins_no_keys_and_says_nothing_twice(
 def freeze(world: World) -> None:
     """Stop the bot where it holds no lock of SQLite: of those nobody can relieve it."""
     [store] = (world.directory / "store").glob("*.db")
-    files = [store]
-    if connection.vendor == "sqlite":
-        files.append(Path(connection.settings_dict["NAME"]))
-    while True:
-        world.processes["bot"].send_signal(signal.SIGSTOP)
-        if not any(map(is_locked, files)):
-            return
-        world.processes["bot"].send_signal(signal.SIGCONT)
+    bot = world.processes["bot"]
+    while not world_freeze(bot.pid) or is_locked(store):
+        bot.send_signal(signal.SIGCONT)
 
 
 def is_locked(path: Path) -> bool:

@@ -1,23 +1,20 @@
 """Many at once: messages, invitations, and bot runners for the one account."""
 
-import fcntl
 import itertools
 import os
 import re
 import signal
-import sqlite3
 import threading
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 
 import pytest
-from django.db import connection
 
 from agents.models import Run
 from botrunner.models import Reply, Room, Session
-from tests.botrunner.world import World, register
+from tests.botrunner.world import World, freeze, register
 from tests.synapse import Account
 
 pytestmark = pytest.mark.system
@@ -91,7 +88,7 @@ def test_of_two_bot_runners_one_works_and_the_other_takes_over_under_load(
         # Not dead but frozen: it comes back and believes that it still leads.
         active, other = next(names)
         _wait_for_more(world, active, 3)
-        world.wait("it to be frozen", lambda: _freeze(world.processes[active].pid))
+        world.wait("it to be frozen", lambda: freeze(world.processes[active].pid))
         _wait_for_more(world, other, 3)
         os.kill(world.processes[active].pid, signal.SIGCONT)
         _wait_for_more(world, other, 3)
@@ -135,27 +132,6 @@ def _wait_for_more(world: World, name: str, count: int) -> None:
     """Replies of one bot runner."""
     before = _replied(world, name)
     world.wait(f"replies of {name}", lambda: _replied(world, name) >= before + count, seconds=30)
-
-
-def _freeze(pid: int) -> bool:
-    """Stop a process, but not within a write of SQLite, for which everybody else would wait. (That of
-    PostgreSQL is ended by the server: `idle_in_transaction_session_timeout`.)"""
-    os.kill(pid, signal.SIGSTOP)
-    if connection.vendor != "sqlite" or _may_write(connection.settings_dict["NAME"]):
-        return True
-    os.kill(pid, signal.SIGCONT)
-    return False
-
-
-def _may_write(path: str) -> bool:
-    """Whether nobody is at it, neither in the writers' queue (config.sqlite) nor beside it."""
-    with open(f"{path}.lock") as queue, closing(sqlite3.connect(path, timeout=0)) as database:
-        try:
-            fcntl.flock(queue, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            database.execute("BEGIN IMMEDIATE")
-        except (BlockingIOError, sqlite3.OperationalError):
-            return False
-        return True
 
 
 def _sent() -> int:

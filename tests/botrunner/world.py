@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Self
 
@@ -132,6 +135,34 @@ def register(account: Account, command: str = "chat.reply", **filter_: Any) -> B
     return BotCommand.objects.create(
         registration=registration, command=command, filter={**MESSAGE, **filter_}
     )
+
+
+def freeze(pid: int) -> bool:
+    """Stop a process, but not within a write of SQLite, for which everybody else would wait. (That of
+    PostgreSQL is ended by the server: `idle_in_transaction_session_timeout`.)"""
+    os.kill(pid, signal.SIGSTOP)
+    # A thread that is within the kernel may still get a lock that it waits for.
+    wait_for("its threads to stop", lambda: _is_stopped(pid))
+    if connection.vendor != "sqlite" or may_write(connection.settings_dict["NAME"]):
+        return True
+    os.kill(pid, signal.SIGCONT)
+    return False
+
+
+def _is_stopped(pid: int) -> bool:
+    stats = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/stat")]
+    return all(stat.rpartition(")")[2].split()[0] == "T" for stat in stats)
+
+
+def may_write(path: str) -> bool:
+    """Whether nobody is at it, neither in the writers' queue (config.sqlite) nor beside it."""
+    with open(f"{path}.lock") as queue, closing(sqlite3.connect(path, timeout=0)) as database:
+        try:
+            fcntl.flock(queue, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            database.execute("BEGIN IMMEDIATE")
+        except (BlockingIOError, sqlite3.OperationalError):
+            return False
+        return True
 
 
 def _database_url() -> str:
