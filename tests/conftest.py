@@ -11,7 +11,7 @@ import redis as redis_client
 from django.db import connection
 from rest_framework.test import APIClient
 
-from agents import endpoint, leases, limits, live, prices, stream
+from agents import endpoint, leases, limits, live, prices, refusals, stream
 from tests.fakes import receiver
 from tests.fakes.llm import FakeLLM
 from tests.redisserver import redis_executable
@@ -117,6 +117,8 @@ def redis(redis_server: str, settings: Any) -> Iterator[redis_client.Redis]:
     _forget_clients()
     client = redis_client.Redis.from_url(redis_server)
     client.flushall()
+    # Of another test, which had no Redis to tell.
+    refusals._untold.clear()
     yield client
     _forget_clients()
     client.close()

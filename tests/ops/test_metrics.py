@@ -3,7 +3,6 @@
 import json
 import re
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -390,10 +389,8 @@ def test_deliveries_that_wait_and_that_were_given_up_are_counted(
 
 class TestRefusals:
     @pytest.fixture(autouse=True)
-    def _one_a_minute(self, redis: Redis, settings: Any) -> Iterator[None]:
+    def _one_a_minute(self, redis: Redis, settings: Any) -> None:
         settings.LIMIT_USER_MESSAGES_PER_MINUTE = 1
-        yield
-        refusals._untold.clear()
 
     @staticmethod
     def ask(client: Client) -> int:

@@ -15,6 +15,7 @@ import configparser
 import http.client
 import os
 import secrets
+import shlex
 import shutil
 import signal
 import socket
@@ -213,8 +214,9 @@ class Stack:
 
     @property
     def redis_url(self) -> str:
-        """Where the worker finds Redis; the runner chooses it when none was given."""
-        return str(psutil.Process(self.pid("worker")).environ()["REDIS_URL"])
+        """Where the programs find Redis; the runner chooses it when none was given."""
+        written = (self.directory / "stack.env").read_text()
+        return next(line for line in shlex.split(written) if line.startswith("REDIS_URL="))[10:]
 
     @contextmanager
     def _supervisor(self) -> Iterator[Any]:
@@ -241,7 +243,7 @@ class Stack:
         try:
             with self.redis as client:
                 return any(info["cmd"].startswith("xreadgroup") for info in client.client_list())
-        except (redis.RedisError, psutil.Error, KeyError):
+        except (redis.RedisError, OSError):
             return False
 
     def _members(self) -> list[psutil.Process]:

@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import threading
 import time
 import uuid
@@ -206,14 +207,22 @@ def test_a_worker_that_stood_still_writes_nothing_late(stack: Stack, llm: FakeLL
 
 
 def start_worker(stack: Stack, **env: str) -> subprocess.Popen[bytes]:
-    import sys
-
-    return subprocess.Popen(
-        [sys.executable, "-m", "celery", "--quiet", "-A", "config", "worker"],
-        env=stack.env | {"REDIS_URL": stack.redis_url} | env,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    """One more that reads: before that a signal ends it as it would any Python."""
+    log = stack.directory / f"worker-{uuid.uuid4().hex}.log"
+    with log.open("wb") as output:
+        worker = subprocess.Popen(
+            [sys.executable, "-m", "celery", "--quiet", "-A", "config", "worker"],
+            env=stack.env | {"REDIS_URL": stack.redis_url} | env,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        stack.wait("one more worker", lambda: f"worker-{worker.pid} reads" in log.read_text(), 60)
+    except BaseException:
+        worker.kill()
+        worker.wait()
+        raise
+    return worker
 
 
 def test_redis_may_be_wiped_at_any_moment(stack: Stack, llm: FakeLLM) -> None:
