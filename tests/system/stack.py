@@ -278,7 +278,7 @@ class Stack:
         try:
             with urllib.request.urlopen(f"{self.url}/api", timeout=5) as response:
                 return bool(response.status == 200)
-        except OSError:
+        except (OSError, http.client.HTTPException):
             return False
 
     def _worker_reads(self) -> bool:

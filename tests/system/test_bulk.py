@@ -11,7 +11,7 @@ import pytest
 from tests.system.stack import BASE_DIR, Stack
 
 pytestmark = pytest.mark.system
-RUNS = 200
+RUNS = 400  # so many that there is time to kill in the middle
 SEED = f"""
 from django.contrib.auth import get_user_model
 from agents.models import Run
@@ -48,7 +48,7 @@ def test_hundreds_of_failed_runs_are_asked_for_again_though_the_worker_is_killed
                 seen.add(done)
                 if "hx-get" not in text:
                     break
-                if done >= RUNS // 5 and not killed:
+                if done >= RUNS // 20 and not killed:
                     old = stack.kill("worker")
                     killed = True
                     stack.wait_restarted("worker", old)
@@ -56,7 +56,7 @@ def test_hundreds_of_failed_runs_are_asked_for_again_though_the_worker_is_killed
                 time.sleep(0.1)
             print(f"{RUNS} in {time.monotonic() - started:.1f} s, seen: {sorted(seen)}")  # noqa: T201
             assert killed
-            assert len(seen) >= 3, "the progress can be watched"
+            assert seen - {0, RUNS}, "the progress can be watched"
             assert f"{RUNS} done, 0 skipped" in text
             stack.wait("all runs to be answered", lambda: _completed(browser) == RUNS, 300)
 
