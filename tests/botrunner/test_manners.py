@@ -34,6 +34,8 @@ def test_typing_shows_and_questions_that_wait_can_be_changed_and_taken_back(
     first = world.synapse.send(alice, room, "first")
     second = world.synapse.send(alice, room, "secnod")
     third = world.synapse.send(alice, room, "third")
+    # What is redacted before the bot has seen it was never asked.
+    world.wait("all to be asked", lambda: Run.objects.count() == 3)
     new = {"msgtype": "m.text", "body": "second"}
     relation = {"rel_type": "m.replace", "event_id": second}
     edit = {**new, "m.new_content": new, "m.relates_to": relation}
