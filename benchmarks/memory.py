@@ -20,8 +20,9 @@ from contextlib import contextmanager
 import aiohttp
 
 from benchmarks.rooms import Answerer, Probe, homeserver, made_rooms
+from tests.ports import free_port
 from tests.redisserver import redis_executable
-from tests.synapse import Account, Synapse, free_port
+from tests.synapse import Account, Synapse
 
 SPEAKERS = 8
 ROOMS = 20

@@ -118,12 +118,12 @@ def bot_listens(redis: Redis) -> bool:
 
 
 def tell_of_bot(redis: Redis) -> None:
-    patience_ends = time.monotonic() + PATIENCE_SECONDS
+    patience_ends: float | None = time.monotonic() + PATIENCE_SECONDS
     while not bot_listens(redis):
-        if time.monotonic() > patience_ends:
-            print("The bot is not in its Matrix rooms yet; its lines above say why.")
-            return
-        time.sleep(0.2)
+        if patience_ends is not None and time.monotonic() > patience_ends:
+            patience_ends = None
+            print("The bot is not in its Matrix rooms yet; its lines above say why.", flush=True)
+        time.sleep(0.2 if patience_ends else 1)
     print("""The bot listens in its Matrix rooms. To see it asked and answering:
 
 .venv/bin/python manage.py matrix_demo

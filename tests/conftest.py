@@ -1,5 +1,4 @@
 import importlib
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from rest_framework.test import APIClient
 from agents import endpoint, leases, limits, live, prices, refusals, stream
 from tests.fakes import receiver
 from tests.fakes.llm import FakeLLM
+from tests.ports import free_port
 from tests.redisserver import redis_executable
 
 
@@ -86,16 +86,19 @@ def model(_llm_server: FakeLLM, settings: Any) -> Iterator[FakeLLM]:
 def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A real Redis of the test run's own; its URL."""
     folder = tmp_path_factory.mktemp("redis")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     process = subprocess.Popen(
-        [redis_executable(), *f"--port {port} --bind 127.0.0.1 --appendonly no".split()],
+        [
+            redis_executable(),
+            *f"--port {port} --bind 127.0.0.1 --appendonly no".split(),
+            "--save",
+            "",
+        ],
         cwd=folder,
         stdout=subprocess.DEVNULL,
     )
     client = redis_client.Redis(port=port)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while True:
         try:
             client.ping()
@@ -107,7 +110,7 @@ def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     client.close()
     yield f"redis://127.0.0.1:{port}/0"
     process.terminate()
-    process.wait(timeout=10)
+    process.wait(timeout=60)
 
 
 @pytest.fixture

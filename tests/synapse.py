@@ -14,7 +14,6 @@ import functools
 import os
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -25,8 +24,9 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from scripts import homeserver
+from tests.ports import free_port
 
-START_SECONDS = 60
+START_SECONDS = 180
 CLIENT = "/_matrix/client/v3"
 T = TypeVar("T")
 
@@ -83,7 +83,7 @@ class Synapse:
     def stop(self, signum: int = signal.SIGTERM) -> None:
         if self._process is not None:
             self._process.send_signal(signum)
-            self._process.wait(30)
+            self._process.wait(90)
             self._process = None
 
     def _healthy(self) -> bool:
@@ -136,19 +136,13 @@ class Synapse:
         return set(self.call("GET", path, account.token)["joined"])
 
 
-def wait_for(what: str, condition: Callable[[], T], seconds: float = 15) -> T:
+def wait_for(what: str, condition: Callable[[], T], seconds: float = 60) -> T:
     """The condition's first true value."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):
         assert time.monotonic() < deadline, f"Waited {seconds} s for {what}."
         time.sleep(0.03)
     return value
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def _quoted(room_id: str) -> str:

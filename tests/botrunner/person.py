@@ -57,7 +57,7 @@ class Person:
             await client.keys_query()
         await client.send_to_device_messages()
 
-    async def until(self, condition: Callable[[], Any], seconds: float = 45) -> Any:
+    async def until(self, condition: Callable[[], Any], seconds: float = 120) -> Any:
         deadline = time.monotonic() + seconds
         while not (found := condition()):
             assert time.monotonic() < deadline, "Waited too long."
@@ -153,4 +153,4 @@ class Person:
 
 
 def run(scene: Any) -> Any:
-    return asyncio.run(asyncio.wait_for(scene, 120))
+    return asyncio.run(asyncio.wait_for(scene, 400))

@@ -19,9 +19,11 @@ from botrunner.models import Reply
 from scripts import homeserver
 from tests.botrunner.person import Person
 from tests.botrunner.world import ENCRYPTION, World, register
+from tests.fakes.llm import Held
 from tests.fakes.llm import Reply as Answer
+from tests.ports import free_port
 from tests.redisserver import redis_executable
-from tests.synapse import Account, Synapse, free_port, wait_for
+from tests.synapse import Account, Synapse, wait_for
 
 pytestmark = pytest.mark.system
 
@@ -47,7 +49,7 @@ class Redis:
     def kill(self) -> None:
         assert self.process is not None
         self.process.kill()
-        self.process.wait(10)
+        self.process.wait(60)
 
 
 def test_kills_of_everything_lose_nothing_and_repeat_nothing(
@@ -100,7 +102,7 @@ def _kill_and_count(
         _wait_for_replies(world, 3)
         world.kill("bot")
         done.set()
-        asked = [question for talk in talks for question in talk.result(60)]
+        asked = [question for talk in talks for question in talk.result(180)]
         asked += [
             portal.call(person.say, rooms[number % len(rooms)], f"stopped {number}")
             for number in range(30)
@@ -141,7 +143,7 @@ def _wait_for_replies(world: World, count: int) -> None:
     world.wait(
         "replies",
         lambda: Reply.objects.filter(status=Reply.Status.SENT).count() >= before + count,
-        seconds=60,
+        seconds=240,
     )
 
 
@@ -181,10 +183,12 @@ def test_replies_wait_for_a_homeserver_that_is_away(
     register(alice)
     world.start("worker", "bot")
     room = world.invite(alice)
-    model.script(Answer("one", latency=1.5), Answer("two", latency=0.5))
+    may_answer = threading.Event()
+    model.script(Held(Answer("one"), may_answer), Answer("two"))
     questions = [world.synapse.send(alice, room, f"{n}") for n in range(2)]
     world.wait("the runs to begin", lambda: Run.objects.count() == 2)
     world.synapse.stop()
+    may_answer.set()
     world.wait(
         "the runs to end", lambda: Reply.objects.filter(run__status="completed").count() == 2
     )
@@ -212,7 +216,7 @@ def test_the_rate_limits_of_a_usual_homeserver_are_respected(
             wait_for(
                 "all answers",
                 lambda: set(_answered(world, alice, [room])) == set(asked),
-                60,
+                240,
             )
             assert _answered(world, alice, [room]) == Counter(asked)
             assert "A reply has to wait" in world.log()

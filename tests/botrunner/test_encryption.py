@@ -5,7 +5,6 @@ import signal
 import sqlite3
 import threading
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from botrunner.models import Reply, RoomEvent, Session
 from tests.botrunner.person import Person, run
 from tests.botrunner.world import ENCRYPTION, World, register
 from tests.botrunner.world import freeze as world_freeze
-from tests.fakes.llm import Call, Steps
+from tests.fakes.llm import Held
 from tests.fakes.llm import Reply as Answer
 from tests.synapse import Account
 
@@ -51,28 +50,14 @@ def test_answers_in_an_encrypted_room_and_after_a_restart(
     )
 
 
-@dataclass(frozen=True)
-class Held:
-    """An answer that stops after so many of its steps, until it may go on."""
-
-    answer: Answer
-    steps_before: int
-    may_go_on: threading.Event
-
-    def steps(self, call: Call) -> Steps:
-        for number, step in enumerate(self.answer.steps(call)):
-            while number == self.steps_before and not self.may_go_on.is_set():
-                yield 0.05
-            yield step
-
-
 def test_an_answer_is_written_live_and_goes_on_after_a_kill(
     world: World, alice: Account, tmp_path: Path, model: Any
 ) -> None:
     words = tuple(f"{number} " for number in range(60))
     spoken = Answer(words, delta_latency=0.15)
     may_end = threading.Event()
-    model.script(Held(spoken, 100, may_end), spoken)
+    # The second one is not at its end either, until it is cancelled.
+    model.script(Held(spoken, may_end, 100), Held(spoken, threading.Event(), 100))
     world.env |= {"OPENAI_BASE_URL": model.url, "OPENAI_API_KEY": "sk-test"}
     world.env["BOT_STREAM_EDITS"] = "1"
     register(alice)
@@ -143,7 +128,7 @@ def test_the_device_is_cross_signed_with_keys_that_stay(world: World, alice: Acc
     for file in (world.directory / "store").glob("*.db*"):
         file.unlink()
     world.start("bot")
-    world.wait("it to connect", lambda: world.log().count("Connected") == 2)
+    world.wait("it to connect", lambda: world.log().count("Connected") >= 2)
     second = world.synapse.call("POST", path, alice.token, body)
     device = Session.objects.get().device_id
     assert device != session.device_id
@@ -155,7 +140,7 @@ def test_the_device_is_cross_signed_with_keys_that_stay(world: World, alice: Acc
     world.kill("bot")
     shutil.rmtree(world.directory / "store")
     world.start("bot")
-    world.wait("it to connect", lambda: world.log().count("Connected") == 3)
+    world.wait("it to connect", lambda: world.log().count("Connected") >= 3)
     third = world.synapse.call("POST", path, alice.token, body)
     _assert_signed(third, world.bot_id, Session.objects.get().device_id)
 
@@ -245,7 +230,7 @@ def test_with_keys_from_a_backup_it_goes_on_as_another_device(
             shutil.copytree(backup, store)
             world.start("bot")
             world.wait("it to say so", lambda: "those of a backup" in world.log())
-            world.wait("it to connect", lambda: world.log().count("Connected") == 3)
+            world.wait("it to connect", lambda: world.log().count("Connected") >= 3)
             await person.sync()  # which tells of the new device
             for words in ("after it came back", "and once more"):
                 answer = await person.answer(await person.say(room, words))

@@ -1,5 +1,6 @@
 """How the bot behaves while it works, in rooms of a real homeserver."""
 
+import threading
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ from agents.models import Run
 from botrunner.models import Reply
 from tests.botrunner.test_client import Scripted, server  # noqa: F401  (a fixture)
 from tests.botrunner.world import World, register
-from tests.fakes.llm import Failure
+from tests.fakes.llm import Failure, Held
 from tests.fakes.llm import Reply as Answer
 from tests.synapse import CLIENT, Account
 
@@ -25,13 +26,16 @@ def talking(world: World, model: Any) -> Any:
 def test_typing_shows_and_questions_that_wait_can_be_changed_and_taken_back(
     world: World, alice: Account, talking: Any
 ) -> None:
-    talking.script(Answer("**one**", latency=3), Answer("two"))
+    may_answer = threading.Event()
+    talking.script(Held(Answer("**one**"), may_answer), Answer("two"))
     register(alice)
     world.start("worker", "bot")
     room = world.invite(alice)
     first = world.synapse.send(alice, room, "first")
     second = world.synapse.send(alice, room, "secnod")
     third = world.synapse.send(alice, room, "third")
+    # What is redacted before the bot has seen it was never asked.
+    world.wait("all to be asked", lambda: Run.objects.count() == 3)
     new = {"msgtype": "m.text", "body": "second"}
     relation = {"rel_type": "m.replace", "event_id": second}
     edit = {**new, "m.new_content": new, "m.relates_to": relation}
@@ -39,6 +43,11 @@ def test_typing_shows_and_questions_that_wait_can_be_changed_and_taken_back(
     world.synapse.call("PUT", f"{CLIENT}/rooms/{room}/redact/{third}/t1", alice.token, {})
 
     world.wait("typing to show", lambda: world.bot_id in typing(world, alice, room))
+    cancelled = Run.objects.filter(correlation_id=third, status=Run.Status.CANCELLED)
+    world.wait("the third to be taken back", cancelled.exists)
+    changed = Run.objects.filter(correlation_id=second, message__content="second")
+    world.wait("the second to be changed", changed.exists)
+    may_answer.set()
     assert world.answer(alice, room, first)["formatted_body"] == "<p><strong>one</strong></p>"
     assert world.answer(alice, room, second)["body"] == "two"
     world.wait("typing to end", lambda: not typing(world, alice, room))
@@ -104,7 +113,7 @@ def test_a_broken_homeserver_is_not_hammered(
     assert len(world.log().splitlines()) < 40
 
     server.answers["/sync"] = (200, {"next_batch": "s1", "rooms": {}})
-    world.wait("it to work again", lambda: "The sync works again" in world.log(), seconds=60)
+    world.wait("it to work again", lambda: "The sync works again" in world.log(), seconds=180)
     # The name of the device is its own, and stays.
     first, *again = asked_for("/login")
     assert {each["device_id"] for each in again} <= {"D"}
@@ -112,7 +121,8 @@ def test_a_broken_homeserver_is_not_hammered(
 
 
 def test_a_slow_answer_holds_up_no_other_room(world: World, alice: Account, talking: Any) -> None:
-    talking.script(Answer("slow", latency=6), Answer("fast"))
+    may_answer = threading.Event()
+    talking.script(Held(Answer("slow"), may_answer), Answer("fast"))
     register(alice)
     world.start("worker", "bot")
     room, other = world.invite(alice), world.invite(alice)
@@ -120,6 +130,7 @@ def test_a_slow_answer_holds_up_no_other_room(world: World, alice: Account, talk
     world.wait("the model to be asked", lambda: talking.requests)
     world.answer(alice, other, world.synapse.send(alice, other, "fast"))
     assert world.answers(alice, room, slow) == []
+    may_answer.set()
     world.answer(alice, room, slow)
 
 
@@ -128,5 +139,5 @@ def test_it_waits_for_a_homeserver_that_is_not_up_yet(world: World, alice: Accou
     world.start("bot")
     world.wait("it to say so", lambda: "Waiting for the homeserver" in world.log())
     world.synapse.start()
-    world.wait("it to connect", lambda: "Connected" in world.log(), seconds=60)
+    world.wait("it to connect", lambda: "Connected" in world.log(), seconds=180)
     assert world.log().count("Waiting for the homeserver") == 1

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import signal
-import sqlite3
 import subprocess
 import sys
-from contextlib import closing
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,6 +13,7 @@ from django.conf import settings
 from django.db import connection
 
 from realm.models import BotCommand, BotRegistration, User
+from tests import freezing
 from tests.synapse import Account, Synapse, wait_for
 
 BASE_DIR = Path(__file__).resolve().parents[2]
@@ -49,7 +47,8 @@ class World:
             "BOT_RUNNER_USERNAME": bot.user_id[1:].partition(":")[0],
             "BOT_RUNNER_PASSWORD": bot.password,
             "BOT_RUNNER_STORE": str(directory / "store"),
-            "BOT_RUNNER_LEASE_SECONDS": "2",
+            # Not so short that it lapses when the machine is busy.
+            "BOT_RUNNER_LEASE_SECONDS": "5",
             "LOG_LEVELS": "*=info",
         }
 
@@ -80,7 +79,7 @@ class World:
     def kill(self, name: str, signum: int = signal.SIGKILL) -> int:
         process = self.processes.pop(name)
         process.send_signal(signum)
-        return process.wait(20)
+        return process.wait(60)
 
     def log(self, name: str = "bot") -> str:
         return (self.directory / f"{name}.log").read_text()
@@ -114,7 +113,7 @@ class World:
         assert len(found) == 1
         return found[0]
 
-    def wait(self, what: str, condition: Any, seconds: float = 45) -> Any:
+    def wait(self, what: str, condition: Any, seconds: float = 120) -> Any:
         try:
             return wait_for(what, lambda: self._all_alive() and condition(), seconds)
         except AssertionError as error:
@@ -138,31 +137,9 @@ def register(account: Account, command: str = "chat.reply", **filter_: Any) -> B
 
 
 def freeze(pid: int) -> bool:
-    """Stop a process, but not within a write of SQLite, for which everybody else would wait. (That of
-    PostgreSQL is ended by the server: `idle_in_transaction_session_timeout`.)"""
-    os.kill(pid, signal.SIGSTOP)
-    # A thread that is within the kernel may still get a lock that it waits for.
-    wait_for("its threads to stop", lambda: _is_stopped(pid))
-    if connection.vendor != "sqlite" or may_write(connection.settings_dict["NAME"]):
-        return True
-    os.kill(pid, signal.SIGCONT)
-    return False
-
-
-def _is_stopped(pid: int) -> bool:
-    stats = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/stat")]
-    return all(stat.rpartition(")")[2].split()[0] == "T" for stat in stats)
-
-
-def may_write(path: str) -> bool:
-    """Whether nobody is at it, neither in the writers' queue (config.sqlite) nor beside it."""
-    with open(f"{path}.lock") as queue, closing(sqlite3.connect(path, timeout=0)) as database:
-        try:
-            fcntl.flock(queue, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            database.execute("BEGIN IMMEDIATE")
-        except (BlockingIOError, sqlite3.OperationalError):
-            return False
-        return True
+    """As `freezing.freeze`, with regard to the test's own database."""
+    is_sqlite = connection.vendor == "sqlite"
+    return freezing.freeze(pid, str(connection.settings_dict["NAME"]) if is_sqlite else "")
 
 
 def _database_url() -> str:

@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,13 +13,13 @@ import pytest
 from playwright.sync_api import Browser, Page, Request, expect, sync_playwright
 
 from tests.chromium import executable
-from tests.fakes.llm import Failure, FakeLLM, Hang, Reply, call_tool
+from tests.fakes.llm import Failure, FakeLLM, Hang, Held, Reply, call_tool
 from tests.security.hostile import HOSTILE
 from tests.system.stack import Stack
 
 pytestmark = pytest.mark.system
 
-PATIENCE = 30_000  # milliseconds, on a busy machine
+PATIENCE = 90_000  # milliseconds, on a busy machine
 GROUPS = 5
 SLOW = Reply(tuple(f"*word{number}* " for number in range(40)), delta_latency=0.1)
 
@@ -32,7 +33,9 @@ def browser() -> Iterator[Browser]:
     expect.set_options(timeout=PATIENCE)
     with sync_playwright() as playwright:
         launched = playwright.chromium.launch(
-            executable_path=program, args=["--disable-gpu", "--disable-background-networking"]
+            executable_path=program,
+            args=["--disable-gpu", "--disable-background-networking"],
+            timeout=PATIENCE,
         )
         yield launched
         launched.close()
@@ -99,11 +102,13 @@ def turn(page: Page, status: str) -> Any:
 
 
 def test_an_answer_streams_as_text_and_ends_as_what_it_means(page: Page, llm: FakeLLM) -> None:
-    llm.script(call_tool("current_time"), SLOW)
+    may_end = threading.Event()
+    llm.script(call_tool("current_time"), Held(SLOW, may_end, 21))
     ask(page, "How late is it?")
     draft = page.locator(".draft")
     expect(draft).to_contain_text("*word1*")
     assert "word39" not in draft.inner_text()
+    may_end.set()
     expect(page.locator("h1")).to_have_text("How late is it?")
     expect(page.locator("#thread-list [aria-current=page]")).to_have_text("How late is it?")
     page.locator(".steps summary").click()
@@ -120,19 +125,20 @@ def test_an_answer_streams_as_text_and_ends_as_what_it_means(page: Page, llm: Fa
 
 
 def test_the_keyboard_is_enough(page: Page, llm: FakeLLM) -> None:
-    llm.script(Hang(3, Reply("So far, so good, and more")), Reply("Done now."))
+    words = ("So far,", " so", " good,", " and more")
+    llm.script(Hang(3, Reply(words)), Reply("Done now."))
     page.fill("#question", "One")
     page.press("#question", "Shift+Enter")
     page.keyboard.type("Two")
     page.keyboard.press("Enter")
     expect(page.locator(".question p")).to_have_text(re.compile("^One\nTwo$"))
-    expect(page.locator(".draft")).not_to_be_empty()
-    said = page.locator(".draft").inner_text()
+    said = "So far, so good,"
+    expect(page.locator(".draft")).to_have_text(said)
 
     page.keyboard.press("Escape")
 
     stopped = turn(page, "cancelled")
-    expect(stopped.locator(".prose")).to_have_text(said.strip())
+    expect(stopped.locator(".prose")).to_have_text(said)
     expect(stopped.locator(".state")).to_have_text("Stopped.")
     stopped.get_by_role("button", name="Try again").press("Enter")
     expect(turn(page, "completed").locator(".prose")).to_have_text("Done now.")
@@ -157,12 +163,14 @@ def test_the_model_is_chosen(page: Page, llm: FakeLLM) -> None:
 
 
 def test_questions_that_wait_are_answered_one_after_the_other(page: Page, llm: FakeLLM) -> None:
-    llm.script(SLOW)
+    may_end = threading.Event()
+    llm.script(Held(SLOW, may_end, 21))
     ask(page, "First")
     expect(page.locator(".draft")).not_to_be_empty()
     ask(page, "Second")
     expect(page.locator(".turn")).to_have_count(2)
     expect(page.locator(".turn .state").last).to_have_text("Waiting for the answer before it.")
+    may_end.set()
     turn(page, "completed")
     expect(page.locator(".turn[data-status=completed]")).to_have_count(2)
 
@@ -171,12 +179,11 @@ def test_it_comes_back_by_itself(page: Page, llm: FakeLLM, stack: Stack) -> None
     llm.script(SLOW)
     ask(page, "Hello")
     expect(page.locator(".draft")).to_contain_text("word3")
-    old = stack.kill("web")
-    expect(page.locator("#notice")).to_have_text("Reconnecting…")
-    page.fill("#question", "Meanwhile")
-    page.press("#question", "Enter")
-    expect(page.locator("#question")).to_have_value("Meanwhile")
-    stack.wait_restarted("web", old)
+    with stack.without("web"):
+        expect(page.locator("#notice")).to_have_text("Reconnecting…")
+        page.fill("#question", "Meanwhile")
+        page.press("#question", "Enter")
+        expect(page.locator("#question")).to_have_value("Meanwhile")
     stack.wait_ready()
 
     expect(page.locator(".turn").first.locator(".prose em")).to_have_count(40)
@@ -289,6 +296,11 @@ def test_what_would_get_past_the_sanitiser_is_stopped_by_the_policy(page: Page) 
             box.append(script);
             fetch('http://evil.example').catch(() => {});
             document.getElementById('out').click();
+            const expected = ['img', 'frame', 'script', 'connect', 'form'];
+            const isMissing = kind => !refused.some(each => each.startsWith(kind));
+            for (let n = 0; n < 600 && expected.some(isMissing); n++) {
+                await new Promise(done => setTimeout(done, 100));
+            }
             await new Promise(done => setTimeout(done, 500));
             return refused;
         }"""

@@ -187,6 +187,22 @@ class Reply:
 
 
 @dataclass(frozen=True, slots=True)
+class Held:
+    """An answer that stops after so many of its steps, until it may go on. Of a `Reply` with
+    `delta_latency` and no `latency`, `1 + 2 * n` are the steps of the first n deltas."""
+
+    answer: Answer
+    may_go_on: threading.Event
+    steps_before: int = 0
+
+    def steps(self, call: Call) -> Steps:
+        for number, step in enumerate(self.answer.steps(call)):
+            while number == self.steps_before and not self.may_go_on.is_set():
+                yield 0.05
+            yield step
+
+
+@dataclass(frozen=True, slots=True)
 class Clock:
     """An answer that tells when each of its deltas was sent (`time.monotonic()`, which processes of
     one machine share), as `@123.456789 `."""
@@ -374,11 +390,11 @@ class FakeLLM:
             self.requests.clear()
             self.disconnects.clear()
 
-    def wait_for_requests(self, count: int = 1, seconds: float = 5) -> list[Call]:
+    def wait_for_requests(self, count: int = 1, seconds: float = 60) -> list[Call]:
         """The requests so far, as soon as there are `count`."""
         return self._wait(self.requests, count, seconds)
 
-    def wait_for_disconnects(self, count: int = 1, seconds: float = 5) -> list[Call]:
+    def wait_for_disconnects(self, count: int = 1, seconds: float = 60) -> list[Call]:
         """The calls whose client left before the answer's end, as soon as there are `count`."""
         return self._wait(self.disconnects, count, seconds)
 

@@ -77,12 +77,12 @@ class Server:
 
     def start(self) -> None:
         self._thread.start()
-        if not self._listening.wait(5):
+        if not self._listening.wait(60):
             raise RuntimeError("the fake server did not start")
 
     def stop(self) -> None:
         self._loop.call_soon_threadsafe(self._stopping.set)
-        self._thread.join(5)
+        self._thread.join(30)
 
     def run(self, listening: Callable[[], object] = lambda: None) -> None:
         """Serve until stopped; `listening` is called when `port` is known."""

@@ -192,7 +192,7 @@ def deadlock(plant: Plant, asked: Asked) -> None:
             SELECT 1 FROM pg_stat_activity
              WHERE {server.info.backend_pid} = ANY(pg_blocking_pids(pid)) AND NOT EXISTS (
                    SELECT 1 FROM agents_run WHERE id = '{asked.run_id}' FOR UPDATE SKIP LOCKED)"""
-        wait_for("the outcome to wait", lambda: plant.database.rows(waiting), 30)
+        wait_for("the outcome to wait", lambda: plant.database.rows(waiting), 90)
         server.execute("SELECT 1 FROM agents_run WHERE id = %s FOR UPDATE", [asked.run_id])
 
 
@@ -245,7 +245,7 @@ def wrong_clock(plant: Plant, offset: int) -> Iterator[Callable[[], list[float]]
             for program in WORKERS:
                 supervisor.startProcess(program, False)
         worker.terminate()
-        worker.wait(30)
+        worker.wait(90)
 
 
 def lose_commit_reply(plant: Plant, nth: int = 1) -> None:

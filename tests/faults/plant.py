@@ -31,7 +31,8 @@ from tests.faults.client import Asked, Client, Load
 from tests.faults.servers import POSTGRESQL, PostgreSQL, RedisServer, SQLite
 from tests.system.stack import BASE_DIR, Stack
 
-LEASE_SECONDS = 3
+# Not so short that it lapses when the machine is busy.
+LEASE_SECONDS = 5
 RECENT_MESSAGES = 1000
 MAX_ATTEMPTS = 5
 WORKERS = ("worker", "worker2")
@@ -69,7 +70,7 @@ class Plant:
                 "AGENT_LEASE_SECONDS": str(LEASE_SECONDS),
                 "AGENT_MAX_ATTEMPTS": str(MAX_ATTEMPTS),
                 "WORKER_CONCURRENCY": "40",
-                "WORKER_GRACE_SECONDS": "5",
+                "WORKER_GRACE_SECONDS": "10",
                 # No summaries, but of hundreds of questions: each is one call of the model.
                 "CHAT_MEMORY_RECENT_MESSAGES": str(RECENT_MESSAGES),
                 "LOG_LEVELS": "*=info",
@@ -125,7 +126,7 @@ class Plant:
         """The fault is over: from now on the time is taken until all runs have ended."""
         self.mended_at = time.monotonic()
 
-    def settle(self, seconds: float = 90) -> None:
+    def settle(self, seconds: float = 240) -> None:
         """Wait until every run has ended and every event has been told."""
         since = self.mended_at or time.monotonic()
 
@@ -159,7 +160,7 @@ class Plant:
             self.database.rows(f"SELECT attempt FROM agents_run WHERE id = '{asked.run_id}'")[0][0]
         )
 
-    def wait_for_calls(self, count: int = 1, seconds: float = 30) -> None:
+    def wait_for_calls(self, count: int = 1, seconds: float = 90) -> None:
         """Until the model has been asked so many more times: work goes on."""
         self.llm.wait_for_requests(len(self.llm.requests) + count, seconds)
 
@@ -171,7 +172,7 @@ class Plant:
                 os.kill(pid, signum)
         return pid
 
-    def wait_up(self, seconds: float = 90) -> None:
+    def wait_up(self, seconds: float = 240) -> None:
         """Until every program runs, and somebody reads the stream."""
         self.stack.wait("all programs to run", lambda: not self.stack.down(), seconds)
         self.stack.wait_ready(seconds)

@@ -9,7 +9,6 @@ with Proxy(redis_port) as line:
 from __future__ import annotations
 
 import contextlib
-import random
 import socket
 import struct
 import threading
@@ -17,18 +16,10 @@ import time
 from dataclasses import dataclass
 from typing import Self
 
-# Below those from which Linux takes the ports of outgoing connections: somebody who looks for a server
-# that is away may be given its very port, and connect to himself.
-PORTS = range(20_000, 32_000)
+from tests.ports import free_port
+
 CHUNK = 65_536
 RESET = struct.pack("ii", 1, 0)
-
-
-def free_port() -> int:
-    for port in random.sample(PORTS, len(PORTS)):
-        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
-            return port
-    raise RuntimeError("no port is free")
 
 
 @dataclass

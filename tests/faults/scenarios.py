@@ -16,7 +16,7 @@ from tests.fakes.llm import Call, Reply
 from tests.faults import injections as faults
 from tests.faults.client import Asked
 from tests.faults.invariants import NOTHING, Allowed, Row, check
-from tests.faults.plant import MAX_ATTEMPTS, WORKERS, Plant
+from tests.faults.plant import LEASE_SECONDS, MAX_ATTEMPTS, WORKERS, Plant
 
 Damage = Callable[[Plant], None]
 WORKS_ON = ("sqlite", "postgresql")
@@ -34,7 +34,7 @@ class Scenario:
     vendors: tuple[str, ...] = WORKS_ON
     load: dict[str, Any] | None = field(default_factory=lambda: {"runs": 24})
     allowed: Allowed = NOTHING
-    settle_seconds: float = 90
+    settle_seconds: float = 240
 
     def __str__(self) -> str:
         return f"row-{self.row:02}-{self.name.replace(' ', '-')}"
@@ -66,8 +66,10 @@ def scenario(row: int, name: str, kind: str, **options: Any) -> Callable[[Damage
 
 
 PROCESS = Allowed(extra_calls=20)
-BROKEN = Allowed(extra_calls=20, broken_connections=True, refusals=True, p99_seconds=10)
+BROKEN = Allowed(extra_calls=20, broken_connections=True, refusals=True, p99_seconds=30)
 AWAY = Allowed(extra_calls=20, refusals=True, p99_seconds=30)
+# For a damage that needs some more questions while it lasts.
+LONG = {"runs": 80, "pause": 0.5}
 ONLY_SQLITE, ONLY_POSTGRESQL = ("sqlite",), ("postgresql",)
 
 
@@ -75,7 +77,7 @@ ONLY_SQLITE, ONLY_POSTGRESQL = ("sqlite",), ("postgresql",)
 def _(plant: Plant) -> None:
     plant.llm.script(Reply(latency=60))
     asked = plant.client.ask("t-dies", plant.number())
-    plant.llm.wait_for_requests(1, 30)
+    plant.llm.wait_for_requests()
     os.kill(plant.holder(asked), signal.SIGKILL)
     plant.mended()
     plant.settle()
@@ -107,9 +109,9 @@ def _(plant: Plant) -> None:
         plant.stack.wait(
             f"attempt {attempt}",
             lambda attempt=attempt: plant.attempt(poison) == attempt,
-            90,
+            240,
         )
-        plant.llm.wait_for_requests(attempt, 60)
+        plant.llm.wait_for_requests(attempt, 240)
         os.kill(plant.holder(poison), signal.SIGKILL)
     plant.mended()
     good = plant.client.ask("t-good", plant.number())
@@ -123,7 +125,11 @@ def _(plant: Plant) -> None:
 
 @scenario(4, "a worker stands still", "process", allowed=PROCESS)
 def _(plant: Plant) -> None:
-    faults.pause(plant, WORKERS[0], 5)
+    pid = plant.stack.freeze(WORKERS[0])
+    try:
+        time.sleep(LEASE_SECONDS + 3)
+    finally:
+        os.kill(pid, signal.SIGCONT)
 
 
 @scenario(5, "a worker is told to stop", "process")
@@ -151,7 +157,7 @@ def _(plant: Plant) -> None:
     faults.kill_redis(plant, 1)
 
 
-@scenario(8, "Redis is killed and has its file", "redis")
+@scenario(8, "Redis is killed and has its file", "redis", load=LONG)
 def _(plant: Plant) -> None:
     with closing(plant.redis.client()) as client:
         client.config_set("appendonly", "yes")
@@ -210,18 +216,18 @@ def _(plant: Plant) -> None:
     before = plant.redis.line.lost
     faults.lose_redis_reply(plant, "BRPOP", "execute")
     plant.client.ask(plant.thread("popped"), 0)
-    plant.stack.wait("the loss", lambda: plant.redis.line.lost > before, 30)
+    plant.stack.wait("the loss", lambda: plant.redis.line.lost > before, 90)
     plant.mended()
     with closing(plant.redis.client()) as client:
         assert client.llen("agent_events:celery") == 0
     assert not plant.llm.requests
 
 
-@scenario(14, "the reply to an addition is lost", "line")
+@scenario(14, "the reply to an addition is lost", "line", load=LONG)
 def _(plant: Plant) -> None:
     before = plant.redis.line.lost
     faults.lose_redis_reply(plant, "XADD")
-    plant.stack.wait("the loss", lambda: plant.redis.line.lost > before, 30)
+    plant.stack.wait("the loss", lambda: plant.redis.line.lost > before, 90)
 
 
 @scenario(13, "all replies are lost", "line")
@@ -244,13 +250,15 @@ def _(plant: Plant) -> None:
     faults.crash_database(plant, 1)
 
 
-@scenario(17, "replies to commits are lost", "database", vendors=ONLY_POSTGRESQL, allowed=AWAY)
+@scenario(
+    17, "replies to commits are lost", "database", vendors=ONLY_POSTGRESQL, load=LONG, allowed=AWAY
+)
 def _(plant: Plant) -> None:
     before = plant.postgresql.line.lost
     for count in range(1, 9):
         faults.lose_commit_reply(plant, nth=count % 3 + 1)
         plant.stack.wait(
-            "the loss", lambda count=count: plant.postgresql.line.lost == before + count, 30
+            "the loss", lambda count=count: plant.postgresql.line.lost == before + count, 90
         )
 
 
@@ -259,7 +267,14 @@ def _(plant: Plant) -> None:
     faults.blackhole_database(plant, 5)
 
 
-@scenario(18, "the database has no connections", "database", vendors=ONLY_POSTGRESQL, allowed=AWAY)
+@scenario(
+    18,
+    "the database has no connections",
+    "database",
+    vendors=ONLY_POSTGRESQL,
+    load=LONG,
+    allowed=AWAY,
+)
 def _(plant: Plant) -> None:
     faults.limit_connections(plant, 5)
     assert plant.client.refusals, "There were connections enough."
@@ -269,10 +284,10 @@ def _(plant: Plant) -> None:
 def _(plant: Plant) -> None:
     plant.llm.script(Reply(latency=5))
     asked = plant.client.ask(plant.thread("deadlock"), 0)
-    plant.llm.wait_for_requests(1, 30)
+    plant.llm.wait_for_requests()
     faults.deadlock(plant, asked)
     plant.mended()
-    plant.stack.wait("word of it", lambda: "deadlock detected" in plant.stack.log(), 30)
+    plant.stack.wait("word of it", lambda: "deadlock detected" in plant.stack.log(), 90)
 
 
 @scenario(20, "SQLite is locked", "database", vendors=ONLY_SQLITE, allowed=AWAY)
@@ -285,7 +300,7 @@ def _(plant: Plant) -> None:
     faults.lock_sqlite(plant, 30)
 
 
-@scenario(21, "the disk is full", "database", vendors=ONLY_SQLITE, allowed=AWAY)
+@scenario(21, "the disk is full", "database", vendors=ONLY_SQLITE, load=LONG, allowed=AWAY)
 def _(plant: Plant) -> None:
     faults.fill_disk(plant, 4)
     assert plant.client.refusals, "The disk was not full."

@@ -15,7 +15,8 @@ from typing import Any, Self
 import psycopg
 import redis
 
-from tests.faults.proxy import Proxy, free_port
+from tests.faults.proxy import Proxy
+from tests.ports import free_port
 from tests.redisserver import redis_executable
 from tests.synapse import wait_for
 
@@ -71,14 +72,14 @@ class RedisServer:
         process, self.process = self.process, None
         if process is not None:
             process.send_signal(signum)
-            process.wait(10)
+            process.wait(60)
 
     def shut_down(self) -> None:
         """Cleanly, and nothing is saved."""
         with closing(self.client()) as client, suppress(redis.RedisError):
             client.shutdown(nosave=True)
         assert self.process is not None
-        self.process.wait(10)
+        self.process.wait(60)
         self.process = None
 
 
@@ -172,7 +173,7 @@ class PostgreSQL:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             check=False,
-            timeout=60,
+            timeout=180,
         )
         assert not done.returncode, done.stderr.decode()
 

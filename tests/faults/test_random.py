@@ -47,7 +47,7 @@ def test_whatever_happens_nothing_is_lost_repeated_or_out_of_order(
         schedule.play(planned, plant, load)
     plant.mended()
     plant.wait_up()
-    plant.settle(180)
+    plant.settle(400)
     count = sum(len(steps) for steps in planned.values())
     # Of few runs, those that a killed worker had in hand are more than a tenth.
     few = 20 if RUNS < 1000 else 0

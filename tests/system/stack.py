@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import configparser
 import http.client
+import json
 import os
 import secrets
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -35,10 +35,15 @@ import psutil
 import redis
 from supervisor.xmlrpc import SupervisorTransport
 
+from tests.freezing import freeze
+from tests.ports import free_port
+
 BASE_DIR = Path(__file__).resolve().parents[2]
 COMMAND = [sys.executable, "scripts/stack.py"]
-START_SECONDS = 60
-STOP_SECONDS = 30
+START_SECONDS = 180
+STOP_SECONDS = 90
+# What was killed at the end may take so long to be gone.
+VANISH_SECONDS = 5
 # All that is asked of a system under test comes from one caller.
 WITHOUT_LIMITS = {
     "LIMIT_USER_MESSAGES_PER_MINUTE": "0",
@@ -65,7 +70,7 @@ class Stack:
 
     def __init__(self, llm_url: str = "", **env: str) -> None:
         self.directory = Path(tempfile.mkdtemp(prefix="stack-"))
-        self.port, self.realm_port = _free_port(), _free_port()
+        self.port, self.realm_port = free_port(), free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.env = _clean_environment() | {
             "PORT": str(self.port),
@@ -83,6 +88,8 @@ class Stack:
             "OPENAI_BASE_URL": llm_url,
             **env,
         }
+        if self.env["STACK_MATRIX"] == "true" and "MATRIX_URL" not in env:
+            self._choose_homeserver_port()
         self._log = self.directory / "output.log"
         self._runner: subprocess.Popen[bytes] | None = None
 
@@ -99,6 +106,13 @@ class Stack:
             self.stop()
         finally:
             shutil.rmtree(self.directory, ignore_errors=True)
+
+    def _choose_homeserver_port(self) -> None:
+        """As if that of an earlier start: two stacks that start at once would both take the usual."""
+        folder = self.directory / "homeserver"
+        folder.mkdir(mode=0o700)
+        config = {"listeners": [{"port": free_port()}]}
+        (folder / "homeserver.yaml").write_text(json.dumps(config))
 
     def start(self) -> None:
         """Start everything and return when it answers and works."""
@@ -129,6 +143,7 @@ class Stack:
         self._runner.send_signal(signal.SIGTERM)
         with suppress(subprocess.TimeoutExpired):
             self._runner.wait(STOP_SECONDS)
+            psutil.wait_procs(self._members(), timeout=VANISH_SECONDS)
         if survivors := self._kill_survivors():
             raise StackError(f"Left running after the stop: {survivors}\n{self.log()[-5000:]}")
 
@@ -146,9 +161,41 @@ class Stack:
 
     def kill(self, name: str, signum: int = signal.SIGKILL) -> int:
         """Send `signum` to the process `name`; answers its pid, for `wait_restarted`."""
-        pid = self.pid(name)
+        pid = self._running(name)
         os.kill(pid, signum)
         return pid
+
+    def freeze(self, name: str) -> int:
+        """Have `name` stand still until it gets a SIGCONT; its pid."""
+        pid = self._running(name)
+        self.wait(f"{name} to be frozen", lambda: freeze(pid, self._sqlite), START_SECONDS)
+        return pid
+
+    @contextmanager
+    def without(self, name: str) -> Iterator[None]:
+        """`name` is killed with all its children, and started again at the end."""
+        assert self._runner
+        pid = self._running(name)
+        pids = self.processes()[name]
+        self._runner.send_signal(signal.SIGSTOP)  # it would start it again at once
+        try:
+            for each in pids:
+                with suppress(ProcessLookupError):
+                    os.kill(each, signal.SIGKILL)
+            yield
+        finally:
+            self._runner.send_signal(signal.SIGCONT)
+        self.wait_restarted(name, pid)
+
+    def _running(self, name: str) -> int:
+        """The pid of `name`, once it runs: that of nobody, 0, would stand for the tests themselves."""
+        return self.wait(f"{name} to run", lambda: self.pid(name), START_SECONDS)
+
+    @property
+    def _sqlite(self) -> str:
+        """The path of the database's file, if it is one."""
+        scheme, _, path = self.env["DATABASE_URL"].partition("://")
+        return path if scheme == "sqlite" else ""
 
     def wait_restarted(self, name: str, old: int, seconds: float = START_SECONDS) -> int:
         """Wait until `name` runs as another process than `old`; answers its pid."""
@@ -159,7 +206,7 @@ class Stack:
 
         return self.wait(f"{name} to be restarted", successor, seconds)
 
-    def wait(self, what: str, condition: Callable[[], T], seconds: float = 10) -> T:
+    def wait(self, what: str, condition: Callable[[], T], seconds: float = 60) -> T:
         """The condition's first true value; fails at once when the whole stack has ended."""
         assert self._runner
         deadline = time.monotonic() + seconds
@@ -231,7 +278,7 @@ class Stack:
         try:
             with urllib.request.urlopen(f"{self.url}/api", timeout=5) as response:
                 return bool(response.status == 200)
-        except OSError:
+        except (OSError, http.client.HTTPException):
             return False
 
     def _worker_reads(self) -> bool:
@@ -274,12 +321,6 @@ def _clean_environment() -> dict[str, str]:
     lines = dotenv.read_text().splitlines() if dotenv.exists() else []
     names = (line.removeprefix("export ").partition("=")[0].strip() for line in lines)
     return {name: "" for name in names if name.isidentifier()} | kept
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def _tree(pid: int) -> Iterator[psutil.Process]:

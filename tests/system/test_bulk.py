@@ -11,7 +11,7 @@ import pytest
 from tests.system.stack import BASE_DIR, Stack
 
 pytestmark = pytest.mark.system
-RUNS = 200
+RUNS = 400  # so many that there is time to kill in the middle
 SEED = f"""
 from django.contrib.auth import get_user_model
 from agents.models import Run
@@ -35,9 +35,9 @@ def test_hundreds_of_failed_runs_are_asked_for_again_though_the_worker_is_killed
             cwd=BASE_DIR,
             env=stack.env,
             check=True,
-            timeout=60,
+            timeout=180,
         )
-        with httpx2.Client(base_url=stack.url, follow_redirects=True, timeout=30) as browser:
+        with httpx2.Client(base_url=stack.url, follow_redirects=True, timeout=90) as browser:
             _log_in(browser)
             job = _ask_for_all(browser)
             killed = False
@@ -48,17 +48,17 @@ def test_hundreds_of_failed_runs_are_asked_for_again_though_the_worker_is_killed
                 seen.add(done)
                 if "hx-get" not in text:
                     break
-                if done >= RUNS // 5 and not killed:
+                if done >= RUNS // 20 and not killed:
                     old = stack.kill("worker")
                     killed = True
                     stack.wait_restarted("worker", old)
-                assert time.monotonic() - started < 150, text
+                assert time.monotonic() - started < 300, text
                 time.sleep(0.1)
             print(f"{RUNS} in {time.monotonic() - started:.1f} s, seen: {sorted(seen)}")  # noqa: T201
             assert killed
-            assert len(seen) >= 3, "the progress can be watched"
+            assert seen - {0, RUNS}, "the progress can be watched"
             assert f"{RUNS} done, 0 skipped" in text
-            stack.wait("all runs to be answered", lambda: _completed(browser) == RUNS, 60)
+            stack.wait("all runs to be answered", lambda: _completed(browser) == RUNS, 300)
 
 
 def _log_in(browser: httpx2.Client) -> None:

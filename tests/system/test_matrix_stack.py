@@ -8,6 +8,7 @@ import subprocess
 import sys
 import urllib.request
 from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
 
@@ -24,7 +25,7 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def stack(database: dict[str, str]) -> Iterator[Stack]:
     with Stack(STACK_MATRIX="true", DEBUG="true", **database) as stack:
-        stack.wait("the bot to listen", lambda: "The bot listens" in stack.log(), 60)
+        stack.wait("the bot to listen", lambda: "The bot listens" in stack.log(), 180)
         yield stack  # whatever is left running afterwards is an error
 
 
@@ -35,7 +36,7 @@ def run(stack: Stack, *command: str, **env: str) -> subprocess.CompletedProcess[
         env=stack.env | env,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=180,
         check=False,
     )
 
@@ -46,7 +47,7 @@ def manage(stack: Stack, *arguments: str, **env: str) -> subprocess.CompletedPro
 
 def test_both_ports_lead_to_the_server(stack: Stack) -> None:
     for port in (stack.port, stack.realm_port):
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/api", timeout=10) as answer:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/api", timeout=60) as answer:
             assert json.load(answer) == {"ok": True, "message": "API is running"}
 
 
@@ -64,7 +65,7 @@ def test_the_last_lines_tell_how_to_log_in_and_nobody_else_may_read_it(stack: St
 
 
 def test_the_metrics_are_none_of_the_homeservers(stack: Stack) -> None:
-    with urllib.request.urlopen(f"{stack.url}/metrics", timeout=10) as answer:
+    with urllib.request.urlopen(f"{stack.url}/metrics", timeout=60) as answer:
         told = answer.read().decode()
 
     assert "botrealm_" in told
@@ -72,11 +73,12 @@ def test_the_metrics_are_none_of_the_homeservers(stack: Stack) -> None:
 
 
 def test_what_the_processes_write_is_for_their_owner_alone(stack: Stack) -> None:
-    written = {
-        path.relative_to(stack.directory).as_posix(): stat.S_IMODE(path.stat().st_mode)
-        for path in stack.directory.rglob("*")
-        if path.is_file() and path.name != "output.log"  # of the tests
-    }
+    written = {}
+    for path in stack.directory.rglob("*"):
+        with suppress(FileNotFoundError):  # as journals come and go
+            mode = path.stat().st_mode
+            if stat.S_ISREG(mode) and path.name != "output.log":  # of the tests
+                written[path.relative_to(stack.directory).as_posix()] = stat.S_IMODE(mode)
 
     assert "homeserver/homeserver.db" in written
     assert [name for name, mode in written.items() if mode & 0o077] == []
@@ -122,10 +124,13 @@ def test_the_bot_runner_is_registered_and_unregistered_as_the_document_types_it(
 
 
 def test_a_dead_homeserver_and_a_dead_bot_come_back(stack: Stack) -> None:
-    for name in ("homeserver", "bot"):
-        stack.wait_restarted(name, stack.kill(name))
+    stack.wait_restarted("homeserver", stack.kill("homeserver"))
     url = json.loads((stack.directory / "demo.json").read_text())["matrix_url"]
-    stack.wait("the homeserver to answer", lambda: homeserver.is_healthy(url), 30)
+    stack.wait("the homeserver to answer", lambda: homeserver.is_healthy(url), 180)
+    # The demonstration has less patience with the bot than a busy machine may ask for.
+    connected = stack.log().count("Connected")
+    stack.wait_restarted("bot", stack.kill("bot"))
+    stack.wait("the bot", lambda: stack.log().count("Connected") > connected, 180)
     done = manage(stack, "matrix_demo")
 
     assert done.returncode == 0, f"{done.stderr}\n{stack.log()[-5000:]}"
@@ -137,8 +142,8 @@ def test_a_homeserver_that_is_given_is_used_and_none_is_started(stack: Stack) ->
     given = json.loads((stack.directory / "demo.json").read_text())["matrix_url"]
     with Stack(STACK_MATRIX="true", MATRIX_URL=given, BOT_RUNNER_PASSWORD="wrong") as other:
         refusal = "refuses BOT_RUNNER_USERNAME and BOT_RUNNER_PASSWORD"
-        other.wait("the refusal", lambda: refusal in other.log(), 30)
-        other.wait("the last block", lambda: f"Matrix {given}, as bot-runner" in other.log(), 30)
+        other.wait("the refusal", lambda: refusal in other.log(), 180)
+        other.wait("the last block", lambda: f"Matrix {given}, as bot-runner" in other.log(), 180)
         assert other.pid("homeserver") == 0
         assert other.pid("web")
         assert not os.path.exists(other.directory / "homeserver")
@@ -154,5 +159,5 @@ def _realm(stack: Stack, token: str, method: str, path: str, body: object = None
             "Content-Type": "application/vnd.api+json",
         },
     )
-    with urllib.request.urlopen(request, timeout=10) as answer:
+    with urllib.request.urlopen(request, timeout=60) as answer:
         return str(answer.read().decode())

@@ -22,14 +22,14 @@ def start(stack: Stack, **env: str) -> subprocess.CompletedProcess[str]:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=180,
         check=False,
     )
 
 
 def test_it_says_what_to_open_and_a_second_start_works_as_well() -> None:
     with Stack() as stack:
-        stack.wait("the last block", lambda: "Botrealm is ready." in stack.log(), 30)
+        stack.wait("the last block", lambda: "Ctrl-C stops everything." in stack.log(), 180)
         log = stack.log()
         assert f"http://localhost:{stack.port}/admin/  user admin, password " in log
         assert f"curl -X POST http://localhost:{stack.port}/api/chat/messages" in log
@@ -42,8 +42,9 @@ def test_ctrl_c_ends_everything() -> None:
     with Stack() as stack:
         assert stack._runner
         stack._runner.send_signal(signal.SIGINT)
-        stack._runner.wait(timeout=30)
+        stack._runner.wait(timeout=90)
 
+        psutil.wait_procs(stack._members(), timeout=5)
         assert stack._members() == []
 
 
@@ -95,7 +96,7 @@ def doctor(stack: Stack, **env: str) -> subprocess.CompletedProcess[str]:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=180,
         check=False,
     )
 
@@ -106,7 +107,7 @@ def test_the_doctor_looks_at_the_stack_that_runs() -> None:
         assert stat.S_IMODE(written.stat().st_mode) == 0o600
         assert psutil.Process(stack.pid("worker")).environ()["REDIS_URL"] == stack.redis_url
 
-        stack.wait("the worker's sign", lambda: "1 at work" in doctor(stack).stdout, 60)
+        stack.wait("the worker's sign", lambda: "1 at work" in doctor(stack).stdout, 180)
         done = doctor(stack)
 
         assert f"looking at the local stack of {stack.directory}" in done.stdout
