@@ -63,7 +63,7 @@ class Allowed:
     broken_connections: bool = False
     failures: bool = False  # runs that end without an answer
     self_exits: bool = False  # programs that end by themselves
-    p99_seconds: float = 10.0
+    p99_seconds: float = 3.0
 
 
 NOTHING = Allowed()

@@ -66,7 +66,7 @@ def scenario(row: int, name: str, kind: str, **options: Any) -> Callable[[Damage
 
 
 PROCESS = Allowed(extra_calls=20)
-BROKEN = Allowed(extra_calls=20, broken_connections=True, refusals=True, p99_seconds=30)
+BROKEN = Allowed(extra_calls=20, broken_connections=True, refusals=True, p99_seconds=10)
 AWAY = Allowed(extra_calls=20, refusals=True, p99_seconds=30)
 # For a damage that needs some more questions while it lasts.
 LONG = {"runs": 80, "pause": 0.5}

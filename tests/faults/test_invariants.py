@@ -140,9 +140,9 @@ def test_a_request_that_went_wrong_is_told(plant: Any, request_: Request, expect
 
 def test_slow_requests_are_told(plant: Any) -> None:
     plant.client.requests *= 0
-    plant.client.requests += [Request(202, 15.0, True, "", "")] * 3
+    plant.client.requests += [Request(202, 5.0, True, "", "")] * 3
 
-    assert violations(plant) == ["I7 p99 of the requests is 15.0 s"]
+    assert violations(plant) == ["I7 p99 of the requests is 5.0 s"]
 
 
 def test_programs_that_are_down_or_end_by_themselves_are_told(plant: Any) -> None:
