@@ -10,7 +10,9 @@ import redis as redis_client
 from django.db import connection
 from rest_framework.test import APIClient
 
-from agents import endpoint, leases, limits, live, prices, refusals, stream
+from agents import endpoint, leases, limits, live, prices, refusals, shares, stream
+from ops import health, metrics
+from realm import throttles
 from tests.fakes import receiver
 from tests.fakes.llm import FakeLLM
 from tests.ports import free_port
@@ -143,9 +145,25 @@ def _fresh_heartbeat() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _fresh_lists() -> None:
+def _nothing_of_another_test() -> None:
     prices.price_list.forget()
     limits.limit_list.forget()
+    shares.slots.forget()
+    shares.left.clear()
+    stream._breaker.reset()
+
+
+@pytest.fixture(autouse=True)
+def _patience() -> Iterator[None]:
+    """What a busy machine is late with is not away; who tests what is away says for how long. No
+    `monkeypatch`: what a test patches would be undone after the database was made empty."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stream, "REQUEST_SECONDS", 30)
+        patch.setattr(live, "TELL_SECONDS", 30)
+        patch.setattr(throttles, "REDIS_SECONDS", 30)
+        patch.setattr(health, "PATIENCE_SECONDS", 30)
+        patch.setattr(metrics, "PATIENCE_SECONDS", 30)
+        yield
 
 
 @pytest.fixture
