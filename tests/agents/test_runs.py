@@ -193,7 +193,7 @@ class TestRetry:
 
         run = reload(run)
         assert run.attempt == 1
-        assert timedelta(seconds=58) < run.due_at - timezone.now() < timedelta(seconds=62)
+        assert timedelta(seconds=30) < run.due_at - timezone.now() < timedelta(seconds=62)
 
     def test_not_for_ever(self, model: FakeLLM, settings: Any) -> None:
         settings.AGENT_MAX_ATTEMPTS = 3

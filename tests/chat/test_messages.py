@@ -270,7 +270,7 @@ def test_twenty_at_the_same_instant_make_one_run() -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(timeout=30)
+        thread.join(timeout=60)
 
     assert answers == [(202, Run.objects.get().pk)] * 20
     assert IdempotencyKey.objects.count() == 1
@@ -291,7 +291,7 @@ def test_questions_asked_at_once_in_a_new_thread_all_get_a_turn() -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(timeout=30)
+        thread.join(timeout=60)
 
     assert codes == [202] * 8
     positions = Run.objects.order_by("position").values_list("position", flat=True)
