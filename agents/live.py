@@ -39,6 +39,7 @@ MOST_TICK_SECONDS = 0.2
 CALL_SECONDS = 20.0
 CALLED_SECONDS = 60.0
 KEPT_EVENTS = 10_000
+TELL_SECONDS = 0.5
 KEPT_SECONDS = 3600
 
 
@@ -56,8 +57,8 @@ def _teller() -> Redis:
     """Tells again by itself where a connection turns out to be dead: ids make that harmless."""
     return Redis.from_url(
         settings.REDIS_URL,
-        socket_timeout=0.5,
-        socket_connect_timeout=0.3,
+        socket_timeout=TELL_SECONDS,
+        socket_connect_timeout=stream.REQUEST_SECONDS,
         retry=Retry(NoBackoff(), 1),
     )
 

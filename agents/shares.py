@@ -62,6 +62,9 @@ class Slots:
             self._stale_at = time.monotonic() + SLOTS_SECONDS
         return self._slots
 
+    def forget(self) -> None:
+        self._stale_at = 0.0
+
 
 slots = Slots()
 

@@ -28,6 +28,8 @@ BATCH = 200
 BLOCK_SECONDS = 1.0
 LOOK_SECONDS = 1.0
 BREAK_SECONDS = 3.0
+# What a request, or a step of a run, waits for Redis at the most.
+REQUEST_SECONDS = 0.3
 KEEPER_MS = 4000
 
 
@@ -61,12 +63,12 @@ _breaker = Breaker()
 
 @functools.cache
 def _publisher() -> Redis:
-    """For use within a request: gives up after 0.3 s, and never repeats a command by itself, which
-    might add an entry twice."""
+    """For use within a request: gives up soon, and never repeats a command by itself, which might add
+    an entry twice."""
     return Redis.from_url(
         settings.REDIS_URL,
-        socket_timeout=0.3,
-        socket_connect_timeout=0.3,
+        socket_timeout=REQUEST_SECONDS,
+        socket_connect_timeout=REQUEST_SECONDS,
         retry=Retry(NoBackoff(), 0),
         max_connections=1000,
     )

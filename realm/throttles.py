@@ -24,6 +24,7 @@ from rest_framework.views import APIView
 from console.audit import client_ip
 
 WINDOW_SECONDS = 60
+REDIS_SECONDS = 0.3
 
 
 class ServerSessions(BaseThrottle):
@@ -67,11 +68,11 @@ def _count(key: str) -> int:
 
 @functools.cache
 def redis() -> Redis:
-    """Gives up after 0.3 s, and never counts twice by repeating a command."""
+    """Gives up soon, and never counts twice by repeating a command."""
     return Redis.from_url(
         settings.REDIS_URL,
-        socket_timeout=0.3,
-        socket_connect_timeout=0.3,
+        socket_timeout=REDIS_SECONDS,
+        socket_connect_timeout=REDIS_SECONDS,
         retry=Retry(NoBackoff(), 0),
     )
 

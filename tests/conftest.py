@@ -2,6 +2,7 @@ import importlib
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ import redis as redis_client
 from django.db import connection
 from rest_framework.test import APIClient
 
-from agents import endpoint, leases, limits, live, prices, refusals, stream
+from agents import endpoint, leases, limits, live, prices, refusals, shares, stream
+from ops import health, metrics
+from realm import throttles
 from tests.fakes import receiver
 from tests.fakes.llm import FakeLLM
 from tests.ports import free_port
@@ -86,7 +89,19 @@ def model(_llm_server: FakeLLM, settings: Any) -> Iterator[FakeLLM]:
 def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A real Redis of the test run's own; its URL."""
     folder = tmp_path_factory.mktemp("redis")
-    port = free_port()
+    process = None
+    for _ in range(5):
+        port = free_port()
+        if process := _started_redis(folder, port):
+            break
+    assert process, "Redis does not start."
+    yield f"redis://127.0.0.1:{port}/0"
+    process.terminate()
+    process.wait(timeout=60)
+
+
+def _started_redis(folder: Path, port: int) -> subprocess.Popen[bytes] | None:
+    """None where another process has got the port first, such as the Redis of tests beside these."""
     process = subprocess.Popen(
         [
             redis_executable(),
@@ -97,20 +112,15 @@ def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         cwd=folder,
         stdout=subprocess.DEVNULL,
     )
-    client = redis_client.Redis(port=port)
     deadline = time.monotonic() + 60
-    while True:
-        try:
-            client.ping()
-            break
-        except redis_client.ConnectionError:
-            assert process.poll() is None
+    with redis_client.Redis(port=port) as client:
+        while process.poll() is None:
+            with suppress(redis_client.RedisError):
+                if client.info("server")["process_id"] == process.pid:
+                    return process
             assert time.monotonic() < deadline
             time.sleep(0.02)
-    client.close()
-    yield f"redis://127.0.0.1:{port}/0"
-    process.terminate()
-    process.wait(timeout=60)
+    return None
 
 
 @pytest.fixture
@@ -143,9 +153,25 @@ def _fresh_heartbeat() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _fresh_lists() -> None:
+def _nothing_of_another_test() -> None:
     prices.price_list.forget()
     limits.limit_list.forget()
+    shares.slots.forget()
+    shares.left.clear()
+    stream._breaker.reset()
+
+
+@pytest.fixture(autouse=True)
+def _patience() -> Iterator[None]:
+    """What a busy machine is late with is not away; who tests what is away says for how long. No
+    `monkeypatch`: what a test patches would be undone after the database was made empty."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stream, "REQUEST_SECONDS", 30)
+        patch.setattr(live, "TELL_SECONDS", 30)
+        patch.setattr(throttles, "REDIS_SECONDS", 30)
+        patch.setattr(health, "PATIENCE_SECONDS", 30)
+        patch.setattr(metrics, "PATIENCE_SECONDS", 30)
+        yield
 
 
 @pytest.fixture

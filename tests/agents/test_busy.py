@@ -15,7 +15,7 @@ from agents.inbox import Busy, WhenBusy
 from agents.models import Attempt, Event, IdempotencyKey, Run
 from chat.models import Message, Thread
 from tests import factories
-from tests.agents.test_runs import in_background, reload
+from tests.agents.test_runs import in_background, reload, wait_for_words
 from tests.fakes.llm import FakeLLM, Hang, Reply
 
 pytestmark = pytest.mark.django_db
@@ -174,7 +174,7 @@ class TestInterrupt:
         model.script(Hang(after=3, reply=Reply("It is blue because " * 5, deltas=15)))
         first = ask("Why is the sky blue?")
         with in_background(runs.execute, first.pk):
-            model.wait_for_requests()
+            wait_for_words(first, "It is blue")
             second = ask("In one word.", "interrupt", thread_id=first.thread_id)
         runs.execute(second.pk)
 
@@ -300,7 +300,7 @@ class TestRaces:
 
         def each(what: Callable[[], Any]) -> None:
             try:
-                start.wait(timeout=10)
+                start.wait(timeout=60)
                 what()
             except BaseException as error:
                 failures.append(error)
@@ -311,7 +311,7 @@ class TestRaces:
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(timeout=30)
+            thread.join(timeout=60)
             assert not thread.is_alive()
         return failures
 

@@ -16,7 +16,7 @@ from agents.models import Attempt, Event, Rollup, Run
 from agents.runtime import Keeper, Reader
 from chat.models import Message
 from tests import factories
-from tests.agents.test_runs import in_background, reload
+from tests.agents.test_runs import in_background, reload, wait_for_words
 from tests.fakes.llm import Failure, FakeLLM, Hang, Reply
 
 pytestmark = pytest.mark.django_db
@@ -109,8 +109,8 @@ class TestWaiting:
 
 class TestAtWork:
     def test_it_is_cut_between_tokens_and_what_came_is_kept(self, model: FakeLLM) -> None:
-        model.script(Reply("word " * 400, deltas=400, delta_latency=0.02))
-        run = ask(0.4)
+        model.script(Reply("word " * 400, deltas=400, delta_latency=0.05))
+        run = ask(2)
         runs.execute(run.pk)
 
         assert how(run) == OVERDUE
@@ -136,7 +136,7 @@ class TestAtWork:
         model.script(Hang(after=3, reply=Reply("word " * 10, deltas=10)))
         run = ask(60)
         with in_background(runs.execute, run.pk):
-            model.wait_for_requests()
+            wait_for_words(run, "word word word")
             give(run, -2)
             assert runs.end_overdue() == 1
 
@@ -148,7 +148,7 @@ class TestAtWork:
     def test_a_worker_at_the_next_token_is_left_to_end_it_itself(self) -> None:
         run = ask(60)
         assert runs.claim(run.pk)
-        give(run, -0.2)
+        give(run, -0.01)
         assert runs.end_overdue() == 0
         give(run, -2)
         assert runs.end_overdue() == 1
@@ -182,7 +182,7 @@ class TestAtWork:
             late = runs.llm.LLMError("No.", code="refused", permanent=True)
 
             def each(what: Any, *args: Any, start: threading.Barrier = start) -> None:
-                start.wait(timeout=10)
+                start.wait(timeout=60)
                 what(*args)
                 connection.close()
 
@@ -197,7 +197,7 @@ class TestAtWork:
             for thread in racing:
                 thread.start()
             for thread in racing:
-                thread.join(timeout=20)
+                thread.join(timeout=60)
 
             assert reload(held).is_finished
             assert held.attempts.count() == 1

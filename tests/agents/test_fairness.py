@@ -17,12 +17,6 @@ from tests.fakes.llm import FakeLLM, Hang
 pytestmark = pytest.mark.django_db(transaction=True)
 
 
-@pytest.fixture(autouse=True)
-def _nothing_left() -> Any:
-    yield
-    shares.left.clear()
-
-
 @pytest.fixture
 def small(settings: Any) -> None:
     """Four runs are handed over ahead of the slots."""

@@ -1,6 +1,7 @@
 """The life of a run, through the door in and `runs.execute()`; the model is a real HTTP server."""
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -11,11 +12,11 @@ from django.db import IntegrityError, OperationalError, connection
 from django.db.models.functions import Now
 from django.utils import timezone
 
-from agents import commands, memory, outcomes, runs
+from agents import commands, live, memory, outcomes, runs
 from agents.models import Attempt, Event, Run, Step
 from chat.models import Message
 from tests import factories
-from tests.fakes.llm import CONTEXT_TOO_LONG, Cut, Failure, FakeLLM, Hang, Reply
+from tests.fakes.llm import CONTEXT_TOO_LONG, Cut, Failure, FakeLLM, Hang, Paced, Reply
 
 pytestmark = pytest.mark.django_db
 
@@ -192,7 +193,7 @@ class TestRetry:
 
         run = reload(run)
         assert run.attempt == 1
-        assert timedelta(seconds=58) < run.due_at - timezone.now() < timedelta(seconds=62)
+        assert timedelta(seconds=30) < run.due_at - timezone.now() < timedelta(seconds=62)
 
     def test_not_for_ever(self, model: FakeLLM, settings: Any) -> None:
         settings.AGENT_MAX_ATTEMPTS = 3
@@ -241,8 +242,8 @@ class TestRetry:
     def test_a_model_that_dribbles_is_cut_at_the_deadline(
         self, model: FakeLLM, settings: Any
     ) -> None:
-        settings.AGENT_DEADLINE_SECONDS = 0.5
-        model.script(Reply("word " * 200, deltas=200, delta_latency=0.05))
+        settings.AGENT_DEADLINE_SECONDS = 2
+        model.script(Reply("word " * 1000, deltas=1000, delta_latency=0.05))
         run = factories.ask()
         runs.execute(run.pk)
 
@@ -364,12 +365,14 @@ class TestClaim:
 @pytest.mark.django_db(transaction=True)
 class TestFence:
     def test_a_worker_that_lost_its_run_writes_nothing(self, model: FakeLLM, caplog: Any) -> None:
-        model.script(Reply("too late", latency=0.4), Reply("in time"))
+        may_answer = threading.Event()
+        model.script(Paced(Reply("too late"), lambda step: may_answer.is_set()), Reply("in time"))
         run = factories.ask()
         with in_background(runs.execute, run.pk):
             model.wait_for_requests()
             Run.objects.filter(pk=run.pk).update(lease_expires_at=Now() - timedelta(seconds=1))
             runs.execute(run.pk)
+            may_answer.set()
 
         answers = Message.objects.filter(role="assistant").values_list("content", flat=True)
         assert list(answers) == ["in time"]
@@ -396,14 +399,19 @@ class TestFence:
     def test_the_lease_is_kept_for_as_long_as_the_model_takes(
         self, model: FakeLLM, settings: Any
     ) -> None:
-        settings.AGENT_LEASE_SECONDS = 0.5
-        model.script(Reply("slow", latency=1.2))
+        settings.AGENT_LEASE_SECONDS = 3
+        may_answer = threading.Event()
+        model.script(Paced(Reply("slow"), lambda step: may_answer.is_set()))
         run = factories.ask()
-        with in_background(runs.execute, run.pk) as worker:
+        with in_background(runs.execute, run.pk):
             model.wait_for_requests()
-            while worker.is_alive():
+            first = reload(run).lease_expires_at
+            assert first
+            while timezone.now() <= first:
                 assert runs.claim(run.pk) is None
-                worker.join(timeout=0.05)
+                time.sleep(0.1)
+            assert runs.claim(run.pk) is None
+            may_answer.set()
 
         assert reload(run).status == Run.Status.COMPLETED
         assert reload(run).attempt == 1
@@ -421,7 +429,7 @@ class TestFence:
         for worker in workers:
             worker.start()
         for worker in workers:
-            worker.join(timeout=30)
+            worker.join(timeout=60)
 
         assert sorted(won) == [False] * 7 + [True]
 
@@ -549,5 +557,19 @@ def in_background(function: Callable[..., Any], *args: Any) -> Iterator[threadin
     try:
         yield thread
     finally:
-        thread.join(timeout=20)
+        thread.join(timeout=60)
         assert not thread.is_alive()
+
+
+def wait_for_words(run: Run, words: str) -> None:
+    """Until the worker has read so much of the answer."""
+    until = time.monotonic() + 60
+    while not _read_so_far(run).startswith(words):
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def _read_so_far(run: Run) -> str:
+    feed = live.desk()._feeds.get(run.pk)
+    told = list(feed._untold) if feed else []
+    return "".join(piece for each in told if isinstance(each, live.Text) for piece in each.pieces)

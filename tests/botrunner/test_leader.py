@@ -11,6 +11,7 @@ from django.utils import timezone
 from botrunner.bot import Bot
 from botrunner.leader import Leader
 from botrunner.models import Session
+from botrunner.units import unit
 from tests.botrunner.scenes import session
 
 
@@ -19,9 +20,16 @@ def test_it_says_once_when_the_lease_of_a_dead_one_ends_and_takes_over_then(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     row = session()
-    until = timezone.now() + timedelta(seconds=3)
+    until = timezone.now() + timedelta(hours=1)
     Session.objects.filter(pk=row.pk).update(holder="dead", lease_expires_at=until)
     stopping = asyncio.Event()
+    pauses: list[float] = []
+
+    async def pause(seconds: float, stopping: asyncio.Event) -> None:
+        pauses.append(seconds)
+        if len(pauses) == 3:  # the hour is over
+            past = timezone.now() - timedelta(seconds=1)
+            await unit(Session.objects.update)(lease_expires_at=past)
 
     async def lead(leader: Leader, found: Session) -> None:
         stopping.set()
@@ -31,6 +39,7 @@ def test_it_says_once_when_the_lease_of_a_dead_one_ends_and_takes_over_then(
             await Leader(stopping).run()
 
     monkeypatch.setattr(Leader, "_lead", lead)
+    monkeypatch.setattr("botrunner.leader.pause", pause)
     monkeypatch.setattr("botrunner.accounts.session", lambda: Session.objects.get(pk=row.pk))
     async_to_sync(scene)()
 
@@ -40,6 +49,7 @@ def test_it_says_once_when_the_lease_of_a_dead_one_ends_and_takes_over_then(
         f"at {until:%H:%M:%S} UTC unless it is renewed"
     ]
     assert Session.objects.get(pk=row.pk).holder != "dead"
+    assert len(pauses) == 3, "not before"
 
 
 @pytest.mark.django_db(transaction=True)

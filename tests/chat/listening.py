@@ -51,7 +51,7 @@ class Response:
         async with self._changed:
             await self._changed.wait_for(lambda: self.status)
 
-    async def event(self, seconds: float = 10) -> Event:
+    async def event(self, seconds: float = 60) -> Event:
         """The next event."""
         while True:
             async with self._changed, asyncio.timeout(seconds):
@@ -66,14 +66,14 @@ class Response:
             if "event" in fields:
                 return Event(fields["id"], fields["event"], json.loads(fields["data"]))
 
-    async def until(self, type: str, seconds: float = 10) -> list[Event]:
+    async def until(self, type: str, seconds: float = 60) -> list[Event]:
         """The events up to and including the next of this type."""
         found = [await self.event(seconds)]
         while found[-1].type != type:
             found.append(await self.event(seconds))
         return found
 
-    async def end(self, seconds: float = 10) -> Self:
+    async def end(self, seconds: float = 60) -> Self:
         async with self._changed, asyncio.timeout(seconds):
             await self._changed.wait_for(lambda: self.over)
         return self
@@ -106,7 +106,7 @@ async def request(
     task = asyncio.create_task(asgi.application(scope, messages.get, response.send))
     begun = asyncio.create_task(response.begun())
     try:
-        await asyncio.wait([task, begun], timeout=10, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait([task, begun], timeout=60, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             task.result()
         assert begun.done(), "Nothing was answered."
@@ -115,7 +115,7 @@ async def request(
         begun.cancel()
         messages.put_nowait({"type": "http.disconnect"})
         response.reading.set()
-        await asyncio.wait_for(task, 10)
+        await asyncio.wait_for(task, 60)
 
 
 def go(scene: Coroutine[Any, Any, None]) -> None:

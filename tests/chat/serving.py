@@ -20,7 +20,7 @@ async def serving() -> AsyncIterator[str]:
     server = uvicorn.Server(uvicorn.Config(asgi.application, host="127.0.0.1", **options))  # type: ignore[arg-type]
     task = asyncio.create_task(server.serve())
     try:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while not server.started:
                 await asyncio.sleep(0.01)
         port = server.servers[0].sockets[0].getsockname()[1]

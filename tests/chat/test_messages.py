@@ -270,7 +270,7 @@ def test_twenty_at_the_same_instant_make_one_run() -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(timeout=30)
+        thread.join(timeout=60)
 
     assert answers == [(202, Run.objects.get().pk)] * 20
     assert IdempotencyKey.objects.count() == 1
@@ -291,7 +291,7 @@ def test_questions_asked_at_once_in_a_new_thread_all_get_a_turn() -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(timeout=30)
+        thread.join(timeout=60)
 
     assert codes == [202] * 8
     positions = Run.objects.order_by("position").values_list("position", flat=True)
@@ -358,7 +358,9 @@ class TestBlackHole:
     """A Redis that takes connections and says nothing: worse than one that is not there."""
 
     @pytest.fixture
-    def hole(self, redis: Redis, settings: Any) -> Iterator[list[socket.socket]]:
+    def hole(
+        self, redis: Redis, settings: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> Iterator[list[socket.socket]]:
         """The connections that were made to it."""
         taken: list[socket.socket] = []
         with socket.create_server(("127.0.0.1", 0)) as listening:
@@ -371,10 +373,11 @@ class TestBlackHole:
             thread = threading.Thread(target=take, daemon=True)
             thread.start()
             settings.REDIS_URL = f"redis://127.0.0.1:{listening.getsockname()[1]}"
+            monkeypatch.setattr(stream, "REQUEST_SECONDS", 0.3)
             stream._publisher.cache_clear()
             yield taken
             listening.shutdown(socket.SHUT_RDWR)
-            thread.join(5)
+            thread.join(60)
         for each in taken:
             each.close()
         if stream._publisher.cache_info().currsize:
@@ -392,4 +395,4 @@ class TestBlackHole:
         took = time.monotonic() - began
         # Of a breaker that opens for three seconds each time, not of each of the requests.
         assert 1 <= len(hole) <= 2 * (1 + took // stream.BREAK_SECONDS)
-        assert took < 10
+        assert took < 25, "nobody waits the thirty seconds"

@@ -152,6 +152,6 @@ def test_beyond_it_streams_are_refused_and_nothing_is_asked(settings: Any) -> No
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while not condition():
             await asyncio.sleep(0.01)

@@ -3,6 +3,7 @@
 import asyncio
 import re
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,9 +18,10 @@ from agents.runtime import Loop
 from chat import streams
 from chat.models import Message
 from realm import tokens
+from tests.agents.test_runs import wait_for_words
 from tests.chat.listening import Event, go, request
 from tests.factories import ask, conversation, user
-from tests.fakes.llm import FakeLLM, Hang, Reply
+from tests.fakes.llm import FakeLLM, Hang, Paced, Reply
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -30,12 +32,17 @@ TALK = Reply(("one ", "two ", "three ", "four "), delta_latency=0.1)
 def _worker_hears(redis: Redis) -> Iterator[None]:
     loop = Loop("listener", live.desk().hear)
     loop.start()
+    until = time.monotonic() + 60
     while not dict(redis.pubsub_numsub(live.called_channel()))[live.called_channel().encode()]:
-        pass
+        assert time.monotonic() < until
+        time.sleep(0.01)
     yield
+    for thread in threading.enumerate():
+        if isinstance(thread, Worker):
+            thread.join(60)
     loop.stopping.set()
     redis.publish(live.called_channel(), b"{}")
-    loop.join(5)
+    loop.join(60)
     assert not loop.is_alive()
 
 
@@ -63,7 +70,8 @@ def numbers(events: list[Event], attempt: int = 1) -> list[int]:
 
 
 def test_tokens_come_while_the_model_speaks(model: FakeLLM) -> None:
-    model.script(TALK)
+    may_end = threading.Event()
+    model.script(Paced(TALK, lambda step: step < 5 or may_end.is_set()))
     run = ask("Hi")
 
     async def scene() -> None:
@@ -76,9 +84,10 @@ def test_tokens_come_while_the_model_speaks(model: FakeLLM) -> None:
             worker.start()
             events = await response.until("message.delta")
             assert worker.is_alive()
+            may_end.set()
             events += await response.until("run.completed")
             await response.end()
-        worker.join(5)
+        worker.join(60)
         assert text_of(events) == "one two three four "
         assert numbers(events) == list(range(1, len(events)))
         assert [e.type for e in events if e.type != "message.delta"] == [
@@ -94,21 +103,23 @@ def test_tokens_come_while_the_model_speaks(model: FakeLLM) -> None:
 
 
 def test_who_comes_late_is_told_what_was_said_before(model: FakeLLM) -> None:
-    model.script(TALK)
+    may_end = threading.Event()
+    model.script(Paced(TALK, lambda step: step < 5 or may_end.is_set()))
     run = ask("Hi")
     worker = Worker(run)
 
     async def scene() -> None:
         worker.start()
-        await asyncio.to_thread(model.wait_for_requests)
-        await asyncio.sleep(0.25)
+        await asyncio.to_thread(wait_for_words, run, "one two ")
         async with request(f"/api/chat/runs/{run.pk}/events") as response:
-            events = await response.until("run.completed")
+            first = await response.event()
+            may_end.set()
+            events = [first] + await response.until("run.completed")
         assert text_of(events) == "one two three four "
         assert numbers(events) == list(range(1, len(events) - 1))
 
     go(scene())
-    worker.join(5)
+    worker.join(60)
 
 
 def test_nothing_goes_to_redis_where_nobody_listens(model: FakeLLM, redis: Redis) -> None:
@@ -183,7 +194,8 @@ def test_what_redis_forgot_is_said(model: FakeLLM, redis: Redis) -> None:
 def test_an_end_that_nobody_heard_is_said(model: FakeLLM, redis: Redis) -> None:
     """Redis is wiped while the answer comes; whoever puts it together has only its beginning."""
     run = ask("Hi")
-    model.script(TALK)
+    may_end = threading.Event()
+    model.script(Paced(TALK, lambda step: step < 3 or may_end.is_set()))
 
     async def scene() -> None:
         async with request(f"/api/chat/runs/{run.pk}/events") as response:
@@ -192,6 +204,7 @@ def test_an_end_that_nobody_heard_is_said(model: FakeLLM, redis: Redis) -> None:
             *_, token = await response.until("message.delta")
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(live.Desk, "_pipe", deaf)
+                may_end.set()
                 await working
             *_, gap, outcome = await response.until("run.completed")
         number = int(token.id.partition("-")[2])
@@ -360,7 +373,7 @@ def test_a_client_that_leaves_leaves_nothing_behind() -> None:
     go(scene())
 
 
-async def wait_for(condition: Any, seconds: float = 5) -> None:
+async def wait_for(condition: Any, seconds: float = 60) -> None:
     async with asyncio.timeout(seconds):
         while not condition():
             await asyncio.sleep(0.01)
@@ -418,7 +431,7 @@ def test_the_outcome_comes_although_redis_is_away(model: FakeLLM, settings: Any)
         async with request(f"/api/chat/runs/{run.pk}/events") as response:
             await response.event()
             Worker(run).start()
-            outcome = (await response.until("run.completed", 20))[-1]
+            outcome = (await response.until("run.completed"))[-1]
         assert outcome.data["run"]["output"]
 
     go(scene())
@@ -443,23 +456,24 @@ def test_a_waiting_run_is_cancelled_at_once() -> None:
 
 
 def test_a_cancel_is_heeded_between_two_tokens(model: FakeLLM) -> None:
-    model.script(Hang(2))
+    model.script(Hang(2, Reply(("one ", "two ", "three "))))
     run = ask("Hi")
     worker = Worker(run)
 
     async def scene() -> None:
         async with request(f"/api/chat/runs/{run.pk}/events") as listener:
             worker.start()
-            said = (await listener.until("message.delta"))[-1].data["text"]
+            said = ""
+            while said != "one two ":
+                said += text_of(await listener.until("message.delta"))
             async with request(f"/api/chat/runs/{run.pk}/cancel", "POST") as response:
                 assert response.status == 202
-            async with asyncio.timeout(1):
+            async with asyncio.timeout(60):
                 await listener.until("run.cancelled")
                 await asyncio.to_thread(worker.join)
         model.wait_for_disconnects()
         step = await asyncio.to_thread(Step.objects.get, run=run)
-        assert step.output.startswith(said)
-        assert step.output
+        assert step.output == said
         attempt = await asyncio.to_thread(Attempt.objects.get, run=run)
         assert (attempt.result, attempt.completion_tokens) == ("cancelled", 2)
 

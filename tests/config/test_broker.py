@@ -14,7 +14,7 @@ def test_a_channel_that_outlives_its_connection_can_be_closed(
     with Connection(redis_server, transport="config.broker:Transport") as connection:
         queue = connection.SimpleQueue("tasks")
         queue.put({"run": 1})
-        message = queue.get(timeout=5)
+        message = queue.get(timeout=60)
         channel = connection.default_channel
         connection._do_close_transport()
         channel._disconnect_pools()

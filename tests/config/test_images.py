@@ -62,7 +62,7 @@ def test_a_command_is_there_and_knows_its_options(where: str) -> None:
     assert (Path(sys.executable).parent / program).exists()
     asked = [program, "--help"] if program == "uvicorn" else [program, "worker", "--help"]
     told = subprocess.run(
-        [sys.executable, "-m", *asked], capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, "-m", *asked], capture_output=True, text=True, timeout=300, check=True
     ).stdout
     options = {argument for argument in arguments if argument.startswith("--")}
     assert {name for name in options if name not in told} <= {"--quiet"}  # celery's own

@@ -25,7 +25,7 @@ def start(expression: str = "None", **environment: str) -> subprocess.CompletedP
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         check=False,
     )
 

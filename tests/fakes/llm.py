@@ -254,6 +254,20 @@ class Hang:
 
 
 @dataclass(frozen=True, slots=True)
+class Paced:
+    """An answer that takes a step of that number, from 0, only when it may."""
+
+    answer: Answer
+    may: Callable[[int], bool]
+
+    def steps(self, call: Call) -> Steps:
+        for number, step in enumerate(self.answer.steps(call)):
+            while not self.may(number):
+                yield 0.02
+            yield step
+
+
+@dataclass(frozen=True, slots=True)
 class Cut:
     """The connection goes away: without an answer, or `after` so many deltas.
 

@@ -82,7 +82,7 @@ class Server:
 
     def stop(self) -> None:
         self._loop.call_soon_threadsafe(self._stopping.set)
-        self._thread.join(30)
+        self._thread.join(60)
 
     def run(self, listening: Callable[[], object] = lambda: None) -> None:
         """Serve until stopped; `listening` is called when `port` is known."""

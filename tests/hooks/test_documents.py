@@ -50,7 +50,7 @@ def test_the_shell_that_verifies(secret: str, tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         check=True,
-        timeout=20,
+        timeout=120,
     ).stdout
 
     assert f"v1,{told.strip()}" == headers["webhook-signature"]

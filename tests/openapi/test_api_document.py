@@ -78,7 +78,7 @@ def test_every_command_of_the_document_does_what_it_says(
                     "bash",
                     "-c",
                     script(tmp_path),
-                    seconds=90,
+                    seconds=600,
                     folder=tmp_path,
                     URL=url,
                     TOKEN=tokens.issue(USER),

@@ -48,7 +48,7 @@ def test_it_asks_for_nothing_that_leaves_a_line_in_the_log(
             cwd=ROOT,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=300,
             check=False,
         )
         web.shutdown()

@@ -24,7 +24,7 @@ def register(**environment: str) -> subprocess.CompletedProcess[str]:
         env={"PATH": "/usr/local/bin:/usr/bin:/bin"} | environment,
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=120,
         check=False,
     )
 

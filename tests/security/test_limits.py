@@ -244,7 +244,7 @@ class TestHeads:
                     "127.0.0.1", int(url.rpartition(":")[2])
                 )
                 writer.write(raw)
-                async with asyncio.timeout(20):
+                async with asyncio.timeout(120):
                     told = await reader.readline()
                     rest = await reader.read()
                 assert told.split()[1] == b"400"
@@ -274,7 +274,7 @@ class TestHeads:
                 reader, writer = await asyncio.open_connection("127.0.0.1", port)
                 writer.write(beginning)
                 sent = 0
-                async with asyncio.timeout(20):
+                async with asyncio.timeout(120):
                     with suppress(ConnectionError):
                         while not reader.at_eof() and sent < 10_000_000:
                             writer.write(piece)

@@ -35,7 +35,7 @@ def exchange(body: Any = None, **extra: Any) -> Any:
 
 @pytest.fixture
 def brief(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(openid, "TIMEOUT_SECONDS", 0.25)
+    monkeypatch.setattr(openid, "TIMEOUT_SECONDS", 1.5)
     monkeypatch.setattr(openid, "SEAT_WAIT_SECONDS", 0.05)
 
 
@@ -329,7 +329,7 @@ def test_a_homeserver_that_drips_is_given_up(
     began = time.monotonic()
     response = exchange()
     over.set()
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 15
     assert response.status_code == 503
     assert "in time" in response.json()["errors"][0]["detail"]
 
@@ -392,7 +392,7 @@ def test_the_token_is_in_no_log_and_no_error(
             told.append(exchange())
         homeserver.behave = lambda handler: handler.wfile.write(handler.path.encode()) and None
         told.append(exchange())
-        homeserver.behave = lambda handler: time.sleep(0.5)
+        homeserver.behave = lambda handler: time.sleep(2)
         told.append(exchange())
         settings.MATRIX_URL = "http://127.0.0.1:1"
         told.append(exchange())
