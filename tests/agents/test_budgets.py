@@ -131,6 +131,7 @@ class TestTokens:
 
     def test_a_cancelled_run_is_counted(self, model: FakeLLM, settings: Any) -> None:
         settings.LIMIT_USER_TOKENS_PER_DAY = 5000
+        settings.AGENT_LEASE_SECONDS = 4  # its worker looks each second whether it still has it
         run = factories.ask()
         model.script(Reply("word " * 400, deltas=400, delta_latency=0.05))
         with in_background(runs.execute, run.pk):

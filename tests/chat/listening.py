@@ -47,6 +47,12 @@ class Response:
                 self.over = not message.get("more_body", False)
             self._changed.notify_all()
 
+    async def close(self) -> None:
+        """Nothing more comes, be it whole or not."""
+        async with self._changed:
+            self.over = True
+            self._changed.notify_all()
+
     async def begun(self) -> None:
         async with self._changed:
             await self._changed.wait_for(lambda: self.status)
@@ -103,7 +109,14 @@ async def request(
     messages: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
     messages.put_nowait({"type": "http.request", "body": raw, "more_body": False})
     response = Response()
-    task = asyncio.create_task(asgi.application(scope, messages.get, response.send))
+
+    async def answered() -> None:
+        try:
+            await asgi.application(scope, messages.get, response.send)
+        finally:
+            await response.close()
+
+    task = asyncio.create_task(answered())
     begun = asyncio.create_task(response.begun())
     try:
         await asyncio.wait([task, begun], timeout=60, return_when=asyncio.FIRST_COMPLETED)
