@@ -11,7 +11,7 @@ import pytest
 from tests.system.stack import BASE_DIR, Stack
 
 pytestmark = pytest.mark.system
-RUNS = 400  # so many that there is time to kill in the middle
+RUNS = 250  # so many that there is time to kill in the middle
 SEED = f"""
 from django.contrib.auth import get_user_model
 from agents.models import Run

@@ -260,13 +260,13 @@ def test_redis_may_be_killed(stack: Stack) -> None:
 
 
 def test_a_redis_that_swallows_everything_does_not_slow_the_asker(stack: Stack) -> None:
-    ask(stack, "warm up")
+    finished(stack, ask(stack, "warm up")["runId"])
     redis_pid = stack.kill("redis", signal.SIGSTOP)
     try:
-        took = []
+        took, asked = [], []
         for _ in range(10):
             started = time.monotonic()
-            told = ask(stack, "Is anybody there?")
+            asked.append(ask(stack, "Is anybody there?"))
             took.append(time.monotonic() - started)
     finally:
         os.kill(redis_pid, signal.SIGCONT)
@@ -274,7 +274,8 @@ def test_a_redis_that_swallows_everything_does_not_slow_the_asker(stack: Stack) 
     # Each web process finds out once, and a busy machine is slow at times.
     assert max(took) < 10
     assert sorted(took)[2] < 0.5
-    assert finished(stack, told["runId"])["status"] == "completed"
+    for told in asked:
+        assert finished(stack, told["runId"])["status"] == "completed"
 
 
 def test_many_at_once_are_all_answered(stack: Stack, llm: FakeLLM) -> None:

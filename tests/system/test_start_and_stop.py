@@ -28,7 +28,7 @@ def start(stack: Stack, **env: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_it_says_what_to_open_and_a_second_start_works_as_well() -> None:
-    with Stack() as stack:
+    with Stack(is_new=True) as stack:
         stack.wait("the last block", lambda: "Ctrl-C stops everything." in stack.log(), 180)
         log = stack.log()
         assert f"http://localhost:{stack.port}/admin/  user admin, password " in log
