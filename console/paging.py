@@ -33,7 +33,8 @@ class CappedPaginator(Paginator):
     @cached_property
     def count(self) -> int:
         rows: Any = self.object_list
-        counted = rows.order_by()[: MAX_COUNT + 1].count()
+        # By their keys: what a list tells beside each row would be made of every row that is counted.
+        counted = rows.order_by().values("pk")[: MAX_COUNT + 1].count()
         return AtLeast(MAX_COUNT) if counted > MAX_COUNT else counted
 
     @cached_property

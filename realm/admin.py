@@ -6,7 +6,8 @@ from django.contrib import admin
 from django.contrib.admin.utils import unquote
 from django.contrib.auth.admin import GroupAdmin, UserAdmin
 from django.contrib.auth.models import Group
-from django.db.models import Count, Max, OuterRef, QuerySet, Subquery, Sum
+from django.db.models import Count, Exists, Max, Model, OuterRef, QuerySet, Subquery, Sum
+from django.db.models.functions import Coalesce
 from django.http import HttpRequest, HttpResponse
 from django.urls import reverse
 from django.utils.html import format_html
@@ -28,10 +29,11 @@ class RealmGroupAdmin(GroupAdmin, ConsoleAdmin):
     empty = Empty("Viewer, Operator and Admin are made by:", "python manage.py migrate")
 
 
-def _of_threads(figure: Any) -> Subquery:
-    """Of a user's own threads; for the rows of a page alone, not for all users."""
-    threads = Thread.objects.filter(owner=OuterRef("pk")).order_by().values("owner")
-    return Subquery(threads.annotate(figure=figure).values("figure"))
+def _of_own(model: type[Model], owner: str, figure: Any) -> Subquery:
+    """What the rows of `model` that belong to a row of a list come to. By a subquery, which is carried
+    out for the rows of a page alone; an aggregate of the list itself is for all that are counted."""
+    mine = model._default_manager.filter(**{owner: OuterRef("pk")}).order_by().values(owner)
+    return Subquery(mine.annotate(figure=figure).values("figure"))
 
 
 @admin.register(User)
@@ -77,9 +79,9 @@ class RealmUserAdmin(Reasoned, UserAdmin, ConsoleAdmin):
             .get_queryset(request)
             .prefetch_related("groups")
             .annotate(
-                asked=_of_threads(Sum("turns")),
-                asked_at=_of_threads(Max("updated_at")),
-                bots=Count("bot_registrations"),
+                asked=_of_own(Thread, "owner", Sum("turns")),
+                asked_at=_of_own(Thread, "owner", Max("updated_at")),
+                bots=_of_own(BotRegistration, "user", Count("pk")),
             )
         )
 
@@ -170,12 +172,30 @@ class BotCommandInline(Inline):
     readonly_fields = ["id", "created_at"]
 
 
+class FiresFilter(admin.SimpleListFilter):
+    """Those with a command. By a subquery: a join would have to be made distinct, which takes all that
+    a list tells of each row, and of those that are only counted too."""
+
+    title = "command"
+    parameter_name = "commands__command"
+
+    def lookups(self, request: HttpRequest, model_admin: Any) -> list[tuple[str, str]]:
+        names = BotCommand.objects.order_by("command").values_list("command", flat=True)
+        return [(name, name) for name in names.distinct()]
+
+    def queryset(self, request: HttpRequest, queryset: QuerySet[Any]) -> QuerySet[Any]:
+        if self.value() is None:
+            return queryset
+        fires = BotCommand.objects.filter(registration=OuterRef("pk"), command=self.value())
+        return queryset.filter(Exists(fires))
+
+
 @admin.register(BotRegistration)
 class BotRegistrationAdmin(ConsoleAdmin):
     empty = Empty("Register a bot here, or from a shell:", "scripts/register-bot.sh")
     form = BotRegistrationForm
     list_display = ["id", "username", "enabled", "command_count", "created_at"]
-    list_filter = ["created_at", "commands__command"]
+    list_filter = ["created_at", FiresFilter]
     search_fields = ["=id", "=username"]
     ordering = ["-created_at"]
     fields = ["user", "username", "id", "created_at"]
@@ -187,7 +207,8 @@ class BotRegistrationAdmin(ConsoleAdmin):
         return ["username", "id", "created_at", *(["user"] if obj else [])]
 
     def get_queryset(self, request: HttpRequest) -> QuerySet[BotRegistration]:
-        return super().get_queryset(request).annotate(command_count=Count("commands"))
+        counted = _of_own(BotCommand, "registration", Count("pk"))
+        return super().get_queryset(request).annotate(command_count=Coalesce(counted, 0))
 
     def save_model(self, request: HttpRequest, obj: Any, form: Any, change: bool) -> None:
         if not change:

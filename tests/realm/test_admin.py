@@ -1,7 +1,9 @@
 from typing import Any
 
 import pytest
+from django.db import connection
 from django.test import Client
+from django.test.utils import CaptureQueriesContext
 
 from realm.models import BotCommand, BotRegistration, User
 from tests.realm.conftest import a_filter
@@ -106,4 +108,18 @@ def test_a_command_is_changed_and_removed(admin_client: Client, bot: BotRegistra
 
 def test_the_filters_of_the_lists_work(admin_client: Client, bot: BotRegistration) -> None:
     assert str(bot.pk) in admin_client.get(f"{REGISTRATIONS}?commands__command=ping").text
+    assert str(bot.pk) not in admin_client.get(f"{REGISTRATIONS}?commands__command=chat.reply").text
     assert str(bot.pk) in admin_client.get(f"{COMMANDS}?command=ping").text
+
+
+@pytest.mark.parametrize("query", ["", "?commands__command=ping"])
+def test_to_count_bots_is_not_to_count_what_each_of_them_did(
+    admin_client: Client, bot: BotRegistration, query: str
+) -> None:
+    with CaptureQueriesContext(connection) as queries:
+        page = admin_client.get(REGISTRATIONS + query)
+    assert str(bot.pk) in page.text
+    asked = [each["sql"] for each in queries]
+    counts = [sql for sql in asked if sql.startswith("SELECT COUNT") and "realm_botreg" in sql]
+    assert counts
+    assert not [sql for sql in counts if "botrunner_reply" in sql]
