@@ -38,8 +38,8 @@ MOST_TICK_SECONDS = 0.2
 # A web process calls again sooner than a worker forgets.
 CALL_SECONDS = 20.0
 CALLED_SECONDS = 60.0
-KEPT_EVENTS = 10_000
 TELL_SECONDS = 0.5
+KEPT_EVENTS = 10_000
 KEPT_SECONDS = 3600
 
 

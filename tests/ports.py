@@ -6,8 +6,8 @@ import os
 import random
 import socket
 
-# Below those from which Linux takes the ports of outgoing connections: somebody who looks for a server
-# that is away may be given its very port, and connect to himself. And not among those of which
+# Below those from which Linux takes the ports of outgoing connections: a client that looks for a server
+# that is away may be given its very port, and connect to itself. And not among those of which
 # scripts/stack.py takes what it needs for itself.
 PORTS = range(10_000, 20_000)
 

@@ -16,7 +16,7 @@ from agents import commands, live, memory, outcomes, runs
 from agents.models import Attempt, Event, Run, Step
 from chat.models import Message
 from tests import factories
-from tests.fakes.llm import CONTEXT_TOO_LONG, Cut, Failure, FakeLLM, Hang, Paced, Reply
+from tests.fakes.llm import CONTEXT_TOO_LONG, Cut, Failure, FakeLLM, Hang, Reply, held
 
 pytestmark = pytest.mark.django_db
 
@@ -366,7 +366,7 @@ class TestClaim:
 class TestFence:
     def test_a_worker_that_lost_its_run_writes_nothing(self, model: FakeLLM, caplog: Any) -> None:
         may_answer = threading.Event()
-        model.script(Paced(Reply("too late"), lambda step: may_answer.is_set()), Reply("in time"))
+        model.script(held(Reply("too late"), may_answer), Reply("in time"))
         run = factories.ask()
         with in_background(runs.execute, run.pk):
             model.wait_for_requests()
@@ -401,7 +401,7 @@ class TestFence:
     ) -> None:
         settings.AGENT_LEASE_SECONDS = 3
         may_answer = threading.Event()
-        model.script(Paced(Reply("slow"), lambda step: may_answer.is_set()))
+        model.script(held(Reply("slow"), may_answer))
         run = factories.ask()
         with in_background(runs.execute, run.pk):
             model.wait_for_requests()

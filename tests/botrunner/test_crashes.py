@@ -19,8 +19,8 @@ from botrunner.models import Reply
 from scripts import homeserver
 from tests.botrunner.person import Person
 from tests.botrunner.world import ENCRYPTION, World, register
-from tests.fakes.llm import Held
 from tests.fakes.llm import Reply as Answer
+from tests.fakes.llm import held
 from tests.ports import free_port
 from tests.redisserver import redis_executable
 from tests.synapse import Account, Synapse, wait_for
@@ -184,7 +184,7 @@ def test_replies_wait_for_a_homeserver_that_is_away(
     world.start("worker", "bot")
     room = world.invite(alice)
     may_answer = threading.Event()
-    model.script(Held(Answer("one"), may_answer), Answer("two"))
+    model.script(held(Answer("one"), may_answer), Answer("two"))
     questions = [world.synapse.send(alice, room, f"{n}") for n in range(2)]
     world.wait("the runs to begin", lambda: Run.objects.count() == 2)
     world.synapse.stop()

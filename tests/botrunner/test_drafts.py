@@ -23,7 +23,7 @@ from botrunner.replies import Sender
 from botrunner.said import MARK
 from botrunner.units import unit
 from tests.botrunner.scenes import ME, ROOM, command, event, session, take_in
-from tests.fakes.llm import FakeLLM, Paced
+from tests.fakes.llm import FakeLLM, Paced, held
 from tests.fakes.llm import Reply as Answer
 
 pytestmark = pytest.mark.django_db(transaction=True)
@@ -207,7 +207,7 @@ def test_the_answer_is_in_the_room_while_it_is_written(model: FakeLLM) -> None:
     async def scene(stage: Stage) -> None:
         homeserver = stage.homeserver
         talk = heard(stage, 3)
-        model.script(Paced(talk, lambda step: step < 15 or may_end.is_set()))
+        model.script(held(talk, may_end, 15))
         run_id = await stage.ask()
         worker = stage.work(run_id)
         await stage.until(lambda: len(homeserver.sent) >= 3)
@@ -467,7 +467,7 @@ class TestCancelling:
 
     def test_after_a_kill_what_the_worker_kept_is_marked(self, model: FakeLLM) -> None:
         cancelled = threading.Event()
-        model.script(Paced(TALK, lambda step: step < 5 or cancelled.is_set()))
+        model.script(held(TALK, cancelled, 5))
 
         async def scene(stage: Stage) -> None:
             run_id = await stage.ask()

@@ -17,8 +17,8 @@ from botrunner.models import Reply, RoomEvent, Session
 from tests.botrunner.person import Person, run
 from tests.botrunner.world import ENCRYPTION, World, register
 from tests.botrunner.world import freeze as world_freeze
-from tests.fakes.llm import Held
 from tests.fakes.llm import Reply as Answer
+from tests.fakes.llm import held
 from tests.synapse import Account
 
 pytestmark = pytest.mark.system
@@ -57,7 +57,7 @@ def test_an_answer_is_written_live_and_goes_on_after_a_kill(
     spoken = Answer(words, delta_latency=0.15)
     may_end = threading.Event()
     # The second one is not at its end either, until it is cancelled.
-    model.script(Held(spoken, may_end, 100), Held(spoken, threading.Event(), 100))
+    model.script(held(spoken, may_end, 100), held(spoken, threading.Event(), 100))
     world.env |= {"OPENAI_BASE_URL": model.url, "OPENAI_API_KEY": "sk-test"}
     world.env["BOT_STREAM_EDITS"] = "1"
     register(alice)

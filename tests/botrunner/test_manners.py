@@ -9,7 +9,7 @@ from agents.models import Run
 from botrunner.models import Reply
 from tests.botrunner.test_client import Scripted, server  # noqa: F401  (a fixture)
 from tests.botrunner.world import World, register
-from tests.fakes.llm import Failure, Held
+from tests.fakes.llm import Failure, held
 from tests.fakes.llm import Reply as Answer
 from tests.synapse import CLIENT, Account
 
@@ -27,7 +27,7 @@ def test_typing_shows_and_questions_that_wait_can_be_changed_and_taken_back(
     world: World, alice: Account, talking: Any
 ) -> None:
     may_answer = threading.Event()
-    talking.script(Held(Answer("**one**"), may_answer), Answer("two"))
+    talking.script(held(Answer("**one**"), may_answer), Answer("two"))
     register(alice)
     world.start("worker", "bot")
     room = world.invite(alice)
@@ -122,7 +122,7 @@ def test_a_broken_homeserver_is_not_hammered(
 
 def test_a_slow_answer_holds_up_no_other_room(world: World, alice: Account, talking: Any) -> None:
     may_answer = threading.Event()
-    talking.script(Held(Answer("slow"), may_answer), Answer("fast"))
+    talking.script(held(Answer("slow"), may_answer), Answer("fast"))
     register(alice)
     world.start("worker", "bot")
     room, other = world.invite(alice), world.invite(alice)

@@ -13,7 +13,7 @@ import pytest
 from playwright.sync_api import Browser, Page, Request, expect, sync_playwright
 
 from tests.chromium import executable
-from tests.fakes.llm import Failure, FakeLLM, Hang, Held, Reply, call_tool
+from tests.fakes.llm import Failure, FakeLLM, Hang, Reply, call_tool, held
 from tests.security.hostile import HOSTILE
 from tests.system.stack import Stack
 
@@ -103,7 +103,7 @@ def turn(page: Page, status: str) -> Any:
 
 def test_an_answer_streams_as_text_and_ends_as_what_it_means(page: Page, llm: FakeLLM) -> None:
     may_end = threading.Event()
-    llm.script(call_tool("current_time"), Held(SLOW, may_end, 21))
+    llm.script(call_tool("current_time"), held(SLOW, may_end, 21))
     ask(page, "How late is it?")
     draft = page.locator(".draft")
     expect(draft).to_contain_text("*word1*")
@@ -164,7 +164,7 @@ def test_the_model_is_chosen(page: Page, llm: FakeLLM) -> None:
 
 def test_questions_that_wait_are_answered_one_after_the_other(page: Page, llm: FakeLLM) -> None:
     may_end = threading.Event()
-    llm.script(Held(SLOW, may_end, 21))
+    llm.script(held(SLOW, may_end, 21))
     ask(page, "First")
     expect(page.locator(".draft")).not_to_be_empty()
     ask(page, "Second")

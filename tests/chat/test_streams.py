@@ -21,7 +21,7 @@ from realm import tokens
 from tests.agents.test_runs import wait_for_words
 from tests.chat.listening import Event, go, request
 from tests.factories import ask, conversation, user
-from tests.fakes.llm import FakeLLM, Hang, Paced, Reply
+from tests.fakes.llm import FakeLLM, Hang, Reply, held
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -71,7 +71,7 @@ def numbers(events: list[Event], attempt: int = 1) -> list[int]:
 
 def test_tokens_come_while_the_model_speaks(model: FakeLLM) -> None:
     may_end = threading.Event()
-    model.script(Paced(TALK, lambda step: step < 5 or may_end.is_set()))
+    model.script(held(TALK, may_end, 5))
     run = ask("Hi")
 
     async def scene() -> None:
@@ -104,7 +104,7 @@ def test_tokens_come_while_the_model_speaks(model: FakeLLM) -> None:
 
 def test_who_comes_late_is_told_what_was_said_before(model: FakeLLM) -> None:
     may_end = threading.Event()
-    model.script(Paced(TALK, lambda step: step < 5 or may_end.is_set()))
+    model.script(held(TALK, may_end, 5))
     run = ask("Hi")
     worker = Worker(run)
 
@@ -195,7 +195,7 @@ def test_an_end_that_nobody_heard_is_said(model: FakeLLM, redis: Redis) -> None:
     """Redis is wiped while the answer comes; whoever puts it together has only its beginning."""
     run = ask("Hi")
     may_end = threading.Event()
-    model.script(Paced(TALK, lambda step: step < 3 or may_end.is_set()))
+    model.script(held(TALK, may_end, 3))
 
     async def scene() -> None:
         async with request(f"/api/chat/runs/{run.pk}/events") as response:

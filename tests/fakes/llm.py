@@ -187,22 +187,6 @@ class Reply:
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
-    """An answer that stops after so many of its steps, until it may go on. Of a `Reply` with
-    `delta_latency` and no `latency`, `1 + 2 * n` are the steps of the first n deltas."""
-
-    answer: Answer
-    may_go_on: threading.Event
-    steps_before: int = 0
-
-    def steps(self, call: Call) -> Steps:
-        for number, step in enumerate(self.answer.steps(call)):
-            while number == self.steps_before and not self.may_go_on.is_set():
-                yield 0.05
-            yield step
-
-
-@dataclass(frozen=True, slots=True)
 class Clock:
     """An answer that tells when each of its deltas was sent (`time.monotonic()`, which processes of
     one machine share), as `@123.456789 `."""
@@ -265,6 +249,12 @@ class Paced:
             while not self.may(number):
                 yield 0.02
             yield step
+
+
+def held(answer: Answer, may_go_on: threading.Event, steps_before: int = 0) -> Paced:
+    """An answer that stops after so many of its steps, until it may go on. Of a `Reply` with
+    `delta_latency` and no `latency`, `1 + 2 * n` are the steps of the first n deltas."""
+    return Paced(answer, lambda step: step < steps_before or may_go_on.is_set())
 
 
 @dataclass(frozen=True, slots=True)

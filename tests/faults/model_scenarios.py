@@ -17,7 +17,7 @@ from email.utils import format_datetime
 
 import psutil
 
-from tests.fakes.llm import GARBAGE, Behaviour, Call, Cut, Failure, Hang, Held, Raw, Reply, ToolCall
+from tests.fakes.llm import GARBAGE, Behaviour, Call, Cut, Failure, Hang, Raw, Reply, ToolCall, held
 from tests.faults.client import Asked
 from tests.faults.invariants import Allowed
 from tests.faults.plant import Plant, answer
@@ -213,7 +213,7 @@ def _(plant: Plant) -> None:
 def _(plant: Plant) -> None:
     """The worker that waits for it stands still meanwhile, and wakes up with the answer at hand."""
     may_go_on = threading.Event()
-    plant.llm.script(Held(Reply(deltas=2), may_go_on))
+    plant.llm.script(held(Reply(deltas=2), may_go_on))
     asked = plant.client.ask(plant.thread("late"), 0)
     plant.llm.wait_for_requests()
     holder = plant.holder(asked)
@@ -286,7 +286,7 @@ def _flood(plant: Plant, count: int) -> None:
         reply = Reply(deltas=1, latency=0.05)
         last = {f"{number} of {thread}" for number in range(count - 5, count)}
         is_last = call.last_user.partition(": ")[2] in last
-        return Held(reply, are_beside_done) if is_last else reply
+        return held(reply, are_beside_done) if is_last else reply
 
     plant.llm.default = answer  # type: ignore[assignment]
     for number in range(count):
@@ -327,7 +327,7 @@ def _execute(plant: Plant, statement: str) -> None:
 @scenario(39, "two hundred listeners leave", "http", load=None)
 def _(plant: Plant) -> None:
     may_end = threading.Event()
-    plant.llm.script(Held(Reply(deltas=100, delta_latency=0.2), may_end, 190))
+    plant.llm.script(held(Reply(deltas=100, delta_latency=0.2), may_end, 190))
     asked = plant.client.ask(plant.thread("heard"), 0)
     plant.llm.wait_for_requests()
     before = _connections(plant)

@@ -18,7 +18,7 @@ from urllib.request import HTTPCookieProcessor, Request, build_opener
 
 import pytest
 
-from tests.fakes.llm import Call, Failure, FakeLLM, Held, Reply
+from tests.fakes.llm import Call, Failure, FakeLLM, Reply, held
 from tests.system.stack import Stack
 
 pytestmark = pytest.mark.system
@@ -127,7 +127,7 @@ def test_waiting_for_the_outcome(stack: Stack) -> None:
 
 def test_a_wait_that_is_too_short_is_no_error(stack: Stack, llm: FakeLLM) -> None:
     may_go_on = threading.Event()
-    llm.script(Held(Reply("Late"), may_go_on))
+    llm.script(held(Reply("Late"), may_go_on))
 
     status, told = call(stack, "POST", "/api/chat/messages", {"content": "Hi"}, Prefer="wait=1")
 
@@ -197,7 +197,7 @@ def test_a_killed_workers_run_is_completed_once(stack: Stack, llm: FakeLLM) -> N
 
 def test_a_worker_that_stood_still_writes_nothing_late(stack: Stack, llm: FakeLLM) -> None:
     may_go_on = threading.Event()
-    llm.script(Held(Reply("too late"), may_go_on))
+    llm.script(held(Reply("too late"), may_go_on))
     told = ask(stack, "Hi")
     llm.wait_for_requests()
     frozen = stack.freeze("worker")

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.fakes.llm import FakeLLM, Held, Reply
+from tests.fakes.llm import FakeLLM, Reply, held
 from tests.system.stack import Stack
 from tests.system.test_chat import call
 from tests.system.test_matrix_stack import manage
@@ -24,7 +24,7 @@ def test_one_question_does_not_wait_for_a_flood_of_somebody_else(
     with FakeLLM() as llm, Stack(llm.url, **settings) as stack:
         llm.reset()
         all_asked = threading.Event()
-        llm.default = Held(Reply("Well.", latency=0.3), all_asked)
+        llm.default = held(Reply("Well.", latency=0.3), all_asked)
         token = manage(stack, "realm_token", "@bob:localhost", "--create").stdout.strip()
 
         def ask(number: int) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.fakes.llm import FakeLLM, Held, Reply
+from tests.fakes.llm import FakeLLM, Reply, held
 from tests.system.stack import Stack
 from tests.system.test_chat import ask, call, finished, start_worker
 
@@ -95,7 +95,7 @@ def test_a_web_server_that_is_told_to_stop_answers_what_it_was_asked(
     stack: Stack, llm: FakeLLM
 ) -> None:
     may_go_on = threading.Event()
-    llm.script(Held(Reply("worth waiting for"), may_go_on))
+    llm.script(held(Reply("worth waiting for"), may_go_on))
     answers: list[Any] = []
 
     def post() -> None:

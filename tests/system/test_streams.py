@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.fakes.llm import FakeLLM, Hang, Held, Reply
+from tests.fakes.llm import FakeLLM, Hang, Reply, held
 from tests.ports import free_port
 from tests.system.stack import Stack
 
@@ -162,7 +162,7 @@ def test_a_killed_workers_tokens_are_taken_back(stack: Stack, llm: FakeLLM) -> N
 
 def test_redis_forgets_everything_in_the_middle(stack: Stack, llm: FakeLLM) -> None:
     may_go_on = threading.Event()
-    llm.script(Held(TALK, may_go_on, 21))
+    llm.script(held(TALK, may_go_on, 21))
     with ask(stack) as listener:
         seen = listener.until("message.delta")
         run_id = seen[0][2]["runId"]
@@ -192,7 +192,7 @@ def test_redis_dies_in_the_middle(stack: Stack, llm: FakeLLM) -> None:
 
 def test_a_web_server_that_stops_ends_its_streams(stack: Stack, llm: FakeLLM) -> None:
     may_go_on = threading.Event()
-    llm.script(Held(TALK, may_go_on, 21))
+    llm.script(held(TALK, may_go_on, 21))
     with ask(stack) as listener:
         seen = listener.until("message.delta")
         run_id = seen[0][2]["runId"]
