@@ -2,7 +2,7 @@
 
 The body is signed: `X-Botrealm-Signature: t=<seconds>,v1=<hex>` is the HMAC-SHA256 of `<t>.<body>`
 with AGENT_WEBHOOK_SECRET. Only hosts that AGENT_WEBHOOK_HOSTS names are called, and never at an
-address that is not public (agents/outgoing.py).
+address that is not public (lib/outgoing.py).
 """
 
 import hashlib
@@ -14,7 +14,8 @@ from typing import Any
 import orjson
 from django.conf import settings
 
-from agents import llm, outgoing
+from agents import llm
+from lib import outgoing
 
 logger = logging.getLogger(__name__)
 

@@ -12,9 +12,9 @@ from django.db.models import Exists, F, OuterRef, Q
 from django.db.models.functions import Now
 from django.utils import timezone
 
-from agents import outgoing
 from agents.models import Run
 from hooks.signatures import new_secret
+from lib import outgoing
 from realm.models import BotRegistration, User
 
 # What can be told, and the column that says whether a subscription is to it.

@@ -22,10 +22,10 @@ from django.conf import settings
 from django.db import DatabaseError, InterfaceError, connection, transaction
 from django.utils import timezone
 
-from agents import outgoing
 from hooks import signatures
 from hooks.deliveries import BATCH, fan_out, may_be_told
 from hooks.models import Delivery, Subscription
+from lib import outgoing
 from realm import connections
 
 logger = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from agents import outgoing
+from lib import outgoing
 
 HOST = "hooks.example.org"
 

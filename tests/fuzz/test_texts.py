@@ -7,11 +7,12 @@ from collections.abc import Callable
 import pytest
 from hypothesis import strategies as st
 
-from agents import llm, outgoing, webhooks
+from agents import llm, webhooks
 from botrunner import replies
 from botrunner.replies import MAX_CONTENT_BYTES, split
 from chat.markdown import MAX_LENGTH, TAGS, to_html
 from config.scrub import Scrubber
+from lib import outgoing
 from tests.fuzz.examples import anything, objects, tried, words
 from tests.fuzz.test_model_answers import dumps
 from tests.security.hostile import HOSTILE

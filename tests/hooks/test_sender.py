@@ -12,12 +12,13 @@ from django.utils import timezone
 from redis import Redis
 from standardwebhooks import Webhook, WebhookVerificationError
 
-from agents import outgoing, runtime, stream
+from agents import runtime, stream
 from agents.chores import CHORES
 from chat.models import Thread
 from hooks import models, sender
 from hooks.models import Delivery, Subscription
 from hooks.sender import Sender, send_due
+from lib import outgoing
 from realm.models import User
 from tests import factories
 from tests.fakes.receiver import Receiver

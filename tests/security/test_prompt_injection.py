@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 from django.conf import settings as configured
 
-from agents import llm, loop, memory, outgoing, runs, tools, webhooks
+from agents import llm, loop, memory, runs, tools, webhooks
 from agents.models import Run, Step
-from agents.outgoing import public_address
 from botrunner import replies
 from botrunner.models import Reply, RoomEvent
 from chat.models import Thread
+from lib import outgoing
+from lib.outgoing import public_address
 from tests import factories
 from tests.botrunner import scenes
 from tests.fakes import llm as fake
