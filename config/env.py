@@ -73,6 +73,15 @@ def words(name: str, default: str = "") -> list[str]:
     return [word.strip() for word in text(name, default).split(",") if word.strip()]
 
 
+def ports(name: str, default: str) -> frozenset[int]:
+    """TCP ports, comma-separated."""
+    found = words(name, default)
+    for word in found:
+        if not (word.isascii() and word.isdigit() and 1 <= int(word[:6]) <= 65535):
+            raise ImproperlyConfigured(f"{name}: {word!r} is not a port from 1 to 65535.")
+    return frozenset(map(int, found))
+
+
 def networks(name: str, default: str = "") -> list[ipaddress.IPv4Network | ipaddress.IPv6Network]:
     """Addresses and CIDR blocks, comma-separated."""
     found = []

@@ -275,6 +275,9 @@ RETENTION_AUDIT_DAYS = env.integer("RETENTION_AUDIT_DAYS", 365)
 RETENTION_BULK_DAYS = env.integer("RETENTION_BULK_DAYS", 30)
 RETENTION_DELIVERIES_DAYS = env.integer("RETENTION_DELIVERIES_DAYS", 30)
 
+# The ports that calls to hosts named by others may use.
+OUTGOING_PORTS = env.ports("OUTGOING_PORTS", "443")
+
 # Webhooks: the hosts that a bot command may call, such as hooks.example.org or *.example.com.
 AGENT_WEBHOOK_HOSTS = env.words("AGENT_WEBHOOK_HOSTS")
 AGENT_WEBHOOK_SECRET = env.text("AGENT_WEBHOOK_SECRET")

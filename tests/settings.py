@@ -20,6 +20,7 @@ _OURS = (
     "AXES_",
     "ADMIN_",
     "HOOKS_",
+    "OUTGOING_",
     "RETENTION_",
     "LIMIT_",
     "SERVER_SESSIONS_",

@@ -48,6 +48,7 @@ def start(expression: str = "None", **environment: str) -> subprocess.CompletedP
         ("LOG_LEVELS", "info", "pattern=level"),
         ("LOG_FORMAT", "xml", "console, json"),
         ("CHAT_DEFAULT_MODEL", "m" * 101, "100 characters"),
+        ("OUTGOING_PORTS", "443, 65536", "not a port from 1 to 65535"),
         ("HTTPS", "often", "use true or false"),
         ("SECURE_PROXY_SSL_HEADER", "HTTP_X=https", "such as X-Forwarded-Proto"),
         ("RETENTION_STEPS_DAYS", "-1", "whole number of 0 or more"),

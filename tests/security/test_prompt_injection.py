@@ -14,7 +14,6 @@ from botrunner import replies
 from botrunner.models import Reply, RoomEvent
 from chat.models import Thread
 from lib import outgoing
-from lib.outgoing import public_address
 from tests import factories
 from tests.botrunner import scenes
 from tests.fakes import llm as fake
@@ -251,11 +250,14 @@ class TestWhereRequestsGo:
     ) -> None:
         resolve(monkeypatch, "93.184.215.14", address)
         with pytest.raises(outgoing.Forbidden, match="not on the public network"):
-            public_address("hooks.example.org", 443)
+            outgoing.public_addresses("hooks.example.org", 443)
 
     def test_to_public_addresses(self, monkeypatch: pytest.MonkeyPatch) -> None:
         resolve(monkeypatch, "93.184.215.14", "2606:2800:21f:cb07:6820:80da:af6b:8b2c")
-        assert public_address("hooks.example.org", 443) == "93.184.215.14"
+        assert outgoing.public_addresses("hooks.example.org", 443) == [
+            "93.184.215.14",
+            "2606:2800:21f:cb07:6820:80da:af6b:8b2c",
+        ]
 
     def test_to_the_very_address_that_was_looked_at(
         self, connected: list[Any], settings: Any, monkeypatch: pytest.MonkeyPatch
@@ -274,7 +276,7 @@ class TestWhereRequestsGo:
     @pytest.mark.parametrize("host", [".example.org", "a..example.org", f"{'a' * 64}.example.org"])
     def test_not_to_what_is_no_name(self, host: str) -> None:
         with pytest.raises(outgoing.Forbidden, match="no name"):
-            public_address(host, 443)
+            outgoing.public_addresses(host, 443)
 
 
 class TestTwoBots:
