@@ -57,6 +57,18 @@ schema: $(READY) ## Describe the HTTP API anew: docs/openapi.yaml
 schema-check: $(READY) ## Fail if docs/openapi.yaml is not what the code serves
 	$(BIN)/python -m openapi --check
 
+LOCK := $(BIN)/uv pip compile --universal --python-version 3.11 --generate-hashes --no-emit-index-url --quiet --custom-compile-command "make lock"
+
+lock: $(READY) ## Lock requirements/*.in into *.txt, with hashes for all platforms
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==0.13.9
+	$(LOCK) requirements/base.in -o requirements/base.txt
+	$(LOCK) requirements/dev.in -c requirements/base.txt -o requirements/dev.txt
+	$(LOCK) requirements/redis.in -c requirements/dev.txt -o requirements/redis.txt
+	$(LOCK) requirements/homeserver.in -c requirements/dev.txt -o requirements/homeserver.txt
+
+audit: $(READY) ## Look for known vulnerabilities in the locked requirements
+	@$(BIN)/python scripts/audit.py
+
 format: $(READY) ## Format the code and fix what can be fixed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
@@ -90,4 +102,4 @@ $(HOMESERVER): $(READY)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/homeserver.txt \
 		&& touch $@ || echo "Synapse could not be installed: Matrix rooms need a homeserver of yours, by MATRIX_URL." >&2
 
-.PHONY: help run test test-quick test-systems faults faults-all fuzz lint migrations-check schema schema-check format bench screenshots
+.PHONY: help run test test-quick test-systems faults faults-all fuzz lint migrations-check schema schema-check lock audit format bench screenshots

@@ -131,7 +131,7 @@ def test_the_image_is_of_the_python_that_is_tested() -> None:
 def test_the_image_has_what_celerys_redis_transport_imports() -> None:
     """Tools of the tests bring it too, so that nobody else would miss it."""
     wanted = [r for r in metadata.requires("kombu") or [] if 'extra == "redis"' in r]
-    pinned = set(re.findall(r"^([a-z-]+)", (ROOT / "requirements/base.txt").read_text(), re.M))
+    pinned = set(re.findall(r"^([a-z-]+)", (ROOT / "requirements/base.in").read_text(), re.M))
 
     assert wanted
     assert {re.split(r"[^a-z-]", requirement)[0] for requirement in wanted} <= pinned
@@ -139,7 +139,7 @@ def test_the_image_has_what_celerys_redis_transport_imports() -> None:
 
 def test_the_homeserver_is_the_one_that_is_tested() -> None:
     [pinned] = re.findall(
-        r"^matrix-synapse==(.+)$", (ROOT / "requirements/homeserver.txt").read_text(), re.M
+        r"^matrix-synapse==(.+)$", (ROOT / "requirements/homeserver.in").read_text(), re.M
     )
 
     for name in ("homeserver", "homeserver-config"):
