@@ -3,6 +3,7 @@
 import ipaddress
 import os
 import re
+import secrets
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from urllib.parse import urlsplit
 import environ
 from django.core.exceptions import ImproperlyConfigured
 
+UNUSED = "unused"
 TRUE = {"1", "true", "yes", "on"}
 FALSE = {"0", "false", "no", "off"}
 
@@ -18,6 +20,16 @@ FALSE = {"0", "false", "no", "off"}
 def text(name: str, default: str = "") -> str:
     """The variable without surrounding blanks. Set but empty counts as not set."""
     return os.environ.get(name, "").strip() or default
+
+
+def signing_secret(name: str, default: str) -> str:
+    """Return a secret. `unused` keeps it from a process that signs nothing: a random value, with
+    which it signs nothing that another process accepts, takes its place."""
+    return secrets.token_urlsafe(48) if text(name) == UNUSED else text(name, default)
+
+
+def unused_secrets(*names: str) -> list[str]:
+    return [name for name in names if text(name) == UNUSED]
 
 
 def flag(name: str, default: bool) -> bool:

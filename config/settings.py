@@ -23,8 +23,10 @@ environ.Env.read_env(BASE_DIR / ".env")
 # only. The built-in secrets are refused once it is off.
 DEBUG = env.flag("DEBUG", True)
 DEVELOPMENT_SECRET = "for-development-only-0123456789-0123456789-0123456789"  # noqa: S105
-SECRET_KEY = env.text("SECRET_KEY", DEVELOPMENT_SECRET)
-REALM_SECRET_SEED = env.text("REALM_SECRET_SEED", DEVELOPMENT_SECRET)
+SECRET_KEY = env.signing_secret("SECRET_KEY", DEVELOPMENT_SECRET)
+REALM_SECRET_SEED = env.signing_secret("REALM_SECRET_SEED", DEVELOPMENT_SECRET)
+# Those that this process does without: the web server and `realm_token` refuse to start then.
+UNUSED_SECRETS = env.unused_secrets("SECRET_KEY", "REALM_SECRET_SEED")
 for _name, _secret in (("SECRET_KEY", SECRET_KEY), ("REALM_SECRET_SEED", REALM_SECRET_SEED)):
     # Here and not in a system check: neither a web server nor a worker heeds those.
     if not DEBUG and (_secret == DEVELOPMENT_SECRET or len(_secret) < 32):

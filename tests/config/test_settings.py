@@ -68,6 +68,23 @@ def test_a_wrong_value_stops_the_start_and_names_the_variable(
     assert hint in last
 
 
+class TestUnusedSecrets:
+    """A worker and the bot runner do without what only the web server signs with."""
+
+    ENV = {"DEBUG": "false", "SECRET_KEY": "unused", "REALM_SECRET_SEED": "unused"}
+
+    def test_a_random_value_takes_the_place_of_each(self) -> None:
+        values = "settings.SECRET_KEY, settings.REALM_SECRET_SEED"
+        found = {start(f"{values}", **self.ENV).stdout for _ in range(2)}
+        assert len(found) == 2
+        assert all(len(line) > 100 and "unused" not in line for line in found)
+
+    def test_the_web_server_does_not_start(self) -> None:
+        process = start("__import__('config.asgi')", **self.ENV)
+        assert process.returncode != 0
+        assert "SECRET_KEY and REALM_SECRET_SEED: the web server signs" in process.stderr
+
+
 @pytest.mark.parametrize("name", ["SECRET_KEY", "REALM_SECRET_SEED"])
 @pytest.mark.parametrize("value", ["", "short"])
 def test_what_can_be_guessed_is_no_secret(name: str, value: str) -> None:
