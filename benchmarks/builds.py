@@ -3,6 +3,7 @@ have other names in each."""
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import signal
@@ -34,6 +35,8 @@ from tests.system.stack import (
 BUILD_SECONDS = 900
 START_SECONDS = 180
 STOP_SECONDS = 60
+# What was stopped may take so long to be gone.
+VANISH_SECONDS = 5.0
 # What pip needs to reach its cache and its index.
 OF_PIP = ("PIP_", "SSL_CERT_", "REQUESTS_CA_", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
 
@@ -67,10 +70,10 @@ class Build:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
-    async def make(self) -> None:
+    def make(self) -> None:
         """Have make install what the tree requires, and keep the tables for the starts to come."""
         with self.running(BUILD_SECONDS) as running:
-            await running.answer()
+            asyncio.run(running.answer())
             running.stop()
             shutil.copy(running.folder / "db.sqlite", self.database)
 
@@ -98,6 +101,7 @@ class Running:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C is for the comparison, which stops the stack.
+                preexec_fn=_heed_interrupts,
             )
         while not self._is_ready():
             if self._make.poll() is not None:
@@ -120,18 +124,24 @@ class Running:
         if self._make is None:
             return
         make, self._make = self._make, None
+        with _undisturbed():
+            self._end(make)
+
+    def _end(self, make: subprocess.Popen[bytes]) -> None:
         members = _session(make.pid)
         if make.poll() is None:
             os.killpg(make.pid, signal.SIGINT)
         with suppress(subprocess.TimeoutExpired):
             make.wait(STOP_SECONDS)
-            psutil.wait_procs(members, timeout=5)
+            psutil.wait_procs(members, timeout=VANISH_SECONDS)
         # Ones that were started since are found by their session.
-        survivors = {p.pid: p for p in (*members, *_session(make.pid)) if _is_alive(p)}
+        survivors = {p.pid: p for p in (*members, *_session(make.pid)) if is_alive(p)}
         for process in survivors.values():
             with suppress(psutil.NoSuchProcess):
                 process.kill()
         make.wait(10)
+        while any(map(is_alive, survivors.values())):  # SIGKILL takes a moment
+            time.sleep(0.02)
         if survivors:
             raise BuildFailed(f"{self.build.name} left running: {survivors}\n{self._tail()}")
 
@@ -225,6 +235,21 @@ def commit_of(name: str) -> str:
     return found.stdout.strip()
 
 
+def _heed_interrupts() -> None:
+    """Undo what a shell does to jobs in the background: they ignore SIGINT, and so would the stack."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Heed no further Ctrl-C: it would leave running what is being stopped."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _clone(commit: str, tree: Path) -> Path:
     subprocess.run(["git", "clone", "--quiet", "--no-checkout", BASE_DIR, tree], check=True)
     subprocess.run(["git", "checkout", "--quiet", "--detach", commit], cwd=tree, check=True)
@@ -236,13 +261,13 @@ def _session(pid: int) -> list[psutil.Process]:
 
     def belongs(process: psutil.Process) -> bool:
         with suppress(OSError):
-            return os.getsid(process.pid) == pid and _is_alive(process)
+            return os.getsid(process.pid) == pid and is_alive(process)
         return False
 
     return [process for process in psutil.process_iter() if belongs(process)]
 
 
-def _is_alive(process: psutil.Process) -> bool:
+def is_alive(process: psutil.Process) -> bool:
     with suppress(psutil.Error):
         return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
     return False

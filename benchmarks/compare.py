@@ -83,7 +83,7 @@ def parsed(arguments: Sequence[str]) -> Options:
 def main(arguments: Sequence[str]) -> int:
     try:
         options = parsed(arguments)
-        found = asyncio.run(_compare(options))
+        found = _compare(options)
     except Usage as error:
         print(f"{error}\n\n{__doc__}", file=sys.stderr)
         return 2
@@ -98,7 +98,7 @@ def main(arguments: Sequence[str]) -> int:
     return int(any(each.is_slower for each in found))
 
 
-async def _compare(options: Options) -> list[Ratio]:
+def _compare(options: Options) -> list[Ratio]:
     base = commit_of(options.base)
     head = commit_of(options.head) if options.head else ""
     _show(
@@ -108,11 +108,11 @@ async def _compare(options: Options) -> list[Ratio]:
     with built(base, head) as builds:
         for build in builds:
             print(f"Making {build.name}", file=sys.stderr, flush=True)
-            await build.make()
+            build.make()
         for number in range(options.rounds):
             measured: dict[str, Values] = {}
             for build in order(builds, number):
-                measured[build.name] = await _measure(build, options.cases)
+                measured[build.name] = _measure(build, options.cases)
                 line = {"round": number + 1, "build": build.name, **measured[build.name]}
                 _show({"case": "compare", **line})
             rounds.append(measured)
@@ -141,16 +141,22 @@ class Subject:
             yield opened
 
 
-async def _measure(build: Build, cases: Sequence[str]) -> Values:
+def _measure(build: Build, cases: Sequence[str]) -> Values:
+    # What blocks stays outside of the loop, which would hold back a Ctrl-C until it is over.
     with build.running() as running:
-        subject = Subject(running)
-        started = await running.answer()
-        if "start" in cases:
-            subject.values["start"] = started
-        for name, case in CASES.items():
-            if name in cases:
-                await case(subject)
-        return {name: float(f"{value:.5g}") for name, value in subject.values.items()}
+        values = asyncio.run(_values(running, cases))
+    return {name: float(f"{value:.5g}") for name, value in values.items()}
+
+
+async def _values(running: Running, cases: Sequence[str]) -> Values:
+    subject = Subject(running)
+    started = await running.answer()
+    if "start" in cases:
+        subject.values["start"] = started
+    for name, case in CASES.items():
+        if name in cases:
+            await case(subject)
+    return subject.values
 
 
 async def _start(subject: Subject) -> None:

@@ -40,8 +40,7 @@ pytestmark = [
     pytest.mark.skipif(connection.vendor != "sqlite", reason="the clock of SQLite can be replaced"),
 ]
 
-# An example takes two seconds: some for each change, the same ones each time; others, and FACTOR times as
-# many, at night.
+# An example takes a second or two: the same few for each change; at night others, FACTOR times as many.
 EXAMPLES, STEPS_PER_EXAMPLE = 10 * FACTOR, 50
 # None of which come to just a lease, a deadline or a patience: SQLite compares times as text, where
 # 10 s are less than 10.000 s.

@@ -118,7 +118,7 @@ def test_a_commit_that_is_not_there_is_refused_by_name() -> None:
 def test_the_status_is_the_verdict(
     factor: float, status: int, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    async def found(options: compare.Options) -> Any:
+    def found(options: compare.Options) -> Any:
         return [ratio(LATENCY, pairs(factor))]
 
     monkeypatch.setattr(compare, "_compare", found)
