@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from scripts import audit, homeserver
-from tests.config.test_settings import ROOT, inherited
+from tests.config.starting import ROOT, inherited
 
 PRODUCTION = {
     "DEBUG": "false",
