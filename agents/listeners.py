@@ -16,13 +16,10 @@ from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import orjson
-from django.conf import settings
-from redis.asyncio import BlockingConnectionPool, Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
 from agents import live, stream
+from lib.redis import async_client
 
 logger = logging.getLogger(__name__)
 
@@ -151,18 +148,9 @@ class Hub:
         self._calls: set[asyncio.Task[None]] = set()
         self._left_at = 0.0
         self._failures = 0
-        self._redis = Redis(
-            connection_pool=BlockingConnectionPool.from_url(
-                settings.REDIS_URL,
-                max_connections=16,
-                timeout=5,
-                socket_timeout=5,
-                socket_connect_timeout=2,
-                # A Redis that was restarted is found out by a connection that is dead. What is
-                # said on these may be said twice.
-                retry=Retry(NoBackoff(), 1),
-            )
-        )
+        # A Redis that was restarted is found out by a connection that is dead. What goes over these
+        # may go twice.
+        self._redis = async_client(timeout=5, connect_timeout=2, retries=1)
 
     @contextmanager
     def run(self, run_id: str, place: Place) -> Iterator[Listener]:

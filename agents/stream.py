@@ -16,10 +16,10 @@ from typing import Any, cast
 import orjson
 from django.conf import settings
 from redis import Redis
-from redis.backoff import NoBackoff
 from redis.client import PubSub
 from redis.exceptions import RedisError, ResponseError
-from redis.retry import Retry
+
+from lib.redis import client
 
 logger = logging.getLogger(__name__)
 
@@ -65,35 +65,25 @@ _breaker = Breaker()
 def _publisher() -> Redis:
     """For use within a request: gives up soon, and never repeats a command by itself, which might add
     an entry twice."""
-    return Redis.from_url(
-        settings.REDIS_URL,
-        socket_timeout=REQUEST_SECONDS,
-        socket_connect_timeout=REQUEST_SECONDS,
-        retry=Retry(NoBackoff(), 0),
-        max_connections=1000,
-    )
+    return client(timeout=REQUEST_SECONDS, max_connections=1000)
 
 
 @functools.cache
 def consumer() -> Redis:
     """For the loops of a worker, which may wait."""
-    return Redis.from_url(
-        settings.REDIS_URL,
-        socket_timeout=BLOCK_SECONDS + 4,
-        socket_connect_timeout=2,
-        retry=Retry(NoBackoff(), 0),
-    )
+    return client(timeout=BLOCK_SECONDS + 4, connect_timeout=2)
 
 
 @functools.cache
 def observer() -> Redis:
     """For who only looks: gives up after a second."""
-    return Redis.from_url(
-        settings.REDIS_URL,
-        socket_timeout=1,
-        socket_connect_timeout=1,
-        retry=Retry(NoBackoff(), 0),
-    )
+    return client(timeout=1)
+
+
+def try_write() -> None:
+    """Write what is gone again at once. Raises `RedisError` where Redis is away or takes nothing, being
+    full, a replica or unable to save."""
+    observer().set(f"{settings.REDIS_STREAM_KEY}:probe", b"", px=1)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ from urllib.parse import urlsplit
 import environ
 from django.core.exceptions import ImproperlyConfigured
 
+from lib import redis
+
 UNUSED = "unused"
 TRUE = {"1", "true", "yes", "on"}
 FALSE = {"0", "false", "no", "off"}
@@ -130,6 +132,29 @@ def url(name: str, default: str = "", *, schemes: tuple[str, ...]) -> str:
             f"{name} is not a URL that starts with {' or '.join(f'{s}://' for s in schemes)}."
         )
     return value
+
+
+def file(name: str) -> str:
+    """The path of a file that can be read; empty where it is not set."""
+    value = text(name)
+    if not value:
+        return ""
+    try:
+        Path(value).open("rb").close()
+    except OSError as error:
+        raise ImproperlyConfigured(f"{name}: {value} cannot be read: {error.strerror}.") from None
+    return value
+
+
+def redis_server(url: str, *, ca_file: str, cert_file: str, key_file: str) -> redis.Server:
+    """The Redis that REDIS_URL and its certificates name."""
+    try:
+        server = redis.parse(url, ca_file=ca_file, cert_file=cert_file, key_file=key_file)
+        if server.tls:
+            server.tls.context()
+    except redis.Invalid as error:
+        raise ImproperlyConfigured(str(error)) from None
+    return server
 
 
 def proxy_header(name: str) -> tuple[str, str] | None:

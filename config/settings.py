@@ -193,7 +193,16 @@ else:
     }
 
 # Redis: the event stream, Celery's broker and the cache. It may forget everything at any moment.
-REDIS_URL = env.url("REDIS_URL", "redis://localhost:6379", schemes=("redis", "rediss", "unix"))
+REDIS_URL = env.text("REDIS_URL", "redis://localhost:6379")
+REDIS_CA_FILE = env.file("REDIS_CA_FILE")
+REDIS_CLIENT_CERT_FILE = env.file("REDIS_CLIENT_CERT_FILE")
+REDIS_CLIENT_KEY_FILE = env.file("REDIS_CLIENT_KEY_FILE")
+_redis = env.redis_server(
+    REDIS_URL,
+    ca_file=REDIS_CA_FILE,
+    cert_file=REDIS_CLIENT_CERT_FILE,
+    key_file=REDIS_CLIENT_KEY_FILE,
+)
 REDIS_STREAM_KEY = env.text("REDIS_STREAM_KEY", "agent_events")
 REDIS_CONSUMER_GROUP = env.text("REDIS_CONSUMER_GROUP", "agent_runtime")
 REDIS_CONSUMER_NAME = env.text("REDIS_CONSUMER_NAME")  # empty: worker-<pid>, known in the worker
@@ -202,9 +211,10 @@ REDIS_STREAM_DEAD_LENGTH = env.integer("REDIS_STREAM_DEAD_LENGTH", 10_000)
 CACHES = {
     "default": {
         "BACKEND": "django_redis.cache.RedisCache",
-        "LOCATION": REDIS_URL,
+        "LOCATION": str(_redis),  # for display; the connections are those of lib.redis
         "KEY_PREFIX": "botrealm",
         "OPTIONS": {
+            "CONNECTION_FACTORY": "lib.redis.CacheConnections",
             "SOCKET_CONNECT_TIMEOUT": 0.3,
             "SOCKET_TIMEOUT": 0.3,
             "IGNORE_EXCEPTIONS": True,
@@ -313,7 +323,9 @@ BOT_STREAM_EDITS = env.flag("BOT_STREAM_EDITS", False)
 
 # Celery. The database is the queue of record, so a task is no more than a wake-up: nothing waits for
 # Celery's own redelivery, which takes minutes, and nothing is scheduled with its countdown or eta.
-CELERY_BROKER_URL = REDIS_URL.replace("unix://", "redis+socket://")
+# Without the password: Celery shows it to whoever inspects a worker. The connections are those of
+# lib.redis (config/broker.py).
+CELERY_BROKER_URL = str(_redis)
 CELERY_BROKER_TRANSPORT = "config.broker:Transport"
 CELERY_BROKER_CONNECTION_RETRY_ON_STARTUP = True
 CELERY_BROKER_CONNECTION_MAX_RETRIES = None
@@ -385,6 +397,7 @@ SCRUBBER = Scrubber(
     BOT_RUNNER_PASSWORD,
     AGENT_WEBHOOK_SECRET,
     METRICS_TOKEN,
+    _redis.password,
 )
 LOGGING = logs.configuration(
     env.text("LOG_LEVELS", "*=info"),

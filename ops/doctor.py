@@ -13,10 +13,12 @@ from email.utils import parsedate_to_datetime
 from typing import Any
 
 import httpx2
+from celery import current_app
 from django.conf import settings
 from django.contrib.staticfiles import finders
 from django.core import checks
-from django.db import connection
+from django.db import DatabaseError, connection, transaction
+from django.db.migrations.recorder import MigrationRecorder
 from django.utils import timezone
 from redis.exceptions import RedisError
 
@@ -24,6 +26,7 @@ from agents import llm, stream
 from agents.models import Run, Worker
 from botrunner.models import Session
 from hooks.models import Delivery, Subscription
+from lib.redis import why
 from ops import health
 from ops.bounded import Bounded, NoAnswer, ask_all
 
@@ -122,6 +125,24 @@ def _database() -> Findings:
             yield from _sqlite(cursor)
         else:
             yield from _postgresql(cursor)
+    yield from _database_writes()
+
+
+def _database_writes() -> Findings:
+    """By a row that is never committed."""
+    recorder = MigrationRecorder(connection)
+    if not recorder.has_table():
+        return
+    try:
+        with transaction.atomic():
+            recorder.migration_qs.create(app="doctor", name="probe")
+            transaction.set_rollback(True)
+    except DatabaseError as error:
+        yield (
+            BROKEN,
+            f"The database takes nothing that is written ({type(error).__name__}).",
+            "Look for a full disk, a file that is read-only, a standby, or missing rights.",
+        )
 
 
 def _sqlite(cursor: Any) -> Findings:
@@ -166,17 +187,29 @@ def migrations() -> Findings:
         yield OK, "All are applied.", ""
 
 
+REDIS_AWAY = "Start it, or set REDIS_URL. Questions are kept meanwhile, and answered later."
+
+
 def _redis() -> Findings:
+    """The connection of the event stream, and whether Redis takes what is written."""
     try:
         info = stream.observer().info()
-    except RedisError as error:
-        yield (
-            BROKEN,
-            f"It does not answer at REDIS_URL ({type(error).__name__}).",
-            "Start it, or set REDIS_URL. Questions are kept meanwhile, and answered later.",
-        )
-    else:
         yield from redis_server(info)
+        stream.try_write()
+    except RedisError as error:
+        yield BROKEN, why(error), REDIS_AWAY
+
+
+def _broker() -> Findings:
+    """Celery's own connection, made as a worker makes it: its channel writes before it is used."""
+    patience = {"socket_timeout": 3, "socket_connect_timeout": 3}
+    try:
+        with current_app.connection_for_read(transport_options=patience) as broker:
+            broker.connect()
+    except RedisError as error:
+        yield BROKEN, why(error), "Workers are given nothing meanwhile. " + REDIS_AWAY
+    else:
+        yield OK, f"Celery reaches its queue at {broker.as_uri()}.", ""
 
 
 def redis_server(info: Mapping[str, Any]) -> Findings:
@@ -447,6 +480,7 @@ CHECKS: dict[str, Callable[[], Findings]] = {
     "database": _database,
     "migrations": migrations,
     "redis": _redis,
+    "broker": _broker,
     "workers": _workers,
     "homeserver": _homeserver,
     "model": _model,

@@ -61,13 +61,13 @@ class TestUnusedSecrets:
 
     ENV = {"DEBUG": "false", "SECRET_KEY": "unused", "REALM_SECRET_SEED": "unused"}
 
-    def test_a_random_value_takes_the_place_of_each(self) -> None:
+    def test_a_random_value_takes_the_place_of_each(self, start: Start) -> None:
         values = "settings.SECRET_KEY, settings.REALM_SECRET_SEED"
         found = {start(f"{values}", **self.ENV).stdout for _ in range(2)}
         assert len(found) == 2
         assert all(len(line) > 100 and "unused" not in line for line in found)
 
-    def test_the_web_server_does_not_start(self) -> None:
+    def test_the_web_server_does_not_start(self, start: Start) -> None:
         process = start("__import__('config.asgi')", **self.ENV)
         assert process.returncode != 0
         assert "SECRET_KEY and REALM_SECRET_SEED: the web server signs" in process.stderr

@@ -114,7 +114,7 @@ def test_what_is_broken_fails_and_says_how_to_mend_it(
     assert "broken" in told
     assert "It does not answer at REDIS_URL (ConnectionError)." in told
     assert "→ Start it, or set REDIS_URL." in told
-    assert "1 broken, 0 to look at." in told
+    assert "2 broken, 0 to look at." in told  # the stream's connection and the broker's
 
 
 def test_every_trouble_comes_with_its_remedy(settings: Any) -> None:

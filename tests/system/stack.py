@@ -37,6 +37,7 @@ import psutil
 import redis
 from supervisor.xmlrpc import SupervisorTransport
 
+from lib.redis import Server, from_environment
 from tests.freezing import freeze
 from tests.ports import free_port
 
@@ -269,7 +270,12 @@ class Stack:
     @property
     def redis(self) -> redis.Redis:
         """A client of the stack's Redis."""
-        return redis.Redis.from_url(self.redis_url, socket_timeout=10)
+        return self.redis_server.client(timeout=10)
+
+    @property
+    def redis_server(self) -> Server:
+        """The stack's Redis, with the certificates that its programs have."""
+        return from_environment(self.env | {"REDIS_URL": self.redis_url})
 
     @property
     def redis_url(self) -> str:
