@@ -17,6 +17,7 @@ from agents.conditions import Condition
 from agents.costs import Price, Rollup, RollupState, Usage, today
 from agents.statements import as_q
 from chat.models import Message, Thread
+from realm.models import User
 from realm.tracing import MAX_LENGTH as MAX_REQUEST_ID_LENGTH
 
 __all__ = [
@@ -130,6 +131,15 @@ class RunQuerySet(models.QuerySet["Run"]):
         # Not of all: in a long queue the oldest is among these for all that is worth knowing.
         times = lying.values_list("now", "since")[:SEARCHED_FOR_OLDEST]
         return max([0.0, *((now - since).total_seconds() for now, since in times)])
+
+    def with_deactivation(self) -> "RunQuerySet":
+        """With `is_of_deactivated`: True where the account that asked was deactivated since. In the
+        same statement, for each run is read before it is begun."""
+        # As limits.asker_of() names an account.
+        named = Q(matrix_user_id=OuterRef("asker")) | Q(
+            username=OuterRef("asker"), matrix_user_id=None
+        )
+        return self.annotate(is_of_deactivated=Exists(User.objects.filter(named, is_active=False)))
 
     def clocked(self) -> list["Run"]:
         """Read now, with what the database's clock says."""
@@ -343,6 +353,8 @@ class Run(models.Model):
     # When it was read, by the database's clock and by `time.monotonic()`; see `RunQuerySet.clocked()`.
     read_at: datetime | None = None
     read_at_monotonic = 0.0
+    # By with_deactivation()
+    is_of_deactivated = False
 
     def clock(self) -> datetime:
         """By the database's clock, which its times are told by: this process's own may be wrong."""

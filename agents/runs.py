@@ -48,6 +48,10 @@ def execute(run_id: str) -> str | None:
     run = _unfinished(run_id)
     if run is None:
         return None
+    if run.is_of_deactivated:
+        logger.info("Run %s was not begun: the account of its asker is deactivated", run.pk)
+        cancel(run)
+        return None
     with shares.seats.one(run.asker) as free:
         if not free:
             _leave(run)
@@ -81,7 +85,8 @@ def claim(run_id: str) -> Run | None:
 
 
 def _unfinished(run_id: str) -> Run | None:
-    run = next(iter(Run.objects.select_related("thread").filter(pk=run_id).clocked()), None)
+    found = Run.objects.select_related("thread").filter(pk=run_id).with_deactivation()
+    run = next(iter(found.clocked()), None)
     return None if run is None or run.is_finished else run
 
 

@@ -158,7 +158,7 @@ class Reader:
                     content=event.text("prompt"),
                     source=Run.Source.STREAM,
                     asker=limits.PROGRAMS,
-                    threads=Thread.objects.all(),
+                    threads=Thread.objects.exclude(owner__is_active=False),
                     thread_id=event.optional_text("threadId"),
                     model=event.optional_text("model"),
                     correlation_id=event.correlation_id,

@@ -14,7 +14,7 @@ from django.utils import timezone
 
 from agents import inbox, runs
 from agents.models import CHAT_REPLY, Run
-from botrunner.matching import Listener, Listeners, question
+from botrunner.matching import SENDER_DEACTIVATED, Listener, Listeners, question
 from botrunner.models import Conversation, Reply, RoomEvent
 from botrunner.said import Said, storable
 from botrunner.timeline import SPOKEN, Kept, is_own_or_other_bots, kept_of
@@ -57,6 +57,9 @@ def act(pk: int, me: str) -> None:
                 note = "It is no event of a timeline."
             elif event.kind == RoomEvent.Kind.QUESTION:
                 note = _ask(event, said, me)
+            elif event.kind != RoomEvent.Kind.REDACTION and _is_deactivated(said.sender):
+                # What is taken back is taken back for all: the homeserver has allowed it.
+                note = SENDER_DEACTIVATED
             elif event.kind == RoomEvent.Kind.EDIT:
                 note = _edit(event, said, me)
             elif event.kind == RoomEvent.Kind.CANCEL:
@@ -67,6 +70,10 @@ def act(pk: int, me: str) -> None:
             event.note, event.state, event.source = note, RoomEvent.State.IGNORED, None
         if note or (event.verdicts, event.note) != before:
             event.save(update_fields=["state", "source", "note", "verdicts"])
+
+
+def _is_deactivated(sender: str) -> bool:
+    return bool(User.objects.deactivated_among([sender]))
 
 
 def give_up(pk: int) -> None:

@@ -17,6 +17,7 @@ from botrunner.said import ENCRYPTED, MARK, REDACTION, Said, storable
 from botrunner.verdicts import stored
 from realm.connections import AWAY
 from realm.filters import EVENT_TYPES, Filter
+from realm.models import User
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +121,12 @@ def _joined_one(session: Session, news: RoomNews, room: Room | None) -> Room:
 
 
 def _invited(session: Session, invite: Invite) -> None:
-    allowed = matches_any(invite.inviter, settings.BOT_RUNNER_ALLOWED_INVITERS)
+    why_not = ""
+    if not matches_any(invite.inviter, settings.BOT_RUNNER_ALLOWED_INVITERS):
+        why_not = "BOT_RUNNER_ALLOWED_INVITERS does not name the inviter."
+    elif User.objects.deactivated_among([invite.inviter]):
+        why_not = "The account of the inviter is deactivated."
+    allowed = not why_not
     Room.objects.update_or_create(
         session=session,
         room_id=invite.room_id,
@@ -129,7 +135,7 @@ def _invited(session: Session, invite: Invite) -> None:
             "inviter": invite.inviter,
             "join_attempts": 0,
             "join_due_at": timezone.now() if allowed else None,
-            "error": "" if allowed else "BOT_RUNNER_ALLOWED_INVITERS does not name the inviter.",
+            "error": why_not,
             "updated_at": timezone.now(),
         },
     )

@@ -83,7 +83,7 @@ def _deliveries(events: list[Event]) -> Iterator[Delivery]:
 def may_be_told(delivery: Delivery) -> bool:
     """Whether its owner may still read what it tells."""
     run = Run.objects.select_related("thread").filter(pk=delivery.run_id).first()
-    same = Subscription.objects.filter(pk=delivery.subscription_id)
+    same = Subscription.objects.filter(pk=delivery.subscription_id, owner__is_active=True)
     return run is not None and any(_Audience([run], same).of(run))
 
 
