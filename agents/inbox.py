@@ -5,7 +5,7 @@ import json
 import re
 import uuid
 from dataclasses import dataclass, replace
-from datetime import timedelta
+from datetime import datetime, timedelta
 from enum import StrEnum
 from functools import partial
 from typing import Any
@@ -113,6 +113,8 @@ def ask(
     thread_id: str | None = None,
     model: str | None = None,
     place: str = "",
+    room_id: str = "",
+    asked_at: datetime | None = None,
     command: str = CHAT_REPLY,
     input: dict[str, Any] | None = None,
     correlation_id: str | None = None,
@@ -129,7 +131,9 @@ def ask(
     thread of that name, owned by `owner`. `asker` is whose limits hold, where that is not the owner.
     `event_id` is given by whoever has read the event from the
     stream already. `command`, with its `input`, is what the run carries out. `place` is where it was
-    asked, for whoever adds up what a place costs. What has not ended `deadline_seconds` from now fails.
+    asked, for whoever adds up what a place costs. A thread that is begun with a `room_id` belongs to
+    that room, and to no owner; `asked_at` is when the room was seen to ask. What has not ended
+    `deadline_seconds` from now fails.
     `when_busy` says what becomes of it where the thread has runs that have not ended. Raises `Refused`.
     """
     content = clean_content(content)
@@ -170,8 +174,9 @@ def ask(
                 content,
                 source,
                 threads,
-                owner,
+                Thread(owner=None if room_id else owner, room_id=room_id),
                 event_id,
+                asked_at=asked_at,
                 columns={
                     "command": command,
                     "input": input or {},
@@ -290,9 +295,10 @@ def _write(
     content: str,
     source: Run.Source,
     threads: ThreadQuerySet,
-    owner: User | None,
+    new_thread: Thread,
     event_id: uuid.UUID | None,
     *,
+    asked_at: datetime | None,
     columns: dict[str, Any],
     is_new_thread: bool,
     when_busy: WhenBusy,
@@ -300,7 +306,7 @@ def _write(
     """Whether it begins its thread."""
     turn = 0 if is_new_thread else _next_turn(asked.thread_id, threads)
     if turn == 0:
-        turn = _begin_thread(asked.thread_id, threads, owner)
+        turn = _begin_thread(asked.thread_id, threads, new_thread)
     if turn:
         # The thread is locked since its turn was taken: no question can come in between.
         _make_way(asked.thread_id, when_busy, columns["command"])
@@ -312,6 +318,7 @@ def _write(
         role=Message.Role.USER,
         content=content,
         correlation_id=asked.correlation_id,
+        created_at=asked_at or timezone.now(),
     )
     run = Run.objects.create(
         id=asked.run_id,
@@ -362,10 +369,11 @@ def _next_turn(thread_id: str, threads: ThreadQuerySet) -> int:
     return mine.values_list("turns", flat=True).get() - 1
 
 
-def _begin_thread(thread_id: str, threads: ThreadQuerySet, owner: User | None) -> int:
+def _begin_thread(thread_id: str, threads: ThreadQuerySet, new: Thread) -> int:
+    new.pk, new.turns = thread_id, 1
     try:
         with transaction.atomic():
-            Thread.objects.create(id=thread_id, owner=owner, turns=1)
+            new.save(force_insert=True)
     except IntegrityError:
         turn = _next_turn(thread_id, threads)  # begun by another request just now
         if turn == 0:

@@ -49,8 +49,8 @@ class Context:
 def context(run: Run) -> Context:
     """The context of a run: never a message later than the one that asked."""
     thread, window = run.thread, settings.CHAT_MEMORY_RECENT_MESSAGES
-    earlier = Message.objects.filter(thread_id=run.thread_id, position__lte=run.position)
-    earlier = shortened(earlier, whole=run.position)
+    until_now = Message.objects.filter(thread_id=run.thread_id, position__lte=run.position)
+    earlier = shortened(until_now, whole=run.position)
     recent: list[Any] = list(earlier.order_by("-position")[:window])
     if not recent:
         raise llm.Stopped  # the thread was deleted since the run was claimed

@@ -6,6 +6,7 @@ import uuid
 from datetime import datetime, timedelta
 
 import cuid2
+from django.contrib.auth.models import AnonymousUser
 from django.db import models
 from django.db.models import Exists, F, OuterRef, Q, Subquery
 from django.db.models.functions import Coalesce, Greatest, Now
@@ -16,7 +17,7 @@ from agents.allowances import MAX_NAME_LENGTH, Limit, Pace, Spending
 from agents.conditions import Condition
 from agents.costs import Price, Rollup, RollupState, Usage, today
 from agents.statements import as_q
-from chat.models import Message, Thread
+from chat.models import Message, Thread, visible
 from realm.models import User
 from realm.tracing import MAX_LENGTH as MAX_REQUEST_ID_LENGTH
 
@@ -151,6 +152,10 @@ class RunQuerySet(models.QuerySet["Run"]):
 
     def held_by(self, worker: str) -> "RunQuerySet":
         return self.filter(status=Run.Status.PROCESSING, worker=worker)
+
+    def visible_to(self, user: User | AnonymousUser | None) -> "RunQuerySet":
+        """Those in their own threads, and in a room's those asked since they joined it."""
+        return self.filter(visible(user, asked_at="message__created_at"))
 
 
 class Run(models.Model):
@@ -317,6 +322,18 @@ class Run(models.Model):
 
     def __str__(self) -> str:
         return self.id
+
+    @property
+    def answers_others(self) -> bool:
+        """Whether a question of another asker was merged into this run, so that they have no answer
+        without it."""
+        run_ids = [self.pk]
+        while run_ids:
+            merged = Run.objects.filter(merged_into__in=run_ids)
+            if merged.exclude(asker=self.asker).exists():
+                return True
+            run_ids = list(merged.values_list("pk", flat=True))
+        return False
 
     @property
     def is_finished(self) -> bool:

@@ -158,7 +158,7 @@ class Reader:
                     content=event.text("prompt"),
                     source=Run.Source.STREAM,
                     asker=limits.PROGRAMS,
-                    threads=Thread.objects.exclude(owner__is_active=False),
+                    threads=Thread.objects.outside_rooms().exclude(owner__is_active=False),
                     thread_id=event.optional_text("threadId"),
                     model=event.optional_text("model"),
                     correlation_id=event.correlation_id,
@@ -167,6 +167,9 @@ class Reader:
                 )
         except inbox.Limited:
             raise
+        except inbox.UnknownThread as error:
+            stream.bury(entry, _of_room(event.payload["threadId"]) or str(error))
+            return False
         except (Malformed, inbox.Refused) as error:
             stream.bury(entry, str(error))
             return False
@@ -180,6 +183,13 @@ class Reader:
             stream.bury(entry, f"it cannot be recorded ({type(error).__name__})")
             return False
         return True
+
+
+def _of_room(thread_id: str) -> str:
+    """The reason why a request for the thread of a room is set aside; empty for another thread."""
+    if not Thread.objects.exclude(room_id="").filter(pk=thread_id).exists():
+        return ""
+    return "its thread belongs to a Matrix room, and only what is said in the room enters it"
 
 
 class Keeper:

@@ -114,6 +114,13 @@ def rooms(session: Session, homeserver: Homeserver) -> set[str]:
     return set(found)
 
 
+def rooms_of_unknown_members(session: Session) -> list[str]:
+    rows = Room.objects.filter(
+        session=session, membership=Room.Membership.JOINED, members_known=False
+    )
+    return list(rows.values_list("room_id", flat=True))
+
+
 def sync_filter(*, is_first: bool) -> dict[str, Any]:
     """What a sync brings. Own events are among it: the own join tells where a room begins."""
     return {

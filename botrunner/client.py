@@ -336,6 +336,25 @@ class Homeserver:
         body = await self.request("GET", path)
         return shapes.events(body.get("chunk")), str(body.get("end") or "")
 
+    async def members(self, room_id: str, at: str, *, seconds: float) -> list[dict[str, Any]]:
+        """The membership events of those who are in the room, as at a sync's position."""
+        query = urlencode({"membership": "join"} | ({"at": at} if at else {}))
+        path = f"{API}/rooms/{quote(room_id, safe='')}/members?{query}"
+        body = await self.request("GET", path, seconds=seconds)
+        if not isinstance(body.get("chunk"), list):
+            raise MatrixError("UNREADABLE", "The answer is not that of /members.")
+        return shapes.events(body["chunk"])
+
+    async def state(self, room_id: str, kind: str) -> dict[str, Any]:
+        """The event of a room's state that has this type and no key; empty where there is none."""
+        path = f"{API}/rooms/{quote(room_id, safe='')}/state/{kind}/?format=event"
+        try:
+            return await self.request("GET", path)
+        except MatrixError as error:
+            if error.code == "M_NOT_FOUND":
+                return {}
+            raise
+
     async def join(self, room_id: str) -> None:
         await self._call(self.nio.join(room_id))
 

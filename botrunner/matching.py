@@ -18,6 +18,9 @@ from realm.models import BotRegistration, User
 
 CANCEL = "!cancel"
 SENDER_DEACTIVATED = "The account of its sender is deactivated."
+CANCEL_ALL = "!cancel all"
+FORGET = "!forget"
+ORDERS = {CANCEL, CANCEL_ALL, FORGET}
 
 
 @dataclass(frozen=True)
@@ -192,10 +195,12 @@ def question(wanted: Filter, said: Said, me: str) -> str:
     return _without_mention(body, me) if wanted.mention else body
 
 
-def cancels(said: Said, me: str) -> bool:
-    """Whether somebody says that they want no answer any more."""
-    is_text = said.type == ROOM_MESSAGE and said.content_type == "m.text"
-    return is_text and _without_mention(said.body, me).lower() == CANCEL
+def order_of(said: Said, me: str) -> str:
+    """The one of `ORDERS` that the words are; empty where they are none."""
+    if said.type != ROOM_MESSAGE or said.content_type != "m.text":
+        return ""
+    words = " ".join(_without_mention(said.body, me).lower().split())
+    return words if words in ORDERS else ""
 
 
 def _without_mention(body: str, me: str) -> str:

@@ -22,7 +22,7 @@ from rest_framework.request import Request
 
 from agents import listeners
 from agents.listeners import Gap, Place, Told
-from agents.models import Run
+from agents.models import Run, RunQuerySet
 from chat.models import fitting, read_contents
 from chat.serializers import message_json, run_json
 from realm.connections import AWAY
@@ -213,14 +213,14 @@ async def _remembers(hub: listeners.Hub, run_id: str) -> bool:
         return False
 
 
-async def thread_events(thread_id: str, after: int) -> AsyncGenerator[bytes]:
+async def thread_events(thread_id: str, after: int, visible: RunQuerySet) -> AsyncGenerator[bytes]:
     """What happens in a thread, for as long as the client stays. Numbers count the questions and
     outcomes in the order of the conversation: 2n+1 is the question of turn n, 2n+2 its outcome."""
     yield RETRY
     with listeners.hub(_which_ended).thread(thread_id) as news:
         while True:
             news.clear()
-            frames, reached = await _unit(_told_of_thread, thread_id, after)
+            frames, reached = await _unit(_told_of_thread, thread_id, after, visible)
             if frames:
                 after = reached
                 yield frames
@@ -232,11 +232,11 @@ async def thread_events(thread_id: str, after: int) -> AsyncGenerator[bytes]:
                 yield KEEP_ALIVE
 
 
-def _told_of_thread(thread_id: str, after: int) -> tuple[bytes, int]:
+def _told_of_thread(thread_id: str, after: int, visible: RunQuerySet) -> tuple[bytes, int]:
     """The next frames after the number `after`, and the number of the last of them."""
     size = Length("message__content") + Coalesce(Length("answer__content"), 0)
     runs: list[Any] = list(
-        Run.objects.filter(thread_id=thread_id, position__gte=after - after % 2)
+        visible.filter(thread_id=thread_id, position__gte=after - after % 2)
         .select_related("message", "answer")
         .annotate(size=size)
         .defer("message__content", "answer__content")

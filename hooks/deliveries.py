@@ -7,7 +7,8 @@ outbox: an outcome that was recorded is told, whoever dies in between.
 
 from collections import defaultdict
 from collections.abc import Iterator
-from functools import cache
+from datetime import datetime
+from functools import cache, partial
 from typing import Any
 from uuid import UUID
 
@@ -17,7 +18,7 @@ from django.db.models import Q
 from django.db.models.expressions import RawSQL
 
 from agents.models import Event, Run
-from botrunner.models import Reply
+from botrunner.models import Reply, Room, RoomMember, RoomMemberQuerySet
 from hooks.models import (
     EVENTS,
     Delivery,
@@ -26,6 +27,7 @@ from hooks.models import (
     all_readers,
     readers,
 )
+from realm.models import User
 
 BATCH = 200
 
@@ -53,18 +55,22 @@ def fan_out() -> int:
     """Write down what is to be delivered of the outcomes since it was last done. How many these were;
     there may be more."""
     marked = Event.objects.filter(to_deliver=True).order_by("created_at")
-    events = list(marked.select_related("run__thread")[:BATCH])
+    rows = marked.select_related("run__thread", "run__message")
+    events = list(rows.defer("run__message__content", "run__thread__summary")[:BATCH])
     if not events:
         return 0
-    rows = list(_deliveries(events))
+    deliveries = list(_deliveries(events))
     with transaction.atomic():
-        Delivery.objects.bulk_create(rows, ignore_conflicts=True)
+        Delivery.objects.bulk_create(deliveries, ignore_conflicts=True)
         Event.objects.filter(pk__in=[event.pk for event in events]).update(to_deliver=None)
     return len(events)
 
 
 def _deliveries(events: list[Event]) -> Iterator[Delivery]:
-    audience = _Audience([event.run for event in events], Subscription.objects.enabled())
+    # How long ago the bot has synced is looked at when it is sent.
+    members = RoomMember.objects.filter(room__membership=Room.Membership.JOINED)
+    subscriptions = Subscription.objects.enabled()
+    audience = _Audience([event.run for event in events], subscriptions, members)
     for event in events:
         name = _name(event.type)
         told = ""
@@ -82,17 +88,21 @@ def _deliveries(events: list[Event]) -> Iterator[Delivery]:
 
 def may_be_told(delivery: Delivery) -> bool:
     """Whether its owner may still read what it tells."""
-    run = Run.objects.select_related("thread").filter(pk=delivery.run_id).first()
+    rows = Run.objects.select_related("thread", "message").defer("message__content")
+    run = rows.filter(pk=delivery.run_id).first()
     same = Subscription.objects.filter(pk=delivery.subscription_id, owner__is_active=True)
-    return run is not None and any(_Audience([run], same).of(run))
+    return run is not None and any(_Audience([run], same, RoomMember.objects.current()).of(run))
 
 
 class _Audience:
     """Who is told of which run. A subscription to a registration: of what that fired. One without: of
     all, where its owner may read what others said; else of the owner's threads, and of what the
-    owner's registrations fired."""
+    owner's registrations fired. What stands in a room's thread is for those of them alone who were in
+    the room when it was asked and still are, as far as `members` shows."""
 
-    def __init__(self, runs: list[Run], among: SubscriptionQuerySet) -> None:
+    def __init__(
+        self, runs: list[Run], among: SubscriptionQuerySet, members: RoomMemberQuerySet
+    ) -> None:
         replies = Reply.objects.filter(
             run__in={run.pk for run in runs}, registration__isnull=False
         ).values_list("run_id", "registration_id", "registration__user_id")
@@ -103,7 +113,8 @@ class _Audience:
         self._by_owner: dict[int | None, list[Subscription]] = defaultdict(list)
         self._by_registration: dict[UUID, list[Subscription]] = defaultdict(list)
         concerned = self._concerned(runs, among)
-        may_read_all = readers({each.owner_id for each in concerned})
+        may_read_all = self._readers = readers({each.owner_id for each in concerned})
+        self._since = _joined_at(runs, concerned, members)
         for each in concerned:
             reads_all = each.owner_id in may_read_all
             if each.registration is not None:
@@ -127,12 +138,35 @@ class _Audience:
         return list(rows.select_related("registration").order_by("pk"))
 
     def of(self, run: Run) -> Iterator[Subscription]:
+        return filter(partial(self._may_read, run), self._told(run))
+
+    def _may_read(self, run: Run, subscription: Subscription) -> bool:
+        if not run.thread.room_id or subscription.owner_id in self._readers:
+            return True
+        since = self._since.get((run.thread.room_id, subscription.owner_id))
+        return since is not None and since <= run.message.created_at
+
+    def _told(self, run: Run) -> Iterator[Subscription]:
         fired = self._fired.get(run.pk, set())
         yield from self._everybodys
         for owner in {run.thread.owner_id, *(owner for _, owner in fired)}:
             yield from self._by_owner.get(owner, ())
         for registration, _ in fired:
             yield from self._by_registration.get(registration, ())
+
+
+def _joined_at(
+    runs: list[Run], concerned: list[Subscription], members: RoomMemberQuerySet
+) -> dict[tuple[str, int], datetime]:
+    """Since when the owners have been in the rooms, by room and user."""
+    rooms = {run.thread.room_id for run in runs} - {""}
+    owners = User.objects.filter(pk__in={each.owner_id for each in concerned})
+    users = dict(owners.values_list("matrix_user_id", "pk")) if rooms and concerned else {}
+    if not users:
+        return {}
+    rows = members.filter(room__room_id__in=rooms, user_id__in=users.keys() - {None})
+    found = rows.values_list("room__room_id", "user_id", "joined_at")
+    return {(room_id, users[user_id]): joined_at for room_id, user_id, joined_at in found}
 
 
 def _body(type: str, event: Event) -> str:

@@ -512,7 +512,7 @@ def test_of_a_thread_of_long_turns_few_are_read_at_a_time() -> None:
     Message.objects.filter(thread=thread, role="assistant").update(content="x" * 1_500_000)
     after, sizes, numbers = 0, [], []
     while True:
-        frames, reached = streams._told_of_thread(thread.pk, after)
+        frames, reached = streams._told_of_thread(thread.pk, after, Run.objects.all())
         if not frames:
             break
         sizes.append(len(frames) // 3_000_000)  # the message, and the output of its run

@@ -48,7 +48,7 @@ def delivery(subscription: Subscription | None = None, **asked: Any) -> Delivery
 def fired(command: BotCommand, session: Session) -> Run:
     """A run that a bot fired in a room, ended."""
     matrix.take_in(session, matrix.event("Hello", sender=command.registration.username))
-    run: Run = Run.objects.get(replies__bot_command=command)
+    run: Run = Run.objects.filter(replies__bot_command=command).latest("position")
     runs.cancel(run)
     return run
 

@@ -13,7 +13,8 @@ from django.utils import timezone
 
 from agents import retention, runs
 from agents.models import Event, Run
-from hooks.deliveries import fan_out
+from botrunner.models import Session
+from hooks.deliveries import fan_out, may_be_told
 from hooks.models import Delivery, Subscription
 from realm.models import User
 from tests import factories
@@ -163,6 +164,7 @@ class TestWhoIsTold:
         session = matrix.session()
         hers, his = matrix.command(matrix.ALICE), matrix.command(matrix.BOB)
         alice = hers.registration.user
+        matrix.let_in(session, matrix.ALICE)
         scenes.subscribe(alice, registration=hers.registration)
         scenes.subscribe(registration=his.registration)
         first, second = scenes.fired(hers, session), scenes.fired(his, session)
@@ -174,11 +176,37 @@ class TestWhoIsTold:
         session = matrix.session()
         hers = matrix.command(matrix.ALICE)
         scenes.subscribe(hers.registration.user)
+        matrix.let_in(session, matrix.ALICE)
         run = scenes.fired(hers, session)
-        run.thread.owner = factories.user("charlie")
-        run.thread.save()
 
+        assert run.thread.owner is None
         assert scenes.told() == {(matrix.ALICE, run.pk)}
+
+    def test_a_rooms_words_are_for_those_who_were_in_it_then_and_are_now(self) -> None:
+        session = matrix.session()
+        bots = matrix.command(matrix.BOB)
+        for owner in (bots.registration.user, scenes.admin()):
+            scenes.subscribe(owner, registration=bots.registration)
+
+        def fired() -> set[tuple[str, str]]:
+            """Who is told of what is asked now."""
+            run = scenes.fired(bots, session)
+            return {user for user, told in scenes.told() if told == run.pk}
+
+        assert fired() == {"root"}
+        matrix.let_in(session, matrix.BOB)
+        assert fired() == {"root", matrix.BOB}
+        matrix.take_in(session, matrix.membership(matrix.BOB, "leave"))
+        assert fired() == {"root"}
+        before = scenes.fired(bots, session)
+        matrix.let_in(session, matrix.BOB)
+        assert (matrix.BOB, before.pk) not in scenes.told()
+        assert fired() == {"root", matrix.BOB}
+
+        delivery = Delivery.objects.filter(subscription__owner=bots.registration.user).latest("pk")
+        assert may_be_told(delivery)
+        Session.objects.update(last_sync_at=timezone.now() - timedelta(minutes=6))
+        assert not may_be_told(delivery)
 
     def test_nobody_subscribes_to_the_bot_of_another(self) -> None:
         hers = matrix.command(matrix.ALICE)
