@@ -16,6 +16,7 @@ from django.views import View
 from agents import inbox, llm, retention, runs
 from agents.models import Run
 from chat import turns
+from chat.callers import name_of
 from chat.models import CHOSEN_ID, MAX_TITLE_LENGTH, Thread, ThreadQuerySet
 from realm.models import User
 
@@ -101,7 +102,7 @@ class ChatPage(Guarded):
                 source=Run.Source.HTTP,
                 threads=self.threads(),
                 owner=self.caller,
-                idempotency=inbox.Idempotency.of(self.caller, key) if key else None,
+                idempotency=inbox.Idempotency(name_of(self.request), key) if key else None,
             )
         except inbox.Refused as error:
             draft = self.request.POST.get("content", "")
