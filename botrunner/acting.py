@@ -6,6 +6,7 @@ import logging
 import time
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 from django.conf import settings
@@ -116,19 +117,24 @@ def _ask_one(event: RoomEvent, said: Said, command: Listener, asked: str) -> Non
     try:
         if command.command == CHAT_REPLY and not asked:
             raise inbox.Invalid("There was no question.")
-        accepted = inbox.ask(
+        put = partial(
+            inbox.ask,
             content=asked or command.command,
             source=Run.Source.MATRIX,
             threads=Thread.objects.all(),
             owner=User(pk=command.user_id),
             # The command may be the bot's own: limits hold for who speaks.
             asker=said.sender,
-            thread_id=thread_id,
             place=event.room.room_id,
             command=command.command,
             input=_input(event, said),
             correlation_id=said.event_id[: inbox.MAX_CORRELATION_LENGTH],
         )
+        try:
+            accepted = put(thread_id=thread_id)
+        except inbox.Deleted:
+            # Since it was looked up, and the link with it.
+            accepted = put()
     except inbox.Limited as error:
         event.note = _turn_away(event, reply, error)
         return
@@ -138,7 +144,6 @@ def _ask_one(event: RoomEvent, said: Said, command: Listener, asked: str) -> Non
         reply.save()
         logger.info("A question was refused: %s", error)
         return
-    # Also where it was deleted since it was looked up, the link with it.
     if accepted.began_thread:
         Conversation.objects.create(
             room=event.room, root=said.thread_root, thread_id=accepted.thread_id

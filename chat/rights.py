@@ -105,11 +105,6 @@ def look_up(questions: Questions) -> Answers:
     return Answers(found.lost, {key: reasons[key[1]] for key in closed})
 
 
-def reason_closed(thread_id: str) -> Reason:
-    """Why a thread that was open to somebody is not."""
-    return _reasons({thread_id})[thread_id]
-
-
 def _reasons(thread_ids: set[str]) -> dict[str, Reason]:
     reasons = dict.fromkeys(thread_ids, Reason.THREAD_NOT_OPEN)
     for some in _batched(thread_ids, THREADS_AT_ONCE):
@@ -178,6 +173,11 @@ class Guard:
                 if age > GRACE_SECONDS:
                     raise Unknown
                 self._excused_until = time.monotonic() + FRESH_SECONDS
+
+    async def check_again(self) -> None:
+        """The same, whatever was known."""
+        self.doubt()
+        await self.check()
 
     def doubt(self) -> None:
         self._doubted_at = time.monotonic()

@@ -201,7 +201,10 @@ async def run_events(
                 yield _gap(str(Place(after.attempt, after.number + 1)), f"{after.attempt}-end")
                 last = None
             await guard.check()
-            yield await _unit(_outcome, caller, run.pk, last)
+            outcome = await _unit(_outcome, caller, run.pk, last)
+            if outcome is None:
+                await guard.check_again()
+            yield outcome or _run_deleted(run.pk)
         except rights.Lost as lost:
             yield _run_deleted(run.pk) if lost.reason in GONE else _closed(lost)
         except rights.Unknown:
@@ -239,7 +242,12 @@ async def thread_events(thread_id: str, after: int, caller: Caller) -> AsyncGene
             while True:
                 news.clear()
                 await guard.check()
-                frames, reached = await _unit(_told_of_thread, caller, thread_id, after)
+                told = await _unit(_told_of_thread, caller, thread_id, after)
+                if told is None:
+                    # Raises the reason, unless it was open again meanwhile.
+                    await guard.check_again()
+                    continue
+                frames, reached = told
                 if frames:
                     after = reached
                     yield frames
@@ -256,9 +264,9 @@ async def thread_events(thread_id: str, after: int, caller: Caller) -> AsyncGene
             logger.warning("A stream ends: the rights of its caller cannot be looked up")
 
 
-def _told_of_thread(caller: Caller, thread_id: str, after: int) -> tuple[bytes, int]:
-    """The next frames after the number `after`, and the number of the last of them. Raises
-    `rights.Lost` where the thread is not open to the caller any more."""
+def _told_of_thread(caller: Caller, thread_id: str, after: int) -> tuple[bytes, int] | None:
+    """The next frames after the number `after`, and the number of the last of them. None where the
+    thread is not open to the caller."""
     size = Length("message__content") + Coalesce(Length("answer__content"), 0)
     thread = caller.threads().filter(pk=thread_id)
     # From the turn on that was told last: where it is not found the thread may be gone.
@@ -271,7 +279,7 @@ def _told_of_thread(caller: Caller, thread_id: str, after: int) -> tuple[bytes, 
         .order_by("position")[: TURNS + 1]
     )
     if not runs and not thread.exists():
-        raise rights.Lost(rights.reason_closed(thread_id))
+        return None
     runs = [run for run in runs if run.position >= known]
     runs = runs[: min(TURNS, fitting(run.size for run in runs))]
     said = (message for run in runs for message in (run.message, run.answer) if message)
@@ -334,14 +342,12 @@ def _ended(run_ids: list[str]) -> list[str]:
     return [run_id for run_id in run_ids if run_id not in going_on]
 
 
-def _outcome(caller: Caller, run_id: str, last: Told | Gap | None) -> bytes:
-    """`last`: what was told before it."""
+def _outcome(caller: Caller, run_id: str, last: Told | Gap | None) -> bytes | None:
+    """`last`: what was told before it. None where the caller has no such run any more."""
     mine = Run.objects.filter(thread__in=caller.threads())
     run = mine.select_related("answer").filter(pk=run_id).first()
     if run is None:
-        if Run.objects.filter(pk=run_id).exists():
-            return _closed(rights.Lost(Reason.THREAD_NOT_OPEN))
-        return _run_deleted(run_id)
+        return None
     end = f"{run.attempt}-end"
     outcome = _frame(end, f"run.{run.status}", {"run": run_json(run)})
     if isinstance(last, Told) and run.status == Run.Status.COMPLETED and _breaks_off(run, last):

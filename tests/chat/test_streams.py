@@ -516,7 +516,9 @@ def test_of_a_thread_of_long_turns_few_are_read_at_a_time() -> None:
     caller = Caller(Access(), None)
     after, sizes, numbers = 0, [], []
     while True:
-        frames, reached = streams._told_of_thread(caller, thread.pk, after)
+        told = streams._told_of_thread(caller, thread.pk, after)
+        assert told
+        frames, reached = told
         if not frames:
             break
         sizes.append(len(frames) // 3_000_000)  # the message, and the output of its run
