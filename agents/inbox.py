@@ -12,13 +12,13 @@ from typing import Any
 
 from django.conf import settings
 from django.db import IntegrityError, transaction
-from django.db.models import F
+from django.db.models import Exists, F
 from django.db.models.functions import Now
 from django.utils import timezone
 
 from agents import lifecycle, limits, refusals, runs, stream
-from agents.models import CHAT_REPLY, Event, IdempotencyKey, Run, new_run_id
-from chat.models import CHOSEN_ID, Message, Thread, ThreadQuerySet, new_thread_id
+from agents.models import CHAT_REPLY, DeletedRun, Event, IdempotencyKey, Run, new_run_id
+from chat.models import CHOSEN_ID, DeletedThread, Message, Thread, ThreadQuerySet, new_thread_id
 from realm import tracing
 from realm.models import User
 
@@ -44,6 +44,12 @@ class Invalid(Refused):
 
 class UnknownThread(Refused):
     """The thread is somebody else's: to the asker it does not exist."""
+
+
+class Deleted(Refused):
+    """The id is that of a thread or a run that was deleted, which the asker may know of."""
+
+    code = "id_deleted"
 
 
 class KeyReused(Refused):
@@ -89,12 +95,9 @@ class Accepted:
 class Idempotency:
     """A caller's key: unique for the caller, for good."""
 
+    # An account, or for anonymous callers the network that they ask from (chat.callers.name_of).
     caller: str
     key: str
-
-    @classmethod
-    def of(cls, user: User | None, key: str) -> "Idempotency":
-        return cls(caller=f"user:{user.pk}" if user else "anonymous", key=key)
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.key) <= MAX_KEY_LENGTH or not self.key.isprintable():
@@ -127,7 +130,7 @@ def ask(
     """Record a question and the run that will answer it: thread, message, run and event in one
     transaction; the event goes to the stream after the commit.
 
-    `threads` are those that the asker may write to. A `thread_id` that nobody has yet makes a new
+    `threads` are those that the asker may write to. A `thread_id` that was never used makes a new
     thread of that name, owned by `owner`. `asker` is whose limits hold, where that is not the owner.
     `event_id` is given by whoever has read the event from the
     stream already. `command`, with its `input`, is what the run carries out. `place` is where it was
@@ -186,6 +189,7 @@ def ask(
                     "deadline_at": Now() + deadline if deadline else None,
                 },
                 is_new_thread=thread_id is None,
+                is_chosen_run=run_id is not None,
                 when_busy=WhenBusy(when_busy or _usual(source)),
             )
     except IntegrityError:
@@ -301,12 +305,15 @@ def _write(
     asked_at: datetime | None,
     columns: dict[str, Any],
     is_new_thread: bool,
+    is_chosen_run: bool,
     when_busy: WhenBusy,
 ) -> bool:
     """Whether it begins its thread."""
     turn = 0 if is_new_thread else _next_turn(asked.thread_id, threads)
     if turn == 0:
         turn = _begin_thread(asked.thread_id, threads, new_thread)
+        if turn == 0 and not is_new_thread:
+            _check_thread_is_new(asked.thread_id, source, new_thread.owner)
     if turn:
         # The thread is locked since its turn was taken: no question can come in between.
         _make_way(asked.thread_id, when_busy, columns["command"])
@@ -336,6 +343,8 @@ def _write(
         handed_at=Now(),
         **columns,
     )
+    if is_chosen_run:
+        _check_run_is_new(asked.run_id)
     event = Event.objects.create(
         id=run.request_event_id,
         type=Event.Type.REQUESTED,
@@ -380,6 +389,30 @@ def _begin_thread(thread_id: str, threads: ThreadQuerySet, new: Thread) -> int:
             raise UnknownThread(f"There is no thread {thread_id}.") from None
         return turn
     return 0
+
+
+def _check_thread_is_new(thread_id: str, source: Run.Source, owner: User | None) -> None:
+    """Refuse the id of a deleted thread. To be called after the thread was inserted: a deletion that
+    had not been committed held that up, and its tombstone is seen by a statement that begins now."""
+    deleted = DeletedThread.objects.filter(pk=thread_id)
+    # Programs on the stream and rooms may write to all threads.
+    known = deleted.open_to(owner) if source == Run.Source.HTTP else deleted
+    # One query where the id is new, which is nearly always.
+    if found := deleted.annotate(known=Exists(known)).values_list("known", flat=True).first():
+        raise Deleted(
+            f"The thread {thread_id} was deleted, and its id is not used again. Choose another "
+            "threadId, or leave it out."
+        )
+    if found is not None:
+        raise UnknownThread(f"There is no thread {thread_id}.")
+
+
+def _check_run_is_new(run_id: str) -> None:
+    """Refuse the id of a deleted run. To be called after the run was inserted, as for threads."""
+    if DeletedRun.objects.filter(pk=run_id).exists():
+        raise Deleted(
+            f"The run {run_id} was deleted, and its id is not used again. Choose another runId."
+        )
 
 
 def _repeat(idempotency: Idempotency, fingerprint: str) -> Accepted | None:

@@ -19,6 +19,7 @@ import orjson
 from redis.exceptions import RedisError
 
 from agents import live, stream
+from lib import revocations
 from lib.redis import async_client
 
 logger = logging.getLogger(__name__)
@@ -65,13 +66,18 @@ class Listener:
         self.up_to_date = False
         self._hub = hub
         self._behind = True
+        self._roused = False
         self._waiting: deque[Told] = deque()
         self._news = asyncio.Event()
 
     async def take(self, seconds: float) -> list[Told | Gap]:
-        """What is new, in order; nothing after `seconds` without news, or once the run has ended."""
+        """What is new, in order; nothing after `seconds` without news, when roused, or once the run
+        has ended."""
         until = asyncio.get_running_loop().time() + seconds
         while not (found := await self._next()) and not self.ended:
+            if self._roused:
+                self._roused = False
+                return []
             # Around nothing but this: redis-py swallows a cancellation now and then.
             try:
                 async with asyncio.timeout_at(until):
@@ -134,6 +140,11 @@ class Listener:
         self.ended = True
         self._news.set()
 
+    def rouse(self) -> None:
+        """Have `take` return, news or none."""
+        self._roused = True
+        self._news.set()
+
 
 class Hub:
     """The listeners of one event loop."""
@@ -142,6 +153,8 @@ class Hub:
         """`which_ended` asks the database which of these runs have ended: for when Redis, which
         tells it otherwise, was away."""
         self._which_ended = which_ended
+        # Called with what was heard of rights that were taken away; `None`: something may have been.
+        self.revoked: Callable[[dict[str, Any] | None], None] = lambda news: None
         self._runs: dict[str, set[Listener]] = defaultdict(set)
         self._threads: dict[str, set[asyncio.Event]] = defaultdict(set)
         self._task: asyncio.Task[None] | None = None
@@ -242,9 +255,11 @@ class Hub:
 
     async def _hear(self) -> None:
         async with self._redis.pubsub() as pubsub:
-            await pubsub.subscribe(stream.live_channel())
-            while (await pubsub.get_message(timeout=5) or {}).get("type") != "subscribe":
-                pass
+            channels = {stream.live_channel(), revocations.channel()}
+            await pubsub.subscribe(*channels)
+            for _ in channels:
+                while (await pubsub.get_message(timeout=5) or {}).get("type") != "subscribe":
+                    pass
             if self._failures:
                 logger.info("Listeners hear Redis again")
                 self._failures = 0
@@ -252,21 +267,27 @@ class Hub:
             for listener in self._all():
                 listener.fall_behind()
             self._call(list(self._runs))
+            self.revoked(None)
             await self._look()
             called = time.monotonic()
             while self._wanted():
                 message = await pubsub.get_message(timeout=1)
                 if message and message["type"] == "message":
-                    self._heed(message["data"])
+                    self._heed(message)
                 if time.monotonic() - called > live.CALL_SECONDS:
                     self._call(list(self._runs))
                     called = time.monotonic()
 
-    def _heed(self, raw: bytes) -> None:
+    def _heed(self, message: dict[str, Any]) -> None:
+        channel = message["channel"].decode()
         try:
-            self._hand_out(orjson.loads(raw))
+            news = orjson.loads(message["data"])
+            if channel == revocations.channel():
+                self.revoked(dict(news))
+            else:
+                self._hand_out(news)
         except (TypeError, ValueError, AttributeError):
-            logger.warning("News that make no sense were heard on %s", stream.live_channel())
+            logger.warning("News that make no sense were heard on %s", channel)
 
     def _hand_out(self, news: dict[str, Any]) -> None:
         for run_id, attempt, events in news.get("told", ()):

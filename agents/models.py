@@ -25,6 +25,7 @@ __all__ = [
     "CHAT_REPLY",
     "OVERDUE",
     "Attempt",
+    "DeletedRun",
     "Event",
     "EventQuerySet",
     "IdempotencyKey",
@@ -386,6 +387,16 @@ class Run(models.Model):
     @property
     def attempts_spent(self) -> int:
         return self.state.attempts_spent
+
+
+class DeletedRun(models.Model):
+    """A tombstone: programs choose ids of runs, and one that was used is never used again."""
+
+    id = models.CharField(primary_key=True, max_length=64, editable=False)
+    deleted_at = models.DateTimeField(default=timezone.now, editable=False)
+
+    def __str__(self) -> str:
+        return self.id
 
 
 class Attempt(models.Model):

@@ -56,7 +56,7 @@ from agents import (
 )
 from agents.chores import CHORES
 from agents.events import Malformed, Told
-from agents.models import Event, Run
+from agents.models import DeletedRun, Event, Run
 from chat.models import Thread
 from realm.tracing import tagged
 
@@ -171,7 +171,11 @@ class Reader:
             stream.bury(entry, _of_room(event.payload["threadId"]) or str(error))
             return False
         except (Malformed, inbox.Refused) as error:
-            stream.bury(entry, str(error))
+            if isinstance(error, inbox.Deleted) and _was_deleted(event.run_id):
+                # Asked before its thread was deleted, with all that was said there.
+                logger.info("The run of a request on the stream was deleted")
+            else:
+                stream.bury(entry, str(error))
             return False
         except IntegrityError:
             if not Run.objects.filter(pk=event.run_id).exists():
@@ -190,6 +194,10 @@ def _of_room(thread_id: str) -> str:
     if not Thread.objects.exclude(room_id="").filter(pk=thread_id).exists():
         return ""
     return "its thread belongs to a Matrix room, and only what is said in the room enters it"
+
+
+def _was_deleted(run_id: str | None) -> bool:
+    return DeletedRun.objects.filter(pk=run_id).exists()
 
 
 class Keeper:

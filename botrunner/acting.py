@@ -30,7 +30,7 @@ from botrunner.timeline import SPOKEN, Kept, is_own_or_other_bots, kept_of
 from botrunner.verdicts import stored
 from chat.models import Thread
 from realm.filters import Filter, InvalidFilter
-from realm.models import BotCommand
+from realm.models import BotCommand, User
 from realm.tracing import tagged
 
 logger = logging.getLogger(__name__)
@@ -158,7 +158,6 @@ def _ask_one(event: RoomEvent, said: Said, command: Listener, asked: str) -> Non
         reply.save()
         logger.info("A question was refused: %s", error)
         return
-    # Also where it was deleted since it was looked up, the link with it.
     if accepted.began_thread:
         Conversation.objects.update_or_create(
             room=event.room, root=said.thread_root, defaults={"thread_id": accepted.thread_id}
@@ -193,8 +192,8 @@ def _accepted(
     )
     try:
         return ask(thread_id=thread_id)
-    except inbox.UnknownThread:
-        # It was deleted since it was looked up, and its id is not the room's any more.
+    except (inbox.Deleted, inbox.UnknownThread):
+        # It was deleted since it was looked up, and its id is not used again.
         return ask(thread_id=None)
 
 

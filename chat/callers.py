@@ -4,6 +4,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from django.conf import settings
+from django.http import HttpRequest
 from rest_framework import exceptions
 from rest_framework.permissions import SAFE_METHODS, BasePermission
 from rest_framework.request import Request
@@ -12,6 +13,7 @@ from rest_framework.views import APIView
 from agents import inbox
 from agents.models import Run
 from chat.models import Thread, ThreadQuerySet
+from chat.rights import Caller
 from console.audit import client_ip
 from realm.models import User
 from realm.throttles import network
@@ -73,19 +75,20 @@ def _from_another_site(request: Request) -> bool:
         return True
 
 
+def name_of(request: HttpRequest | Request) -> str:
+    """The name that a caller's streams are counted by and their idempotency keys belong to. Callers
+    without an account are told apart by the network that they ask from."""
+    if request.user.is_authenticated:
+        return f"user:{request.user.pk}"
+    return f"network:{network(client_ip(request))}"
+
+
 class CallersView(APIView):
     permission_classes = [MayChat]
 
     @property
     def caller(self) -> User | None:
         return self.request.user if self.request.user.is_authenticated else None
-
-    @property
-    def whose_streams(self) -> str:
-        """For `streams.Seat`: those who do not sign in are told apart by where they come from."""
-        if self.caller:
-            return f"user:{self.caller.pk}"
-        return f"network:{network(client_ip(self.request))}"
 
     def threads(self) -> ThreadQuerySet:
         """Those that the caller may read."""
@@ -110,7 +113,10 @@ class CallersView(APIView):
                 raise exceptions.PermissionDenied(READ_ONLY) from None
             raise
 
+    def for_streams(self) -> Caller:
+        return Caller.of(self.request)
+
     def idempotency(self) -> inbox.Idempotency | None:
         """Raises `inbox.Invalid`."""
         key = self.request.headers.get("Idempotency-Key")
-        return None if key is None else inbox.Idempotency.of(self.caller, key)
+        return None if key is None else inbox.Idempotency(name_of(self.request), key)

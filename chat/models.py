@@ -171,6 +171,31 @@ class MessageQuerySet(models.QuerySet["Message"]):
         return self.alias(asked_at=asked_at).filter(visible(user, asked_at="asked_at"))
 
 
+class DeletedThreadQuerySet(models.QuerySet["DeletedThread"]):
+    def open_to(self, user: User | AnonymousUser | None) -> "DeletedThreadQuerySet":
+        """Those that were open to `user`, as far as the tombstones record it."""
+        mine = Q(owner_id=user.pk) if user is not None and user.pk else Q(pk__in=[])
+        if settings.CHAT_ALLOW_ANONYMOUS:
+            mine |= Q(owner_id=None, room_id="")
+        return self.filter(mine)
+
+
+class DeletedThread(models.Model):
+    """A tombstone: the id of a deleted thread stands for that thread alone and is never used again.
+    Written in the transaction of the deletion (chat.deletions), kept for good."""
+
+    id = models.CharField(primary_key=True, max_length=64, editable=False)
+    # No foreign key: it outlives its owner.
+    owner_id = models.BigIntegerField(null=True, editable=False)
+    room_id = models.CharField(max_length=255, blank=True, default="", editable=False)
+    deleted_at = models.DateTimeField(default=timezone.now, editable=False)
+
+    objects = DeletedThreadQuerySet.as_manager()
+
+    def __str__(self) -> str:
+        return self.id
+
+
 class Message(models.Model):
     class Role(models.TextChoices):
         USER = "user"

@@ -20,7 +20,7 @@ from rest_framework import exceptions
 from agents import inbox, llm, retention, runs
 from agents.models import Run
 from chat import turns
-from chat.callers import check_may_steer, check_may_write
+from chat.callers import check_may_steer, check_may_write, name_of
 from chat.models import CHOSEN_ID, MAX_TITLE_LENGTH, Thread, ThreadQuerySet
 from realm.models import User
 
@@ -118,7 +118,7 @@ class ChatPage(Guarded):
                 source=Run.Source.HTTP,
                 threads=Thread.objects.owned_by(self.caller),
                 owner=self.caller,
-                idempotency=inbox.Idempotency.of(self.caller, key) if key else None,
+                idempotency=inbox.Idempotency(name_of(self.request), key) if key else None,
             )
         except inbox.Refused as error:
             draft = self.request.POST.get("content", "")

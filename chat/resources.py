@@ -181,6 +181,8 @@ class MessagesView(CollectionView):
             exc = Malformed(str(exc), "invalid", **WHERE[exc.name])
         elif isinstance(exc, inbox.Busy):
             exc = Conflict(str(exc), "thread_is_busy")
+        elif isinstance(exc, inbox.Deleted):
+            exc = Conflict(str(exc), exc.code, **WHERE["threadId"])
         elif isinstance(exc, inbox.KeyReused):
             exc = Unprocessable(str(exc), "idempotency_key_reused", header="Idempotency-Key")
         elif isinstance(exc, inbox.Limited):

@@ -9,6 +9,7 @@ import weakref
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing
+from functools import partial
 from typing import Any, ParamSpec, TypeVar
 
 import orjson
@@ -22,9 +23,12 @@ from rest_framework.request import Request
 
 from agents import listeners
 from agents.listeners import Gap, Place, Told
-from agents.models import Run, RunQuerySet
+from agents.models import Run
+from chat import rights
 from chat.models import fitting, read_contents
+from chat.rights import Caller
 from chat.serializers import message_json, run_json
+from realm.access import Reason
 from realm.connections import AWAY
 
 logger = logging.getLogger(__name__)
@@ -38,6 +42,7 @@ PLACE = re.compile(r"([0-9]{1,5})-([0-9]{1,10}|end)\Z", re.ASCII)
 KEEP_ALIVE = b": \n\n"
 # A client that was cut off comes back after this many milliseconds.
 RETRY = b"retry: 1000\n\n"
+GONE = {Reason.THREAD_DELETED}
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -104,7 +109,7 @@ class EventStream(StreamingHttpResponse):
             _seated(frames, seat),
             content_type="text/event-stream",
             headers={
-                "Cache-Control": "no-cache, no-transform",
+                "Cache-Control": "no-store, no-transform",
                 # nginx would keep it back otherwise.
                 "X-Accel-Buffering": "no",
                 **headers,
@@ -163,36 +168,49 @@ def _after(request: Request) -> str:
 
 
 async def run_events(
-    run: Run, after: Place | None, accepted: dict[str, Any] | None = None
+    run: Run, after: Place | None, caller: Caller, accepted: dict[str, Any] | None = None
 ) -> AsyncGenerator[bytes]:
-    """What a run tells, from after `after` on, up to its outcome. `accepted`: what is told first."""
+    """The events of a run from after `after` on, up to its outcome, for as long as `caller` has the
+    right to them. `accepted`: what is told first."""
     yield RETRY
     if accepted:
         yield _frame(str(START), "run.accepted", accepted)
     elif after is None:
         yield _frame(str(START), "run.status", {"status": run.status, "attempt": run.attempt})
-    hub = listeners.hub(_which_ended)
-    with hub.run(run.pk, after or START) as listener:
+    hub, watch = _hub()
+    with (
+        hub.run(run.pk, after or START) as listener,
+        watch.guard(caller, run.thread_id, listener.rouse) as guard,
+    ):
         # Beside the telling: in a rush the database has others to serve, and tokens need not wait.
         looking = asyncio.create_task(_end_if_ended(listener))
         last: Told | Gap | None = None
         try:
             while not (listener.ended and listener.up_to_date):
-                found = await listener.take(KEEP_ALIVE_SECONDS)
+                found = await listener.take(guard.patience(KEEP_ALIVE_SECONDS))
+                await guard.check()
                 last = found[-1] if found else last
                 # One write for all of them.
                 yield b"".join(map(_told, found)) or KEEP_ALIVE
+            if (
+                after
+                and listener.place == after
+                and after.number < END
+                and not await _remembers(hub, run.pk)
+            ):
+                yield _gap(str(Place(after.attempt, after.number + 1)), f"{after.attempt}-end")
+                last = None
+            await guard.check()
+            outcome = await _unit(_outcome, caller, run.pk, last)
+            if outcome is None:
+                await guard.check_again()
+            yield outcome or _run_deleted(run.pk)
+        except rights.Lost as lost:
+            yield _run_deleted(run.pk) if lost.reason in GONE else _closed(lost)
+        except rights.Unknown:
+            logger.warning("A stream ends: the rights of its caller cannot be looked up")
         finally:
             looking.cancel()
-        if (
-            after
-            and listener.place == after
-            and after.number < END
-            and not await _remembers(hub, run.pk)
-        ):
-            yield _gap(str(Place(after.attempt, after.number + 1)), f"{after.attempt}-end")
-            last = None
-        yield await _unit(_outcome, run.pk, last)
 
 
 async def _end_if_ended(listener: listeners.Listener) -> None:
@@ -213,36 +231,58 @@ async def _remembers(hub: listeners.Hub, run_id: str) -> bool:
         return False
 
 
-async def thread_events(thread_id: str, after: int, visible: RunQuerySet) -> AsyncGenerator[bytes]:
-    """What happens in a thread, for as long as the client stays. Numbers count the questions and
-    outcomes in the order of the conversation: 2n+1 is the question of turn n, 2n+2 its outcome."""
+async def thread_events(thread_id: str, after: int, caller: Caller) -> AsyncGenerator[bytes]:
+    """What happens in a thread, for as long as the client stays, the thread is there and `caller` has
+    the right to it. Numbers count the questions and outcomes in the order of the conversation: 2n+1 is
+    the question of turn n, 2n+2 its outcome."""
     yield RETRY
-    with listeners.hub(_which_ended).thread(thread_id) as news:
-        while True:
-            news.clear()
-            frames, reached = await _unit(_told_of_thread, thread_id, after, visible)
-            if frames:
-                after = reached
-                yield frames
-                continue
-            try:
-                async with asyncio.timeout(KEEP_ALIVE_SECONDS):
-                    await news.wait()
-            except TimeoutError:
-                yield KEEP_ALIVE
+    hub, watch = _hub()
+    with hub.thread(thread_id) as news, watch.guard(caller, thread_id, news.set) as guard:
+        try:
+            while True:
+                news.clear()
+                await guard.check()
+                told = await _unit(_told_of_thread, caller, thread_id, after)
+                if told is None:
+                    # Raises the reason, unless it was open again meanwhile.
+                    await guard.check_again()
+                    continue
+                frames, reached = told
+                if frames:
+                    after = reached
+                    yield frames
+                    continue
+                try:
+                    async with asyncio.timeout(guard.patience(KEEP_ALIVE_SECONDS)):
+                        await news.wait()
+                except TimeoutError:
+                    await guard.check()
+                    yield KEEP_ALIVE
+        except rights.Lost as lost:
+            yield _closed(lost)
+        except rights.Unknown:
+            logger.warning("A stream ends: the rights of its caller cannot be looked up")
 
 
-def _told_of_thread(thread_id: str, after: int, visible: RunQuerySet) -> tuple[bytes, int]:
-    """The next frames after the number `after`, and the number of the last of them."""
+def _told_of_thread(caller: Caller, thread_id: str, after: int) -> tuple[bytes, int] | None:
+    """The next frames after the number `after`, and the number of the last of them. None where the
+    thread is not open to the caller."""
     size = Length("message__content") + Coalesce(Length("answer__content"), 0)
+    thread = caller.threads().filter(pk=thread_id)
+    # From the turn on that was told last: where it is not found the thread may be gone.
+    known = after - after % 2
     runs: list[Any] = list(
-        visible.filter(thread_id=thread_id, position__gte=after - after % 2)
+        Run.objects.visible_to(caller.user)
+        .filter(thread_id=thread_id, position__gte=max(0, known - 2))
         .select_related("message", "answer")
         .annotate(size=size)
         .defer("message__content", "answer__content")
-        .order_by("position")[:TURNS]
+        .order_by("position")[: TURNS + 1]
     )
-    runs = runs[: fitting(run.size for run in runs)]
+    if not runs and not thread.exists():
+        return None
+    runs = [run for run in runs if run.position >= known]
+    runs = runs[: min(TURNS, fitting(run.size for run in runs))]
     said = (message for run in runs for message in (run.message, run.answer) if message)
     read_contents(said)
     frames: list[bytes] = []
@@ -272,6 +312,24 @@ def _numbered(runs: Any) -> Iterator[tuple[int, str, dict[str, Any]]]:
         yield run.position + 2, f"run.{run.status}", {"run": run_json(run), **answer}
 
 
+def _hub() -> tuple[listeners.Hub, rights.Watch]:
+    """Those of the running event loop."""
+    hub, watch = listeners.hub(_which_ended), rights.watch(_looked_up)
+    hub.revoked = partial(_revoked, watch)
+    return hub, watch
+
+
+def _revoked(watch: rights.Watch, news: dict[str, Any] | None) -> None:
+    if news is None:
+        watch.renew()
+    else:
+        watch.doubt(user=news.get("user"), thread=news.get("thread"))
+
+
+async def _looked_up(questions: rights.Questions) -> rights.Answers:
+    return await _unit(rights.look_up, questions)
+
+
 async def _which_ended(run_ids: list[str]) -> list[str]:
     """Also those that are gone."""
     return await _unit(_ended, run_ids)
@@ -285,11 +343,12 @@ def _ended(run_ids: list[str]) -> list[str]:
     return [run_id for run_id in run_ids if run_id not in going_on]
 
 
-def _outcome(run_id: str, last: Told | Gap | None) -> bytes:
-    """`last`: what was told before it."""
-    run = Run.objects.select_related("answer").filter(pk=run_id).first()
+def _outcome(caller: Caller, run_id: str, last: Told | Gap | None) -> bytes | None:
+    """`last`: what was told before it. None where the caller has no such run any more."""
+    mine = Run.objects.filter(thread__in=caller.threads())
+    run = mine.select_related("answer").filter(pk=run_id).first()
     if run is None:
-        return _frame("0-end", "run.deleted", {"id": run_id})
+        return None
     end = f"{run.attempt}-end"
     outcome = _frame(end, f"run.{run.status}", {"run": run_json(run)})
     if isinstance(last, Told) and run.status == Run.Status.COMPLETED and _breaks_off(run, last):
@@ -324,6 +383,16 @@ def _told(told: Told | Gap) -> bytes:
     if isinstance(told, Gap):
         return _gap(str(told.first), str(told.last))
     return f"id: {told.place}\nevent: {told.type}\ndata: {told.data}\n\n".encode()
+
+
+def _run_deleted(run_id: str) -> bytes:
+    return _frame("0-end", "run.deleted", {"id": run_id})
+
+
+def _closed(lost: rights.Lost) -> bytes:
+    """Without an id: a client that has the rights again goes on after the last event that has one."""
+    data = orjson.dumps({"reason": lost.reason, "error": str(lost)})
+    return b"event: stream.closed\ndata: " + data + b"\n\n"
 
 
 def _gap(first: str, last: str) -> bytes:

@@ -18,7 +18,7 @@ from rest_framework.response import Response
 from agents import inbox, llm, retention, runs, stream
 from agents.models import Run
 from chat import streams
-from chat.callers import CallersView, check_may_steer, check_may_write
+from chat.callers import CallersView, check_may_steer, check_may_write, name_of
 from chat.http import PlainAPIView
 from chat.models import Message, Thread, page_of
 from chat.serializers import (
@@ -29,6 +29,7 @@ from chat.serializers import (
     run_json,
     thread_json,
 )
+from realm.access import Access
 
 MAX_PAGE = 200
 # A waiting request holds one of the few threads of its process; half of them stay free. Whoever finds
@@ -42,6 +43,7 @@ class ChatView(CallersView, PlainAPIView):
         inbox.UnknownThread: 404,
         inbox.KeyReused: 422,
         inbox.Busy: 409,
+        inbox.Deleted: 409,
         Run.DoesNotExist: 404,  # deleted by another request just now
         inbox.Limited: 429,
         streams.TooManyOfOne: 429,
@@ -80,7 +82,7 @@ class MessagesView(ChatView):
         question = AskSerializer(data=request.data)
         question.is_valid(raise_exception=True)
         # Before anything is accepted.
-        seat = streams.Seat(self.whose_streams) if streams.wants_stream(request) else None
+        seat = streams.Seat(name_of(request)) if streams.wants_stream(request) else None
         accepted = self.ask(**question.validated_data)
         headers = {"Location": f"/api/chat/runs/{accepted.run_id}"}
         if accepted.repeated:
@@ -101,17 +103,22 @@ class MessagesView(ChatView):
     ) -> HttpResponseBase:
         # A repeat may be of a run that is long gone.
         run = self.run(accepted.run_id)
-        frames = streams.run_events(run, None, accepted_json(accepted))
+        frames = streams.run_events(run, None, self.for_streams(), accepted_json(accepted))
         return streams.EventStream(frames, seat, **headers)
 
     def _outcome(self, run_id: str, seconds: int) -> Run | None:
-        """The run, if it has ended within `seconds`."""
+        """The run, if it has ended within `seconds` and the caller still has the right to it then.
+        Raises `AuthenticationFailed`."""
+        access, waited = Access.of(self.request), False
         with _seat() as seated, stream.outcome_of(run_id) as outcome:
             until = time.monotonic() + seconds
-            asked = Run.objects.select_related("answer").filter(pk=run_id)
+            mine = Run.objects.filter(thread__in=self.threads())
+            asked = mine.select_related("answer").filter(pk=run_id)
             run = asked.first()
             while seated and run and not run.is_finished and outcome.wait(until):
-                run = asked.all().first()
+                waited, run = True, asked.all().first()
+        if waited and (reason := access.reason_lost()):
+            raise exceptions.AuthenticationFailed(reason.sentence, str(reason))
         return run if run and run.is_finished else None
 
 
@@ -193,8 +200,8 @@ class RunEventsView(ChatView):
             raise exceptions.NotFound("The run has no such event.")
         if after == (run.attempt, streams.END) and run.is_finished:
             return HttpResponse(status=204)
-        seat = streams.Seat(self.whose_streams)
-        return streams.EventStream(streams.run_events(run, after), seat)
+        seat = streams.Seat(name_of(request))
+        return streams.EventStream(streams.run_events(run, after, self.for_streams()), seat)
 
 
 class RunCancelView(ChatView):
@@ -219,9 +226,9 @@ class ThreadEventsView(ChatView):
         """What happens in the thread, as server-sent events, for as long as the client stays."""
         thread = get_object_or_404(self.threads(), pk=thread_id)
         number = streams.number_asked(request)
-        seat = streams.Seat(self.whose_streams)
-        visible = Run.objects.visible_to(self.caller) if thread.room_id else Run.objects.all()
-        return streams.EventStream(streams.thread_events(thread.pk, number, visible), seat)
+        seat = streams.Seat(name_of(request))
+        frames = streams.thread_events(thread.pk, number, self.for_streams())
+        return streams.EventStream(frames, seat)
 
 
 class ModelsView(ChatView):

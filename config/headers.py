@@ -19,6 +19,24 @@ class PermissionsPolicy:
         return response
 
 
+class CachePolicy:
+    """Nothing that may belong to a caller is stored, by a browser or on the way to it. What a view
+    or the server of static files says itself stays; documents that are the same for everybody may be
+    kept."""
+
+    PUBLIC = frozenset({"api", "api/schema", "api/docs"})
+
+    def __init__(self, get_response: Callable[[HttpRequest], HttpResponse]) -> None:
+        self.get_response = get_response
+
+    def __call__(self, request: HttpRequest) -> HttpResponse:
+        response = self.get_response(request)
+        match = request.resolver_match
+        if match is None or match.route not in self.PUBLIC or response.status_code >= 400:
+            response.headers.setdefault("Cache-Control", "no-store")
+        return response
+
+
 class ContentPolicy:
     """For pages that have no policy of their own, which are those of the admin. Its theme is made of
     inline scripts and of expressions, so these cannot be forbidden; but whatever finds its way into a

@@ -67,6 +67,8 @@ INSTALLED_APPS = [
     "django.contrib.staticfiles",
 ]
 MIDDLEWARE = [
+    # Before all that may answer.
+    "config.headers.CachePolicy",
     "ops.http.Requests",
     "chat.http.PlainErrors",
     "realm.jsonapi.DocumentErrors",

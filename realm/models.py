@@ -2,7 +2,7 @@ import re
 import uuid
 from collections.abc import Iterable
 from datetime import timedelta
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from django.contrib.auth.hashers import make_password
 from django.contrib.auth.models import AbstractUser, UserManager
@@ -12,6 +12,7 @@ from django.db import IntegrityError, models
 from django.db.models import F, Q
 from django.utils import timezone
 
+from lib import revocations
 from realm.filters import EVENT_TYPES, MATRIX_EVENT, Filter, InvalidFilter
 
 # https://spec.matrix.org/v1.11/appendices/#user-identifiers, historical localparts included.
@@ -25,7 +26,18 @@ class NameTaken(Exception):
     """An account that does not have this Matrix id bears its name; the message is safe to show."""
 
 
+class UserQuerySet(models.QuerySet["User"]):
+    def update(self, **columns: Any) -> int:
+        """Also publish that rights may be lost: of all users, since it is not known of which."""
+        if User.RIGHTS & columns.keys():
+            revocations.publish_on_commit()
+        return super().update(**columns)
+
+
 class RealmUserManager(UserManager["User"]):
+    def get_queryset(self) -> UserQuerySet:
+        return UserQuerySet(self.model, using=self._db)
+
     def create_matrix_user(self, matrix_user_id: str) -> "User":
         """A user known by a Matrix id alone: no password, so no way in but a realm token."""
         return self.create_user(username=matrix_user_id, matrix_user_id=matrix_user_id)
@@ -69,6 +81,9 @@ class User(AbstractUser):
     )
 
     objects: ClassVar[RealmUserManager] = RealmUserManager()
+
+    # What a change of may end open streams (realm.access).
+    RIGHTS = frozenset({"is_active", "password", "tokens_valid_from", "matrix_user_id"})
 
     def revoke_tokens(self) -> None:
         """Have all realm tokens refused that the user has. The moment is the next second, for those of

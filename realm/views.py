@@ -71,7 +71,7 @@ class ServerSessionView(JSONAPIView):
         return Response(
             self.get_serializer(session).data,
             status.HTTP_201_CREATED,
-            headers={"Authorization": session.token, "Cache-Control": "no-store"},
+            headers={"Authorization": session.token},
         )
 
 

@@ -70,7 +70,7 @@ class Response:
             self._read = end + 2
             fields = dict(line.split(": ", 1) for line in lines)
             if "event" in fields:
-                return Event(fields["id"], fields["event"], json.loads(fields["data"]))
+                return Event(fields.get("id", ""), fields["event"], json.loads(fields["data"]))
 
     async def until(self, type: str, seconds: float = 60) -> list[Event]:
         """The events up to and including the next of this type."""

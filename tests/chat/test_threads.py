@@ -273,13 +273,6 @@ class TestDelete:
         assert runs.execute(run.pk) is None
         assert "unexpectedly" not in caplog.text
 
-    def test_its_id_begins_a_new_thread(self, mine: APIClient, alice: User) -> None:
-        run = factories.ask(owner=alice, thread_id="support")
-        mine.delete(f"{URL}/support")
-        again = factories.ask("Again", owner=alice, thread_id="support")
-        assert again.pk != run.pk
-        assert again.position == 0
-
     @pytest.mark.django_db(transaction=True)
     def test_questions_that_come_at_the_same_time_are_asked_before_or_after_it(self) -> None:
         thread = factories.ask(thread_id="busy").thread

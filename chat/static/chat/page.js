@@ -172,6 +172,14 @@ class Stream {
         heed(JSON.parse(event.data));
       });
     }
+    this.source.addEventListener("stream.closed", () => this.refused());
+  }
+
+  // The server has ended it, for the right to it is lost. It may have been renewed in another tab.
+  async refused() {
+    this.source.close();
+    await pause(1000);
+    if (!this.closed && (await this.stillThere())) this.open();
   }
 
   async broken() {
