@@ -18,6 +18,7 @@ bounded() {
 }
 
 logs=$(mktemp -d)
+tls_redis=$(mktemp -d)
 cluster=
 stop() {
   trap - EXIT
@@ -27,7 +28,7 @@ stop() {
     as_postgres timeout 30 "$bin/pg_ctl" -D "$cluster/data" -m immediate stop >/dev/null 2>&1 || true
     rm -rf "$cluster"
   fi
-  rm -rf "$logs"
+  rm -rf "$logs" "$tls_redis"
 }
 trap stop EXIT
 trap 'exit 130' INT
@@ -56,7 +57,12 @@ prepare_machine() {
   # For the tests that look at the chat page; without it they would be skipped, but not where CI is set.
   command -v chromium >/dev/null || missing+=(chromium)
   [ -n "$(find_initdb)" ] || missing+=(postgresql)
+  command -v redis-check-rdb >/dev/null || missing+=(redis-tools)
   [ ${#missing[@]} = 0 ] || install "${missing[@]}"
+  # A Redis with TLS, for the test of that alone. Its package would start a service, and have all other tests
+  # use another version than 6.2; that of the tools holds the same program under the name of one of them.
+  ln -s "$(command -v redis-check-rdb)" "$tls_redis/redis-server"
+  export TLS_REDIS_SERVER=$tls_redis/redis-server
   export CI=true
   say "Installing the requirements"
   bounded 900 make setup

@@ -207,10 +207,7 @@ class Hub:
         """At most `BATCH` events of a run after `place`. Raises `RedisError`."""
         after = f"{place.attempt}-{place.number + 1}"
         found: Any = await self._redis.xrange(live.stream_of(run_id), after, "+", count=BATCH)
-        return [
-            Told(_place(entry), fields[b"type"].decode(), fields[b"data"].decode())
-            for entry, fields in found
-        ]
+        return list(_usable(found))
 
     async def remembers(self, run_id: str) -> bool:
         """Whether Redis has anything of what a run told. Raises `RedisError`."""
@@ -292,7 +289,7 @@ class Hub:
     def _hand_out(self, news: dict[str, Any]) -> None:
         for run_id, attempt, events in news.get("told", ()):
             if listeners := self._runs.get(run_id):
-                told = [Told(Place(attempt, number), *event) for number, *event in events]
+                told = [_told(attempt, *event) for event in events]
                 for listener in listeners:
                     listener.hear(told)
         if event := news.get("event"):
@@ -329,6 +326,24 @@ def hub(which_ended: Callable[[list[str]], Awaitable[Iterable[str]]]) -> Hub:
     if loop not in _hubs:
         _hubs[loop] = Hub(which_ended)
     return _hubs[loop]
+
+
+def _told(attempt: Any, number: Any, type: Any, data: Any) -> Told:
+    """Raises `TypeError` for what no worker tells."""
+    if not (isinstance(attempt, int) and isinstance(number, int)):
+        raise TypeError("a place is two numbers")
+    if not (isinstance(type, str) and isinstance(data, str)):
+        raise TypeError("an event is a type and data")
+    return Told(Place(attempt, number), type, data)
+
+
+def _usable(entries: Any) -> Iterator[Told]:
+    for entry, fields in entries:
+        try:
+            yield Told(_place(entry), fields[b"type"].decode(), fields[b"data"].decode())
+        except (LookupError, ValueError):
+            # Any program may have written it; a listener is told of the gap, if there is one.
+            logger.warning("An entry that makes no sense stands on the stream of a run")
 
 
 def _place(entry: bytes) -> Place:

@@ -31,6 +31,7 @@ BREAK_SECONDS = 3.0
 # What a request, or a step of a run, waits for Redis at the most.
 REQUEST_SECONDS = 0.3
 KEEPER_MS = 4000
+MOST_OF_MESSAGE = 64 * 1024
 
 
 @dataclass(frozen=True)
@@ -329,6 +330,18 @@ def bury(entry: Entry, reason: str) -> None:
     )
 
 
+def bury_message(raw: bytes, place: str, reason: str) -> None:
+    """Keep with them what stood in Celery's queue or beside it and is no message: as much of it as a
+    message may have. Raises `RedisError`."""
+    logger.warning("An entry of %s is of no use: %s", place, reason)
+    consumer().xadd(
+        _dead_key(),
+        {"event": raw[:MOST_OF_MESSAGE], "reason": f"{place}: {reason}", "queue": place},
+        maxlen=settings.REDIS_STREAM_DEAD_LENGTH or None,
+        approximate=True,
+    )
+
+
 @dataclass(frozen=True)
 class Dead:
     """An entry that could not be used: the one it was, when it was set aside, and why."""
@@ -355,15 +368,19 @@ def count_dead() -> int:
 
 
 def revive(dead_id: str) -> bool:
-    """Move an entry that was set aside back to the stream, in one step; False when it is not there any
-    more. Raises `RedisError`."""
+    """Move an entry that was set aside back to the stream, or to the queue that it came from, in one
+    step; False when it is not there any more. Raises `RedisError`."""
 
     def move(pipe: Any) -> Any:
         found = pipe.xrange(_dead_key(), dead_id, dead_id)
         pipe.multi()
         if found:
+            fields = found[0][1]
             pipe.xdel(_dead_key(), dead_id)
-            pipe.xadd(settings.REDIS_STREAM_KEY, {"event": found[0][1].get(b"event", b"")})
+            if b"queue" not in fields:
+                pipe.xadd(settings.REDIS_STREAM_KEY, {"event": fields.get(b"event", b"")})
+            elif fields[b"queue"].decode(errors="replace") == settings.CELERY_TASK_DEFAULT_QUEUE:
+                pipe.lpush(settings.CELERY_TASK_DEFAULT_QUEUE, fields.get(b"event", b""))
         return bool(found)
 
     redis: Any = consumer()  # its types know no `value_from_callable`
