@@ -1,6 +1,7 @@
 """What the bot runner knows: its account, its rooms, what was said in them to the bot, and what is
 still to be said."""
 
+import secrets
 from collections.abc import Iterable
 from datetime import timedelta
 
@@ -14,6 +15,7 @@ from agents.models import Run
 from botrunner import verdicts
 from botrunner.verdicts import Verdict
 from chat.models import Thread
+from lib.secrets import EncryptedTextField
 from realm.models import BotCommand, BotRegistration
 
 MAX_TYPE_LENGTH = 255
@@ -41,7 +43,15 @@ class Session(models.Model):
     user_id = models.CharField("Matrix user id", max_length=255, blank=True)
     # Kept over logins: transaction ids and keys belong to a device.
     device_id = models.CharField(max_length=255, blank=True)
-    access_token = models.TextField(blank=True)
+    access_token = EncryptedTextField(
+        blank=True, editable=False, bound_to=("homeserver", "username")
+    )
+    store_key = EncryptedTextField(
+        blank=True,
+        editable=False,
+        bound_to=("homeserver", "username"),
+        help_text="What the files of BOT_RUNNER_STORE are encrypted with.",
+    )
     key_writes = models.PositiveBigIntegerField(
         default=0, help_text="Less was written to a key store that comes from a backup."
     )
@@ -88,6 +98,13 @@ class Session(models.Model):
     def distrust_keys(self, writes: int) -> None:
         """Let a store that this was written to count as outdated."""
         Session.objects.filter(pk=self.pk).update(key_writes=writes + 1)
+
+    def own_store_key(self) -> str:
+        """What its key store is encrypted with, made at first use. Raises `lib.secrets.Unreadable`."""
+        if not self.store_key:
+            self.store_key = secrets.token_urlsafe(32)
+            self.save(update_fields=["store_key"])
+        return self.store_key
 
     def set_login(self, user_id: str, device_id: str, access_token: str) -> None:
         self.user_id, self.device_id, self.access_token = user_id, device_id, access_token

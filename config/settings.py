@@ -34,6 +34,13 @@ for _name, _secret in (("SECRET_KEY", SECRET_KEY), ("REALM_SECRET_SEED", REALM_S
             f"{_name} is the built-in one or can be guessed, although DEBUG is off: set it to 50 "
             "random characters or more."
         )
+# What encrypts secrets at rest (lib/secrets.py), the newest first. Without one it is SECRET_KEY.
+SECRETS_KEY = env.words("SECRETS_KEY") or [SECRET_KEY]
+if not DEBUG and any(key == DEVELOPMENT_SECRET or len(key) < 32 for key in SECRETS_KEY):
+    raise ImproperlyConfigured(
+        "SECRETS_KEY is the built-in one or can be guessed, although DEBUG is off: set it to 50 random "
+        "characters or more; openssl rand -hex 32 makes them."
+    )
 # The platform asks from beside the server whether it lives; see HEALTHCHECK in the Dockerfile.
 ALLOWED_HOSTS = [*env.words("ALLOWED_HOSTS", "localhost,127.0.0.1,[::1]"), "127.0.0.1"]
 CSRF_TRUSTED_ORIGINS = env.words("CSRF_TRUSTED_ORIGINS")
@@ -395,6 +402,7 @@ else:
 SCRUBBER = Scrubber(
     SECRET_KEY,
     REALM_SECRET_SEED,
+    *SECRETS_KEY,
     OPENAI_API_KEY,
     BOT_RUNNER_PASSWORD,
     AGENT_WEBHOOK_SECRET,

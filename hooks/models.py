@@ -15,6 +15,7 @@ from django.utils import timezone
 from agents.models import Run
 from hooks.signatures import new_secret
 from lib import outgoing
+from lib.secrets import EncryptedTextField, Unreadable
 from realm.models import BotRegistration, User
 
 # What can be told, and the column that says whether a subscription is to it.
@@ -75,8 +76,8 @@ class Subscription(models.Model):
     url = models.CharField(
         "URL", max_length=2000, help_text="https://, on a host that HOOKS_ALLOWED_HOSTS names."
     )
-    secret = models.CharField(max_length=100, default=new_secret, editable=False)
-    old_secret = models.CharField(max_length=100, blank=True, editable=False)
+    secret = EncryptedTextField(default=new_secret, editable=False)
+    old_secret = EncryptedTextField(blank=True, editable=False)
     old_secret_until = models.DateTimeField(null=True, blank=True, editable=False)
     on_completed = models.BooleanField("completed", default=True)
     on_failed = models.BooleanField("failed", default=True)
@@ -157,12 +158,16 @@ class Subscription(models.Model):
 
     @property
     def secrets(self) -> list[str]:
-        """What signs a delivery that is sent now."""
+        """What signs a delivery that is sent now. Raises `lib.secrets.Unreadable`."""
         return [self.secret, self.old_secret] if self.is_rotating else [self.secret]
 
     def rotate(self) -> None:
-        """A new secret, beside which the present one signs for another day."""
-        self.old_secret, self.old_secret_until = self.secret, timezone.now() + OVERLAP
+        """A new secret, beside which the present one signs for another day, unless it cannot be read
+        any more."""
+        try:
+            self.old_secret, self.old_secret_until = self.secret, timezone.now() + OVERLAP
+        except Unreadable:
+            self.old_secret, self.old_secret_until = "", None
         self.secret = new_secret()
         self.save(update_fields=["secret", "old_secret", "old_secret_until"])
 

@@ -26,6 +26,7 @@ from hooks import signatures
 from hooks.deliveries import BATCH, fan_out, may_be_told
 from hooks.models import Delivery, Subscription
 from lib import outgoing
+from lib.secrets import Unreadable
 from realm import connections
 
 logger = logging.getLogger(__name__)
@@ -160,11 +161,9 @@ def _post(delivery: Delivery) -> tuple[int | None, str, float]:
     """The status of the answer, what is wrong with it, and in how many seconds it wants another."""
     connections.give_back()
     subscription, body = delivery.subscription, delivery.body.encode()
-    headers = {
-        "Content-Type": "application/json",
-        **signatures.headers(str(delivery.event_id), body, subscription.secrets),
-    }
+    headers = {"Content-Type": "application/json"}
     try:
+        headers |= signatures.headers(str(delivery.event_id), body, subscription.secrets)
         with outgoing.post(
             subscription.url,
             body,
@@ -173,7 +172,8 @@ def _post(delivery: Delivery) -> tuple[int | None, str, float]:
             deadline=time.monotonic() + settings.HOOKS_TIMEOUT_SECONDS,
         ) as response:
             return response.status, _complaint(response.status), _retry_after(response)
-    except outgoing.Forbidden as error:
+    except (outgoing.Forbidden, Unreadable) as error:
+        # Nothing is sent without a signature.
         return None, str(error), 0
     except outgoing.NO_ANSWER as error:
         return None, _trouble(error), 0

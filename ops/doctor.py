@@ -27,7 +27,8 @@ from agents.models import Run, Worker
 from botrunner.models import Session
 from hooks.models import Delivery, Subscription
 from lib.redis import why
-from ops import health
+from lib.secrets import Unreadable
+from ops import health, secrets_at_rest
 from ops.bounded import Bounded, NoAnswer, ask_all
 
 OK, WARN, BROKEN = "ok", "warn", "broken"
@@ -281,8 +282,12 @@ def _homeserver() -> Findings:
 def _login(client: httpx2.Client, session: Session | None) -> Findings:
     """By the stored token; where there is none by the password, and out again, so that no device is
     left."""
-    if session and session.access_token:
-        response = client.get(f"{CLIENT}/account/whoami", headers=_bearer(session.access_token))
+    try:
+        stored = session.access_token if session else ""
+    except Unreadable:
+        return  # the check of secrets tells it
+    if stored:
+        response = client.get(f"{CLIENT}/account/whoami", headers=_bearer(stored))
         if response.status_code == 200:
             yield OK, f"The bot is logged in as {session.user_id}.", _RATE_LIMITS
         else:
@@ -445,6 +450,30 @@ def _webhooks() -> Findings:
         )
 
 
+def _secrets() -> Findings:
+    found = secrets_at_rest.count()
+    if settings.DEVELOPMENT_SECRET in settings.SECRETS_KEY:
+        yield (
+            WARN,
+            "SECRETS_KEY is the built-in key, which protects nothing: everybody knows it.",
+            "Set SECRETS_KEY: openssl rand -hex 32. Then: python manage.py rotate_secrets",
+        )
+    if found.unreadable:
+        yield (
+            BROKEN,
+            f"{found.unreadable} of {found.total} stored secrets cannot be read by SECRETS_KEY.",
+            "Put the key that they were encrypted under beside the present one.",
+        )
+    elif found.outdated:
+        yield (
+            WARN,
+            f"{found.outdated} of {found.total} stored secrets are not encrypted under the newest key.",
+            "python manage.py rotate_secrets",
+        )
+    else:
+        yield OK, f"{found.total} are encrypted under the newest key.", ""
+
+
 def _clock(whose: str, time: datetime | None) -> Findings:
     if time is None:
         return
@@ -488,4 +517,5 @@ CHECKS: dict[str, Callable[[], Findings]] = {
     "static files": _static,
     "metrics": _metrics,
     "webhooks": _webhooks,
+    "secrets": _secrets,
 }

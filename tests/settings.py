@@ -35,6 +35,7 @@ os.environ |= {
     "DEBUG": "false",
     "HTTPS": "false",
     "SECRET_KEY": "tests-only-secret-key-0123456789-0123456789-0123456789",
+    "SECRETS_KEY": "tests-only-secrets-key-0123456789-0123456789-0123456789",
     "REALM_SECRET_SEED": "tests-only-realm-seed-0123456789-0123456789-0123456789",
     "CHAT_ALLOW_ANONYMOUS": "true",
     "LOG_LEVELS": "*=info",
