@@ -318,6 +318,31 @@ class TestAsking:
         assert Run.objects.get(pk=his.json()["runId"]).thread.owner == bob.user
         assert other.status_code == 422  # because of his own
 
+    @pytest.mark.parametrize("path", ["/api/chat/messages", "/api/messages"])
+    def test_by_the_key_of_another_network_without_an_account(
+        self, settings: Any, path: str
+    ) -> None:
+        """Anonymous callers are told apart by the network that they ask from, as their limits do."""
+        settings.CHAT_ALLOW_ANONYMOUS = True
+        document: dict[str, Any] = {"content": "x"}
+        if path == "/api/messages":
+            document = {"data": {"type": "messages", "attributes": document}}
+
+        def ask(address: str) -> Any:
+            return Client().send(
+                "POST", path, document, REMOTE_ADDR=address, HTTP_IDEMPOTENCY_KEY="order-1"
+            )
+
+        hers, his, again = ask("203.0.113.7"), ask("203.0.113.8"), ask("203.0.113.7")
+        near, nearby = ask("2001:db8:1:2::1"), ask("2001:db8:1:2::9")
+        assert "Idempotency-Replayed" not in his.headers
+        assert his.json() != hers.json()
+        assert again.headers["Idempotency-Replayed"] == "true"
+        # With IPv6 one caller has a whole network.
+        assert "Idempotency-Replayed" not in near.headers
+        assert nearby.headers["Idempotency-Replayed"] == "true"
+        assert Run.objects.filter(message__content="x").count() == 3
+
     def test_through_her_bot(self, bob: Visitor, ids: dict[str, Any]) -> None:
         before, bot = hers(), ids["_bot-registration/"]
         webhook = {

@@ -212,7 +212,10 @@ def test_without_https_nothing_depends_on_it() -> None:
 
 def test_the_admins_files_are_served_with_and_without_being_collected(tmp_path: Path) -> None:
     environment = {"STATIC_ROOT": str(tmp_path / "static"), "HTTPS": "false"}
-    assert re.fullmatch(r"/static/unfold/css/styles\.css", style(environment)[0])
+    name, headers = style(environment)
+    assert re.fullmatch(r"/static/unfold/css/styles\.css", name)
+    assert "public" in headers["Cache-Control"]
+    assert "no-store" not in headers["Cache-Control"]
 
     python("manage.py", "collectstatic", "--no-input", **environment)
 
