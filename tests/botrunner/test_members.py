@@ -21,6 +21,7 @@ from botrunner.client import Homeserver
 from botrunner.models import Conversation, Reply, Room, RoomEvent, RoomMember, Session
 from botrunner.timeline import Batch, RoomNews
 from chat.models import Message, Thread
+from realm import tokens
 from realm.models import User
 from tests.botrunner.scenes import (
     ALICE,
@@ -35,6 +36,7 @@ from tests.botrunner.scenes import (
     session,
     take_in,
 )
+from tests.chat.listening import go, request
 
 pytestmark = pytest.mark.django_db
 CAROL = "@carol:localhost"
@@ -221,6 +223,34 @@ class TestWhatALaterMemberSees:
             for path in ("/api/threads", "/api/messages", "/api/runs"):
                 assert client(user_id).get(path).json()["data"] == []
             assert client(user_id).get("/api/chat/threads").json()["threads"] == []
+
+
+@pytest.mark.django_db(transaction=True)
+def test_a_stream_tells_a_member_what_is_asked_while_they_are_one(redis: Any) -> None:
+    command(ME)
+    row = session()
+    for user_id, words in ((ALICE, "one"), (CAROL, "two")):
+        User.objects.of_matrix_id(user_id)
+        let_in(row, user_id)
+        asked(row, words)
+
+    async def told(user_id: str, count: int) -> list[tuple[str, str]]:
+        token = tokens.issue(user_id)
+        path = f"/api/chat/threads/{await asyncio.to_thread(lambda: thread().pk)}/events"
+        async with request(path, authorization=f"Bearer {token}") as response:
+            return [_told(await response.event()) for _ in range(count)]
+
+    def _told(event: Any) -> tuple[str, str]:
+        return event.type, event.data.get("message", {}).get("content", "")
+
+    async def scene() -> None:
+        assert (await told(ALICE, 1))[0] == ("message.created", "one")
+        gap, *events = await told(CAROL, 3)
+        assert gap[0] == "gap"
+        assert [kind for kind, _ in events] == ["message.created", "run.completed"]
+        assert events[0][1] == "two"
+
+    go(scene())
 
 
 class TestWriting:
