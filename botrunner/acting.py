@@ -137,8 +137,7 @@ def _left_unsaid(event: RoomEvent) -> bool:
 
 
 def _ask_one(event: RoomEvent, said: Said, command: Listener, asked: str) -> None:
-    conversations = Conversation.objects.filter(room=event.room_id, root=said.thread_root)
-    thread_id = next(iter(conversations.values_list("thread_id", flat=True)[:1]), None)
+    thread_id = _known_thread(event, said)
     reply = Reply(
         question=event,
         room=event.room,
@@ -170,6 +169,11 @@ def _ask_one(event: RoomEvent, said: Said, command: Listener, asked: str) -> Non
         command.registration_id,
         accepted.run_id,
     )
+
+
+def _known_thread(event: RoomEvent, said: Said) -> str | None:
+    known = Conversation.objects.filter(room=event.room_id, root=said.thread_root)
+    return next(iter(known.values_list("thread_id", flat=True)[:1]), None)
 
 
 def _accepted(
