@@ -19,6 +19,7 @@ from django.utils import timezone
 from agents import lifecycle, limits, refusals, runs, stream
 from agents.models import CHAT_REPLY, Event, IdempotencyKey, Run, new_run_id
 from chat.models import CHOSEN_ID, Message, Thread, ThreadQuerySet, new_thread_id
+from lib import transactions
 from realm import tracing
 from realm.models import User
 
@@ -44,6 +45,10 @@ class Invalid(Refused):
 
 class UnknownThread(Refused):
     """The thread is somebody else's: to the asker it does not exist."""
+
+
+class UnknownAsker(Refused):
+    """The account of the asker was deleted while the question was being taken."""
 
 
 class KeyReused(Refused):
@@ -103,6 +108,7 @@ class Idempotency:
             )
 
 
+@transactions.repeated
 def ask(
     *,
     content: str,
@@ -187,6 +193,8 @@ def ask(
         # Another request with the same key was first by a hair.
         if idempotency and (earlier := _repeat(idempotency, fingerprint)):
             return earlier
+        if owner and not User.objects.filter(pk=owner.pk).exists():
+            raise UnknownAsker("Your account does not exist any more.") from None
         raise
     except limits.Reached as reached:
         _count(source, reached)
@@ -194,14 +202,18 @@ def ask(
     return replace(asked, began_thread=began_thread)
 
 
+@transactions.repeated
 def ask_again(run: Run) -> bool:
     """Have a run begun anew that failed or was cancelled, as whoever asked it wants: it counts as a
-    question. False when it is in no such state. Raises `Limited`."""
+    question. False when it is in no such state, or gone. Raises `Limited`."""
     if not run.may_be_retried:
+        return False
+    question = Message.objects.filter(run=run).values_list("content", flat=True).first()
+    if question is None:
         return False
     try:
         with transaction.atomic():
-            _admit(run.asker, run.place, run.command, run.model, run.message.content)
+            _admit(run.asker, run.place, run.command, run.model, question)
             if not runs.retry(run):
                 transaction.set_rollback(True)
                 return False
@@ -211,6 +223,7 @@ def ask_again(run: Run) -> bool:
     return True
 
 
+@transactions.repeated
 def amend(run_id: str, *, content: str) -> bool:
     """Put other words to a question whose run has not begun. False when it has: then it answers the
     words that it began with. Raises `Invalid`."""

@@ -232,7 +232,7 @@ def _cancel(event: RoomEvent, said: Said, me: str) -> str:
         run__thread__conversation__room=event.room,
         run__thread__conversation__root=said.thread_root,
     )
-    asked = asked.select_related("run", "question")
+    asked = asked.select_related("run", "question").order_by("run__position")
     shared = {reply.pk for reply in asked if _answers_others(reply)}
     cancelled = [runs.cancel(reply.run) for reply in asked if reply.run and reply.pk not in shared]
     if any(cancelled):

@@ -26,6 +26,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="run only the tests that use the database: all that can differ on another one",
     )
+    parser.addoption(
+        "--operations",
+        type=int,
+        default=400,
+        help="how many operations tests/agents/test_crowd.py carries out side by side",
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
