@@ -205,11 +205,11 @@ def _delete_quiet(quiet: QuerySet[Thread]) -> dict[str, int]:
         # A question that comes now waits, and then begins the thread anew.
         _lock(quiet)
         # Once more: a run may have been asked for again until it was locked.
-        return delete(Thread.objects.filter(pk__in=list(quiet.values_list("pk", flat=True))))
+        return _delete_locked(list(quiet.values_list("pk", flat=True)))
 
 
 def _lock(threads: QuerySet[Thread]) -> list[str]:
-    """Lock threads and then their runs, as everybody does. The keys of the threads."""
+    """Lock threads, then their runs. The keys of the threads."""
     locked = transactions.lock(threads)
     transactions.lock(Run.objects.filter(thread__in=locked), "thread", "position")
     return locked
@@ -245,7 +245,13 @@ def _delete_threads_now(threads: QuerySet[Thread]) -> None:
         locked = _lock(threads)
         for thread_id in locked:
             _close(thread_id)
-        delete(Thread.objects.filter(pk__in=locked))
+        _delete_locked(locked)
+
+
+def _delete_locked(thread_ids: list[str]) -> dict[str, int]:
+    # After the rollups' own row (agents.rollups), which is locked before the events that it counts.
+    transactions.lock(Event.objects.filter(run__thread__in=thread_ids))
+    return delete(Thread.objects.filter(pk__in=thread_ids))
 
 
 def delete_threads_of(user: User) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 
-from django.db import connection
+from django.db import connection, transaction
 from django.http import QueryDict
 from django.test import RequestFactory
 from django.utils import timezone
@@ -18,6 +18,8 @@ from agents import handover, leases, llm, loop, outcomes, retention, rollups, ru
 from agents.models import Event, Run
 from chat.models import Thread
 from console import bulk
+from hooks import deliveries
+from lib import transactions
 from realm.models import User
 
 PEOPLE = 3
@@ -213,7 +215,9 @@ class Member:
         user = self.luck.choice(self.crowd.people)
         quiet = Thread.objects.filter(pk=self.thread_id(user))
         quiet.exclude(runs__in=Run.objects.unfinished()).update(updated_at=old)
-        Event.objects.filter(run__thread__in=quiet).update(published_at=old)
+        told = transactions.in_order(Event.objects.filter(run__thread__in=quiet))
+        with transaction.atomic():
+            told.update(published_at=old)
         retention.prune()
 
     def keep(self) -> None:
@@ -229,8 +233,7 @@ class Member:
                 list(Run.objects.claimable().values_list("pk", flat=True)[:20])
             )
         else:
-            with connection.cursor() as cursor:
-                cursor.execute("SELECT 1")
+            deliveries.fan_out()
 
     def delete_user(self) -> None:
         user = self.luck.choice(self.crowd.people)
