@@ -19,6 +19,7 @@ from django.utils import timezone
 from agents import lifecycle, limits, refusals, runs, stream
 from agents.models import CHAT_REPLY, DeletedRun, Event, IdempotencyKey, Run, new_run_id
 from chat.models import CHOSEN_ID, DeletedThread, Message, Thread, ThreadQuerySet, new_thread_id
+from lib import transactions
 from realm import tracing
 from realm.models import User
 
@@ -50,6 +51,10 @@ class Deleted(Refused):
     """The id is that of a thread or a run that was deleted, which the asker may know of."""
 
     code = "id_deleted"
+
+
+class UnknownAsker(Refused):
+    """The account of the asker was deleted while the question was being taken."""
 
 
 class KeyReused(Refused):
@@ -106,6 +111,7 @@ class Idempotency:
             )
 
 
+@transactions.repeated
 def ask(
     *,
     content: str,
@@ -196,6 +202,8 @@ def ask(
         # Another request with the same key was first by a hair.
         if idempotency and (earlier := _repeat(idempotency, fingerprint)):
             return earlier
+        if owner and not User.objects.filter(pk=owner.pk).exists():
+            raise UnknownAsker("Your account does not exist any more.") from None
         raise
     except limits.Reached as reached:
         _count(source, reached)
@@ -203,14 +211,18 @@ def ask(
     return replace(asked, began_thread=began_thread)
 
 
+@transactions.repeated
 def ask_again(run: Run) -> bool:
     """Have a run begun anew that failed or was cancelled, as whoever asked it wants: it counts as a
-    question. False when it is in no such state. Raises `Limited`."""
+    question. False when it is in no such state, or gone. Raises `Limited`."""
     if not run.may_be_retried:
+        return False
+    question = Message.objects.filter(run=run).values_list("content", flat=True).first()
+    if question is None:
         return False
     try:
         with transaction.atomic():
-            _admit(run.asker, run.place, run.command, run.model, run.message.content)
+            _admit(run.asker, run.place, run.command, run.model, question)
             if not runs.retry(run):
                 transaction.set_rollback(True)
                 return False
@@ -220,6 +232,7 @@ def ask_again(run: Run) -> bool:
     return True
 
 
+@transactions.repeated
 def amend(run_id: str, *, content: str) -> bool:
     """Put other words to a question whose run has not begun. False when it has: then it answers the
     words that it began with. Raises `Invalid`."""

@@ -58,6 +58,7 @@ from agents.chores import CHORES
 from agents.events import Malformed, Told
 from agents.models import DeletedRun, Event, Run
 from chat.models import Thread
+from lib import transactions
 from realm.tracing import tagged
 
 logger = logging.getLogger(__name__)
@@ -130,7 +131,8 @@ class Reader:
         seen = [self._seen.popleft() for _ in range(len(self._seen))]
         if seen:
             with transaction.atomic():
-                Event.objects.unpublished().filter(pk__in=seen).update(published_at=Now())
+                unpublished = Event.objects.unpublished().filter(pk__in=seen)
+                transactions.in_order(unpublished).update(published_at=Now())
 
     def _following(self, threads: set[str]) -> list[str]:
         """The next run of each of these threads. Whether it may be claimed is for the claim to tell."""

@@ -280,7 +280,7 @@ def _cancel(event: RoomEvent, said: Said, me: str, moderates: bool | None) -> st
         run__thread__conversation__room=event.room,
         run__thread__conversation__root=said.thread_root,
     )
-    asked = asked.select_related("run", "question")
+    asked = asked.select_related("run", "question").order_by("run__position")
     shared: set[int] = set()
     if order_of(said, me) == CANCEL_ALL:
         if not _moderates(event, said, moderates):

@@ -4,7 +4,7 @@ from typing import Any
 
 from django.db.models import QuerySet
 from django.http import QueryDict
-from rest_framework import status
+from rest_framework import exceptions, status
 from rest_framework.request import Request
 from rest_framework.response import Response
 from rest_framework_json_api.utils import get_included_resources
@@ -174,7 +174,7 @@ class LinkageView(ResourcesView):
 
 class MessagesView(CollectionView):
     serializer_class = MessageSerializer
-    refusals = {inbox.UnknownThread: Missing}
+    refusals = {inbox.UnknownThread: Missing, inbox.UnknownAsker: exceptions.NotAuthenticated}
 
     def handle_exception(self, exc: Exception) -> Response:
         if isinstance(exc, inbox.Invalid):

@@ -40,6 +40,7 @@ WAITING_SEATS = threading.BoundedSemaphore(4)
 class ChatView(CallersView, PlainAPIView):
     statuses = {
         inbox.Invalid: 400,
+        inbox.UnknownAsker: 401,
         inbox.UnknownThread: 404,
         inbox.KeyReused: 422,
         inbox.Busy: 409,
@@ -209,7 +210,8 @@ class RunCancelView(ChatView):
         """End a run: 202; 409 when it has ended already."""
         run = self.run_to_steer(run_id)
         if not runs.cancel(run):
-            raise Conflict(f"The run has ended already: it is {run.status}.")
+            # 404 where it is gone
+            raise Conflict(f"The run has ended already: it is {self.run(run_id).status}.")
         return Response({"ok": True, "run": run_json(self.run(run_id))}, status=202)
 
 

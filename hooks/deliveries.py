@@ -27,6 +27,7 @@ from hooks.models import (
     all_readers,
     readers,
 )
+from lib import transactions
 from realm.models import User
 
 BATCH = 200
@@ -59,11 +60,20 @@ def fan_out() -> int:
     events = list(rows.defer("run__message__content", "run__thread__summary")[:BATCH])
     if not events:
         return 0
-    deliveries = list(_deliveries(events))
-    with transaction.atomic():
-        Delivery.objects.bulk_create(deliveries, ignore_conflicts=True)
-        Event.objects.filter(pk__in=[event.pk for event in events]).update(to_deliver=None)
+    _write(list(_deliveries(events)), [event.pk for event in events])
     return len(events)
+
+
+@transactions.repeated
+def _write(deliveries: list[Delivery], event_ids: list[UUID]) -> None:
+    with transaction.atomic():
+        if deliveries:
+            # Before the events, as whoever deletes a thread does; of what is gone nothing is told.
+            of_these = Run.objects.filter(pk__in={each.run_id for each in deliveries})
+            there = set(transactions.lock(of_these, "thread", "position"))
+            kept = [each for each in deliveries if each.run_id in there]
+            Delivery.objects.bulk_create(kept, ignore_conflicts=True)
+        transactions.in_order(Event.objects.filter(pk__in=event_ids)).update(to_deliver=None)
 
 
 def _deliveries(events: list[Event]) -> Iterator[Delivery]:

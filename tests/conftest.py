@@ -45,6 +45,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="run only the tests that use the database, and so may differ on another one; own: only "
         "those of them whose subject speaks SQL of its own",
     )
+    parser.addoption(
+        "--operations",
+        type=int,
+        default=400,
+        help="how many operations tests/agents/test_crowd.py carries out side by side",
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
