@@ -212,7 +212,7 @@ def _show_once(request: HttpRequest, subscription: Subscription) -> None:
 @admin.register(Delivery)
 class DeliveryAdmin(Reasoned, Bodies, ReadOnlyAdmin):
     empty = Empty("Each outcome that a webhook is told of stands here. Add a webhook first.")
-    bodies = {"body": "body"}
+    bodies = {"body": "event.body"}
     list_display = [
         "type",
         "state",
@@ -226,7 +226,7 @@ class DeliveryAdmin(Reasoned, Bodies, ReadOnlyAdmin):
     ]
     list_filter = ["status", Period]
     list_select_related = ["subscription", "run__thread"]
-    search_fields = ["=event_id", "=run__id"]
+    search_fields = ["=event__id", "=run__id"]
     ordering = ["-created_at", "id"]
     fields = [
         "subscription",

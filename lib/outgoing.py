@@ -9,6 +9,7 @@ checks.
 import fnmatch
 import http.client
 import ipaddress
+import re
 import socket
 import ssl
 import time
@@ -16,12 +17,14 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, cast
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import SplitResult, urlsplit, urlunsplit
 
 from django.conf import settings
 
-DEFAULT_PORT = 443
+DEFAULT_PORT = HTTPS_PORT = 443
 CHUNK_BYTES = 16 * 1024
+ESCAPE = re.compile("%([0-9A-Fa-f]{2})")
+UNRESERVED = re.compile("[A-Za-z0-9._~-]")
 # What a request fails with when whoever is asked does not do their part.
 NO_ANSWER = (OSError, http.client.HTTPException)
 
@@ -91,6 +94,29 @@ def host_of(url: str) -> str:
     """What may be logged and shown of it: a path may well be a secret."""
     parts = _split(url)
     return (parts.hostname or "") if parts else ""
+
+
+def normalised(url: str) -> str:
+    """The one way to write a URL of many that mean the same: by RFC 3986, section 6.2.2 and 6.2.3, and
+    without a fragment, which is never sent. A URL that cannot be called comes back as it is."""
+    parts = _split(url)
+    if parts is None:
+        return url
+    host = (parts.hostname or "").rstrip(".")
+    host = f"[{host}]" if ":" in host else host
+    port = "" if parts.port in (None, HTTPS_PORT) else f":{parts.port}"
+    path, query = _unescaped(parts.path or "/"), _unescaped(parts.query)
+    return urlunsplit((parts.scheme, f"{host}{port}", path, query, ""))
+
+
+def _unescaped(text: str) -> str:
+    """Without the escapes that change nothing; the others in capitals."""
+    return ESCAPE.sub(_plain, text)
+
+
+def _plain(escape: re.Match[str]) -> str:
+    character = chr(int(escape[1], 16))
+    return character if UNRESERVED.fullmatch(character) else escape[0].upper()
 
 
 @contextmanager

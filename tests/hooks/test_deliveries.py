@@ -15,7 +15,7 @@ from agents import retention, runs
 from agents.models import Event, Run
 from botrunner.models import Session
 from hooks.deliveries import fan_out, may_be_told
-from hooks.models import Delivery, Subscription
+from hooks.models import Delivery, Outcome, Subscription
 from realm.models import User
 from tests import factories
 from tests.botrunner import scenes as matrix
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.django_db
 
 def body() -> dict[str, Any]:
     fan_out()
-    found: dict[str, Any] = json.loads(Delivery.objects.get().body)
+    found: dict[str, Any] = json.loads(Delivery.objects.get().event.body)
     return found
 
 
@@ -263,7 +263,7 @@ class TestCost:
             scenes.subscribe(factories.user(f"user{number}"))
             scenes.cancelled(owner=User.objects.last())
         scenes.subscribe(registration=matrix.command().registration)
-        with django_assert_max_num_queries(9):
+        with django_assert_max_num_queries(11):
             assert fan_out() == many
         assert Delivery.objects.count() == many
 
@@ -306,6 +306,25 @@ class TestRetention:
 
         assert retention.prune_everything() == {}
         assert list(Delivery.objects.all()) == [delivery]
+
+    @pytest.mark.parametrize("way", ["age", "subscription"])
+    def test_a_body_goes_with_the_last_of_its_deliveries(self, way: str) -> None:
+        for name in ("alice", "bob"):
+            scenes.subscribe(scenes.admin(name))
+        scenes.cancelled()
+        fan_out()
+        long_ago = timezone.now() - timedelta(days=40)
+        Outcome.objects.update(created_at=long_ago)
+        first, last = Delivery.objects.all()
+        for each, left in ((first, 1), (last, 0)):
+            if way == "age":
+                Delivery.objects.filter(pk=each.pk).update(
+                    status="sent", next_try_at=None, created_at=long_ago
+                )
+            else:
+                each.subscription.delete()
+            retention.prune_everything()
+            assert Outcome.objects.count() == left
 
     def test_an_event_that_is_still_to_be_delivered_stays(self) -> None:
         scenes.subscribe()
