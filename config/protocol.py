@@ -34,8 +34,6 @@ from lib import files
 from lib.seldom import Seldom
 
 LOOK_SECONDS = 1.0
-# Of open files, for all that is no connection of a client: databases, Redis, logs.
-RESERVED_FILES = 256
 # Whoever reads less than this in WEB_SEND_SECONDS is not waited for.
 LEAST_PROGRESS = 16 * 1024
 # What the kernel keeps of an answer, beside what is kept here.
@@ -143,9 +141,7 @@ class _Watch:
 
 def most_connections() -> int:
     """Of one process: as set, but no more than it can open files for."""
-    limit = files.limit()
-    possible = max(limit - RESERVED_FILES, limit // 2)
-    wanted: int = settings.WEB_MAX_CONNECTIONS
+    possible, wanted = files.connections(), int(settings.WEB_MAX_CONNECTIONS)
     return min(wanted, possible) if wanted else possible
 
 
@@ -313,7 +309,7 @@ class BoundedProtocol(HttpToolsProtocol):
         refusals.note(reason)
         self._is_deaf = True
         self._wire.write(refusals.raw(503))
-        if len(self.connections) - len(self._watch.connections) > RESERVED_FILES // 4:
+        if len(self.connections) - len(self._watch.connections) > files.RESERVED // 4:
             self._wire.end()
             return
         self._wire.lingers = True

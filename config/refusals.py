@@ -25,7 +25,8 @@ SENTENCES = {
 # Under /api with a `code`, for programs.
 CODES = {408: "timeout", 503: "too_busy"}
 
-_seldom = Seldom(structlog.get_logger(__name__).warning)
+_logger = structlog.get_logger(__name__)
+_seldom = Seldom(_logger.warning)
 
 
 def note(reason: str) -> None:

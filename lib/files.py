@@ -8,6 +8,8 @@ from contextlib import suppress
 # More than any process here needs. What walks through all numbers below the limit, as some libraries
 # do before they start another process, takes long where it is a million.
 MOST = 65_536
+# For all that is no connection of a client: databases, Redis, logs.
+RESERVED = 256
 
 
 def raise_limit() -> int:
@@ -27,6 +29,12 @@ def limit() -> int:
     """The number of files that this process may have open."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return MOST if soft == resource.RLIM_INFINITY else soft
+
+
+def connections() -> int:
+    """The number of clients' connections that the limit leaves room for."""
+    most = limit()
+    return max(most - RESERVED, most // 2)
 
 
 def exhausted() -> bool:
