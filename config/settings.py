@@ -92,6 +92,7 @@ MIDDLEWARE = [
     "django.contrib.messages.middleware.MessageMiddleware",
     "django.middleware.clickjacking.XFrameOptionsMiddleware",
     "console.login.SecondFactor",
+    "console.login.LoginTries",
     "axes.middleware.AxesMiddleware",
 ]
 ROOT_URLCONF = "config.urls"
@@ -235,6 +236,8 @@ CACHES = {
 MATRIX_URL = env.url("MATRIX_URL", "http://localhost:8008", schemes=("http", "https")).rstrip("/")
 # Tries to get a server session, of an address; 0: no limit (realm/throttles.py).
 SERVER_SESSIONS_PER_MINUTE = env.integer("SERVER_SESSIONS_PER_MINUTE", 120)
+# Tries to sign in with a password, of an address under any names; 0: no limit (console/login.py).
+LOGIN_TRIES_PER_MINUTE = env.integer("LOGIN_TRIES_PER_MINUTE", 30)
 
 # Chat
 CHAT_ALLOW_ANONYMOUS = env.flag("CHAT_ALLOW_ANONYMOUS", DEBUG)
@@ -259,6 +262,17 @@ CHAT_WHEN_BUSY = env.choice(
 )
 CHAT_RUN_DEADLINE_SECONDS = env.integer("CHAT_RUN_DEADLINE_SECONDS", 0, most=86400)  # 0: none
 DATA_UPLOAD_MAX_MEMORY_SIZE = env.integer("MAX_BODY_BYTES", 1024 * 1024, least=1024)
+
+# What one connection and one web process may take (config/protocol.py, config/asgi.py).
+WEB_MAX_CONNECTIONS = env.integer("WEB_MAX_CONNECTIONS", 0)  # 0: what the limit of files permits
+WEB_MAX_CONNECTIONS_PER_ADDRESS = env.integer(
+    "WEB_MAX_CONNECTIONS_PER_ADDRESS", 1000
+)  # 0: no limit
+WEB_MAX_WAITING = env.integer("WEB_MAX_WAITING", 1000, least=1)
+WEB_MAX_HELD_BYTES = env.integer("WEB_MAX_HELD_BYTES", 128 * 1024 * 1024, least=1024 * 1024)
+WEB_HEAD_SECONDS = env.seconds("WEB_HEAD_SECONDS", 10)
+WEB_BODY_SECONDS = env.seconds("WEB_BODY_SECONDS", 60)
+WEB_SEND_SECONDS = env.seconds("WEB_SEND_SECONDS", 30)
 
 # Model and runs
 OPENAI_API_KEY = env.text("OPENAI_API_KEY")

@@ -26,6 +26,7 @@ from agents import llm, stream
 from agents.models import Run, Worker
 from botrunner.models import Session
 from hooks.models import Delivery, Subscription
+from lib import files
 from lib.redis import why
 from lib.secrets import Unreadable
 from ops import health, secrets_at_rest
@@ -379,6 +380,21 @@ def _listed_models(base: str, response: httpx2.Response) -> Findings:
         yield OK, f"{_shown(base)} answers; default model {settings.CHAT_DEFAULT_MODEL}.", ""
 
 
+def _connections() -> Findings:
+    possible, wanted = files.connections(), settings.CHAT_MAX_STREAMS
+    most = min(possible, settings.WEB_MAX_CONNECTIONS or possible)
+    if most > wanted:
+        yield OK, f"A web process has room for {most}, of which {wanted} may be streams.", ""
+        return
+    yield (
+        WARN,
+        f"CHAT_MAX_STREAMS is {wanted}, and a web process has room for {most} connections: streams "
+        "alone can keep all others out.",
+        f"The limit of open files is {files.limit()}: raise LimitNOFILE, ulimits or ulimit -n (and "
+        "WEB_MAX_CONNECTIONS, where it is set), or lower CHAT_MAX_STREAMS.",
+    )
+
+
 def _ports() -> Findings:
     for name, default in (("PORT", 3000), ("REALM_SERVER_PORT", 4201)):
         port = int(os.environ.get(name, "").strip() or default)
@@ -513,6 +529,7 @@ CHECKS: dict[str, Callable[[], Findings]] = {
     "workers": _workers,
     "homeserver": _homeserver,
     "model": _model,
+    "connections": _connections,
     "ports": _ports,
     "static files": _static,
     "metrics": _metrics,

@@ -34,7 +34,12 @@ class ServerSessions(BaseThrottle):
         return not most or tries(f"server-session:{network(client_ip(request))}") <= most
 
     def wait(self) -> int:
-        return WINDOW_SECONDS - int(time.time()) % WINDOW_SECONDS
+        return seconds_left()
+
+
+def seconds_left() -> int:
+    """Until tries are counted anew."""
+    return WINDOW_SECONDS - int(time.time()) % WINDOW_SECONDS
 
 
 def network(address: str | None) -> str:

@@ -24,6 +24,8 @@ _OURS = (
     "RETENTION_",
     "LIMIT_",
     "SERVER_SESSIONS_",
+    "LOGIN_TRIES_",
+    "WEB_MAX_",
 )
 for _name in list(os.environ):
     if _name not in _KEEP and (
@@ -54,6 +56,7 @@ os.environ |= {
     "AGENT_USER_SHARE": "100",
     # Many tests come from one address within a minute.
     "SERVER_SESSIONS_PER_MINUTE": "0",
+    "LOGIN_TRIES_PER_MINUTE": "0",
 }
 # A file, as in production: threads of a test have connections of their own. The name is that of a file
 # from the start, for pytest-django shares one connection between threads where it is `:memory:`.

@@ -9,7 +9,7 @@ class Migration(migrations.Migration):
 
     dependencies = [
         ('agents', '0007_outcomes_to_deliver'),
-        ('hooks', '0001_initial'),
+        ('hooks', '0002_encrypted_secrets'),
         ('realm', '0002_switch_permission'),
         migrations.swappable_dependency(settings.AUTH_USER_MODEL),
     ]

@@ -16,7 +16,7 @@ def hand_over(apps, schema_editor):
 class Migration(migrations.Migration):
 
     dependencies = [
-        ('botrunner', '0007_key_writes'),
+        ('botrunner', '0008_encrypted_secrets'),
         ('chat', '0005_room_threads'),
     ]
 
