@@ -35,6 +35,8 @@ for _name, _secret in (("SECRET_KEY", SECRET_KEY), ("REALM_SECRET_SEED", REALM_S
             "random characters or more."
         )
 # What encrypts secrets at rest (lib/secrets.py), the newest first. Without one it is SECRET_KEY.
+if "SECRET_KEY" in UNUSED_SECRETS and not env.words("SECRETS_KEY"):
+    raise ImproperlyConfigured("SECRETS_KEY: it is needed where SECRET_KEY is unused.")
 SECRETS_KEY = env.words("SECRETS_KEY") or [SECRET_KEY]
 if not DEBUG and any(key == DEVELOPMENT_SECRET or len(key) < 32 for key in SECRETS_KEY):
     raise ImproperlyConfigured(

@@ -59,13 +59,20 @@ def test_a_wrong_value_stops_the_start_and_names_the_variable(
 class TestUnusedSecrets:
     """A worker and the bot runner do without what only the web server signs with."""
 
-    ENV = {"DEBUG": "false", "SECRET_KEY": "unused", "REALM_SECRET_SEED": "unused"}
+    ENV = {"DEBUG": "false", "SECRET_KEY": "unused", "REALM_SECRET_SEED": "unused"} | {
+        "SECRETS_KEY": "s" * 50
+    }
 
     def test_a_random_value_takes_the_place_of_each(self, start: Start) -> None:
         values = "settings.SECRET_KEY, settings.REALM_SECRET_SEED"
         found = {start(f"{values}", **self.ENV).stdout for _ in range(2)}
         assert len(found) == 2
         assert all(len(line) > 100 and "unused" not in line for line in found)
+
+    def test_secrets_at_rest_need_their_own_key_then(self, start: Start) -> None:
+        process = start("settings.DEBUG", **(self.ENV | {"SECRETS_KEY": ""}))
+        assert process.returncode != 0
+        assert "SECRETS_KEY: it is needed where SECRET_KEY is unused" in process.stderr
 
     def test_the_web_server_does_not_start(self, start: Start) -> None:
         process = start("__import__('config.asgi')", **self.ENV)

@@ -19,6 +19,7 @@ from tests.config.starting import ROOT, inherited
 PRODUCTION = {
     "DEBUG": "false",
     "SECRET_KEY": "tests-only-0123456789-abcdefghijklmnopqrstuvwxyz-0123456789",
+    "SECRETS_KEY": "tests-only-5432109876-mnopqrstuvwxyzabcdefghijkl-5432109876",
     "REALM_SECRET_SEED": "tests-only-9876543210-zyxwvutsrqponmlkjihgfedcba-9876543210",
     "ALLOWED_HOSTS": "bots.example.org",
     "CHAT_ALLOW_ANONYMOUS": "",
