@@ -251,7 +251,9 @@ def _undisturbed() -> Iterator[None]:
 
 
 def _clone(commit: str, tree: Path) -> Path:
-    subprocess.run(["git", "clone", "--quiet", "--no-checkout", BASE_DIR, tree], check=True)
+    subprocess.run(
+        ["git", "clone", "--quiet", "--shared", "--no-checkout", BASE_DIR, tree], check=True
+    )
     subprocess.run(["git", "checkout", "--quiet", "--detach", commit], cwd=tree, check=True)
     return tree
 
