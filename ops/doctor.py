@@ -438,7 +438,8 @@ def _secrets() -> Findings:
             "python manage.py rotate_secrets",
         )
     else:
-        yield OK, f"{found.total} are encrypted under the newest key.", ""
+        own = "" if settings.SECRETS_KEY != [settings.SECRET_KEY] else ", that of SECRET_KEY"
+        yield OK, f"{found.total} are encrypted under the newest key{own}.", ""
 
 
 def _clock(whose: str, time: datetime | None) -> Findings:
