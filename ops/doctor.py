@@ -256,7 +256,7 @@ def _login(client: httpx2.Client, session: Session | None) -> Findings:
     if stored:
         response = client.get(f"{CLIENT}/account/whoami", headers=_bearer(stored))
         if response.status_code == 200:
-            yield OK, f"The bot is logged in as {session.user_id}.", _RATE_LIMITS
+            yield OK, f"The bot is logged in as {session}.", _RATE_LIMITS
         else:
             yield (
                 WARN,
