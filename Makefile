@@ -19,26 +19,45 @@ help: ## Say what there is
 run: $(READY) $(REDIS) $(RUN_HOMESERVER) ## Start everything on ports 3000 and 4201; Ctrl-C stops it
 	@exec $(BIN)/python scripts/stack.py
 
+setup: $(READY) $(REDIS) $(HOMESERVER) ## Install what everything else needs
+
 test: ## Run the tests; ARGS go to pytest, as in make test ARGS="-k admin"
 	@status=0; \
 	for half in test-quick test-systems; do $(MAKE) --no-print-directory $$half || status=1; done; \
 	exit $$status
 
 # 5 is pytest's word for ARGS that name no test of this half.
+# The last of them are shared out anew when a process has none left.
 test-quick: $(READY) $(REDIS) ## Run those that stay within a process, on all cores
-	$(BIN)/python -m pytest -m "not system and not faults" -n logical --maxprocesses 4 $(ARGS) || [ $$? -eq 5 ]
+	$(BIN)/python -m pytest -m "not system and not faults" -n logical --maxprocesses 4 --dist worksteal $(ARGS) || [ $$? -eq 5 ]
 
-test-systems: $(READY) $(REDIS) $(HOMESERVER) ## Run those that start the real processes and kill them, two files at a time
-	$(BIN)/python -m pytest -m "system and not faults" -n 2 --dist loadfile $(ARGS) || [ $$? -eq 5 ]
+# More than there are cores: they mostly wait.
+test-systems: $(READY) $(REDIS) $(HOMESERVER) ## Run those that start the real processes and kill them, four files at a time
+	$(BIN)/python -m pytest -m "system and not faults" -n 4 --dist loadfile $(ARGS) || [ $$? -eq 5 ]
 
 faults: $(READY) $(REDIS) ## Damage the real processes on purpose, as SEED has it: one fault of each kind, then some at random
 	FAULTS_SEED=$(SEED) $(BIN)/python -m pytest tests/faults -m faults $(ARGS)
+
+faults-smoke: $(READY) $(REDIS) ## A minute of faults, the same ones each time
+	FAULTS_SEED=7 FAULTS_KINDS="process redis database" $(BIN)/python -m pytest tests/faults/test_scenarios.py -m faults $(ARGS)
 
 faults-all: $(READY) $(REDIS) ## All faults, then 5,000 runs among random ones; half an hour
 	FAULTS_SEED=$(SEED) FAULTS_ALL=true FAULTS_RUNS=5000 $(BIN)/python -m pytest tests/faults -m faults $(ARGS)
 
 fuzz: $(READY) $(REDIS) ## Fuzz with other examples than the tests have, FUZZ_FACTOR times as many
 	FUZZ_FACTOR=$${FUZZ_FACTOR:-50} $(BIN)/python -m pytest tests/fuzz -n logical --maxprocesses 4 $(ARGS)
+
+conformance: $(READY) $(REDIS) ## Compare the statements with the rules, by FUZZ_FACTOR times as many examples
+	FUZZ_FACTOR=$${FUZZ_FACTOR:-50} $(BIN)/python -m pytest tests/agents/test_conformance.py $(ARGS)
+
+browsers: $(READY) $(REDIS) ## Run the tests that need Chromium
+	CI=true $(BIN)/python -m pytest tests/chat/test_browser.py tests/security/test_in_a_browser.py $(ARGS)
+
+findings: ## Show that public packages still behave as findings/ describes; ARGS name some
+	@scripts/findings.sh $(ARGS)
+
+nightly: ## What is tried whole once a day; ARGS name some parts, SEED repeats the faults
+	@SEED=$(SEED) .ci/nightly $(ARGS)
 
 lint: $(READY) ## Check format, lint, types, imports, migrations and docs/openapi.yaml
 	@status=0; \
@@ -57,11 +76,23 @@ schema: $(READY) ## Describe the HTTP API anew: docs/openapi.yaml
 schema-check: $(READY) ## Fail if docs/openapi.yaml is not what the code serves
 	$(BIN)/python -m openapi --check
 
+LOCK := $(BIN)/uv pip compile --universal --python-version 3.11 --generate-hashes --no-emit-index-url --quiet --custom-compile-command "make lock"
+
+lock: $(READY) ## Lock requirements/*.in into *.txt, with hashes for all platforms
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==0.13.9
+	$(LOCK) requirements/base.in -o requirements/base.txt
+	$(LOCK) requirements/dev.in -c requirements/base.txt -o requirements/dev.txt
+	$(LOCK) requirements/redis.in -c requirements/dev.txt -o requirements/redis.txt
+	$(LOCK) requirements/homeserver.in -c requirements/dev.txt -o requirements/homeserver.txt
+
+audit: $(READY) ## Look for known vulnerabilities in the locked requirements
+	@$(BIN)/python scripts/audit.py
+
 format: $(READY) ## Format the code and fix what can be fixed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(READY) $(REDIS) $(HOMESERVER) ## Measure; ARGS go to the benchmarks
+bench: $(READY) $(REDIS) $(HOMESERVER) ## Measure; ARGS="compare BASE=commit" compares two builds
 	$(BIN)/python -m benchmarks $(ARGS)
 
 screenshots: $(READY) $(REDIS) ## Photograph the admin and the chat page into docs/images; ARGS name some of the pictures
@@ -90,4 +121,4 @@ $(HOMESERVER): $(READY)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/homeserver.txt \
 		&& touch $@ || echo "Synapse could not be installed: Matrix rooms need a homeserver of yours, by MATRIX_URL." >&2
 
-.PHONY: help run test test-quick test-systems faults faults-all fuzz lint migrations-check schema schema-check format bench screenshots
+.PHONY: help run setup test test-quick test-systems faults faults-smoke faults-all fuzz conformance browsers findings nightly lint migrations-check schema schema-check lock audit format bench screenshots

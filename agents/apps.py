@@ -1,4 +1,8 @@
+from typing import Any
+
 from django.apps import AppConfig
+from django.conf import settings
+from django.db.models.signals import pre_delete
 from django.utils.module_loading import autodiscover_modules
 
 
@@ -11,3 +15,10 @@ class AgentsConfig(AppConfig):
         deletions.connect()
         # What the commands.py of each app adds to the table of agents.commands.
         autodiscover_modules("commands")
+        pre_delete.connect(_delete_threads, sender=settings.AUTH_USER_MODEL)
+
+
+def _delete_threads(instance: Any, **_: Any) -> None:
+    from agents import retention  # models are not to be had before the apps are ready
+
+    retention.delete_threads_of(instance)

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from django.conf import settings
-from django.template.loader import render_to_string
 
 from agents import llm, loop, memory, webhooks
 from agents.models import CHAT_REPLY, Run
@@ -100,9 +99,7 @@ def chat_summarize(call: Call) -> str:
     untold = memory.within(list(newest[: memory.CHUNK_MESSAGES]), memory.CONTEXT_CHARACTERS)[::-1]
     if not untold and not run.thread.summary:
         return "Nothing has been said here yet."
-    prompt = render_to_string(
-        "agents/summarise.txt", {"summary": run.thread.summary, "messages": untold}
-    )
+    prompt = memory.summary_prompt(run.thread.summary, untold)
     connections.give_back()
     return loop.run(
         [{"role": "user", "content": prompt}],

@@ -18,12 +18,15 @@ from kombu.exceptions import OperationalError as BrokerError
 
 from agents import shares, stream, tasks
 from agents.models import Run, RunQuerySet
+from lib import transactions
 
 # The part of the time that a reader spends on looking for whose turn it is.
 LOOKING = 0.25
 # More are not looked at: those of each asker that come first.
 CANDIDATES = 1000
 MOST_AHEAD = 500
+# In which runs of several threads are locked.
+ORDER = ("thread", "position")
 
 
 def hand_over(run_ids: Iterable[str]) -> None:
@@ -72,7 +75,7 @@ class Turns:
         if run_ids:
             with transaction.atomic():
                 asked = Run.objects.filter(pk__in=run_ids, status=Run.Status.QUEUED)
-                asked.update(handed_at=None)
+                transactions.in_order(asked, *ORDER).update(handed_at=None)
             shares.left.set()
         ran_empty = self._found_enough and not waiting
         is_short = waiting <= max(least(), self._ahead) // 2
@@ -118,10 +121,11 @@ def _mark_and_hand_over(run_ids: list[str]) -> None:
         return
     marked = Run.objects.filter(pk__in=run_ids)
     with transaction.atomic():
-        marked.update(handed_at=Now())
+        transactions.in_order(marked, *ORDER).update(handed_at=Now())
     try:
         hand_over(run_ids)
     except BrokerError:
         with transaction.atomic():
-            marked.filter(status=Run.Status.QUEUED).update(handed_at=None)
+            queued = marked.filter(status=Run.Status.QUEUED)
+            transactions.in_order(queued, *ORDER).update(handed_at=None)
         raise

@@ -5,7 +5,7 @@ import json
 import re
 import uuid
 from dataclasses import dataclass, replace
-from datetime import timedelta
+from datetime import datetime, timedelta
 from enum import StrEnum
 from functools import partial
 from typing import Any
@@ -19,6 +19,7 @@ from django.utils import timezone
 from agents import lifecycle, limits, refusals, runs, stream
 from agents.models import CHAT_REPLY, DeletedRun, Event, IdempotencyKey, Run, new_run_id
 from chat.models import CHOSEN_ID, DeletedThread, Message, Thread, ThreadQuerySet, new_thread_id
+from lib import transactions
 from realm import tracing
 from realm.models import User
 
@@ -50,6 +51,10 @@ class Deleted(Refused):
     """The id is that of a thread or a run that was deleted, which the asker may know of."""
 
     code = "id_deleted"
+
+
+class UnknownAsker(Refused):
+    """The account of the asker was deleted while the question was being taken."""
 
 
 class KeyReused(Refused):
@@ -106,6 +111,7 @@ class Idempotency:
             )
 
 
+@transactions.repeated
 def ask(
     *,
     content: str,
@@ -116,6 +122,8 @@ def ask(
     thread_id: str | None = None,
     model: str | None = None,
     place: str = "",
+    room_id: str = "",
+    asked_at: datetime | None = None,
     command: str = CHAT_REPLY,
     input: dict[str, Any] | None = None,
     correlation_id: str | None = None,
@@ -132,7 +140,9 @@ def ask(
     thread of that name, owned by `owner`. `asker` is whose limits hold, where that is not the owner.
     `event_id` is given by whoever has read the event from the
     stream already. `command`, with its `input`, is what the run carries out. `place` is where it was
-    asked, for whoever adds up what a place costs. What has not ended `deadline_seconds` from now fails.
+    asked, for whoever adds up what a place costs. A thread that is begun with a `room_id` belongs to
+    that room, and to no owner; `asked_at` is when the room was seen to ask. What has not ended
+    `deadline_seconds` from now fails.
     `when_busy` says what becomes of it where the thread has runs that have not ended. Raises `Refused`.
     """
     content = clean_content(content)
@@ -173,8 +183,9 @@ def ask(
                 content,
                 source,
                 threads,
-                owner,
+                Thread(owner=None if room_id else owner, room_id=room_id),
                 event_id,
+                asked_at=asked_at,
                 columns={
                     "command": command,
                     "input": input or {},
@@ -191,6 +202,8 @@ def ask(
         # Another request with the same key was first by a hair.
         if idempotency and (earlier := _repeat(idempotency, fingerprint)):
             return earlier
+        if owner and not User.objects.filter(pk=owner.pk).exists():
+            raise UnknownAsker("Your account does not exist any more.") from None
         raise
     except limits.Reached as reached:
         _count(source, reached)
@@ -198,14 +211,18 @@ def ask(
     return replace(asked, began_thread=began_thread)
 
 
+@transactions.repeated
 def ask_again(run: Run) -> bool:
     """Have a run begun anew that failed or was cancelled, as whoever asked it wants: it counts as a
-    question. False when it is in no such state. Raises `Limited`."""
+    question. False when it is in no such state, or gone. Raises `Limited`."""
     if not run.may_be_retried:
+        return False
+    question = Message.objects.filter(run=run).values_list("content", flat=True).first()
+    if question is None:
         return False
     try:
         with transaction.atomic():
-            _admit(run.asker, run.place, run.command, run.model, run.message.content)
+            _admit(run.asker, run.place, run.command, run.model, question)
             if not runs.retry(run):
                 transaction.set_rollback(True)
                 return False
@@ -215,6 +232,7 @@ def ask_again(run: Run) -> bool:
     return True
 
 
+@transactions.repeated
 def amend(run_id: str, *, content: str) -> bool:
     """Put other words to a question whose run has not begun. False when it has: then it answers the
     words that it began with. Raises `Invalid`."""
@@ -294,9 +312,10 @@ def _write(
     content: str,
     source: Run.Source,
     threads: ThreadQuerySet,
-    owner: User | None,
+    new_thread: Thread,
     event_id: uuid.UUID | None,
     *,
+    asked_at: datetime | None,
     columns: dict[str, Any],
     is_new_thread: bool,
     is_chosen_run: bool,
@@ -305,9 +324,9 @@ def _write(
     """Whether it begins its thread."""
     turn = 0 if is_new_thread else _next_turn(asked.thread_id, threads)
     if turn == 0:
-        turn = _begin_thread(asked.thread_id, threads, owner)
+        turn = _begin_thread(asked.thread_id, threads, new_thread)
         if turn == 0 and not is_new_thread:
-            _check_thread_is_new(asked.thread_id, source, owner)
+            _check_thread_is_new(asked.thread_id, source, new_thread.owner)
     if turn:
         # The thread is locked since its turn was taken: no question can come in between.
         _make_way(asked.thread_id, when_busy, columns["command"])
@@ -319,6 +338,7 @@ def _write(
         role=Message.Role.USER,
         content=content,
         correlation_id=asked.correlation_id,
+        created_at=asked_at or timezone.now(),
     )
     run = Run.objects.create(
         id=asked.run_id,
@@ -371,10 +391,11 @@ def _next_turn(thread_id: str, threads: ThreadQuerySet) -> int:
     return mine.values_list("turns", flat=True).get() - 1
 
 
-def _begin_thread(thread_id: str, threads: ThreadQuerySet, owner: User | None) -> int:
+def _begin_thread(thread_id: str, threads: ThreadQuerySet, new: Thread) -> int:
+    new.pk, new.turns = thread_id, 1
     try:
         with transaction.atomic():
-            Thread.objects.create(id=thread_id, owner=owner, turns=1)
+            new.save(force_insert=True)
     except IntegrityError:
         turn = _next_turn(thread_id, threads)  # begun by another request just now
         if turn == 0:

@@ -22,6 +22,7 @@ from django.utils import timezone
 
 from agents import lifecycle
 from agents.models import Run
+from lib import transactions
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +132,8 @@ class Heartbeat:
                 return
         held = Run.objects.held_by(worker_name()).filter(pk__in={lease.run_id for lease in leases})
         with transaction.atomic():
-            renewed = held.update(lease_expires_at=Now() + rules().lease)
+            in_order = transactions.in_order(held, "thread", "position")
+            renewed = in_order.update(lease_expires_at=Now() + rules().lease)
         if renewed < len(leases):
             still = set(held.values_list("pk", "attempt"))
             for lease in leases:

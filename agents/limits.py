@@ -24,6 +24,7 @@ from django.utils import timezone
 from agents import llm, prices
 from agents.allowances import Kind, Limit, Pace, Spending
 from agents.models import Run, today
+from lib import transactions
 from realm import connections
 from realm.models import User
 
@@ -424,5 +425,5 @@ def forget() -> None:
     """Let go of who has not asked for long, and of what was spent on days that nobody looks at."""
     long_ago = int((timezone.now() - PACE_MEMORY).timestamp() * SECOND)
     with transaction.atomic():
-        Pace.objects.filter(free_at__lt=long_ago).delete()
+        transactions.in_order(Pace.objects.filter(free_at__lt=long_ago)).delete()
         Spending.objects.filter(day__lt=today() - SPENDING_MEMORY).delete()

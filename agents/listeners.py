@@ -16,14 +16,11 @@ from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import orjson
-from django.conf import settings
-from redis.asyncio import BlockingConnectionPool, Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
 from agents import live, stream
 from lib import revocations
+from lib.redis import async_client
 
 logger = logging.getLogger(__name__)
 
@@ -164,18 +161,9 @@ class Hub:
         self._calls: set[asyncio.Task[None]] = set()
         self._left_at = 0.0
         self._failures = 0
-        self._redis = Redis(
-            connection_pool=BlockingConnectionPool.from_url(
-                settings.REDIS_URL,
-                max_connections=16,
-                timeout=5,
-                socket_timeout=5,
-                socket_connect_timeout=2,
-                # A Redis that was restarted is found out by a connection that is dead. What is
-                # said on these may be said twice.
-                retry=Retry(NoBackoff(), 1),
-            )
-        )
+        # A Redis that was restarted is found out by a connection that is dead. What goes over these
+        # may go twice.
+        self._redis = async_client(timeout=5, connect_timeout=2, retries=1)
 
     @contextmanager
     def run(self, run_id: str, place: Place) -> Iterator[Listener]:
@@ -219,10 +207,7 @@ class Hub:
         """At most `BATCH` events of a run after `place`. Raises `RedisError`."""
         after = f"{place.attempt}-{place.number + 1}"
         found: Any = await self._redis.xrange(live.stream_of(run_id), after, "+", count=BATCH)
-        return [
-            Told(_place(entry), fields[b"type"].decode(), fields[b"data"].decode())
-            for entry, fields in found
-        ]
+        return list(_usable(found))
 
     async def remembers(self, run_id: str) -> bool:
         """Whether Redis has anything of what a run told. Raises `RedisError`."""
@@ -304,7 +289,7 @@ class Hub:
     def _hand_out(self, news: dict[str, Any]) -> None:
         for run_id, attempt, events in news.get("told", ()):
             if listeners := self._runs.get(run_id):
-                told = [Told(Place(attempt, number), *event) for number, *event in events]
+                told = [_told(attempt, *event) for event in events]
                 for listener in listeners:
                     listener.hear(told)
         if event := news.get("event"):
@@ -341,6 +326,24 @@ def hub(which_ended: Callable[[list[str]], Awaitable[Iterable[str]]]) -> Hub:
     if loop not in _hubs:
         _hubs[loop] = Hub(which_ended)
     return _hubs[loop]
+
+
+def _told(attempt: Any, number: Any, type: Any, data: Any) -> Told:
+    """Raises `TypeError` for what no worker tells."""
+    if not (isinstance(attempt, int) and isinstance(number, int)):
+        raise TypeError("a place is two numbers")
+    if not (isinstance(type, str) and isinstance(data, str)):
+        raise TypeError("an event is a type and data")
+    return Told(Place(attempt, number), type, data)
+
+
+def _usable(entries: Any) -> Iterator[Told]:
+    for entry, fields in entries:
+        try:
+            yield Told(_place(entry), fields[b"type"].decode(), fields[b"data"].decode())
+        except (LookupError, ValueError):
+            # Any program may have written it; a listener is told of the gap, if there is one.
+            logger.warning("An entry that makes no sense stands on the stream of a run")
 
 
 def _place(entry: bytes) -> Place:

@@ -21,12 +21,11 @@ from typing import Any
 import orjson
 from django.conf import settings
 from redis import Redis
-from redis.backoff import NoBackoff
 from redis.client import PubSub
 from redis.exceptions import RedisError
-from redis.retry import Retry
 
 from agents import stream
+from lib.redis import client
 
 logger = logging.getLogger(__name__)
 
@@ -55,12 +54,7 @@ def stream_of(run_id: str) -> str:
 @functools.cache
 def _teller() -> Redis:
     """Tells again by itself where a connection turns out to be dead: ids make that harmless."""
-    return Redis.from_url(
-        settings.REDIS_URL,
-        socket_timeout=TELL_SECONDS,
-        socket_connect_timeout=stream.REQUEST_SECONDS,
-        retry=Retry(NoBackoff(), 1),
-    )
+    return client(timeout=TELL_SECONDS, connect_timeout=stream.REQUEST_SECONDS, retries=1)
 
 
 def stop(run_id: str) -> None:
@@ -284,12 +278,7 @@ def tick_seconds(feeds: int) -> float:
 
 @functools.cache
 def _hearer() -> Redis:
-    return Redis.from_url(
-        settings.REDIS_URL,
-        socket_timeout=stream.BLOCK_SECONDS + 4,
-        socket_connect_timeout=2,
-        retry=Retry(NoBackoff(), 0),
-    )
+    return client(timeout=stream.BLOCK_SECONDS + 4, connect_timeout=2)
 
 
 @functools.cache

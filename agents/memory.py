@@ -6,6 +6,7 @@ it is.
 """
 
 import logging
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -48,8 +49,8 @@ class Context:
 def context(run: Run) -> Context:
     """The context of a run: never a message later than the one that asked."""
     thread, window = run.thread, settings.CHAT_MEMORY_RECENT_MESSAGES
-    earlier = Message.objects.filter(thread_id=run.thread_id, position__lte=run.position)
-    earlier = shortened(earlier, whole=run.position)
+    until_now = Message.objects.filter(thread_id=run.thread_id, position__lte=run.position)
+    earlier = shortened(until_now, whole=run.position)
     recent: list[Any] = list(earlier.order_by("-position")[:window])
     if not recent:
         raise llm.Stopped  # the thread was deleted since the run was claimed
@@ -63,19 +64,55 @@ def context(run: Run) -> Context:
     partial = _broken_off(run, recent)
     messages = []
     for message in recent:
-        messages.append({"role": message.role, "content": message.text})
+        messages.append({"role": _role(message.role), "content": message.text})
         if message.position in partial:
             messages.append({"role": "assistant", "content": partial[message.position]})
     told = thread.summary_reach if thread.summary and thread.summary_reach < run.position else None
     if told is not None:
-        text = render_to_string("agents/memory.txt", {"summary": thread.summary}).strip()
-        messages.insert(0, {"role": "system", "content": text})
+        _put_note(messages, thread.summary)
     return Context(
         messages=messages,
         sent={
             "summaryUpTo": told,
             "messages": [str(message.pk) for message in recent],
             **({"brokenOffAfter": sorted(partial)} if partial else {}),
+        },
+    )
+
+
+def _role(role: str) -> str:
+    """The role that a message is sent with: instructions never come out of a thread."""
+    return "assistant" if role == Message.Role.ASSISTANT else "user"
+
+
+def _put_note(messages: list[dict[str, Any]], summary: str) -> None:
+    """Put the summary at the start of the first user message. It repeats the words of people, so it has
+    the standing of theirs and is no system message."""
+    note = render_to_string("agents/memory.txt", {"summary": marked("summary", summary)}).strip()
+    # There is one: the question.
+    first = next(message for message in messages if message["role"] == "user")
+    first["content"] = f"{note}\n\n{first['content']}"
+
+
+MARKS = re.compile(r"<(?=[\s/\\]*(?:summary|message)\b)", re.IGNORECASE)
+
+
+def marked(name: str, text: str, attributes: str = "") -> str:
+    """Text between an opening and a closing mark. A mark within the text is escaped, so that no text
+    ends early or begins another one."""
+    return f"<{name}{attributes}>\n{MARKS.sub('&lt;', text)}\n</{name}>"
+
+
+def summary_prompt(summary: str, messages: Sequence[Any]) -> str:
+    """The request for a new summary: fixed instructions, then summary and messages as data."""
+    return render_to_string(
+        "agents/summarise.txt",
+        {
+            "summary": marked("summary", summary or "(none yet)"),
+            "messages": [
+                marked("message", message.text, f' role="{_role(message.role)}"')
+                for message in messages
+            ],
         },
     )
 
@@ -173,7 +210,7 @@ def summarise(thread_id: str) -> Summary | None:
         _set_due(thread, lease, None)
         return None
     model = settings.CHAT_SUMMARY_MODEL or _model_of(thread)
-    prompt = render_to_string("agents/summarise.txt", {"summary": thread.summary, "messages": left})
+    prompt = summary_prompt(thread.summary, left)
     connections.give_back()
     purse = _purse_of(thread)
     deadline = time.monotonic() + SUMMARY_LEASE.total_seconds() - 30

@@ -6,6 +6,7 @@ import uuid
 from datetime import datetime, timedelta
 
 import cuid2
+from django.contrib.auth.models import AnonymousUser
 from django.db import models
 from django.db.models import Exists, F, OuterRef, Q, Subquery
 from django.db.models.functions import Coalesce, Greatest, Now
@@ -16,7 +17,8 @@ from agents.allowances import MAX_NAME_LENGTH, Limit, Pace, Spending
 from agents.conditions import Condition
 from agents.costs import Price, Rollup, RollupState, Usage, today
 from agents.statements import as_q
-from chat.models import Message, Thread
+from chat.models import Message, Thread, visible
+from realm.models import User
 from realm.tracing import MAX_LENGTH as MAX_REQUEST_ID_LENGTH
 
 __all__ = [
@@ -132,6 +134,15 @@ class RunQuerySet(models.QuerySet["Run"]):
         times = lying.values_list("now", "since")[:SEARCHED_FOR_OLDEST]
         return max([0.0, *((now - since).total_seconds() for now, since in times)])
 
+    def with_deactivation(self) -> "RunQuerySet":
+        """With `is_of_deactivated`: True where the account that asked was deactivated since. In the
+        same statement, for each run is read before it is begun."""
+        # As limits.asker_of() names an account.
+        named = Q(matrix_user_id=OuterRef("asker")) | Q(
+            username=OuterRef("asker"), matrix_user_id=None
+        )
+        return self.annotate(is_of_deactivated=Exists(User.objects.filter(named, is_active=False)))
+
     def clocked(self) -> list["Run"]:
         """Read now, with what the database's clock says."""
         begun = time.monotonic()
@@ -142,6 +153,10 @@ class RunQuerySet(models.QuerySet["Run"]):
 
     def held_by(self, worker: str) -> "RunQuerySet":
         return self.filter(status=Run.Status.PROCESSING, worker=worker)
+
+    def visible_to(self, user: User | AnonymousUser | None) -> "RunQuerySet":
+        """Those in their own threads, and in a room's those asked since they joined it."""
+        return self.filter(visible(user, asked_at="message__created_at"))
 
 
 class Run(models.Model):
@@ -310,6 +325,18 @@ class Run(models.Model):
         return self.id
 
     @property
+    def answers_others(self) -> bool:
+        """Whether a question of another asker was merged into this run, so that they have no answer
+        without it."""
+        run_ids = [self.pk]
+        while run_ids:
+            merged = Run.objects.filter(merged_into__in=run_ids)
+            if merged.exclude(asker=self.asker).exists():
+                return True
+            run_ids = list(merged.values_list("pk", flat=True))
+        return False
+
+    @property
     def is_finished(self) -> bool:
         return self.status not in self.UNFINISHED
 
@@ -344,6 +371,8 @@ class Run(models.Model):
     # When it was read, by the database's clock and by `time.monotonic()`; see `RunQuerySet.clocked()`.
     read_at: datetime | None = None
     read_at_monotonic = 0.0
+    # By with_deactivation()
+    is_of_deactivated = False
 
     def clock(self) -> datetime:
         """By the database's clock, which its times are told by: this process's own may be wrong."""

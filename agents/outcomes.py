@@ -20,7 +20,7 @@ from django.utils import timezone
 from agents import audience, leases, lifecycle, llm, loop, memory, prices, stream
 from agents.models import OVERDUE, Attempt, Event, Run, Step
 from agents.statements import as_columns
-from chat.models import Message
+from chat.models import Message, Thread
 from realm.connections import AWAY
 
 logger = logging.getLogger(__name__)
@@ -71,13 +71,14 @@ def complete(run: Run, answer: str, transcript: loop.Transcript) -> bool:
         correlation_id=run.correlation_id,
     )
     with transaction.atomic():
-        # First, as it locks the thread: whoever asks locks that before a run (agents.inbox).
+        # First, as it locks the thread: whoever asks locks that before a run (docs/reliability.md).
         summary_due = memory.note_answer(run)
         won = _finish(
             run,
             change_of(run, lifecycle.Answered(run.attempt)),
             transcript,
             payload={"output": answer},
+            in_thread=True,
             answer_id=message.pk,
         )
         if won:
@@ -142,11 +143,12 @@ def _finish(
     *,
     payload: dict[str, Any],
     error: str = "",
+    in_thread: bool = False,
     **columns: Any,
 ) -> bool:
     """Write the outcome of an attempt, its event included. False when this worker lost the run."""
     columns |= {"finished_at": timezone.now(), **_spent(run, transcript)}
-    if not fenced(run, change, **columns):
+    if not fenced(run, change, in_thread=in_thread, **columns):
         return False
     end_attempt(run, change.ended, transcript, error, columns.get("error_code", ""))
     transcript.settle()
@@ -154,9 +156,14 @@ def _finish(
     return True
 
 
-def fenced(run: Run, change: lifecycle.Change, **columns: Any) -> bool:
-    """Change the run if the claim still stands: the attempt's number is the fence."""
+def fenced(run: Run, change: lifecycle.Change, *, in_thread: bool = False, **columns: Any) -> bool:
+    """Change the run if the claim still stands: the attempt's number is the fence. `in_thread`: lock
+    its thread before it, as a message of the thread is written with it."""
     claimed = Run.objects.filter(pk=run.pk).that(lifecycle.OfAttempt(run.attempt).guard)
+    if in_thread and connection.features.has_select_for_update:
+        # In the same statement: the condition is looked at before the row is locked.
+        thread = Thread.objects.filter(pk=run.thread_id).select_for_update(no_key=True)
+        claimed = claimed.filter(thread__in=thread.values("pk"))
     if claimed.update(updated_at=timezone.now(), **as_columns(change), **columns):
         return True
     if _mark_fenced(run):

@@ -23,13 +23,15 @@ from django.apps import apps
 from django.conf import settings
 from django.contrib.sessions.models import Session
 from django.db import transaction
-from django.db.models import Exists, F, OuterRef, QuerySet
+from django.db.models import Exists, OuterRef, QuerySet
 from django.utils import timezone
 from django.utils.module_loading import module_has_submodule
 
 from agents import rollups, runs
 from agents.models import Attempt, Event, Run, Step, Summary
 from chat.models import Thread
+from lib import transactions
+from realm.models import User
 
 BATCH = 500
 # Each brings its messages and runs.
@@ -187,18 +189,30 @@ def _deletions(kind: Ageing) -> Iterator[dict[str, int]]:
                 chunk = keys[first : first + BATCH_OF_THREADS]
                 yield from _delete_threads(chunk, kind.cutoff)
         else:
-            yield delete(kind.rows.model._default_manager.filter(pk__in=keys))
+            yield _delete_rows(kind.rows.model._default_manager.filter(pk__in=keys))
 
 
 def _delete_threads(thread_ids: list[str], cutoff: datetime) -> Iterator[dict[str, int]]:
     """The traces of their runs first, as they may be many, then the threads with all that is left."""
     quiet = _quiet_threads(cutoff).filter(pk__in=thread_ids)
     yield from _delete_traces(quiet)
+    yield _delete_quiet(quiet)
+
+
+@transactions.repeated
+def _delete_quiet(quiet: QuerySet[Thread]) -> dict[str, int]:
     with transaction.atomic():
-        # Locks them: a question that comes now waits, and then begins the thread anew.
-        quiet.update(updated_at=F("updated_at"))
-        deleted = delete(Thread.objects.filter(pk__in=list(quiet.values_list("pk", flat=True))))
-    yield deleted
+        # A question that comes now waits, and then begins the thread anew.
+        _lock(quiet)
+        # Once more: a run may have been asked for again until it was locked.
+        return _delete_locked(list(quiet.values_list("pk", flat=True)))
+
+
+def _lock(threads: QuerySet[Thread]) -> list[str]:
+    """Lock threads, then their runs. The keys of the threads."""
+    locked = transactions.lock(threads)
+    transactions.lock(Run.objects.filter(thread__in=locked), "thread", "position")
+    return locked
 
 
 def _delete_traces(threads: list[str] | QuerySet[Thread]) -> Iterator[dict[str, int]]:
@@ -211,29 +225,54 @@ def _delete_traces(threads: list[str] | QuerySet[Thread]) -> Iterator[dict[str, 
     for rows in traces:
         of_these = rows.filter(run__thread__in=threads)
         while keys := list(of_these.values_list("pk", flat=True)[:BATCH]):
-            yield delete(rows.filter(pk__in=keys))
+            yield _delete_rows(rows.filter(pk__in=keys))
 
 
 def delete_thread(thread: Thread) -> None:
     """Delete a thread at once, because its owner wants it. What goes on in it is cancelled and told
-    so; what it took stays in the figures."""
-    _close(thread)
+    so; what it took stays in the figures. One that is gone already is left at that."""
+    _close(thread.pk)
     for _ in _delete_traces([thread.pk]):
         pass
+    _delete_threads_now(Thread.objects.filter(pk=thread.pk))
+
+
+@transactions.repeated
+def _delete_threads_now(threads: QuerySet[Thread]) -> None:
     with transaction.atomic():
         # A question that comes now waits, and then begins the thread anew; and so does a worker that
         # still has something to write of a run, and finds it gone.
-        Thread.objects.filter(pk=thread.pk).update(updated_at=F("updated_at"))
-        of_thread = Run.objects.filter(thread=thread).order_by("position")
-        list(of_thread.select_for_update().values_list("pk"))
-        _close(thread)
-        delete(Thread.objects.filter(pk=thread.pk))
+        locked = _lock(threads)
+        for thread_id in locked:
+            _close(thread_id)
+        _delete_locked(locked)
 
 
-def _close(thread: Thread) -> None:
-    for run in Run.objects.unfinished().filter(thread=thread).order_by("position"):
+def _delete_locked(thread_ids: list[str]) -> dict[str, int]:
+    # After the rollups' own row (agents.rollups), which is locked before the events that it counts.
+    transactions.lock(Event.objects.filter(run__thread__in=thread_ids))
+    return delete(Thread.objects.filter(pk__in=thread_ids))
+
+
+def delete_threads_of(user: User) -> None:
+    """Delete what a user owns, in the transaction that deletes the user: Django alone would lock the
+    rows in an order of its own, and know nothing of workers."""
+    # A thread that is begun meanwhile waits for this transaction, and finds its owner gone.
+    transactions.lock(User.objects.filter(pk=user.pk))
+    _delete_threads_now(Thread.objects.filter(owner=user))
+
+
+def _close(thread_id: str) -> None:
+    for run in Run.objects.unfinished().filter(thread=thread_id).order_by("position"):
         runs.cancel(run)
-    rollups.fold_thread(thread.pk)
+    rollups.fold_thread(thread_id)
+
+
+@transactions.repeated
+def _delete_rows(rows: QuerySet[Any]) -> dict[str, int]:
+    with transaction.atomic():
+        transactions.lock(rows)
+        return delete(rows)
 
 
 def delete(rows: QuerySet[Any]) -> dict[str, int]:

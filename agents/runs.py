@@ -2,7 +2,8 @@
 what others do to a run: cancel it, retry it, put it back.
 
 What may become of a run is told by agents/lifecycle.py. Every change here is one conditional UPDATE
-that names the state it comes from, so whoever is late changes nothing.
+that names the state it comes from, so whoever is late changes nothing; of a run that was deleted
+meanwhile, too. The order in which rows are locked is in docs/reliability.md.
 """
 
 import logging
@@ -34,6 +35,8 @@ from agents.models import (
     Run,
 )
 from agents.statements import as_columns, as_q
+from chat.models import Thread
+from lib import transactions
 from realm.connections import AWAY
 from realm.tracing import tagged
 
@@ -47,6 +50,10 @@ def execute(run_id: str) -> str | None:
     and nothing happens. The id of its thread when the thread's summary is due."""
     run = _unfinished(run_id)
     if run is None:
+        return None
+    if run.is_of_deactivated:
+        logger.info("Run %s was not begun: the account of its asker is deactivated", run.pk)
+        cancel(run)
         return None
     with shares.seats.one(run.asker) as free:
         if not free:
@@ -81,10 +88,12 @@ def claim(run_id: str) -> Run | None:
 
 
 def _unfinished(run_id: str) -> Run | None:
-    run = next(iter(Run.objects.select_related("thread").filter(pk=run_id).clocked()), None)
+    found = Run.objects.select_related("thread").filter(pk=run_id).with_deactivation()
+    run = next(iter(found.clocked()), None)
     return None if run is None or run.is_finished else run
 
 
+@transactions.repeated
 def _claim(run: Run) -> bool:
     change = outcomes.change_of(run, lifecycle.Claimed())
     worker, now = leases.worker_name(), timezone.now()
@@ -176,15 +185,24 @@ def _deadline(run: Run) -> float:
     return time.monotonic() + left.total_seconds()
 
 
+@transactions.repeated
 def cancel(run: Run) -> bool:
     """End a run that has not ended. Its worker, if it has one, finds the lease gone and gives up;
-    what it brings back is refused. False when the run had ended before."""
+    what it brings back is refused. False when the run had ended before, or is gone."""
     while True:
-        run.refresh_from_db()
-        if run.is_finished:
+        if not _reread(run) or run.is_finished:
             return False
         if _end(run, lifecycle.Cancelled()):
             return True
+
+
+def _reread(run: Run) -> bool:
+    """False when it was deleted meanwhile."""
+    try:
+        run.refresh_from_db()
+    except Run.DoesNotExist:
+        return False
+    return True
 
 
 def merge_waiting(run: Run) -> None:
@@ -213,6 +231,7 @@ def end_overdue() -> int:
     return sum(_fail_overdue(run) for run in overdue[:OVERDUE_BATCH])
 
 
+@transactions.repeated
 def _fail_overdue(run: Run) -> bool:
     error = outcomes.overdue()
     return _end(
@@ -248,18 +267,21 @@ def _end(
     return True
 
 
+@transactions.repeated
 def retry(run: Run) -> bool:
     """Begin a run anew that failed or was cancelled: now, with a fresh budget of attempts and time.
-    False when it is in no such state (any more), so of two who ask at once one is told True.
+    False when it is in no such state (any more), so of two who ask at once one is told True, or when
+    it is gone.
 
     It keeps its place in the thread. Later questions that were answered stay answered; those that
     wait go on waiting until it has ended again. It is told as a new `agent.run.requested`, which the
     next outcome names.
     """
-    run.refresh_from_db()
-    if not run.may_be_retried:
+    if not _reread(run) or not run.may_be_retried:
         return False
     with transaction.atomic():
+        # It changes other runs of the thread as well, which are its neighbours' too.
+        transactions.lock(Thread.objects.filter(pk=run.thread_id))
         ended = Run.objects.as_read(run).that(lifecycle.AskedAgain.guard)
         if not ended.update(
             request_event_id=uuid.uuid4(),
@@ -277,12 +299,12 @@ def retry(run: Run) -> bool:
     return True
 
 
+@transactions.repeated
 def requeue(run: Run) -> bool:
     """Have an unfinished run begun anew at once, whoever holds it: its worker, if it has one, loses
-    the run, and what it brings back is refused. False when the run has ended, or changed hands just
-    now."""
-    run.refresh_from_db()
-    if run.is_finished:
+    the run, and what it brings back is refused. False when the run has ended, changed hands just now,
+    or is gone."""
+    if not _reread(run) or run.is_finished:
         return False
     change = outcomes.change_of(run, lifecycle.Requeued())
     with transaction.atomic():
@@ -305,7 +327,8 @@ def _hold_back_later(run: Run) -> None:
     """
     event = lifecycle.HeldBack()
     later = Run.objects.filter(thread_id=run.thread_id, position__gt=run.position)
-    later.that(event.guard).update(**as_columns(outcomes.change_of(run, event)))
+    held_back = transactions.in_order(later.that(event.guard), "position")
+    held_back.update(**as_columns(outcomes.change_of(run, event)))
 
 
 def _announce_request(run: Run) -> None:
@@ -320,10 +343,11 @@ def _announce_request(run: Run) -> None:
     transaction.on_commit(partial(stream.publish, [event.as_entry()]), robust=True)
 
 
+@transactions.repeated
 def tell_again(events: EventQuerySet) -> int:
     """Add events to the stream once more; readers know them by their ids. How many."""
     entries = [event.as_entry() for event in events]
     # Until a worker has seen them there, the relay sees to it.
-    events.update(published_at=None)
+    transactions.in_order(events).update(published_at=None)
     transaction.on_commit(partial(stream.publish, entries), robust=True)
     return len(entries)

@@ -58,6 +58,7 @@ from agents.chores import CHORES
 from agents.events import Malformed, Told
 from agents.models import DeletedRun, Event, Run
 from chat.models import Thread
+from lib import transactions
 from realm.tracing import tagged
 
 logger = logging.getLogger(__name__)
@@ -130,7 +131,8 @@ class Reader:
         seen = [self._seen.popleft() for _ in range(len(self._seen))]
         if seen:
             with transaction.atomic():
-                Event.objects.unpublished().filter(pk__in=seen).update(published_at=Now())
+                unpublished = Event.objects.unpublished().filter(pk__in=seen)
+                transactions.in_order(unpublished).update(published_at=Now())
 
     def _following(self, threads: set[str]) -> list[str]:
         """The next run of each of these threads. Whether it may be claimed is for the claim to tell."""
@@ -158,7 +160,7 @@ class Reader:
                     content=event.text("prompt"),
                     source=Run.Source.STREAM,
                     asker=limits.PROGRAMS,
-                    threads=Thread.objects.all(),
+                    threads=Thread.objects.outside_rooms().exclude(owner__is_active=False),
                     thread_id=event.optional_text("threadId"),
                     model=event.optional_text("model"),
                     correlation_id=event.correlation_id,
@@ -167,6 +169,9 @@ class Reader:
                 )
         except inbox.Limited:
             raise
+        except inbox.UnknownThread as error:
+            stream.bury(entry, _of_room(event.payload["threadId"]) or str(error))
+            return False
         except (Malformed, inbox.Refused) as error:
             if isinstance(error, inbox.Deleted) and _was_deleted(event.run_id):
                 # Asked before its thread was deleted, with all that was said there.
@@ -184,6 +189,13 @@ class Reader:
             stream.bury(entry, f"it cannot be recorded ({type(error).__name__})")
             return False
         return True
+
+
+def _of_room(thread_id: str) -> str:
+    """The reason why a request for the thread of a room is set aside; empty for another thread."""
+    if not Thread.objects.exclude(room_id="").filter(pk=thread_id).exists():
+        return ""
+    return "its thread belongs to a Matrix room, and only what is said in the room enters it"
 
 
 def _was_deleted(run_id: str | None) -> bool:

@@ -16,10 +16,10 @@ from typing import Any, cast
 import orjson
 from django.conf import settings
 from redis import Redis
-from redis.backoff import NoBackoff
 from redis.client import PubSub
 from redis.exceptions import RedisError, ResponseError
-from redis.retry import Retry
+
+from lib.redis import client
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +31,7 @@ BREAK_SECONDS = 3.0
 # What a request, or a step of a run, waits for Redis at the most.
 REQUEST_SECONDS = 0.3
 KEEPER_MS = 4000
+MOST_OF_MESSAGE = 64 * 1024
 
 
 @dataclass(frozen=True)
@@ -65,35 +66,25 @@ _breaker = Breaker()
 def _publisher() -> Redis:
     """For use within a request: gives up soon, and never repeats a command by itself, which might add
     an entry twice."""
-    return Redis.from_url(
-        settings.REDIS_URL,
-        socket_timeout=REQUEST_SECONDS,
-        socket_connect_timeout=REQUEST_SECONDS,
-        retry=Retry(NoBackoff(), 0),
-        max_connections=1000,
-    )
+    return client(timeout=REQUEST_SECONDS, max_connections=1000)
 
 
 @functools.cache
 def consumer() -> Redis:
     """For the loops of a worker, which may wait."""
-    return Redis.from_url(
-        settings.REDIS_URL,
-        socket_timeout=BLOCK_SECONDS + 4,
-        socket_connect_timeout=2,
-        retry=Retry(NoBackoff(), 0),
-    )
+    return client(timeout=BLOCK_SECONDS + 4, connect_timeout=2)
 
 
 @functools.cache
 def observer() -> Redis:
     """For who only looks: gives up after a second."""
-    return Redis.from_url(
-        settings.REDIS_URL,
-        socket_timeout=1,
-        socket_connect_timeout=1,
-        retry=Retry(NoBackoff(), 0),
-    )
+    return client(timeout=1)
+
+
+def try_write() -> None:
+    """Write what is gone again at once. Raises `RedisError` where Redis is away or takes nothing, being
+    full, a replica or unable to save."""
+    observer().set(f"{settings.REDIS_STREAM_KEY}:probe", b"", px=1)
 
 
 @dataclass(frozen=True)
@@ -339,6 +330,18 @@ def bury(entry: Entry, reason: str) -> None:
     )
 
 
+def bury_message(raw: bytes, place: str, reason: str) -> None:
+    """Keep with them what stood in Celery's queue or beside it and is no message: as much of it as a
+    message may have. Raises `RedisError`."""
+    logger.warning("An entry of %s is of no use: %s", place, reason)
+    consumer().xadd(
+        _dead_key(),
+        {"event": raw[:MOST_OF_MESSAGE], "reason": f"{place}: {reason}", "queue": place},
+        maxlen=settings.REDIS_STREAM_DEAD_LENGTH or None,
+        approximate=True,
+    )
+
+
 @dataclass(frozen=True)
 class Dead:
     """An entry that could not be used: the one it was, when it was set aside, and why."""
@@ -365,15 +368,19 @@ def count_dead() -> int:
 
 
 def revive(dead_id: str) -> bool:
-    """Move an entry that was set aside back to the stream, in one step; False when it is not there any
-    more. Raises `RedisError`."""
+    """Move an entry that was set aside back to the stream, or to the queue that it came from, in one
+    step; False when it is not there any more. Raises `RedisError`."""
 
     def move(pipe: Any) -> Any:
         found = pipe.xrange(_dead_key(), dead_id, dead_id)
         pipe.multi()
         if found:
+            fields = found[0][1]
             pipe.xdel(_dead_key(), dead_id)
-            pipe.xadd(settings.REDIS_STREAM_KEY, {"event": found[0][1].get(b"event", b"")})
+            if b"queue" not in fields:
+                pipe.xadd(settings.REDIS_STREAM_KEY, {"event": fields.get(b"event", b"")})
+            elif fields[b"queue"].decode(errors="replace") == settings.CELERY_TASK_DEFAULT_QUEUE:
+                pipe.lpush(settings.CELERY_TASK_DEFAULT_QUEUE, fields.get(b"event", b""))
         return bool(found)
 
     redis: Any = consumer()  # its types know no `value_from_callable`

@@ -1,4 +1,5 @@
-"""Measure the whole system on this machine: `python -m benchmarks [case ...]`.
+"""Measure the whole system on this machine: `python -m benchmarks [case ...]`. To compare two commits:
+`python -m benchmarks compare BASE=<commit>` (compare.py).
 
 One line of JSON for each measurement on stdout, a table for people on stderr at the end. The model
 is a fake that answers after a fixed time; load generator, fake and system share the processors.
@@ -20,6 +21,7 @@ from typing import Any
 import orjson
 import psutil
 
+from benchmarks import compare
 from benchmarks.footprint import cpu, memory
 from benchmarks.history import history
 from benchmarks.ingest import ingest
@@ -42,12 +44,14 @@ CASES: dict[str, Callable[[System], AsyncIterator[Result]]] = {
 
 
 def main() -> None:
+    # As Ctrl-C does, so that nothing is left running.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if sys.argv[1:2] == ["compare"]:
+        sys.exit(compare.main(sys.argv[2:]))
     options = _options()
     env = dict(each.split("=", 1) for each in options.env)
     if options.database_url:
         env["DATABASE_URL"] = options.database_url
-    # As Ctrl-C does, so that nothing is left running.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     _show({"case": "machine", **_machine(options.database_url)})
     with LLMProcess() as llm, Stack(llm.url, **env) as stack:
         try:

@@ -57,8 +57,15 @@ def main() -> None:
     sys.exit(bool(late))
 
 
-def measure(repeat: int = 3) -> Iterator[Page]:
-    """Each page as a superuser gets it; of several times the median."""
+def parts() -> list[str]:
+    """What the pages are parted by: the figures, and the lists of each app."""
+    from django.contrib import admin
+
+    return ["figures", *sorted({model._meta.app_label for model in admin.site._registry})]
+
+
+def measure(repeat: int = 3, only: str = "") -> Iterator[Page]:
+    """Each page as a superuser gets it, or those of one of the `parts`; of several times the median."""
     from django.test import Client
 
     from realm.models import User
@@ -69,7 +76,12 @@ def measure(repeat: int = 3) -> Iterator[Page]:
     client = Client()
     client.force_login(user)
     client.get("/admin/")  # templates are compiled once for a process
-    for page in _pages(user):
+    for part in [only] if only else parts():
+        yield from _timed(client, _pages(user, part), repeat)
+
+
+def _timed(client: Any, pages: Iterator[Page], repeat: int) -> Iterator[Page]:
+    for page in pages:
         times = []
         for _ in range(repeat):
             page.queries, seconds, page.slowest = _get(client, page.url)
@@ -78,18 +90,23 @@ def measure(repeat: int = 3) -> Iterator[Page]:
         yield page
 
 
-def _pages(user: Any) -> Iterator[Page]:
+def _pages(user: Any, part: str) -> Iterator[Page]:
     from django.contrib import admin
 
+    if part == "figures":
+        yield from _figures()
+    for model in sorted(admin.site._registry, key=lambda each: each._meta.label):
+        if model._meta.app_label == part and model._meta.label != "agents.Usage":
+            yield from _list_pages(user, model)
+
+
+def _figures() -> Iterator[Page]:
     for key in ("1h", "24h", "7d", "30d"):
         yield Page(f"home, {key}", f"/admin/?range={key}", budget=MAX_HOME_MS)
     for period in ("today", "month"):
         for by in ("user", "place", "model", "day"):
             url = f"/admin/agents/usage/?by={by}&period={period}"
             yield Page(f"usage by {by}, {period}", url)
-    for model in sorted(admin.site._registry, key=lambda each: each._meta.label):
-        if model._meta.label != "agents.Usage":
-            yield from _list_pages(user, model)
 
 
 def _list_pages(user: Any, model: Any) -> Iterator[Page]:

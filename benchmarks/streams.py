@@ -26,6 +26,7 @@ STREAMS = 200
 TOKENS_PER_SECOND = 50
 IDLE = 1000
 SENT_AT = re.compile(rb"@(\d+\.\d{6}) ")
+END = b"event: run.completed"
 RUN = re.compile(rb'"runId":"([^"]+)"')
 
 
@@ -38,6 +39,8 @@ class Stream(asyncio.Protocol):
         self.at = array("d")
         self.seconds = array("d")
         self.run = ""
+        self.completed = False
+        self._tail = b""
         self.begun = asyncio.Event()
         self.over = asyncio.Event()
 
@@ -52,9 +55,15 @@ class Stream(asyncio.Protocol):
             self.run = found[1].decode()
         if b"\nevent: " in data:
             self.begun.set()
-        if b"event: run.completed" in data:
-            data = data.partition(b"event: run.completed")[0]
+        if self.completed:
+            return
+        # The end may come in two parts.
+        text = self._tail + data
+        if END in text:
+            data = text.partition(END)[0][len(self._tail) :]
+            self.completed = True
             self.over.set()
+        self._tail = text[-len(END) :]
         for sent in SENT_AT.findall(data):
             self.at.append(now)
             self.seconds.append(now - float(sent))
@@ -81,7 +90,7 @@ async def _first_token(system: System, port: int) -> Result:
     total = system.scaled(200, 20)
     first = []
     for number in range(total + 5):
-        (stream,) = await _open(port, [_question()])
+        (stream,) = await open_streams(port, [question()])
         await asyncio.wait_for(stream.over.wait(), 30)
         stream.transport.close()
         if number >= 5:
@@ -98,7 +107,7 @@ async def _at_once(system: System, port: int, pid: int, count: int) -> Result:
     worker = system.stack.pid("worker")
     before = [process_cpu_seconds(each) for each in (pid, worker)]
     begun = time.perf_counter()
-    opened = await _open(port, [_question()] * count)
+    opened = await open_streams(port, [question()] * count)
     await asyncio.wait_for(asyncio.gather(*(each.over.wait() for each in opened)), 300)
     took = time.perf_counter() - begun
     after = [process_cpu_seconds(each) for each in (pid, worker)]
@@ -131,12 +140,12 @@ def _while_all(streams: list[Stream]) -> int:
 async def _idle(system: System, port: int, pid: int) -> Result:
     """Listeners of runs whose model has gone silent."""
     system.llm.configure(latency=0, deltas=1, delta_latency=3600, clock=True)
-    asked = await _open(port, [_question()] * 50)
+    asked = await open_streams(port, [question()] * 50)
     await asyncio.gather(*(each.begun.wait() for each in asked))
     process = psutil.Process(pid)
     before = process.memory_info().rss
     heads = [_listen(asked[number % 50].run) for number in range(system.scaled(IDLE, IDLE))]
-    opened = await _open(port, heads)
+    opened = await open_streams(port, heads)
     await asyncio.wait_for(asyncio.gather(*(each.begun.wait() for each in opened)), 60)
     await asyncio.sleep(3)
     cpu, begun = process_cpu_seconds(pid), time.perf_counter()
@@ -175,7 +184,7 @@ async def _with_and_without(system: System) -> AsyncIterator[Result]:
     async def heard() -> None:
         async def one(number: int) -> None:
             await asyncio.sleep(number / 15)
-            (stream,) = await _open(port, [_question()])
+            (stream,) = await open_streams(port, [question()])
             await asyncio.wait_for(stream.over.wait(), 60)
             stream.transport.close()
 
@@ -191,7 +200,7 @@ async def _with_and_without(system: System) -> AsyncIterator[Result]:
         yield Result("stream", f"48 deltas, {name}, ms a run", _rounded(used, total))
 
 
-async def _open(port: int, heads: list[bytes]) -> list[Stream]:
+async def open_streams(port: int, heads: list[bytes]) -> list[Stream]:
     loop = asyncio.get_running_loop()
     opened = []
     for head in heads:
@@ -200,7 +209,7 @@ async def _open(port: int, heads: list[bytes]) -> list[Stream]:
     return opened
 
 
-def _question() -> bytes:
+def question() -> bytes:
     body = orjson.dumps({"content": CONTENT})
     return (
         b"POST /api/chat/messages HTTP/1.1\r\nHost: localhost\r\nAccept: text/event-stream\r\n"

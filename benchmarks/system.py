@@ -49,7 +49,7 @@ class System:
 
     @asynccontextmanager
     async def outcomes(self) -> AsyncIterator[Outcomes]:
-        async with redis.asyncio.Redis.from_url(self.stack.redis_url, socket_timeout=10) as client:
+        async with self.stack.redis_server.async_client(timeout=10) as client:
             outcomes = Outcomes(client)
             watch = asyncio.create_task(outcomes.watch(await outcomes.newest()))
             try:

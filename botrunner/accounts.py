@@ -37,8 +37,11 @@ def session() -> Session:
 
 
 async def connect(homeserver: Homeserver, session: Session) -> None:
-    """Go on with the stored device and token, or log in. Raises `MatrixError`, `LoginRefused`."""
-    if session.access_token and homeserver.has_keys_of(session):
+    """Go on with the stored device and token, or log in. Raises `MatrixError`, `LoginRefused`, and
+    `lib.secrets.Unreadable`: a token or key that cannot be read is no reason to begin a new device."""
+    token = session.access_token
+    homeserver.unlock_store(await unit(session.own_store_key)())
+    if token and homeserver.has_keys_of(session):
         homeserver.restore(session)
         try:
             await _tend_device(homeserver)
@@ -46,7 +49,7 @@ async def connect(homeserver: Homeserver, session: Session) -> None:
             await log_in_again(homeserver, session)
             await _tend_device(homeserver)
         return
-    if session.access_token:
+    if token:
         await _give_up_device(homeserver, session)
     if not session.device_id:
         # Written down before it is used: a crash in between leaves no device behind.
@@ -112,6 +115,13 @@ def rooms(session: Session, homeserver: Homeserver) -> set[str]:
     for room_id, is_encrypted in found.items():
         homeserver.know_room(room_id, encrypted=is_encrypted)
     return set(found)
+
+
+def rooms_of_unknown_members(session: Session) -> list[str]:
+    rows = Room.objects.filter(
+        session=session, membership=Room.Membership.JOINED, members_known=False
+    )
+    return list(rows.values_list("room_id", flat=True))
 
 
 def sync_filter(*, is_first: bool) -> dict[str, Any]:

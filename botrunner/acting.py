@@ -13,10 +13,18 @@ from django.conf import settings
 from django.db import transaction
 from django.utils import timezone
 
-from agents import inbox, runs
+from agents import inbox, retention, runs
 from agents.models import CHAT_REPLY, Run
-from botrunner.matching import Listener, Listeners, question
-from botrunner.models import Conversation, Reply, RoomEvent
+from botrunner.matching import (
+    CANCEL_ALL,
+    SENDER_DEACTIVATED,
+    Listener,
+    Listeners,
+    order_of,
+    question,
+)
+from botrunner.models import Conversation, Reply, RoomEvent, Session
+from botrunner.replies import parts_of
 from botrunner.said import Said, storable
 from botrunner.timeline import SPOKEN, Kept, is_own_or_other_bots, kept_of
 from botrunner.verdicts import stored
@@ -30,6 +38,11 @@ logger = logging.getLogger(__name__)
 # How long a person is not told again in a room that a limit is reached.
 NOTICE_SECONDS = {"rate_limited": 60, "too_many_waiting": 60, "budget_exhausted": 3600}
 
+NO_POWER = (
+    "That takes the power level at which you may redact what others said in this room. Ask someone who "
+    "has it, or an operator."
+)
+
 # What is known of an event only once it has been decrypted.
 OPENED = ["kind", "state", "type", "content_type", "source", "note", "verdicts"]
 
@@ -42,8 +55,17 @@ def pending() -> list[int]:
     )
 
 
-def act(pk: int, me: str) -> None:
-    """Do what an event asks for and note that it is done, in one transaction."""
+class PowerNeeded(Exception):
+    """It depends on the power that the sender has in the room."""
+
+    def __init__(self, room_id: str, user_id: str) -> None:
+        super().__init__(f"The power of {user_id} in room {room_id} is needed.")
+        self.room_id, self.user_id = room_id, user_id
+
+
+def act(pk: int, me: str, *, moderates: bool | None = None) -> None:
+    """Do what an event asks for and note that it is done, in one transaction. `moderates`: whether the
+    sender may redact what others said in the room. Raises `PowerNeeded` where that has to be known."""
     with transaction.atomic():
         mine = RoomEvent.objects.filter(pk=pk, state=RoomEvent.State.PENDING)
         # Another process that would act upon it waits for this transaction, and finds it done.
@@ -58,16 +80,25 @@ def act(pk: int, me: str) -> None:
                 note = "It is no event of a timeline."
             elif event.kind == RoomEvent.Kind.QUESTION:
                 note = _ask(event, said, me)
+            elif event.kind != RoomEvent.Kind.REDACTION and _is_deactivated(said.sender):
+                # What is taken back is taken back for all: the homeserver has allowed it.
+                note = SENDER_DEACTIVATED
             elif event.kind == RoomEvent.Kind.EDIT:
                 note = _edit(event, said, me)
             elif event.kind == RoomEvent.Kind.CANCEL:
-                note = _cancel(event, said, me)
+                note = _cancel(event, said, me, moderates)
+            elif event.kind == RoomEvent.Kind.FORGET:
+                note = _forget(event, said, me, moderates)
             else:
                 note = _take_back(said)
         if note:
             event.note, event.state, event.source = note, RoomEvent.State.IGNORED, None
         if note or (event.verdicts, event.note) != before:
             event.save(update_fields=["state", "source", "note", "verdicts"])
+
+
+def _is_deactivated(sender: str) -> bool:
+    return bool(User.objects.deactivated_among([sender]))
 
 
 def give_up(pk: int) -> None:
@@ -106,8 +137,7 @@ def _left_unsaid(event: RoomEvent) -> bool:
 
 
 def _ask_one(event: RoomEvent, said: Said, command: Listener, asked: str) -> None:
-    conversations = Conversation.objects.filter(room=event.room_id, root=said.thread_root)
-    thread_id = next(iter(conversations.values_list("thread_id", flat=True)[:1]), None)
+    thread_id = _known_thread(event, said)
     reply = Reply(
         question=event,
         room=event.room,
@@ -117,24 +147,7 @@ def _ask_one(event: RoomEvent, said: Said, command: Listener, asked: str) -> Non
     try:
         if command.command == CHAT_REPLY and not asked:
             raise inbox.Invalid("There was no question.")
-        put = partial(
-            inbox.ask,
-            content=asked or command.command,
-            source=Run.Source.MATRIX,
-            threads=Thread.objects.all(),
-            owner=User(pk=command.user_id),
-            # The command may be the bot's own: limits hold for who speaks.
-            asker=said.sender,
-            place=event.room.room_id,
-            command=command.command,
-            input=_input(event, said),
-            correlation_id=said.event_id[: inbox.MAX_CORRELATION_LENGTH],
-        )
-        try:
-            accepted = put(thread_id=thread_id)
-        except inbox.Deleted:
-            # Since it was looked up, and the link with it.
-            accepted = put()
+        accepted = _accepted(event, said, command, asked, thread_id)
     except inbox.Limited as error:
         event.note = _turn_away(event, reply, error)
         return
@@ -145,8 +158,8 @@ def _ask_one(event: RoomEvent, said: Said, command: Listener, asked: str) -> Non
         logger.info("A question was refused: %s", error)
         return
     if accepted.began_thread:
-        Conversation.objects.create(
-            room=event.room, root=said.thread_root, thread_id=accepted.thread_id
+        Conversation.objects.update_or_create(
+            room=event.room, root=said.thread_root, defaults={"thread_id": accepted.thread_id}
         )
     reply.run_id = reply.key = accepted.run_id
     reply.save()
@@ -156,6 +169,36 @@ def _ask_one(event: RoomEvent, said: Said, command: Listener, asked: str) -> Non
         command.registration_id,
         accepted.run_id,
     )
+
+
+def _known_thread(event: RoomEvent, said: Said) -> str | None:
+    known = Conversation.objects.filter(room=event.room_id, root=said.thread_root)
+    return next(iter(known.values_list("thread_id", flat=True)[:1]), None)
+
+
+def _accepted(
+    event: RoomEvent, said: Said, command: Listener, asked: str, thread_id: str | None
+) -> inbox.Accepted:
+    """Raises `inbox.Refused`."""
+    ask = partial(
+        inbox.ask,
+        content=asked or command.command,
+        source=Run.Source.MATRIX,
+        threads=Thread.objects.filter(room_id=event.room.room_id),
+        # The command may be the bot's own: limits hold for who speaks.
+        asker=said.sender,
+        place=event.room.room_id,
+        room_id=event.room.room_id,
+        asked_at=event.created_at,
+        command=command.command,
+        input=_input(event, said),
+        correlation_id=said.event_id[: inbox.MAX_CORRELATION_LENGTH],
+    )
+    try:
+        return ask(thread_id=thread_id)
+    except (inbox.Deleted, inbox.UnknownThread):
+        # It was deleted since it was looked up, and its id is not used again.
+        return ask(thread_id=None)
 
 
 def _turn_away(event: RoomEvent, reply: Reply, error: inbox.Limited) -> str:
@@ -230,28 +273,67 @@ def _answers_others(reply: Reply) -> bool:
     return False
 
 
-def _cancel(event: RoomEvent, said: Said, me: str) -> str:
-    """End what the sender has asked here, in the same Matrix thread if it is said in one."""
+def _cancel(event: RoomEvent, said: Said, me: str, moderates: bool | None) -> str:
+    """End what the sender has asked here, in the same Matrix thread if it is said in one; on demand
+    what others have asked too, if the sender moderates the room."""
     asked = Reply.objects.waiting().filter(
-        question__sender=said.sender,
         run__thread__conversation__room=event.room,
         run__thread__conversation__root=said.thread_root,
     )
-    asked = asked.select_related("run", "question")
-    shared = {reply.pk for reply in asked if _answers_others(reply)}
+    asked = asked.select_related("run", "question").order_by("run__position")
+    shared: set[int] = set()
+    if order_of(said, me) == CANCEL_ALL:
+        if not _moderates(event, said, moderates):
+            return _answer(event, said, me, NO_POWER)
+    else:
+        asked = asked.filter(question__sender=said.sender)
+        shared = {reply.pk for reply in asked if _answers_others(reply)}
     cancelled = [runs.cancel(reply.run) for reply in asked if reply.run and reply.pk not in shared]
     if any(cancelled):
         return ""
+    words = "Nothing that you asked is being answered here."
+    if shared:
+        words = "The answer is somebody else's too."
+    elif order_of(said, me) == CANCEL_ALL:
+        words = "Nothing is being answered here."
+    return _answer(event, said, me, words) and "There was nothing to cancel."
+
+
+def _forget(event: RoomEvent, said: Said, me: str, moderates: bool | None) -> str:
+    """Delete the conversation that this is said in: the room's, or that of the Matrix thread."""
+    found = Thread.objects.filter(
+        conversation__room=event.room, conversation__root=said.thread_root
+    ).first()
+    if found is None:
+        return _answer(event, said, me, "There is nothing to forget here.")
+    if not _moderates(event, said, moderates):
+        return _answer(event, said, me, NO_POWER)
+    retention.delete_thread(found)
+    logger.info("The conversation %s was deleted", found.pk)
+    reply = Reply(question=event, room=event.room, key=f"{event.event_id}.order"[:255])
+    reply.parts = parts_of(reply, "All that was asked here is deleted.", "m.notice")
+    reply.device_id = Session.objects.values_list("device_id", flat=True).get(
+        pk=event.room.session_id
+    )
+    reply.status, reply.ready_at = Reply.Status.READY, timezone.now()
+    reply.save()
+    return ""
+
+
+def _moderates(event: RoomEvent, said: Said, moderates: bool | None) -> bool:
+    """Raises `PowerNeeded`."""
+    if moderates is None:
+        raise PowerNeeded(event.room.room_id, said.sender)
+    return moderates
+
+
+def _answer(event: RoomEvent, said: Said, me: str, words: str) -> str:
+    """Refuse an order; the note for what was not even answered."""
     if not Listeners([said.sender], me).hear(said).fired:
         # It may have been meant for another bot.
-        return "There was nothing to cancel."
+        return words
     Reply.objects.create(
-        question=event,
-        room=event.room,
-        key=f"{event.event_id}.cancel"[:255],
-        error="The answer is somebody else's too."
-        if shared
-        else "Nothing that you asked is being answered here.",
+        question=event, room=event.room, key=f"{event.event_id}.order"[:255], error=words
     )
     return ""
 

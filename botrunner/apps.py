@@ -4,3 +4,9 @@ from django.apps import AppConfig
 class BotRunnerConfig(AppConfig):
     name = "botrunner"
     verbose_name = "Bot runner"
+
+    def ready(self) -> None:
+        from botrunner import models
+        from chat import rooms
+
+        rooms.member = models.is_member

@@ -16,7 +16,7 @@ from redis.exceptions import RedisError
 
 from agents import stream
 from agents.events import Malformed, Told
-from botrunner import accounts, acting, membership, retention, timeline
+from botrunner import accounts, acting, membership, retention, rooms, timeline
 from botrunner.client import Homeserver, KeysOutdated, LoginRefused, MatrixError, TokenRefused
 from botrunner.gaps import batch_of
 from botrunner.models import Session
@@ -53,6 +53,7 @@ class Bot:
         self.drafts = self._new_drafts()
         self.sender = Sender(self.homeserver, session, self.drafts)
         self._rooms: set[str] = set()  # that the bot is in
+        self._lookup = rooms.Lookup(self.homeserver)
         self._batch: Batch | None = None
         # Up to where has been read; what the session has written down may be a little behind.
         self._position = session.since
@@ -94,6 +95,7 @@ class Bot:
             try:
                 await accounts.connect(self.homeserver, self.session)
                 self._rooms = await unit(accounts.rooms)(self.session, self.homeserver)
+                self._lookup.add(await unit(accounts.rooms_of_unknown_members)(self.session))
                 return
             except LoginRefused as error:
                 await self._note(error)
@@ -164,7 +166,7 @@ class Bot:
         wanted = accounts.sync_filter(is_first=not since)
         refused = self.homeserver.token_refused
         # The first one after a failure or a start tells at once that all is well.
-        seconds = SYNC_SECONDS if self.session.connected_since else 0
+        seconds = SYNC_SECONDS if self.session.connected_since and not self._lookup.is_due else 0
         news = await unless(
             self.homeserver.sync(since, seconds=seconds, wanted=wanted), self.stopping, refused
         )
@@ -173,7 +175,11 @@ class Bot:
                 raise TokenRefused("M_UNKNOWN_TOKEN", "The token was refused.", status=401)
             return None
         self._has_keys |= news.brought_keys
-        return await batch_of(news, since, self.homeserver, self._rooms)
+        batch = await batch_of(news, since, self.homeserver, self._rooms)
+        self._lookup.drop(batch.left)
+        self._lookup.add(batch.members_lost)
+        batch.members = await self._lookup.some(batch.next_batch)
+        return batch
 
     async def _act(self) -> None:
         """Act on what has been written down; open what its key has come for first."""
@@ -187,7 +193,7 @@ class Bot:
         while self._has_pending and (rows := await unit(acting.pending)()):
             for pk in rows:
                 try:
-                    await unit(acting.act)(pk, me)
+                    await self._act_upon(pk)
                 except Exception as error:
                     if isinstance(error, PASSING) and not isinstance(error, REFUSED):
                         raise
@@ -195,6 +201,14 @@ class Bot:
                     await unit(acting.give_up)(pk)
             self._asked.set()
         self._has_pending = False
+
+    async def _act_upon(self, pk: int) -> None:
+        me = self.homeserver.user_id
+        try:
+            await unit(acting.act)(pk, me)
+        except acting.PowerNeeded as needed:
+            moderates = await rooms.may_moderate(self.homeserver, needed.room_id, needed.user_id)
+            await unit(acting.act)(pk, me, moderates=moderates)
 
     async def _outcomes(self) -> None:
         """Send the replies whose outcomes are told on the stream. Raises `RedisError`."""

@@ -10,7 +10,7 @@ import json
 import logging
 import sqlite3
 from collections.abc import Awaitable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode
@@ -29,10 +29,12 @@ from nio import (
 )
 from nio.exceptions import EncryptionError, LocalProtocolError, OlmUnverifiedDeviceError
 from peewee import OperationalError
+from vodozemac import LibolmPickleException, PickleException
 
 from botrunner import shapes
 from botrunner.keystore import Store, writes_of
 from botrunner.models import Session
+from lib.secrets import Unreadable
 
 logger = logging.getLogger(__name__)
 
@@ -178,6 +180,10 @@ class Homeserver:
     def device_id(self) -> str:
         return str(self.nio.device_id)
 
+    def unlock_store(self, key: str) -> None:
+        """Have the key store encrypted with `key`; before the first login. nio has one key for all."""
+        self.nio.config = replace(self.nio.config, pickle_key=key)
+
     async def close(self) -> None:
         await self.nio.close()
         if self.nio.store is not None:
@@ -200,6 +206,12 @@ class Homeserver:
             self.nio.restore_login(session.user_id, session.device_id, session.access_token)
         except OperationalError as error:
             raise MatrixError("STORE", f"The key store cannot be opened: {error}") from error
+        except (PickleException, LibolmPickleException):
+            raise Unreadable(
+                f"The key store of device {session.device_id} in BOT_RUNNER_STORE was encrypted with "
+                "another key than the database has. Restore both from the same backup; or leave out "
+                "the store's *.db, and the bot begins as a new device."
+            ) from None
 
     def has_keys_of(self, session: Session) -> bool:
         """Whether the keys of the session's device are in the store, and not those of a backup. Without
@@ -335,6 +347,25 @@ class Homeserver:
         path = f"{API}/rooms/{quote(room_id, safe='')}/messages?{urlencode(query)}"
         body = await self.request("GET", path)
         return shapes.events(body.get("chunk")), str(body.get("end") or "")
+
+    async def members(self, room_id: str, at: str, *, seconds: float) -> list[dict[str, Any]]:
+        """The membership events of those who are in the room, as at a sync's position."""
+        query = urlencode({"membership": "join"} | ({"at": at} if at else {}))
+        path = f"{API}/rooms/{quote(room_id, safe='')}/members?{query}"
+        body = await self.request("GET", path, seconds=seconds)
+        if not isinstance(body.get("chunk"), list):
+            raise MatrixError("UNREADABLE", "The answer is not that of /members.")
+        return shapes.events(body["chunk"])
+
+    async def state(self, room_id: str, kind: str) -> dict[str, Any]:
+        """The event of a room's state that has this type and no key; empty where there is none."""
+        path = f"{API}/rooms/{quote(room_id, safe='')}/state/{kind}/?format=event"
+        try:
+            return await self.request("GET", path)
+        except MatrixError as error:
+            if error.code == "M_NOT_FOUND":
+                return {}
+            raise
 
     async def join(self, room_id: str) -> None:
         await self._call(self.nio.join(room_id))

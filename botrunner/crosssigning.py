@@ -11,12 +11,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-import orjson
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from nio.api import Api
 from unpaddedbase64 import decode_base64, encode_base64
 
 from botrunner.client import API, Homeserver, MatrixError, TokenRefused
+from botrunner.seeds import read, write
 
 logger = logging.getLogger(__name__)
 
@@ -32,16 +32,12 @@ class Identity:
 
     @classmethod
     def stored(cls, store: Path, user_id: str) -> "Identity":
-        """That of the store, made where there is none."""
-        path = store / f"{user_id}.cross_signing.json"
-        if not path.exists():
+        """That of the store, made where there is none. Raises `lib.secrets.Unreadable`."""
+        seeds = read(store, user_id)
+        if seeds is None:
             seeds = {usage: encode_base64(os.urandom(32)) for usage in USAGES}
-            new = path.with_suffix(".new")
-            new.touch(mode=0o600)
-            new.write_text(json.dumps(seeds))
-            new.replace(path)
-        kept = orjson.loads(path.read_bytes())
-        return cls(user_id, {usage: decode_base64(kept[usage]) for usage in USAGES})
+            write(store, user_id, seeds)
+        return cls(user_id, {usage: decode_base64(seeds[usage]) for usage in USAGES})
 
     def public(self, usage: str) -> str:
         return str(encode_base64(self._keys[usage].public_key().public_bytes_raw()))

@@ -8,7 +8,7 @@ from typing import Any
 from django.conf import settings
 from django.utils import timezone
 
-from botrunner import membership
+from botrunner import members, membership
 from botrunner.client import Homeserver, MatrixError, News, is_about_encryption
 from botrunner.said import ENCRYPTED, is_own_join, since_own_join
 from botrunner.timeline import Batch, RoomNews
@@ -28,7 +28,7 @@ async def batch_of(news: News, since: str, homeserver: Homeserver, known: set[st
         timeline = room.get("timeline", {})
         events = [_opened(event, news) for event in timeline.get("events", [])]
         earlier: list[Any] = []
-        is_new = room_id not in known
+        is_new, is_whole = room_id not in known, True
         if is_new or timeline.get("limited"):
             homeserver.forget_members(room_id)
         if not since:
@@ -40,8 +40,14 @@ async def batch_of(news: News, since: str, homeserver: Homeserver, known: set[st
         elif timeline.get("limited"):
             logger.info("Filling a gap in room %s", room_id)
             start = str(timeline.get("prev_batch") or "")
-            events = [*await _gap(homeserver, room_id, start, "" if is_new else since), *events]
-        batch.joined.append(RoomNews(room_id, events, homeserver.is_encrypted(room_id), earlier))
+            gap, is_whole = await _gap(homeserver, room_id, start, "" if is_new else since)
+            events = [*gap, *members.absent(room), *events]
+        else:
+            events = [*members.absent(room), *events]
+        if is_new or not is_whole:
+            batch.members_lost.add(room_id)
+        encrypted = homeserver.is_encrypted(room_id)
+        batch.joined.append(RoomNews(room_id, events, encrypted, earlier, is_whole))
     batch.invites = membership.invites(news.rooms("invite"), homeserver.user_id)
     batch.left = list(news.rooms("leave"))
     return batch
@@ -50,7 +56,7 @@ async def batch_of(news: News, since: str, homeserver: Homeserver, known: set[st
 def _is_own(room: dict[str, Any], me: str) -> bool:
     """Whether all that is new in a room are messages of the bot: half of what comes in."""
     timeline = room.get("timeline", {})
-    if timeline.get("limited") or is_about_encryption(room):
+    if timeline.get("limited") or is_about_encryption(room) or members.absent(room):
         return False
     return all(
         event.get("sender") == me and event.get("type") == ROOM_MESSAGE
@@ -64,8 +70,12 @@ def _opened(event: dict[str, Any], news: News) -> dict[str, Any]:
     return event
 
 
-async def _gap(homeserver: Homeserver, room_id: str, start: str, end: str) -> list[dict[str, Any]]:
-    """The events between two positions; from the bot's own join on where there is no `end`."""
+async def _gap(
+    homeserver: Homeserver, room_id: str, start: str, end: str
+) -> tuple[list[dict[str, Any]], bool]:
+    """The events between two positions, and whether these are all; from the bot's own join on where
+    there is no `end`."""
+    is_whole = False
     found: list[dict[str, Any]] = []
     oldest = timezone.now() - timedelta(seconds=settings.BOT_RUNNER_MAX_EVENT_AGE)
     is_end = _joined_or_before(homeserver.user_id, oldest, stop_at_join=not end)
@@ -79,14 +89,15 @@ async def _gap(homeserver: Homeserver, room_id: str, start: str, end: str) -> li
             break
         for event in events:
             if is_end(event):
-                return found[::-1]
+                return found[::-1], is_own_join(event, homeserver.user_id)
             found.append(_decrypted(homeserver, room_id, event))
         if not events or not next_start or next_start == start:
+            is_whole = bool(end)
             break
         start = next_start
     else:
         logger.warning("A gap in room %s is too long: only its end is read", room_id)
-    return found[::-1]
+    return found[::-1], is_whole
 
 
 def _joined_or_before(

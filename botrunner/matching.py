@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import cached_property
 from typing import Any
 from uuid import UUID
 
@@ -13,9 +14,13 @@ import orjson
 from botrunner.said import Said, text_of
 from botrunner.verdicts import MAX_KEPT, Verdict
 from realm.filters import BOT_TRIGGER, ROOM_MESSAGE, Filter, InvalidFilter
-from realm.models import BotRegistration
+from realm.models import BotRegistration, User
 
 CANCEL = "!cancel"
+SENDER_DEACTIVATED = "The account of its sender is deactivated."
+CANCEL_ALL = "!cancel all"
+FORGET = "!forget"
+ORDERS = {CANCEL, CANCEL_ALL, FORGET}
 
 
 @dataclass(frozen=True)
@@ -76,12 +81,19 @@ class Listeners:
 
     def __init__(self, senders: Iterable[str], me: str) -> None:
         self.me = me
+        self._senders = set(senders)
         self._of: dict[str, list[Listener]] = {}
-        registrations = BotRegistration.objects.filter(username__in={*senders, me}).order_by()
+        registrations = BotRegistration.objects.filter(username__in={*self._senders, me})
+        registrations = registrations.order_by()
         for username, *row in registrations.values_list("username", *COLUMNS):
             self._of.setdefault(username, []).append(_listener(*row))
         for listeners in self._of.values():
             listeners.sort(key=_age)
+
+    @cached_property
+    def _deactivated(self) -> set[str]:
+        """Asked once a command would fire: most events fire none."""
+        return User.objects.deactivated_among(self._senders)
 
     def hear(self, said: Said) -> Heard:
         """The sender's commands are asked first, then those of the bot's own user. The same command
@@ -93,7 +105,9 @@ class Listeners:
             words = listener.objection(said, self.me)
             command, wanted = listener.command, listener.wanted
             if not words and wanted:
-                if command in fired:
+                if said.sender in self._deactivated:
+                    words = SENDER_DEACTIVATED
+                elif command in fired:
                     words = "The same command has fired already."
                 else:
                     fired[command] = listener, wanted
@@ -181,10 +195,12 @@ def question(wanted: Filter, said: Said, me: str) -> str:
     return _without_mention(body, me) if wanted.mention else body
 
 
-def cancels(said: Said, me: str) -> bool:
-    """Whether somebody says that they want no answer any more."""
-    is_text = said.type == ROOM_MESSAGE and said.content_type == "m.text"
-    return is_text and _without_mention(said.body, me).lower() == CANCEL
+def order_of(said: Said, me: str) -> str:
+    """The one of `ORDERS` that the words are; empty where they are none."""
+    if said.type != ROOM_MESSAGE or said.content_type != "m.text":
+        return ""
+    words = " ".join(_without_mention(said.body, me).lower().split())
+    return words if words in ORDERS else ""
 
 
 def _without_mention(body: str, me: str) -> str:

@@ -1,6 +1,7 @@
 """What the bot runner knows: its account, its rooms, what was said in them to the bot, and what is
 still to be said."""
 
+import secrets
 from collections.abc import Iterable
 from datetime import timedelta
 
@@ -14,9 +15,13 @@ from agents.models import Run
 from botrunner import verdicts
 from botrunner.verdicts import Verdict
 from chat.models import Thread
+from lib.secrets import EncryptedTextField
 from realm.models import BotCommand, BotRegistration
 
 MAX_TYPE_LENGTH = 255
+# Nobody counts as a member of a room any more when the bot has not synced for this long: it takes no
+# part in what happens there, and a leave would not be seen.
+MEMBERS_PATIENCE = timedelta(minutes=5)
 
 
 class SessionQuerySet(models.QuerySet["Session"]):
@@ -38,7 +43,15 @@ class Session(models.Model):
     user_id = models.CharField("Matrix user id", max_length=255, blank=True)
     # Kept over logins: transaction ids and keys belong to a device.
     device_id = models.CharField(max_length=255, blank=True)
-    access_token = models.TextField(blank=True)
+    access_token = EncryptedTextField(
+        blank=True, editable=False, bound_to=("homeserver", "username")
+    )
+    store_key = EncryptedTextField(
+        blank=True,
+        editable=False,
+        bound_to=("homeserver", "username"),
+        help_text="What the files of BOT_RUNNER_STORE are encrypted with.",
+    )
     key_writes = models.PositiveBigIntegerField(
         default=0, help_text="Less was written to a key store that comes from a backup."
     )
@@ -86,6 +99,13 @@ class Session(models.Model):
         """Let a store that this was written to count as outdated."""
         Session.objects.filter(pk=self.pk).update(key_writes=writes + 1)
 
+    def own_store_key(self) -> str:
+        """What its key store is encrypted with, made at first use. Raises `lib.secrets.Unreadable`."""
+        if not self.store_key:
+            self.store_key = secrets.token_urlsafe(32)
+            self.save(update_fields=["store_key"])
+        return self.store_key
+
     def set_login(self, user_id: str, device_id: str, access_token: str) -> None:
         self.user_id, self.device_id, self.access_token = user_id, device_id, access_token
         self.save(update_fields=["user_id", "device_id", "access_token"])
@@ -103,6 +123,11 @@ class Room(models.Model):
     membership = models.CharField(max_length=7, choices=Membership.choices)
     inviter = models.CharField(max_length=255, blank=True)
     is_encrypted = models.BooleanField(default=False)
+    members_known = models.BooleanField(
+        default=False,
+        db_default=False,
+        help_text="While they are not, its threads are open to no one over HTTP.",
+    )
     join_attempts = models.PositiveSmallIntegerField(default=0)
     join_due_at = models.DateTimeField(null=True, blank=True)
     error = models.TextField(blank=True)
@@ -116,6 +141,43 @@ class Room(models.Model):
 
     def __str__(self) -> str:
         return self.room_id
+
+
+class RoomMemberQuerySet(models.QuerySet["RoomMember"]):
+    def current(self) -> "RoomMemberQuerySet":
+        """Those who are members now: the bot is in the room, and has synced of late."""
+        return self.filter(
+            room__members_known=True,
+            room__membership=Room.Membership.JOINED,
+            room__session__last_sync_at__gte=Now() - MEMBERS_PATIENCE,
+        )
+
+
+class RoomMember(models.Model):
+    """Somebody who is in a room, by the bot's last sync. The row goes when they leave."""
+
+    room = models.ForeignKey(Room, models.CASCADE, related_name="members")
+    user_id = models.CharField("Matrix user id", max_length=255)
+    # The membership event: another one that the bot has not seen come may hide a leave.
+    event_id = models.CharField(max_length=255)
+    joined_at = models.DateTimeField(help_text="When the bot was shown the join.")
+
+    objects = RoomMemberQuerySet.as_manager()
+
+    class Meta:
+        constraints = [
+            # Also the index by which a user's rooms are found.
+            models.UniqueConstraint(fields=["user_id", "room"], name="room_member_is_unique"),
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.user_id} in {self.room_id}"
+
+
+def is_member(user_id: str, room: str, at: str | None) -> Exists:
+    """For chat.rooms."""
+    rows = RoomMember.objects.current().filter(user_id=user_id, room__room_id=OuterRef(room))
+    return Exists(rows.filter(joined_at__lte=OuterRef(at)) if at else rows)
 
 
 class Conversation(models.Model):
@@ -171,7 +233,8 @@ class RoomEvent(models.Model):
         QUESTION = "question"  # it matched a bot command when it came
         EDIT = "edit"  # of a question, if it is not ignored
         REDACTION = "redaction"  # of a question, if it is not ignored
-        CANCEL = "cancel"  # whoever asked wants no answer any more
+        CANCEL = "cancel"  # an answer is not wanted any more
+        FORGET = "forget"  # what was asked here is to be deleted
         SEALED = "sealed"  # encrypted with a key that has not come yet
         REMARK = "remark"  # anything else
 
@@ -182,6 +245,7 @@ class RoomEvent(models.Model):
         FAILED = "failed"  # it could not be handled, see the log
 
     QUESTIONS = (Kind.QUESTION, Kind.SEALED)
+    ORDERS = (Kind.CANCEL, Kind.FORGET)
     ENDED = (State.IGNORED, State.FAILED, State.HANDLED)
 
     room = models.ForeignKey(Room, models.CASCADE, related_name="events")

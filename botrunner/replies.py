@@ -11,11 +11,13 @@ import json
 import logging
 import random
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, cast
 
 import structlog
+from django.db import IntegrityError
 from django.db.models import Exists, F, OuterRef, Q
 from django.utils import timezone
 
@@ -130,7 +132,8 @@ def follow_retries(session: Session) -> None:
             cycle=retries,
             key=f"{reply.run_id}.retry{retries}",
         )
-        Reply.objects.bulk_create([again], ignore_conflicts=True)
+        with suppress(IntegrityError):  # its run was deleted just now
+            Reply.objects.bulk_create([again], ignore_conflicts=True)
 
 
 def contents(reply: Reply, written: str = "") -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 from django.conf import settings
@@ -11,12 +11,14 @@ from django.db import transaction
 from django.db.models.functions import Now
 from django.utils import timezone
 
-from botrunner.matching import Listener, Listeners, at, cancels, matches_any
+from botrunner import members
+from botrunner.matching import FORGET, Listener, Listeners, at, matches_any, order_of
 from botrunner.models import MAX_TYPE_LENGTH, Room, RoomEvent, Session
 from botrunner.said import ENCRYPTED, MARK, REDACTION, Said, storable
 from botrunner.verdicts import stored
 from realm.connections import AWAY
 from realm.filters import EVENT_TYPES, Filter
+from realm.models import User
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +40,8 @@ class RoomNews:
     is_encrypted: bool
     # What was said before the bot came: never acted upon, but an admin may ask why.
     earlier: list[dict[str, Any]] = field(default_factory=list)
+    # Whether no event is missing before these, so that whose join is not among them was there before.
+    is_whole: bool = True
 
 
 @dataclass(frozen=True)
@@ -54,12 +58,16 @@ class Batch:
     joined: list[RoomNews] = field(default_factory=list)
     invites: list[Invite] = field(default_factory=list)
     left: list[str] = field(default_factory=list)
+    # Rooms of which a join or a leave may have been missed.
+    members_lost: set[str] = field(default_factory=set)
+    # Who is in some rooms, and by which event.
+    members: dict[str, dict[str, str]] = field(default_factory=dict)
     # That the key store had seen when this was in it.
     key_writes: int = 0
 
     @property
     def is_empty(self) -> bool:
-        return not (self.joined or self.invites or self.left)
+        return not (self.joined or self.invites or self.left or self.members)
 
 
 @dataclass(frozen=True)
@@ -82,7 +90,11 @@ def write_down(
         if not kept.update(since=batch.next_batch, last_sync_at=Now(), key_writes=batch.key_writes):
             raise LeaseLost
         rooms = _joined(session, batch.joined)
-        left = _keep(list(zip(rooms, batch.joined, strict=True)), session.user_id, ask)
+        news = list(zip(rooms, batch.joined, strict=True))
+        begun = timezone.now()
+        moments = _moments(batch.joined, begun)
+        _keep_members(session, batch, news, moments, begun)
+        left = _keep(news, session.user_id, moments, ask)
         for invite in batch.invites:
             _invited(session, invite)
         if batch.left:
@@ -90,6 +102,38 @@ def write_down(
                 membership=Room.Membership.LEFT, join_due_at=None, updated_at=Now()
             )
     return left
+
+
+def _moments(joined: list[RoomNews], begun: datetime) -> dict[str, datetime]:
+    """When each event was shown to the bot: in their order, so that it can be told what was said before
+    someone joined. Not by the times in them, which other homeservers make up."""
+    events = (event for news in joined for event in news.events if isinstance(event, dict))
+    ids = (event.get("event_id") for event in events)
+    known = dict.fromkeys(event_id for event_id in ids if isinstance(event_id, str))
+    return {event_id: begun + timedelta(microseconds=n) for n, event_id in enumerate(known, 1)}
+
+
+def _keep_members(
+    session: Session,
+    batch: Batch,
+    news: list[tuple[Room, RoomNews]],
+    moments: dict[str, datetime],
+    begun: datetime,
+) -> None:
+    ended = begun + timedelta(microseconds=len(moments) + 1)
+    for room, each in news:
+        # Nobody is known to have been there for what was said in a gap.
+        otherwise = begun if each.is_whole else ended
+        found = batch.members.get(room.room_id)
+        members.keep(room, members.changes(each.events, moments), found, otherwise=otherwise)
+    in_news = {each.room_id for each in batch.joined}
+    others = Room.objects.filter(session=session, room_id__in=batch.members.keys() - in_news)
+    for room in others if batch.members else ():
+        members.keep(room, [], batch.members[room.room_id], otherwise=ended)
+    for room_ids, known in ((batch.members_lost, False), (batch.members.keys(), True)):
+        if room_ids:
+            rows = Room.objects.filter(session=session, room_id__in=list(room_ids))
+            rows.update(members_known=known)
 
 
 def _joined(session: Session, joined: list[RoomNews]) -> list[Room]:
@@ -120,7 +164,12 @@ def _joined_one(session: Session, news: RoomNews, room: Room | None) -> Room:
 
 
 def _invited(session: Session, invite: Invite) -> None:
-    allowed = matches_any(invite.inviter, settings.BOT_RUNNER_ALLOWED_INVITERS)
+    why_not = ""
+    if not matches_any(invite.inviter, settings.BOT_RUNNER_ALLOWED_INVITERS):
+        why_not = "BOT_RUNNER_ALLOWED_INVITERS does not name the inviter."
+    elif User.objects.deactivated_among([invite.inviter]):
+        why_not = "The account of the inviter is deactivated."
+    allowed = not why_not
     Room.objects.update_or_create(
         session=session,
         room_id=invite.room_id,
@@ -129,7 +178,7 @@ def _invited(session: Session, invite: Invite) -> None:
             "inviter": invite.inviter,
             "join_attempts": 0,
             "join_due_at": timezone.now() if allowed else None,
-            "error": "" if allowed else "BOT_RUNNER_ALLOWED_INVITERS does not name the inviter.",
+            "error": why_not,
             "updated_at": timezone.now(),
         },
     )
@@ -139,7 +188,10 @@ def _invited(session: Session, invite: Invite) -> None:
 
 
 def _keep(
-    news: list[tuple[Room, RoomNews]], me: str, ask: Callable[[Kept], None] | None = None
+    news: list[tuple[Room, RoomNews]],
+    me: str,
+    moments: dict[str, datetime],
+    ask: Callable[[Kept], None] | None = None,
 ) -> int:
     kept = [
         _ignored(room, said, "It was said before the bot came into the room.")
@@ -148,6 +200,8 @@ def _keep(
         if not _is_too_old(said)
     ]
     kept += kept_of([(room, said) for room, each in news for said in _spoken(each.events, me)], me)
+    for each in kept:
+        each.row.created_at = moments.get(each.row.event_id, each.row.created_at)
     pending = [each for each in kept if each.row.state == RoomEvent.State.PENDING]
     if ask and _are_few_questions(pending) and _keep_and_ask(kept, pending, ask):
         return 0
@@ -225,8 +279,9 @@ def _kept_of(room: Room, said: Said, listeners: Listeners, questions: set[str]) 
             return _pending(room, said, kind)
         verb = "edits" if kind == RoomEvent.Kind.EDIT else "takes back"
         return _ignored(room, said, f"It {verb} nothing that is known as a question here.")
-    if cancels(said, listeners.me):
-        return _pending(room, said, RoomEvent.Kind.CANCEL)
+    if order := order_of(said, listeners.me):
+        is_forget = order == FORGET
+        return _pending(room, said, RoomEvent.Kind.FORGET if is_forget else RoomEvent.Kind.CANCEL)
     heard = listeners.hear(said)
     verdicts = stored(heard.verdicts)
     if heard.fired:

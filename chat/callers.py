@@ -1,5 +1,6 @@
 """Who talks to the chat server, in whichever form, and what they may see."""
 
+from typing import Any
 from urllib.parse import urlsplit
 
 from django.conf import settings
@@ -10,11 +11,37 @@ from rest_framework.request import Request
 from rest_framework.views import APIView
 
 from agents import inbox
+from agents.models import Run
 from chat.models import Thread, ThreadQuerySet
 from chat.rights import Caller
 from console.audit import client_ip
 from realm.models import User
 from realm.throttles import network
+
+READ_ONLY = (
+    "The thread belongs to a Matrix room, and over HTTP its members may only read it. Ask, cancel and "
+    "delete in the room."
+)
+
+
+def check_may_write(thread: Thread) -> None:
+    """Of the threads that are open to the caller. Raises `PermissionDenied`."""
+    if thread.room_id:
+        raise exceptions.PermissionDenied(READ_ONLY)
+
+
+def check_may_steer(run: Run, caller: User | None) -> None:
+    """Of the runs that are visible to the caller: in a room's thread, what they asked themselves and
+    nobody else waits for. Raises `PermissionDenied`."""
+    if run.thread.room_id and not (_is_asker(run, caller) and not run.answers_others):
+        raise exceptions.PermissionDenied(
+            "The run belongs to a Matrix room and answers somebody else's question. Cancel it in the "
+            "room."
+        )
+
+
+def _is_asker(run: Run, caller: User | None) -> bool:
+    return bool(caller and caller.matrix_user_id and caller.matrix_user_id == run.asker)
 
 
 class MayChat(BasePermission):
@@ -64,7 +91,27 @@ class CallersView(APIView):
         return self.request.user if self.request.user.is_authenticated else None
 
     def threads(self) -> ThreadQuerySet:
+        """Those that the caller may read."""
         return Thread.objects.open_to(self.caller)
+
+    def own_threads(self) -> ThreadQuerySet:
+        """Those of them that the caller may write to as well."""
+        return Thread.objects.owned_by(self.caller)
+
+    def ask(self, **question: Any) -> inbox.Accepted:
+        """Raises `inbox.Refused`, `PermissionDenied`."""
+        try:
+            return inbox.ask(
+                **question,
+                source=Run.Source.HTTP,
+                threads=self.own_threads(),
+                owner=self.caller,
+                idempotency=self.idempotency(),
+            )
+        except inbox.UnknownThread:
+            if self.threads().filter(pk=question.get("thread_id")).exists():
+                raise exceptions.PermissionDenied(READ_ONLY) from None
+            raise
 
     def for_streams(self) -> Caller:
         return Caller.of(self.request)

@@ -21,6 +21,7 @@ from chat.keyset import Order
 from chat.models import CHOSEN_ID, Message, Thread, ThreadQuerySet, fitting, read_contents
 from chat.serializers import PolicyField, WholeField, usage_json
 from realm.jsonapi import Conflict, JSONAPIRenderer, Malformed, StringField
+from realm.models import User
 
 # Of each thread that `include` adds them to; all of them are at the relationship's own address.
 NEWEST_TURNS = 25
@@ -107,16 +108,16 @@ class Known:
 
 class Compound:
     """A document's primary rows and what `include` adds to them: one query for each step of a path,
-    of what may be seen in `threads`. What was said is left out until `read`."""
+    of what `reader` may read. What was said is left out until `read`."""
 
     def __init__(
         self,
         rows: list[Any],
         kind: "type[ResourceSerializer]",
         paths: Iterable[str],
-        threads: ThreadQuerySet,
+        reader: User | None,
     ) -> None:
-        self.threads = threads
+        self.reader = reader
         self.known = Known()
         self.kinds: dict[type[Model], type[ResourceSerializer]] = {}
         self.primary = {(type(row), row.pk) for row in self.known.add(rows)}
@@ -130,7 +131,7 @@ class Compound:
             field = fields[name]
             target = kind.included_serializers[name]
             self.kinds[target.Meta.model] = target
-            found = field.load(rows, target.rows(self.threads), self.known)
+            found = field.load(rows, target.rows(self.reader), self.known)
             self._load(found, target, [path[1:] for path in paths if path[0] == name and path[1:]])
 
     @property
@@ -223,9 +224,14 @@ class ResourceSerializer(serializers.ModelSerializer):
     sorts: ClassVar[Mapping[str, Order]] = {}
 
     @classmethod
-    def rows(cls, threads: ThreadQuerySet) -> QuerySet[Any]:
-        """What may be told to whom these threads are open, with all that telling it needs but what was
-        said: of that, `size` says how many characters it has."""
+    def rows(cls, reader: User | None) -> QuerySet[Any]:
+        """All that `reader` may read, with all that its document needs but the words: of these, `size`
+        is the number of characters."""
+        raise NotImplementedError
+
+    @classmethod
+    def own_rows(cls, threads: ThreadQuerySet) -> QuerySet[Any]:
+        """Likewise what stands in the reader's own threads."""
         raise NotImplementedError
 
 
@@ -245,7 +251,11 @@ class ThreadSerializer(ResourceSerializer):
         fields = ["title", "archived_at", "created_at", "updated_at", "messages", "runs"]
 
     @classmethod
-    def rows(cls, threads: ThreadQuerySet) -> QuerySet[Thread]:
+    def rows(cls, reader: User | None) -> QuerySet[Thread]:
+        return cls.own_rows(Thread.objects.open_to(reader))
+
+    @classmethod
+    def own_rows(cls, threads: ThreadQuerySet) -> QuerySet[Thread]:
         return threads.defer("summary")
 
 
@@ -268,12 +278,17 @@ class MessageSerializer(ResourceSerializer):
         fields = ["role", "content", "position", "correlation_id", "created_at", "thread", "run"]
 
     @classmethod
-    def rows(cls, threads: ThreadQuerySet) -> QuerySet[Message]:
-        return (
-            Message.objects.filter(thread__in=threads)
-            .annotate(run_pk=Coalesce("run__id", "answered_run__id"), size=Length("content"))
-            .defer("content")
-        )
+    def rows(cls, reader: User | None) -> QuerySet[Message]:
+        return cls._sized(Message.objects.visible_to(reader))
+
+    @classmethod
+    def own_rows(cls, threads: ThreadQuerySet) -> QuerySet[Message]:
+        return cls._sized(Message.objects.filter(thread__in=threads))
+
+    @staticmethod
+    def _sized(messages: QuerySet[Message]) -> QuerySet[Message]:
+        run_pk = Coalesce("run__id", "answered_run__id")
+        return messages.annotate(run_pk=run_pk, size=Length("content")).defer("content")
 
 
 class RunSerializer(ResourceSerializer):
@@ -327,13 +342,17 @@ class RunSerializer(ResourceSerializer):
         ]
 
     @classmethod
-    def rows(cls, threads: ThreadQuerySet) -> QuerySet[Run]:
-        return (
-            Run.objects.filter(thread__in=threads)
-            .select_related("answer")
-            .annotate(size=Coalesce(Length("answer__content"), 0))
-            .defer("answer__content")
-        )
+    def rows(cls, reader: User | None) -> QuerySet[Run]:
+        return cls._sized(Run.objects.visible_to(reader))
+
+    @classmethod
+    def own_rows(cls, threads: ThreadQuerySet) -> QuerySet[Run]:
+        return cls._sized(Run.objects.filter(thread__in=threads))
+
+    @staticmethod
+    def _sized(runs: QuerySet[Run]) -> QuerySet[Run]:
+        size = Coalesce(Length("answer__content"), 0)
+        return runs.select_related("answer").annotate(size=size).defer("answer__content")
 
     def get_usage(self, run: Run) -> dict[str, int]:
         return usage_json(run)

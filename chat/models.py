@@ -8,10 +8,11 @@ import cuid2
 from django.conf import settings
 from django.contrib.auth.models import AnonymousUser
 from django.db import models
-from django.db.models import F, OuterRef, Q, Subquery, Value
+from django.db.models import Case, F, OuterRef, Q, Subquery, Value, When
 from django.db.models.functions import Coalesce, Length, Now, Substr
 from django.utils import timezone
 
+from chat import rooms
 from realm.models import User
 
 # Ids that clients and other programs may choose themselves; ours are PREFIX_ and 24 of [a-z0-9].
@@ -26,20 +27,29 @@ def new_thread_id() -> str:
 
 class ThreadQuerySet(models.QuerySet["Thread"]):
     def open_to(self, user: User | AnonymousUser | None) -> "ThreadQuerySet":
-        """Threads that `user` may read and write: their own, and nobody's where that is allowed."""
-        mine = Q(owner_id=user.pk) if user is not None and user.pk else Q(pk__in=[])
-        return self.filter(mine | Q(owner=None) if settings.CHAT_ALLOW_ANONYMOUS else mine)
+        """Threads that `user` may read: those of `owned_by`, and those of the rooms they are in."""
+        return self.filter(_owned_by(user) | _of_rooms(user))
+
+    def owned_by(self, user: User | AnonymousUser | None) -> "ThreadQuerySet":
+        """Threads that `user` may read and write: their own, and those without an owner where that is
+        allowed. A room's thread is never among them."""
+        return self.filter(_owned_by(user))
 
     def listed_for(self, user: User | AnonymousUser | None) -> "ThreadQuerySet":
-        """Those of them that belong to `user`, or to nobody where `user` is nobody: the last asked in
-        first, so that a list can be read along one index."""
+        """Those of `owned_by` that belong to `user`, or to no one where `user` is none: the last asked
+        in first, so that a list can be read along one index."""
         owner = user.pk if user is not None else None
-        return self.open_to(user).filter(owner=owner).order_by("-updated_at", "-id")
+        return self.owned_by(user).filter(owner=owner).order_by("-updated_at", "-id")
+
+    def outside_rooms(self) -> "ThreadQuerySet":
+        return self.filter(room_id="")
 
     def with_preview(self) -> "ThreadQuerySet":
+        """Those of rooms have none: not every member has seen how they began."""
         first = Message.objects.filter(thread=OuterRef("pk"), position=0)
         words = first.annotate(words=Substr("content", 1, PREVIEW_LENGTH)).values("words")
-        return self.annotate(preview=Coalesce(Subquery(words), Value("")))
+        preview = Coalesce(Subquery(words), Value(""))
+        return self.annotate(preview=Case(When(room_id="", then=preview), default=Value("")))
 
     def active(self) -> "ThreadQuerySet":
         return self.filter(archived_at=None)
@@ -53,10 +63,43 @@ class ThreadQuerySet(models.QuerySet["Thread"]):
         )
 
 
+def _owned_by(user: User | AnonymousUser | None, thread: str = "") -> Q:
+    """`thread`: the path to the thread from the rows that the condition is for."""
+    mine = Q(pk__in=[])
+    if user is not None and user.pk:
+        mine = Q(**{f"{thread}owner": user.pk})
+    if settings.CHAT_ALLOW_ANONYMOUS:
+        mine |= Q(**{f"{thread}owner": None, f"{thread}room_id": ""})
+    return mine
+
+
+def _of_rooms(
+    user: User | AnonymousUser | None, thread: str = "", asked_at: str | None = None
+) -> Q:
+    user_id = getattr(user, "matrix_user_id", None)
+    return Q(rooms.member(user_id, f"{thread}room_id", asked_at)) if user_id else Q(pk__in=[])
+
+
+def visible(user: User | AnonymousUser | None, *, asked_at: str) -> Q:
+    """What may be read by `user`, of rows that stand in a thread: all that stands in their own
+    threads, and in those of a room what was asked since they joined it. `asked_at` names the column
+    with the time at which the turn of a row was asked."""
+    return _owned_by(user, "thread__") | _of_rooms(user, "thread__", asked_at)
+
+
 class Thread(models.Model):
     id = models.CharField(primary_key=True, max_length=64, default=new_thread_id, editable=False)
     owner = models.ForeignKey(
         User, models.CASCADE, null=True, blank=True, related_name="threads", db_index=False
+    )
+    room_id = models.CharField(
+        "Matrix room id",
+        max_length=255,
+        blank=True,
+        default="",
+        db_default="",  # for what runs as the version before while this one is rolled out
+        editable=False,
+        help_text="Of the room that it belongs to: its members read it, and it has no owner.",
     )
     title = models.CharField(
         max_length=MAX_TITLE_LENGTH,
@@ -98,6 +141,11 @@ class Thread(models.Model):
                 condition=Q(summary_due_at__isnull=False),
             ),
         ]
+        constraints = [
+            models.CheckConstraint(
+                condition=Q(room_id="") | Q(owner=None), name="thread_of_a_room_has_no_owner"
+            ),
+        ]
 
     def __str__(self) -> str:
         return self.id
@@ -113,11 +161,23 @@ class Thread(models.Model):
             mine.update(archived_at=since)
 
 
+class MessageQuerySet(models.QuerySet["Message"]):
+    def visible_to(self, user: User | AnonymousUser | None) -> "MessageQuerySet":
+        """An answer is visible to whom its question is."""
+        question = Message.objects.filter(
+            thread=OuterRef("thread"), position=OuterRef("position") - OuterRef("position") % 2
+        )
+        asked_at = Subquery(question.order_by().values("created_at")[:1])
+        return self.alias(asked_at=asked_at).filter(visible(user, asked_at="asked_at"))
+
+
 class DeletedThreadQuerySet(models.QuerySet["DeletedThread"]):
     def open_to(self, user: User | AnonymousUser | None) -> "DeletedThreadQuerySet":
         """Those that were open to `user`, as far as the tombstones record it."""
         mine = Q(owner_id=user.pk) if user is not None and user.pk else Q(pk__in=[])
-        return self.filter(mine | Q(owner_id=None) if settings.CHAT_ALLOW_ANONYMOUS else mine)
+        if settings.CHAT_ALLOW_ANONYMOUS:
+            mine |= Q(owner_id=None, room_id="")
+        return self.filter(mine)
 
 
 class DeletedThread(models.Model):
@@ -127,6 +187,7 @@ class DeletedThread(models.Model):
     id = models.CharField(primary_key=True, max_length=64, editable=False)
     # No foreign key: it outlives its owner.
     owner_id = models.BigIntegerField(null=True, editable=False)
+    room_id = models.CharField(max_length=255, blank=True, default="", editable=False)
     deleted_at = models.DateTimeField(default=timezone.now, editable=False)
 
     objects = DeletedThreadQuerySet.as_manager()
@@ -149,7 +210,10 @@ class Message(models.Model):
     role = models.CharField(max_length=9, choices=Role.choices)
     content = models.TextField()
     correlation_id = models.CharField(max_length=200)
+    # Of what was asked in a room: when the bot was shown it.
     created_at = models.DateTimeField(default=timezone.now, editable=False)
+
+    objects = MessageQuerySet.as_manager()
 
     class Meta:
         ordering = ["thread", "position"]

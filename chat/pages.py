@@ -1,22 +1,26 @@
 """The chat page: HTML that is whole without a script, and the parts that its script fetches."""
 
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from django.conf import settings
 from django.contrib.auth import views as auth
 from django.contrib.auth.views import redirect_to_login
+from django.core.exceptions import PermissionDenied
 from django.http import Http404, HttpRequest, HttpResponse
 from django.http.response import HttpResponseBase
 from django.shortcuts import get_object_or_404, redirect, render
 from django.urls import reverse
 from django.utils.cache import add_never_cache_headers
 from django.views import View
+from rest_framework import exceptions
 
 from agents import inbox, llm, retention, runs
 from agents.models import Run
 from chat import turns
-from chat.callers import name_of
+from chat.callers import check_may_steer, check_may_write, name_of
 from chat.models import CHOSEN_ID, MAX_TITLE_LENGTH, Thread, ThreadQuerySet
 from realm.models import User
 
@@ -73,12 +77,24 @@ class ChatPage(Guarded):
     def thread(self, thread_id: str) -> Thread:
         return get_object_or_404(self.threads().with_preview(), pk=thread_id)
 
+    def thread_to_change(self, thread_id: str) -> Thread:
+        thread = self.thread(thread_id)
+        with _refusals():
+            check_may_write(thread)
+        return thread
+
     def run(self, run_id: str) -> Run:
-        mine = Run.objects.filter(thread__in=self.threads())
-        return get_object_or_404(mine.select_related("thread"), pk=run_id)
+        visible = Run.objects.visible_to(self.caller)
+        return get_object_or_404(visible.select_related("thread"), pk=run_id)
+
+    def run_to_steer(self, run_id: str) -> Run:
+        run = self.run(run_id)
+        with _refusals():
+            check_may_steer(run, self.caller)
+        return run
 
     def page(self, thread: Thread | None = None, *, status: int = 200, **more: Any) -> HttpResponse:
-        part = turns.part(thread, before=self._turn("before")) if thread else None
+        part = turns.part(thread, self.caller, before=self._turn("before")) if thread else None
         context = {
             **self._listed(),
             **self._models(part.last_model if part else ""),
@@ -100,7 +116,7 @@ class ChatPage(Guarded):
                 model=self.request.POST.get("model") or None,
                 thread_id=thread.pk if thread else None,
                 source=Run.Source.HTTP,
-                threads=self.threads(),
+                threads=Thread.objects.owned_by(self.caller),
                 owner=self.caller,
                 idempotency=inbox.Idempotency(name_of(self.request), key) if key else None,
             )
@@ -162,14 +178,14 @@ class ThreadPage(ChatPage):
         return self.page(self.thread(thread_id))
 
     def post(self, request: HttpRequest, thread_id: str) -> HttpResponse:
-        return self.ask(self.thread(thread_id))
+        return self.ask(self.thread_to_change(thread_id))
 
 
 class ChangeForm(ChatPage):
     def post(self, request: HttpRequest, thread_id: str) -> HttpResponse:
         """Rename the thread, or move it into the archive and out of it."""
         title, archived = request.POST.get("title"), request.POST.get("archived")
-        self.thread(thread_id).change(
+        self.thread_to_change(thread_id).change(
             title=None if title is None else _clean_title(title),
             archived=None if archived is None else archived == "true",
         )
@@ -178,31 +194,41 @@ class ChangeForm(ChatPage):
 
 class DeleteForm(ChatPage):
     def post(self, request: HttpRequest, thread_id: str) -> HttpResponse:
-        retention.delete_thread(self.thread(thread_id))
+        retention.delete_thread(self.thread_to_change(thread_id))
         return redirect("chat")
 
 
 class TurnPart(ChatPage):
     def get(self, request: HttpRequest, run_id: str) -> HttpResponse:
         """A question with what has come of it so far, as the page of its thread shows it."""
-        return render(request, "chat/turn.html", {"turn": turns.turn_of(self.run(run_id))})
+        run = self.run(run_id)
+        context = {"turn": turns.turn_of(run), "thread": run.thread}
+        return render(request, "chat/turn.html", context)
 
 
 class CancelForm(ChatPage):
     def post(self, request: HttpRequest, run_id: str) -> HttpResponse:
-        run = self.run(run_id)
+        run = self.run_to_steer(run_id)
         runs.cancel(run)
         return _shown(run.thread_id, run.pk)
 
 
 class RetryForm(ChatPage):
     def post(self, request: HttpRequest, run_id: str) -> HttpResponse:
-        run = self.run(run_id)
+        run = self.run_to_steer(run_id)
         try:
             inbox.ask_again(run)
         except inbox.Limited as error:
             return self.turned_away(self.thread(run.thread_id), error)
         return _shown(run.thread_id, run.pk)
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    try:
+        yield
+    except exceptions.PermissionDenied as error:
+        raise PermissionDenied(str(error.detail)) from None
 
 
 def _shown(thread_id: str, run_id: str) -> HttpResponse:

@@ -4,13 +4,12 @@ from typing import Any
 
 from django.db.models import QuerySet
 from django.http import QueryDict
-from rest_framework import status
+from rest_framework import exceptions, status
 from rest_framework.request import Request
 from rest_framework.response import Response
 from rest_framework_json_api.utils import get_included_resources
 
 from agents import inbox
-from agents.models import Run
 from chat import keyset
 from chat.callers import CallersView
 from chat.documents import (
@@ -48,7 +47,7 @@ class ResourcesView(CallersView, JSONAPIView):
         return {**super().get_serializer_context(), "compound": self.compound}
 
     def rows(self) -> QuerySet[Any]:
-        return self.serializer_class.rows(self.threads())
+        return self.serializer_class.rows(self.caller)
 
     def one(self, rows: QuerySet[Any], pk: Any) -> Any:
         found = rows.filter(pk=pk).first()
@@ -58,7 +57,7 @@ class ResourcesView(CallersView, JSONAPIView):
 
     def owner(self) -> Any:
         """What the address leads through."""
-        return self.one(self.parent.rows(self.threads()), self.kwargs["id"])
+        return self.one(self.parent.rows(self.caller), self.kwargs["id"])
 
     @property
     def relationship(self) -> Relationship:
@@ -89,7 +88,7 @@ class ResourcesView(CallersView, JSONAPIView):
 
     def _compound(self, rows: list[Any]) -> Compound:
         paths = get_included_resources(self.request)
-        return Compound(rows, self.serializer_class, paths, self.threads())
+        return Compound(rows, self.serializer_class, paths, self.caller)
 
 
 class ResourceView(ResourcesView):
@@ -104,6 +103,12 @@ class CollectionView(ResourcesView):
             return frozenset()
         filters = {f"filter[{name}]" for name in self.serializer_class.filters}
         return keyset.PARAMETERS | {"sort"} | filters
+
+    def rows(self) -> QuerySet[Any]:
+        """Those of rooms only with the name of their thread: the others are read along one index."""
+        if "filter[thread]" in self.request.query_params:
+            return super().rows()
+        return self.serializer_class.own_rows(self.own_threads())
 
     def get(self, request: Request, id: Any = None) -> Response:
         order = keyset.chosen(request.query_params, self.sorts)
@@ -126,7 +131,7 @@ class OfThreadView(CollectionView):
     """What stands in a thread, in its order where no other is asked for."""
 
     def rows(self) -> QuerySet[Any]:
-        return super().rows().filter(thread=self.owner())
+        return self.serializer_class.rows(self.caller).filter(thread=self.owner())
 
     @property
     def sorts(self) -> dict[str, keyset.Order]:
@@ -169,7 +174,7 @@ class LinkageView(ResourcesView):
 
 class MessagesView(CollectionView):
     serializer_class = MessageSerializer
-    refusals = {inbox.UnknownThread: Missing}
+    refusals = {inbox.UnknownThread: Missing, inbox.UnknownAsker: exceptions.NotAuthenticated}
 
     def handle_exception(self, exc: Exception) -> Response:
         if isinstance(exc, inbox.Invalid):
@@ -188,13 +193,7 @@ class MessagesView(CollectionView):
         """Ask. The message is there at once; its run tells what becomes of it."""
         question = QuestionSerializer(data=request.data)
         question.is_valid(raise_exception=True)
-        accepted = inbox.ask(
-            **question.validated_data,
-            source=Run.Source.HTTP,
-            threads=self.threads(),
-            owner=self.caller,
-            idempotency=self.idempotency(),
-        )
+        accepted = self.ask(**question.validated_data)
         message = self.one(self.rows(), accepted.message_id)
         headers = {"Location": f"/api/messages/{message.pk}"}
         if accepted.repeated:

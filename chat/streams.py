@@ -272,7 +272,8 @@ def _told_of_thread(caller: Caller, thread_id: str, after: int) -> tuple[bytes, 
     # From the turn on that was told last: where it is not found the thread may be gone.
     known = after - after % 2
     runs: list[Any] = list(
-        Run.objects.filter(thread__in=thread, position__gte=max(0, known - 2))
+        Run.objects.visible_to(caller.user)
+        .filter(thread_id=thread_id, position__gte=max(0, known - 2))
         .select_related("message", "answer")
         .annotate(size=size)
         .defer("message__content", "answer__content")

@@ -13,6 +13,7 @@ from redis.exceptions import RedisError
 from agents import stream
 from agents.models import Attempt, Run, Step, Worker
 from chat.models import Message, Thread, fitting
+from realm.models import User
 
 PAGE = 20
 
@@ -68,17 +69,28 @@ class Part:
         return next((turn.run.model for turn in reversed(self.turns) if turn.run), "")
 
 
-def part(thread: Thread, *, before: int | None = None) -> Part:
-    """The turns before the turn `before`; the latest ones by default."""
+def part(thread: Thread, reader: User | None, *, before: int | None = None) -> Part:
+    """The turns before the turn `before`; the latest ones by default. Of a room's thread, those that
+    the reader has been in the room for."""
     end = thread.turns if before is None else min(before, thread.turns)
-    start = _start(thread, end)
+    first = _first_visible(thread, reader) if thread.room_id else 0
+    start = _start(thread, end, first)
     turns = _turns(thread, start, end)
-    return Part(turns=turns, earlier=start if start else None)
+    return Part(turns=turns, earlier=start if start > first else None)
 
 
-def _start(thread: Thread, end: int) -> int:
-    """Where a part begins that ends before `end`: PAGE turns earlier, fewer where they are long."""
-    start = max(end - PAGE, 0)
+def _first_visible(thread: Thread, reader: User | None) -> int:
+    """The turn after the last one that is hidden from the reader."""
+    visible = Run.objects.visible_to(reader)
+    hidden = Run.objects.filter(thread=thread).exclude(pk__in=visible.values("pk"))
+    last = hidden.order_by("-position").values_list("position", flat=True).first()
+    return 0 if last is None else last // 2 + 1
+
+
+def _start(thread: Thread, end: int, first: int) -> int:
+    """Where a part begins that ends before `end`: PAGE turns earlier, fewer where they are long, and
+    not before the turn `first`."""
+    start = min(max(end - PAGE, first), end)
     said = Message.objects.filter(thread=thread, position__gte=2 * start, position__lt=2 * end)
     sizes = dict(said.values_list("position", Length("content")))
     unanswered = [2 * turn for turn in range(start, end) if 2 * turn + 1 not in sizes]

@@ -18,7 +18,7 @@ from rest_framework.response import Response
 from agents import inbox, llm, retention, runs, stream
 from agents.models import Run
 from chat import streams
-from chat.callers import CallersView, name_of
+from chat.callers import CallersView, check_may_steer, check_may_write, name_of
 from chat.http import PlainAPIView
 from chat.models import Message, Thread, page_of
 from chat.serializers import (
@@ -40,6 +40,7 @@ WAITING_SEATS = threading.BoundedSemaphore(4)
 class ChatView(CallersView, PlainAPIView):
     statuses = {
         inbox.Invalid: 400,
+        inbox.UnknownAsker: 401,
         inbox.UnknownThread: 404,
         inbox.KeyReused: 422,
         inbox.Busy: 409,
@@ -54,9 +55,14 @@ class ChatView(CallersView, PlainAPIView):
         return get_object_or_404(self.threads().with_preview(), pk=thread_id)
 
     def run(self, run_id: str) -> Run:
-        return get_object_or_404(
-            Run.objects.select_related("answer").filter(thread__in=self.threads()), pk=run_id
-        )
+        visible = Run.objects.visible_to(self.caller)
+        return get_object_or_404(visible.select_related("answer"), pk=run_id)
+
+    def run_to_steer(self, run_id: str) -> Run:
+        visible = Run.objects.visible_to(self.caller).select_related("thread", "message")
+        run = get_object_or_404(visible.defer("thread__summary"), pk=run_id)
+        check_may_steer(run, self.caller)
+        return run
 
 
 class Conflict(exceptions.APIException):
@@ -78,13 +84,7 @@ class MessagesView(ChatView):
         question.is_valid(raise_exception=True)
         # Before anything is accepted.
         seat = streams.Seat(name_of(request)) if streams.wants_stream(request) else None
-        accepted = inbox.ask(
-            **question.validated_data,
-            source=Run.Source.HTTP,
-            threads=self.threads(),
-            owner=self.caller,
-            idempotency=self.idempotency(),
-        )
+        accepted = self.ask(**question.validated_data)
         headers = {"Location": f"/api/chat/runs/{accepted.run_id}"}
         if accepted.repeated:
             headers["Idempotency-Replayed"] = "true"
@@ -150,6 +150,7 @@ class ThreadView(ChatView):
 
     def patch(self, request: Request, thread_id: str) -> Response:
         thread = self.thread(thread_id)
+        check_may_write(thread)
         change = ThreadSerializer(data=request.data)
         change.is_valid(raise_exception=True)
         thread.change(**change.validated_data)
@@ -157,7 +158,9 @@ class ThreadView(ChatView):
 
     def delete(self, request: Request, thread_id: str) -> Response:
         """Delete the thread with all that was said in it; what goes on in it is cancelled."""
-        retention.delete_thread(self.thread(thread_id))
+        thread = self.thread(thread_id)
+        check_may_write(thread)
+        retention.delete_thread(thread)
         return Response(status=204)
 
 
@@ -166,9 +169,11 @@ class ThreadMessagesView(ChatView):
         """The newest messages in the order asked, fewer than asked for where they are long. `next` is
         the id to give as `before` for older ones, null when there are none."""
         thread = get_object_or_404(self.threads(), pk=thread_id)
-        messages = Message.objects.filter(thread=thread).order_by("-position")
+        # Of a room, what is visible to one member is hidden from another.
+        visible = Message.objects.visible_to(self.caller) if thread.room_id else Message.objects
+        messages = visible.filter(thread=thread).order_by("-position")
         if (before := request.query_params.get("before")) is not None:
-            edge = get_object_or_404(Message, pk=_uuid(before, "before"), thread=thread)
+            edge = get_object_or_404(messages, pk=_uuid(before, "before"))
             messages = messages.filter(position__lt=edge.position)
         limit = _limit(request.query_params.get("limit"))
         newest_first, has_more = page_of(messages, limit)
@@ -203,16 +208,17 @@ class RunEventsView(ChatView):
 class RunCancelView(ChatView):
     def post(self, request: Request, run_id: str) -> Response:
         """End a run: 202; 409 when it has ended already."""
-        run = self.run(run_id)
+        run = self.run_to_steer(run_id)
         if not runs.cancel(run):
-            raise Conflict(f"The run has ended already: it is {run.status}.")
+            # 404 where it is gone
+            raise Conflict(f"The run has ended already: it is {self.run(run_id).status}.")
         return Response({"ok": True, "run": run_json(self.run(run_id))}, status=202)
 
 
 class RunRetryView(ChatView):
     def post(self, request: Request, run_id: str) -> Response:
         """Have a run begun anew that failed or was cancelled: 202; 409 for any other."""
-        if not inbox.ask_again(self.run(run_id)):
+        if not inbox.ask_again(self.run_to_steer(run_id)):
             raise Conflict(self.run(run_id).why_not_retried or "Somebody else was first.")
         return Response({"ok": True, "run": run_json(self.run(run_id))}, status=202)
 

@@ -4,16 +4,22 @@ Django's WSGI handler answers, in one of a few threads: that carries several tim
 ASGI handler does with synchronous views, and never more database connections than threads. Only a
 body that is an async iterator, a stream of events, is left to the event loop: thousands of those may
 be open while all threads are free.
+
+What waits for a thread is bounded and takes turns (config.pool); a request whose client has left by
+then is dropped. Probes have threads of their own, so that load is never mistaken for a failure, and so
+has whatever hashes a password, which takes a processor for a quarter of a second.
 """
 
 import asyncio
 import functools
 import io
+import re
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, suppress
+from dataclasses import dataclass
 from typing import Any, cast
 from urllib.parse import unquote_to_bytes
 
@@ -22,14 +28,37 @@ from django.http import StreamingHttpResponse
 
 from config.wsgi import application as wsgi
 
+# The apps are loaded now, which what follows needs.
+# isort: split
+from config import refusals
+from config.callers import Caller, Held, caller_of
+from config.pool import Full, Left, Pool
+
 THREADS = 8
+# For callers of whom nothing is worked on.
+SPARE_THREADS = 2
+STREAM_THREADS = 3
+LOGIN_THREADS = 2
+LOGINS_WAITING = 100
+PROBES_WAITING = 50
 CHUNK_BYTES = 256 * 1024
+# How much of an answer is given to the connection at a time.
+PIECE_BYTES = 64 * 1024
 # Of an address with all headers: more than any client has need of, and less than it takes to keep a
 # thread busy.
 MAX_HEAD_BYTES = 64 * 1024
-HEAD_TOO_LONG = b'{"ok":false,"error":"The address or the headers are too long."}'
-# For a client to send a body, and to take a piece of a stream.
-PATIENCE_SECONDS = 60
+MAX_HEADERS = 200
+PROBES = {
+    "/healthz": "healthz",
+    "/healthz/deep": "probes",
+    "/readyz": "probes",
+    "/metrics": "probes",
+}
+HASHING = re.compile(
+    r"/login|/admin/(login|password_change|realm/user/add|realm/user/[^/]+/password)/?"
+)
+# In a scope's extensions, from config.protocol: a function that is true once the client has left.
+HAS_LEFT = "botrealm.left"
 
 Message = dict[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -39,40 +68,155 @@ Send = Callable[[Message], Awaitable[None]]
 _open: set[asyncio.Task[None]] = set()
 
 
+@dataclass(frozen=True)
+class Threads:
+    web: Pool
+    logins: Pool
+    healthz: Pool
+    probes: Pool
+    held: Held
+
+    def for_request(self, scope: Message) -> Pool:
+        path = scope["path"]
+        if name := PROBES.get(path):
+            return cast("Pool", getattr(self, name))
+        if scope["method"] == "POST" and HASHING.fullmatch(path):
+            return self.logins
+        return self.web
+
+
 @functools.cache
-def _threads() -> ThreadPoolExecutor:
-    """Made in the process that serves, and there also what database work of streams is done in."""
-    threads = ThreadPoolExecutor(THREADS, thread_name_prefix="web")
+def _threads() -> Threads:
+    """Made in the process that serves, as are those that database work of streams is done in."""
     loop = asyncio.get_running_loop()
-    loop.set_default_executor(threads)
+    loop.set_default_executor(ThreadPoolExecutor(STREAM_THREADS, thread_name_prefix="streams"))
     _end_streams_on_stop(loop)
-    return threads
+    return Threads(
+        web=Pool("web", THREADS, spare=SPARE_THREADS, waiting=settings.WEB_MAX_WAITING),
+        logins=Pool("logins", LOGIN_THREADS, waiting=LOGINS_WAITING),
+        healthz=Pool("healthz", 1, waiting=PROBES_WAITING),
+        probes=Pool("probes", 1, waiting=PROBES_WAITING),
+        held=Held(),
+    )
 
 
 async def application(scope: Message, receive: Receive, send: Send) -> None:
     if scope["type"] != "http":
         raise ValueError(f"There is no {scope['type']} here.")
-    if _head_size(scope) > MAX_HEAD_BYTES:
-        await _refuse_head(send)
+    if _head_size(scope) > MAX_HEAD_BYTES or len(scope["headers"]) > MAX_HEADERS:
+        await _refuse(431, "head_too_long", scope, send)
         return
-    loop, threads = asyncio.get_running_loop(), _threads()
-    try:
-        async with asyncio.timeout(PATIENCE_SECONDS):
-            body = await _body(scope, receive)
-    except TimeoutError:
-        body = None
-    if body is None:  # the client is gone, or as good as
-        return
-    answer = Answer()
-    chunk = await loop.run_in_executor(threads, answer.begin, environ(scope, body))
-    await send({"type": "http.response.start", "status": answer.status, "headers": answer.headers})
-    if answer.stream and scope["method"] != "HEAD":
-        await _stream(answer.stream, receive, send)
-        return
-    while answer.more:
-        await send({"type": "http.response.body", "body": chunk, "more_body": True})
-        chunk = await loop.run_in_executor(threads, answer.next)
-    await send({"type": "http.response.body", "body": chunk})
+    await _Exchange(scope, receive, send).run()
+
+
+class _Exchange:
+    """One request and its answer."""
+
+    def __init__(self, scope: Message, receive: Receive, send: Send) -> None:
+        self.scope, self.receive, self.send = scope, receive, send
+        self.threads = _threads()
+        self.pool = self.threads.for_request(scope)
+        self.caller = caller_of(scope.get("client"), scope["headers"])
+        self.answer = Answer()
+        # Where the connection does not know, a task waits for the client to leave.
+        known = (scope.get("extensions") or {}).get(HAS_LEFT)
+        self.has_left: Callable[[], bool] = known or self._is_over
+        self.asks = known is None
+        self.leaving: asyncio.Task[None] | None = None
+
+    async def run(self) -> None:
+        held, caller = self.threads.held, self.caller
+        if held.is_too_much(caller) and self.pool in (self.threads.web, self.threads.logins):
+            await _refuse(503, "bytes_held", self.scope, self.send)
+            return
+        try:
+            body = await _body(self.scope, self.receive, held, caller)
+        except TimeoutError:
+            await _refuse(408, "slow_body", self.scope, self.send)
+            return
+        except MemoryError:
+            await _refuse(503, "bytes_held", self.scope, self.send)
+            return
+        if body is None:  # the client is gone
+            return
+        size = len(body)
+        held.add(caller, size)
+        try:
+            if self.asks:
+                self.leaving = asyncio.create_task(_left(self.receive))
+            begin = functools.partial(self.answer.begin, environ(self.scope, body))
+            del body
+            chunk = await self.pool.submit(caller, begin, self.has_left)
+        except Left:
+            refusals.note("client_left")
+            # A connection that is not read at the moment has yet to learn of it.
+            with suppress(TimeoutError):
+                async with asyncio.timeout(1):
+                    await (self.leaving or _left(self.receive))
+            self._end()
+            return
+        except Full:
+            await _refuse(503, "too_many_waiting", self.scope, self.send)
+            self._end()
+            return
+        finally:
+            held.add(caller, -size)
+        try:
+            await self._reply(chunk)
+        finally:
+            self._end()
+
+    async def _reply(self, chunk: bytes) -> None:
+        answer, send = self.answer, self.send
+        start = {"type": "http.response.start", "status": answer.status, "headers": answer.headers}
+        await self._put(start)
+        if answer.stream and self.scope["method"] != "HEAD":
+            leaving = self.leaving or asyncio.create_task(_left(self.receive))
+            await _stream(answer.stream, leaving, send)
+            return
+        if answer.more and self.scope["method"] == "HEAD":
+            await self.pool.go_on(self.caller, answer.close)
+        while answer.more:
+            await self._put_body(chunk, more=True)
+            if self.has_left():
+                # Nobody reads the rest.
+                await self.pool.go_on(self.caller, answer.close)
+                return
+            chunk = await self.pool.go_on(self.caller, answer.next)
+        await self._put_body(chunk, more=False)
+
+    async def _put_body(self, chunk: bytes, *, more: bool) -> None:
+        size = len(chunk)
+        if size <= PIECE_BYTES:
+            await self._put({"type": "http.response.body", "body": chunk, "more_body": more})
+            return
+        held, view = self.threads.held, memoryview(chunk)
+        held.add(self.caller, size)
+        try:
+            for at in range(0, size, PIECE_BYTES):
+                last = at + PIECE_BYTES >= size
+                piece = bytes(view[at : at + PIECE_BYTES])
+                await self._put(
+                    {"type": "http.response.body", "body": piece, "more_body": more or not last}
+                )
+                if self.has_left():
+                    return
+        finally:
+            held.add(self.caller, -size)
+
+    async def _put(self, message: Message) -> None:
+        if not self.asks:  # then the connection sees to it that the client reads
+            await self.send(message)
+            return
+        async with asyncio.timeout(settings.WEB_SEND_SECONDS):
+            await self.send(message)
+
+    def _is_over(self) -> bool:
+        return self.leaving is not None and self.leaving.done()
+
+    def _end(self) -> None:
+        if self.leaving is not None:
+            self.leaving.cancel()
 
 
 class Answer:
@@ -109,6 +253,11 @@ class Answer:
         self.more = False
         self._response.close()
         return b"".join(pieces)
+
+    def close(self) -> None:
+        """Instead of `next`, where no more is wanted."""
+        self.more = False
+        self._response.close()
 
     def _start(
         self, status: str, headers: list[tuple[str, str]], exc_info: Any = None, /
@@ -161,36 +310,46 @@ def _head_size(scope: Message) -> int:
     return address + sum(len(name) + len(value) for name, value in scope["headers"])
 
 
-async def _refuse_head(send: Send) -> None:
-    headers = [
-        (b"content-type", b"application/json"),
-        (b"content-length", str(len(HEAD_TOO_LONG)).encode()),
-        (b"connection", b"close"),
-    ]
-    await send({"type": "http.response.start", "status": 431, "headers": headers})
-    await send({"type": "http.response.body", "body": HEAD_TOO_LONG})
+async def _refuse(status: int, reason: str, scope: Message, send: Send) -> None:
+    refusals.note(reason)
+    headers, body = refusals.answer(status, scope["path"])
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
 
 
-async def _body(scope: Message, receive: Receive) -> bytes | None:
+async def _body(scope: Message, receive: Receive, held: Held, caller: Caller) -> bytes | None:
     """The whole body; None when the client leaves. What is too long, or does not say how long it is,
-    is not read: Django refuses it by its head."""
+    is not read: Django refuses it by its head. Raises `TimeoutError`, and `MemoryError` where too much
+    waits already."""
     length = next((value for name, value in scope["headers"] if name == b"content-length"), b"")
     if not length.isdigit() or int(length[:12]) > settings.DATA_UPLOAD_MAX_MEMORY_SIZE:
         return b""
-    pieces, more = [], length.strip(b"0") != b""
-    while more:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            return None
-        pieces.append(message.get("body", b""))
-        more = message.get("more_body", False)
+    if not length.strip(b"0"):
+        return b""
+    read = 0
+    pieces, more = [], True
+    try:
+        async with asyncio.timeout(settings.WEB_BODY_SECONDS):
+            while more:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    return None
+                piece = message.get("body", b"")
+                pieces.append(piece)
+                more = message.get("more_body", False)
+                if more:
+                    read += len(piece)
+                    held.add(caller, len(piece))
+                    if held.is_too_much(caller):
+                        raise MemoryError
+    finally:
+        held.add(caller, -read)
     return b"".join(pieces)
 
 
-async def _stream(response: StreamingHttpResponse, receive: Receive, send: Send) -> None:
+async def _stream(response: StreamingHttpResponse, leaving: asyncio.Task[None], send: Send) -> None:
     """Send the pieces as they come, until there are no more, the client leaves or the server stops."""
     sending = asyncio.create_task(_send_all(response, send))
-    leaving = asyncio.create_task(_left(receive))
     _open.add(leaving)
     try:
         await asyncio.wait([sending, leaving], return_when=asyncio.FIRST_COMPLETED)
@@ -211,7 +370,7 @@ async def _send_all(response: StreamingHttpResponse, send: Send) -> None:
     # Not `streaming_content`, a generator around this one: closing that would not close this.
     async with aclosing(cast("Any", response)._iterator) as pieces:
         async for piece in pieces:
-            async with asyncio.timeout(PATIENCE_SECONDS):
+            async with asyncio.timeout(settings.WEB_SEND_SECONDS):
                 await send({"type": "http.response.body", "body": piece, "more_body": True})
 
 

@@ -4,6 +4,7 @@ from typing import Any
 from celery import Celery
 from celery.fixups.django import DjangoFixup, DjangoWorkerFixup
 from celery.signals import setup_logging
+from django.conf import settings
 from django.db import close_old_connections
 
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "config.settings")
@@ -27,8 +28,21 @@ def fixup(app: Celery) -> DjangoFixup:
     return Fixup(app).install()
 
 
+class OwnSettings:
+    """Those of Celery alone: `celery inspect conf` and `celery report` show all that it was given, and
+    would show REDIS_URL with its password."""
+
+    def __dir__(self) -> list[str]:
+        return [name for name in dir(settings) if name.startswith("CELERY_")]
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("CELERY_"):
+            return getattr(settings, name)
+        raise AttributeError(name)
+
+
 app = Celery("botrealm", fixups={fixup})
-app.config_from_object("django.conf:settings", namespace="CELERY")
+app.config_from_object(OwnSettings(), namespace="CELERY")
 app.autodiscover_tasks()
 # By name: the module needs Django's apps, which are not loaded yet.
 app.steps["worker"].add("agents.runtime:Runtime")

@@ -3,6 +3,7 @@
 import ipaddress
 import os
 import re
+import secrets
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ from urllib.parse import urlsplit
 import environ
 from django.core.exceptions import ImproperlyConfigured
 
+from lib import redis
+
+UNUSED = "unused"
 TRUE = {"1", "true", "yes", "on"}
 FALSE = {"0", "false", "no", "off"}
 
@@ -18,6 +22,16 @@ FALSE = {"0", "false", "no", "off"}
 def text(name: str, default: str = "") -> str:
     """The variable without surrounding blanks. Set but empty counts as not set."""
     return os.environ.get(name, "").strip() or default
+
+
+def signing_secret(name: str, default: str) -> str:
+    """Return a secret. `unused` keeps it from a process that signs nothing: a random value, with
+    which it signs nothing that another process accepts, takes its place."""
+    return secrets.token_urlsafe(48) if text(name) == UNUSED else text(name, default)
+
+
+def unused_secrets(*names: str) -> list[str]:
+    return [name for name in names if text(name) == UNUSED]
 
 
 def flag(name: str, default: bool) -> bool:
@@ -73,6 +87,15 @@ def words(name: str, default: str = "") -> list[str]:
     return [word.strip() for word in text(name, default).split(",") if word.strip()]
 
 
+def ports(name: str, default: str) -> frozenset[int]:
+    """TCP ports, comma-separated."""
+    found = words(name, default)
+    for word in found:
+        if not (word.isascii() and word.isdigit() and 1 <= int(word[:6]) <= 65535):
+            raise ImproperlyConfigured(f"{name}: {word!r} is not a port from 1 to 65535.")
+    return frozenset(map(int, found))
+
+
 def networks(name: str, default: str = "") -> list[ipaddress.IPv4Network | ipaddress.IPv6Network]:
     """Addresses and CIDR blocks, comma-separated."""
     found = []
@@ -109,6 +132,29 @@ def url(name: str, default: str = "", *, schemes: tuple[str, ...]) -> str:
             f"{name} is not a URL that starts with {' or '.join(f'{s}://' for s in schemes)}."
         )
     return value
+
+
+def file(name: str) -> str:
+    """The path of a file that can be read; empty where it is not set."""
+    value = text(name)
+    if not value:
+        return ""
+    try:
+        Path(value).open("rb").close()
+    except OSError as error:
+        raise ImproperlyConfigured(f"{name}: {value} cannot be read: {error.strerror}.") from None
+    return value
+
+
+def redis_server(url: str, *, ca_file: str, cert_file: str, key_file: str) -> redis.Server:
+    """The Redis that REDIS_URL and its certificates name."""
+    try:
+        server = redis.parse(url, ca_file=ca_file, cert_file=cert_file, key_file=key_file)
+        if server.tls:
+            server.tls.context()
+    except redis.Invalid as error:
+        raise ImproperlyConfigured(str(error)) from None
+    return server
 
 
 def proxy_header(name: str) -> tuple[str, str] | None:

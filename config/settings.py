@@ -23,8 +23,10 @@ environ.Env.read_env(BASE_DIR / ".env")
 # only. The built-in secrets are refused once it is off.
 DEBUG = env.flag("DEBUG", True)
 DEVELOPMENT_SECRET = "for-development-only-0123456789-0123456789-0123456789"  # noqa: S105
-SECRET_KEY = env.text("SECRET_KEY", DEVELOPMENT_SECRET)
-REALM_SECRET_SEED = env.text("REALM_SECRET_SEED", DEVELOPMENT_SECRET)
+SECRET_KEY = env.signing_secret("SECRET_KEY", DEVELOPMENT_SECRET)
+REALM_SECRET_SEED = env.signing_secret("REALM_SECRET_SEED", DEVELOPMENT_SECRET)
+# Those that this process does without: the web server and `realm_token` refuse to start then.
+UNUSED_SECRETS = env.unused_secrets("SECRET_KEY", "REALM_SECRET_SEED")
 for _name, _secret in (("SECRET_KEY", SECRET_KEY), ("REALM_SECRET_SEED", REALM_SECRET_SEED)):
     # Here and not in a system check: neither a web server nor a worker heeds those.
     if not DEBUG and (_secret == DEVELOPMENT_SECRET or len(_secret) < 32):
@@ -32,6 +34,15 @@ for _name, _secret in (("SECRET_KEY", SECRET_KEY), ("REALM_SECRET_SEED", REALM_S
             f"{_name} is the built-in one or can be guessed, although DEBUG is off: set it to 50 "
             "random characters or more."
         )
+# What encrypts secrets at rest (lib/secrets.py), the newest first. Without one it is SECRET_KEY.
+if "SECRET_KEY" in UNUSED_SECRETS and not env.words("SECRETS_KEY"):
+    raise ImproperlyConfigured("SECRETS_KEY: it is needed where SECRET_KEY is unused.")
+SECRETS_KEY = env.words("SECRETS_KEY") or [SECRET_KEY]
+if not DEBUG and any(key == DEVELOPMENT_SECRET or len(key) < 32 for key in SECRETS_KEY):
+    raise ImproperlyConfigured(
+        "SECRETS_KEY is the built-in one or can be guessed, although DEBUG is off: set it to 50 random "
+        "characters or more; openssl rand -hex 32 makes them."
+    )
 # The platform asks from beside the server whether it lives; see HEALTHCHECK in the Dockerfile.
 ALLOWED_HOSTS = [*env.words("ALLOWED_HOSTS", "localhost,127.0.0.1,[::1]"), "127.0.0.1"]
 CSRF_TRUSTED_ORIGINS = env.words("CSRF_TRUSTED_ORIGINS")
@@ -83,6 +94,7 @@ MIDDLEWARE = [
     "django.contrib.messages.middleware.MessageMiddleware",
     "django.middleware.clickjacking.XFrameOptionsMiddleware",
     "console.login.SecondFactor",
+    "console.login.LoginTries",
     "axes.middleware.AxesMiddleware",
 ]
 ROOT_URLCONF = "config.urls"
@@ -193,7 +205,16 @@ else:
     }
 
 # Redis: the event stream, Celery's broker and the cache. It may forget everything at any moment.
-REDIS_URL = env.url("REDIS_URL", "redis://localhost:6379", schemes=("redis", "rediss", "unix"))
+REDIS_URL = env.text("REDIS_URL", "redis://localhost:6379")
+REDIS_CA_FILE = env.file("REDIS_CA_FILE")
+REDIS_CLIENT_CERT_FILE = env.file("REDIS_CLIENT_CERT_FILE")
+REDIS_CLIENT_KEY_FILE = env.file("REDIS_CLIENT_KEY_FILE")
+_redis = env.redis_server(
+    REDIS_URL,
+    ca_file=REDIS_CA_FILE,
+    cert_file=REDIS_CLIENT_CERT_FILE,
+    key_file=REDIS_CLIENT_KEY_FILE,
+)
 REDIS_STREAM_KEY = env.text("REDIS_STREAM_KEY", "agent_events")
 REDIS_CONSUMER_GROUP = env.text("REDIS_CONSUMER_GROUP", "agent_runtime")
 REDIS_CONSUMER_NAME = env.text("REDIS_CONSUMER_NAME")  # empty: worker-<pid>, known in the worker
@@ -202,9 +223,10 @@ REDIS_STREAM_DEAD_LENGTH = env.integer("REDIS_STREAM_DEAD_LENGTH", 10_000)
 CACHES = {
     "default": {
         "BACKEND": "django_redis.cache.RedisCache",
-        "LOCATION": REDIS_URL,
+        "LOCATION": str(_redis),  # for display; the connections are those of lib.redis
         "KEY_PREFIX": "botrealm",
         "OPTIONS": {
+            "CONNECTION_FACTORY": "lib.redis.CacheConnections",
             "SOCKET_CONNECT_TIMEOUT": 0.3,
             "SOCKET_TIMEOUT": 0.3,
             "IGNORE_EXCEPTIONS": True,
@@ -216,6 +238,8 @@ CACHES = {
 MATRIX_URL = env.url("MATRIX_URL", "http://localhost:8008", schemes=("http", "https")).rstrip("/")
 # Tries to get a server session, of an address; 0: no limit (realm/throttles.py).
 SERVER_SESSIONS_PER_MINUTE = env.integer("SERVER_SESSIONS_PER_MINUTE", 120)
+# Tries to sign in with a password, of an address under any names; 0: no limit (console/login.py).
+LOGIN_TRIES_PER_MINUTE = env.integer("LOGIN_TRIES_PER_MINUTE", 30)
 
 # Chat
 CHAT_ALLOW_ANONYMOUS = env.flag("CHAT_ALLOW_ANONYMOUS", DEBUG)
@@ -240,6 +264,17 @@ CHAT_WHEN_BUSY = env.choice(
 )
 CHAT_RUN_DEADLINE_SECONDS = env.integer("CHAT_RUN_DEADLINE_SECONDS", 0, most=86400)  # 0: none
 DATA_UPLOAD_MAX_MEMORY_SIZE = env.integer("MAX_BODY_BYTES", 1024 * 1024, least=1024)
+
+# What one connection and one web process may take (config/protocol.py, config/asgi.py).
+WEB_MAX_CONNECTIONS = env.integer("WEB_MAX_CONNECTIONS", 0)  # 0: what the limit of files permits
+WEB_MAX_CONNECTIONS_PER_ADDRESS = env.integer(
+    "WEB_MAX_CONNECTIONS_PER_ADDRESS", 1000
+)  # 0: no limit
+WEB_MAX_WAITING = env.integer("WEB_MAX_WAITING", 1000, least=1)
+WEB_MAX_HELD_BYTES = env.integer("WEB_MAX_HELD_BYTES", 128 * 1024 * 1024, least=1024 * 1024)
+WEB_HEAD_SECONDS = env.seconds("WEB_HEAD_SECONDS", 10)
+WEB_BODY_SECONDS = env.seconds("WEB_BODY_SECONDS", 60)
+WEB_SEND_SECONDS = env.seconds("WEB_SEND_SECONDS", 30)
 
 # Model and runs
 OPENAI_API_KEY = env.text("OPENAI_API_KEY")
@@ -277,6 +312,9 @@ RETENTION_AUDIT_DAYS = env.integer("RETENTION_AUDIT_DAYS", 365)
 RETENTION_BULK_DAYS = env.integer("RETENTION_BULK_DAYS", 30)
 RETENTION_DELIVERIES_DAYS = env.integer("RETENTION_DELIVERIES_DAYS", 30)
 
+# The ports that calls to hosts named by others may use.
+OUTGOING_PORTS = env.ports("OUTGOING_PORTS", "443")
+
 # Webhooks: the hosts that a bot command may call, such as hooks.example.org or *.example.com.
 AGENT_WEBHOOK_HOSTS = env.words("AGENT_WEBHOOK_HOSTS")
 AGENT_WEBHOOK_SECRET = env.text("AGENT_WEBHOOK_SECRET")
@@ -310,7 +348,9 @@ BOT_STREAM_EDITS = env.flag("BOT_STREAM_EDITS", False)
 
 # Celery. The database is the queue of record, so a task is no more than a wake-up: nothing waits for
 # Celery's own redelivery, which takes minutes, and nothing is scheduled with its countdown or eta.
-CELERY_BROKER_URL = REDIS_URL.replace("unix://", "redis+socket://")
+# Without the password: Celery shows it to whoever inspects a worker. The connections are those of
+# lib.redis (config/broker.py).
+CELERY_BROKER_URL = str(_redis)
 CELERY_BROKER_TRANSPORT = "config.broker:Transport"
 CELERY_BROKER_CONNECTION_RETRY_ON_STARTUP = True
 CELERY_BROKER_CONNECTION_MAX_RETRIES = None
@@ -378,10 +418,12 @@ else:
 SCRUBBER = Scrubber(
     SECRET_KEY,
     REALM_SECRET_SEED,
+    *SECRETS_KEY,
     OPENAI_API_KEY,
     BOT_RUNNER_PASSWORD,
     AGENT_WEBHOOK_SECRET,
     METRICS_TOKEN,
+    _redis.password,
 )
 LOGGING = logs.configuration(
     env.text("LOG_LEVELS", "*=info"),

@@ -2,6 +2,8 @@ import os
 from typing import Any
 
 import django
+from django.conf import settings
+from django.core.exceptions import ImproperlyConfigured
 from django.core.handlers.wsgi import WSGIHandler, WSGIRequest
 
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "config.settings")
@@ -25,4 +27,9 @@ class Handler(WSGIHandler):
 
 
 django.setup(set_prefix=False)
+if settings.UNUSED_SECRETS:
+    raise ImproperlyConfigured(
+        f"{' and '.join(settings.UNUSED_SECRETS)}: the web server signs sessions and tokens, so it "
+        "needs the real value. `unused` is for workers and the bot runner."
+    )
 application = Handler()

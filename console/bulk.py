@@ -13,6 +13,7 @@ from datetime import timedelta
 from functools import partial
 from typing import Any
 
+from django.contrib.auth import get_user_model
 from django.core.exceptions import EmptyResultSet
 from django.db import InterfaceError, InternalError, OperationalError, connection, transaction
 from django.db.models import Count, F, Model, QuerySet
@@ -131,6 +132,10 @@ def carry_on(job_id: int) -> None:
     while _renew(job):
         left = job.items.filter(outcome="").order_by("id")[:BATCH]
         items = list(left)
+        if items and not _may_go_on(job):
+            logger.warning("Bulk job %d stops: %s may not do this any more", job.pk, job.name)
+            _end(job, BulkJob.Status.STOPPED)
+            return
         if not items:
             _end(job, BulkJob.Status.DONE)
             return
@@ -138,6 +143,12 @@ def carry_on(job_id: int) -> None:
     job.refresh_from_db()
     if job.stop_wanted:
         _end(job, BulkJob.Status.STOPPED)
+
+
+def _may_go_on(job: BulkJob) -> bool:
+    """False once the account that asked for it is deactivated, deleted or without the permission."""
+    who = get_user_model()._default_manager.filter(pk=job.who_id).first()
+    return who is not None and who.has_perm(job.deed)
 
 
 def _claim(job_id: int) -> bool:

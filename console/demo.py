@@ -191,7 +191,8 @@ class History:
         self._add(
             Thread,
             id=thread_id,
-            owner_id=owner.pk if owner else None,
+            owner_id=owner.pk if owner and not matrix else None,
+            room_id=room.room_id if matrix else "",
             turns=turns,
             created_at=self._rows[Run][-turns]["created_at"],
             updated_at=at,

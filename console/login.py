@@ -27,6 +27,7 @@ from unfold.widgets import BASE_INPUT_CLASSES
 
 from console import audit
 from console.models import AuditEntry
+from realm import throttles
 
 Action = AuditEntry.Action
 # Of those who may look at what others said: after a day's work they sign in again.
@@ -131,6 +132,31 @@ class SecondFactor:
         }:
             return False
         return _owes_code(request.user, must_have=settings.ADMIN_REQUIRE_TOTP)
+
+
+class LoginTries:
+    """So many tries to sign in a minute from one address, whatever the names: django-axes counts the
+    wrong ones of each name, and each try costs a password's hash. With IPv6, of one /64."""
+
+    VIEWS = frozenset({"admin:login", "chat_login"})
+
+    def __init__(self, get_response: Callable[[HttpRequest], HttpResponse]) -> None:
+        self.get_response = get_response
+
+    def __call__(self, request: HttpRequest) -> HttpResponse:
+        return self.get_response(request)
+
+    def process_view(self, request: HttpRequest, *_: Any) -> HttpResponse | None:
+        match, most = request.resolver_match, settings.LOGIN_TRIES_PER_MINUTE
+        if request.method != "POST" or match is None or match.view_name not in self.VIEWS:
+            return None
+        address = throttles.network(audit.client_ip(request))
+        if not most or throttles.tries(f"login:{address}") <= most:
+            return None
+        context = {**admin.site.each_context(request), "title": "Too many tries", "most": most}
+        page = render(request, "console/too_many_tries.html", context, status=429)
+        page["Retry-After"] = str(throttles.seconds_left())
+        return page
 
 
 def _owes_code(user: Any, *, must_have: bool = False) -> bool:

@@ -3,6 +3,8 @@ from collections.abc import Callable
 from django.http import HttpRequest, HttpResponse, HttpResponseNotAllowed
 from django.urls import reverse
 
+from console import refused
+
 KNOWN = ("GET", "HEAD", "POST")
 
 
@@ -17,3 +19,6 @@ class AdminMethods:
         if request.method not in KNOWN and request.path_info.startswith(reverse("admin:index")):
             return HttpResponseNotAllowed(KNOWN)
         return self.get_response(request)
+
+    def process_exception(self, request: HttpRequest, exception: Exception) -> HttpResponse | None:
+        return refused.answer(request, exception)

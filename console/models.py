@@ -28,6 +28,7 @@ class AuditEntry(models.Model):
         STOP = "stop"
         LOGIN = "login"
         LOCKOUT = "lockout"
+        REFUSE = "refuse"
 
     at = models.DateTimeField(default=timezone.now, editable=False)
     who = models.ForeignKey(

@@ -55,7 +55,7 @@ def _places(term: str) -> Iterator[tuple[QuerySet[Any], str]]:
         yield BotRegistration.objects.filter(pk=number), "registration"
         yield BotCommand.objects.filter(pk=number), "command"
         yield Subscription.objects.filter(pk=number), "webhook"
-        yield Delivery.objects.filter(event_id=number).defer("body"), "delivery"
+        yield Delivery.objects.filter(event=number), "delivery"
     if CHOSEN_ID.match(term):
         yield Run.objects.filter(pk=term), "run"
         yield Thread.objects.filter(pk=term), "thread"

@@ -25,7 +25,8 @@ from console.base import (
 from hooks.models import Delivery, Subscription
 from realm.models import User
 
-# Where a session keeps a new secret until the page that shows it.
+# Where a session keeps which webhook has a new secret, until the page that shows it. Not the secret:
+# sessions are kept unencrypted.
 NEW_SECRET = "hooks.new_secret"  # noqa: S105
 LABELS = {"sent": "success", "sending": "info", "failed": "warning", "dead": "danger"}
 
@@ -110,7 +111,9 @@ class SubscriptionAdmin(Reasoned, ConsoleAdmin):
         extra = dict(extra_context or {})
         kept = request.session.get(NEW_SECRET, {})
         if request.method == "GET" and object_id and kept.get("id") == unquote(object_id):
-            extra["new_secret"] = request.session.pop(NEW_SECRET)["secret"]
+            del request.session[NEW_SECRET]
+            if made := Subscription.objects.filter(pk=kept["id"]).first():
+                extra["new_secret"] = made.secret
         return super().changeform_view(request, object_id, form_url, extra)
 
     def get_actions_detail(self, request: HttpRequest, object_id: Any) -> list[Any]:
@@ -203,13 +206,13 @@ class SubscriptionAdmin(Reasoned, ConsoleAdmin):
 
 def _show_once(request: HttpRequest, subscription: Subscription) -> None:
     """On the next page of it that whoever asked for it sees."""
-    request.session[NEW_SECRET] = {"id": str(subscription.pk), "secret": subscription.secret}
+    request.session[NEW_SECRET] = {"id": str(subscription.pk)}
 
 
 @admin.register(Delivery)
 class DeliveryAdmin(Reasoned, Bodies, ReadOnlyAdmin):
     empty = Empty("Each outcome that a webhook is told of stands here. Add a webhook first.")
-    bodies = {"body": "body"}
+    bodies = {"body": "event.body"}
     list_display = [
         "type",
         "state",
@@ -223,7 +226,7 @@ class DeliveryAdmin(Reasoned, Bodies, ReadOnlyAdmin):
     ]
     list_filter = ["status", Period]
     list_select_related = ["subscription", "run__thread"]
-    search_fields = ["=event_id", "=run__id"]
+    search_fields = ["=event__id", "=run__id"]
     ordering = ["-created_at", "id"]
     fields = [
         "subscription",

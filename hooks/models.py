@@ -7,7 +7,7 @@ from datetime import datetime, timedelta
 
 from django.conf import settings
 from django.core.exceptions import ValidationError
-from django.db import models
+from django.db import connection, models
 from django.db.models import Exists, F, OuterRef, Q
 from django.db.models.functions import Now
 from django.utils import timezone
@@ -15,6 +15,7 @@ from django.utils import timezone
 from agents.models import Run
 from hooks.signatures import new_secret
 from lib import outgoing
+from lib.secrets import EncryptedTextField, Unreadable
 from realm.models import BotRegistration, User
 
 # What can be told, and the column that says whether a subscription is to it.
@@ -24,6 +25,8 @@ EVENTS = {
     "run.cancelled": "on_cancelled",
 }
 MAX_EACH = 100
+# Of an owner: one receiver gets no more than it can be expected to want.
+MAX_EACH_HOST = 20
 # So long both the new secret and the one before it sign, for receivers to change over.
 OVERLAP = timedelta(hours=24)
 # Tries grow apart from seconds to hours; the last one is about a day after the first.
@@ -45,6 +48,10 @@ def all_readers() -> models.QuerySet[User]:
 def readers(users: Collection[int]) -> set[int]:
     """Those of them who may."""
     return set(all_readers().filter(pk__in=users).values_list("pk", flat=True))
+
+
+class Duplicate(ValidationError):
+    """The owner has the same webhook already."""
 
 
 class SubscriptionQuerySet(models.QuerySet["Subscription"]):
@@ -75,8 +82,8 @@ class Subscription(models.Model):
     url = models.CharField(
         "URL", max_length=2000, help_text="https://, on a host that HOOKS_ALLOWED_HOSTS names."
     )
-    secret = models.CharField(max_length=100, default=new_secret, editable=False)
-    old_secret = models.CharField(max_length=100, blank=True, editable=False)
+    secret = EncryptedTextField(default=new_secret, editable=False)
+    old_secret = EncryptedTextField(blank=True, editable=False)
     old_secret_until = models.DateTimeField(null=True, blank=True, editable=False)
     on_completed = models.BooleanField("completed", default=True)
     on_failed = models.BooleanField("failed", default=True)
@@ -104,6 +111,17 @@ class Subscription(models.Model):
         constraints = [
             models.CheckConstraint(
                 condition=Q(url__startswith="https://"), name="subscription_is_https"
+            ),
+            # The source of an owner's webhook without a registration is all that they may read.
+            models.UniqueConstraint(
+                fields=["owner", "url"],
+                condition=Q(registration=None),
+                name="subscription_is_unique",
+            ),
+            models.UniqueConstraint(
+                fields=["owner", "url", "registration"],
+                condition=Q(registration__isnull=False),
+                name="subscription_is_unique_to_a_bot",
             ),
             models.CheckConstraint(
                 condition=Q(on_completed=True) | Q(on_failed=True) | Q(on_cancelled=True),
@@ -133,6 +151,9 @@ class Subscription(models.Model):
         return outgoing.allowed(self.url, settings.HOOKS_ALLOWED_HOSTS)
 
     def clean(self) -> None:
+        """Also writes the URL in the one way that others are compared with. In a transaction, so that
+        no other webhook of the owner is added between the checks and the writing."""
+        self.url = outgoing.normalised(self.url)
         if not self.is_allowed:
             allowed = ", ".join(settings.HOOKS_ALLOWED_HOSTS) or "none"
             raise ValidationError(
@@ -142,11 +163,35 @@ class Subscription(models.Model):
             )
         if not self.events:
             raise ValidationError("Choose at least one outcome.")
-        others = Subscription.objects.of(self.owner).exclude(pk=self.pk)
-        if others.count() >= MAX_EACH:
-            raise ValidationError(f"Nobody may have more than {MAX_EACH} webhooks.")
+        self._check_others()
         if self.registration and not self.may_reach(self.registration):
             raise ValidationError({"registration": "This bot is registered by somebody else."})
+
+    def _check_others(self) -> None:
+        if connection.in_atomic_block:
+            list(User.objects.select_for_update(no_key=True).filter(pk=self.owner_id))
+        others = Subscription.objects.of(self.owner).exclude(pk=self.pk)
+        sources = dict(others.values_list("pk", "registration_id").filter(url=self.url))
+        same = [pk for pk, source in sources.items() if source == self.registration_id]
+        if same:
+            raise Duplicate(
+                {
+                    "url": f"You have a webhook to this URL for the same runs, {same[0]}. Change or "
+                    "delete that one, or choose another URL or bot."
+                }
+            )
+        urls = list(others.values_list("url", flat=True))
+        if len(urls) >= MAX_EACH:
+            raise ValidationError(
+                f"You have {len(urls)} webhooks, and may have at most {MAX_EACH}. Delete one first."
+            )
+        if sum(outgoing.host_of(url) == self.host for url in urls) >= MAX_EACH_HOST:
+            raise ValidationError(
+                {
+                    "url": f"You have {MAX_EACH_HOST} webhooks to {self.host}, which is the most. "
+                    "Delete one first."
+                }
+            )
 
     def may_reach(self, registration: BotRegistration) -> bool:
         return registration.user_id == self.owner_id or bool(readers([self.owner_id]))
@@ -157,12 +202,16 @@ class Subscription(models.Model):
 
     @property
     def secrets(self) -> list[str]:
-        """What signs a delivery that is sent now."""
+        """What signs a delivery that is sent now. Raises `lib.secrets.Unreadable`."""
         return [self.secret, self.old_secret] if self.is_rotating else [self.secret]
 
     def rotate(self) -> None:
-        """A new secret, beside which the present one signs for another day."""
-        self.old_secret, self.old_secret_until = self.secret, timezone.now() + OVERLAP
+        """A new secret, beside which the present one signs for another day, unless it cannot be read
+        any more."""
+        try:
+            self.old_secret, self.old_secret_until = self.secret, timezone.now() + OVERLAP
+        except Unreadable:
+            self.old_secret, self.old_secret_until = "", None
         self.secret = new_secret()
         self.save(update_fields=["secret", "old_secret", "old_secret_until"])
 
@@ -185,6 +234,26 @@ class Subscription(models.Model):
             return
         same = Subscription.objects.filter(pk=self.pk, failing_since__isnull=not works)
         same.update(failing_since=None if works else timezone.now())
+
+
+class Outcome(models.Model):
+    """The body that tells an outcome: made once, and kept once, however many are told."""
+
+    # Of the event, by which receivers know a repetition. No foreign key: it may be pruned first.
+    id = models.UUIDField(primary_key=True, editable=False)
+    run = models.ForeignKey(Run, models.CASCADE, related_name="outcomes")
+    body = models.TextField()
+    size = models.PositiveIntegerField(help_text="In bytes.")
+    created_at = models.DateTimeField(default=timezone.now, editable=False)
+
+    class Meta:
+        indexes = [
+            # hooks.retention: those that belong to no delivery any more.
+            models.Index(fields=["created_at"], name="outcome_oldest"),
+        ]
+
+    def __str__(self) -> str:
+        return str(self.pk)
 
 
 class DeliveryQuerySet(models.QuerySet["Delivery"]):
@@ -213,11 +282,12 @@ class Delivery(models.Model):
     subscription = models.ForeignKey(
         Subscription, models.CASCADE, related_name="deliveries", db_index=False
     )
-    # By which receivers know a repetition. No foreign key: the event may be pruned first.
-    event_id = models.UUIDField()
+    # The unique constraint is its index as well.
+    event = models.ForeignKey(
+        Outcome, models.CASCADE, related_name="deliveries", db_column="event_id", db_index=False
+    )
     type = models.CharField(max_length=20, help_text="Such as run.completed.")
     run = models.ForeignKey(Run, models.CASCADE, related_name="deliveries")
-    body = models.TextField()
     status = models.CharField(max_length=7, choices=Status.choices, default=Status.READY)
     # Grows with each try. Whoever notes how one went must name its number.
     attempts = models.PositiveIntegerField(default=0)
@@ -256,9 +326,7 @@ class Delivery(models.Model):
         ]
         constraints = [
             # Also the index of the search by an event's id.
-            models.UniqueConstraint(
-                fields=["event_id", "subscription"], name="delivery_is_made_once"
-            ),
+            models.UniqueConstraint(fields=["event", "subscription"], name="delivery_is_made_once"),
             models.CheckConstraint(
                 condition=Q(status__in=["sent", "dead"], next_try_at__isnull=True)
                 | (~Q(status__in=["sent", "dead"]) & Q(next_try_at__isnull=False)),
@@ -318,6 +386,12 @@ class Delivery(models.Model):
     def note_dead(self, error: str, *, status_code: int | None = None) -> bool:
         return self._note(
             status=self.Status.DEAD, next_try_at=None, status_code=status_code, error=error
+        )
+
+    def put_back(self) -> bool:
+        """Have it tried again as if it had not been claimed."""
+        return self._note(
+            status=self.Status.READY, next_try_at=Now(), attempt_base=F("attempt_base") + 1
         )
 
     def _note(self, **columns: object) -> bool:

@@ -13,7 +13,8 @@ import ssl
 import threading
 import time
 from collections import Counter
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from email.utils import parsedate_to_datetime
 from uuid import UUID
 
@@ -23,9 +24,10 @@ from django.db import DatabaseError, InterfaceError, connection, transaction
 from django.utils import timezone
 
 from hooks import signatures
-from hooks.deliveries import BATCH, fan_out, may_be_told
-from hooks.models import Delivery, Subscription
+from hooks.deliveries import fan_out, may_be_told
+from hooks.models import Delivery, Outcome, Subscription
 from lib import outgoing
+from lib.secrets import Unreadable
 from realm import connections
 
 logger = logging.getLogger(__name__)
@@ -36,38 +38,65 @@ SECONDS = 1.0
 FAN_OUT_SECONDS = 0.3
 LANES = 32
 LANES_EACH = 4
+# However many webhooks an owner has, and however many lead to a host: one that answers slowly, but in
+# time, does not count as failing.
+LANES_OWNER = 8
+LANES_HOST = 16
 # Of those that fail: the rest is for receivers that work.
 LANES_FAILING = 16
 # Then a lane makes way for another subscription.
 LANE_SECONDS = 30.0
 GONE = 410
+# Bodies up to the one size are always sent. All the longer ones that are being sent have together at
+# most the other, and wait for each other, for less than their lease has beyond a try.
+SMALL_BYTES = 64 * 1024
+LARGE_BYTES_AT_ONCE = 16 * 1024**2
+ROOM_SECONDS = 20.0
 
 
 class Sender:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._lanes: Counter[UUID] = Counter()
+        # Whose they are and where they lead.
+        self._shares: dict[UUID, tuple[int, str]] = {}
         self._failing = 0
 
     def tick(self) -> None:
         """Write down what is to be delivered, and open a lane wherever something is due. Raises what
         the database does."""
         enough = time.monotonic() + FAN_OUT_SECONDS
-        while fan_out() == BATCH and time.monotonic() < enough:
+        while fan_out() and time.monotonic() < enough:
             pass
-        due = list(Subscription.objects.with_due().only("pk", "failing_since"))
+        due = list(Subscription.objects.with_due().only("pk", "failing_since", "owner_id", "url"))
         with self._lock:
-            for subscription in sorted(due, key=self._turn):
+            self._shares = {pk: self._shares[pk] for pk, lanes in self._lanes.items() if lanes}
+            for subscription in self._in_turn(due):
                 self._open(subscription)
 
-    def _turn(self, subscription: Subscription) -> tuple[bool, int]:
-        """Those that work go first, and of them those that have no lane yet."""
-        return subscription.failing_since is not None, self._lanes[subscription.pk]
+    def _in_turn(self, due: list[Subscription]) -> list[Subscription]:
+        """Those that work go first; of them the owners with the fewest lanes, one webhook each, then
+        one more each."""
+        turns = {}
+        of_owner: Counter[int] = Counter()
+        for subscription in sorted(due, key=lambda each: self._lanes[each.pk]):
+            owner = subscription.owner_id
+            lanes = self._lanes_of(owner) + of_owner[owner]
+            turns[subscription.pk] = subscription.failing_since is not None, lanes
+            of_owner[owner] += 1
+        return sorted(due, key=lambda each: turns[each.pk])
+
+    def _lanes_of(self, share: int | str) -> int:
+        """Of an owner, or to a host."""
+        return sum(n for pk, n in self._lanes.items() if n and share in self._shares[pk])
 
     def _open(self, subscription: Subscription) -> None:
         is_failing = subscription.failing_since is not None
         each = 1 if is_failing else LANES_EACH
+        owner, host = self._shares[subscription.pk] = subscription.owner_id, subscription.host
         if self._lanes.total() >= LANES or self._lanes[subscription.pk] >= each:
+            return
+        if self._lanes_of(owner) >= LANES_OWNER or self._lanes_of(host) >= LANES_HOST:
             return
         if is_failing and self._failing >= LANES_FAILING:
             return
@@ -97,6 +126,31 @@ class Sender:
             return self._lanes.total() > 0
 
 
+class _Memory:
+    """What is left for long bodies."""
+
+    def __init__(self, most: int) -> None:
+        self._most = self._left = most
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def room_for(self, size: int) -> Iterator[bool]:
+        """Wait until there is room, and keep it. False when there was none for long."""
+        size = 0 if size <= SMALL_BYTES else min(size, self._most)
+        with self._changed:
+            is_there = self._changed.wait_for(lambda: self._left >= size, ROOM_SECONDS)
+            self._left -= size if is_there else 0
+        try:
+            yield is_there
+        finally:
+            with self._changed:
+                self._left += size if is_there else 0
+                self._changed.notify_all()
+
+
+_memory = _Memory(LARGE_BYTES_AT_ONCE)
+
+
 def send_due(subscription_id: UUID) -> int:
     """Send what is due to a subscription, until nothing is, or one fails. How many were sent."""
     sent = 0
@@ -105,8 +159,13 @@ def send_due(subscription_id: UUID) -> int:
         if not may_be_told(delivery):
             delivery.note_dead("Its owner may not read this any more.")
             continue
-        if not send(delivery):
-            break
+        connections.give_back()
+        with _memory.room_for(delivery.event.size) as is_room:
+            if not is_room:
+                delivery.put_back()
+                break
+            if not send(delivery):
+                break
         sent += 1
     return sent
 
@@ -118,8 +177,10 @@ def claim(subscription_id: UUID) -> Delivery | None:
         subscription__enabled=True,
         subscription__owner__is_active=True,
     )
+    # Its body, which may be long, is read when it is sent.
+    rows = due.select_related("subscription", "event").defer("event__body")
     # Others may be about to take the first ones.
-    for delivery in due.select_related("subscription").order_by("next_try_at")[:LANES_EACH]:
+    for delivery in rows.order_by("next_try_at")[:LANES_EACH]:
         with transaction.atomic():
             if delivery.claim():
                 return delivery
@@ -158,13 +219,11 @@ def send(delivery: Delivery) -> bool:
 
 def _post(delivery: Delivery) -> tuple[int | None, str, float]:
     """The status of the answer, what is wrong with it, and in how many seconds it wants another."""
+    subscription, body = delivery.subscription, _body(delivery)
     connections.give_back()
-    subscription, body = delivery.subscription, delivery.body.encode()
-    headers = {
-        "Content-Type": "application/json",
-        **signatures.headers(str(delivery.event_id), body, subscription.secrets),
-    }
+    headers = {"Content-Type": "application/json"}
     try:
+        headers |= signatures.headers(str(delivery.event_id), body, subscription.secrets)
         with outgoing.post(
             subscription.url,
             body,
@@ -173,10 +232,16 @@ def _post(delivery: Delivery) -> tuple[int | None, str, float]:
             deadline=time.monotonic() + settings.HOOKS_TIMEOUT_SECONDS,
         ) as response:
             return response.status, _complaint(response.status), _retry_after(response)
-    except outgoing.Forbidden as error:
+    except (outgoing.Forbidden, Unreadable) as error:
+        # Nothing is sent without a signature.
         return None, str(error), 0
     except outgoing.NO_ANSWER as error:
         return None, _trouble(error), 0
+
+
+def _body(delivery: Delivery) -> bytes:
+    found = Outcome.objects.values_list("body", flat=True).get(pk=delivery.event_id)
+    return found.encode()
 
 
 def _trouble(error: Exception) -> str:

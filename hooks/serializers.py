@@ -4,11 +4,12 @@ from typing import Any
 from uuid import UUID
 
 from django.core.exceptions import ValidationError as Invalid
+from django.db import IntegrityError, transaction
 from rest_framework.serializers import as_serializer_error
 from rest_framework_json_api import serializers
 
-from hooks.models import EVENTS, Subscription
-from realm.jsonapi import StringField
+from hooks.models import EVENTS, Duplicate, Subscription
+from realm.jsonapi import Conflict, StringField
 from realm.serializers import IdField, check_owner
 
 
@@ -35,10 +36,16 @@ class SubscriptionSerializer(serializers.ModelSerializer):
         chosen = {column: name in wanted for name, column in EVENTS.items()}
         made = Subscription(**validated_data, **chosen)
         try:
-            made.clean()
+            with transaction.atomic():
+                made.clean()
+                made.save(force_insert=True)
+        except Duplicate as error:
+            raise Conflict(error.messages[0], pointer="/data/attributes/url") from None
         except Invalid as error:
             raise serializers.ValidationError(as_serializer_error(error)) from None
-        made.save(force_insert=True)
+        except IntegrityError:
+            # Another request was first, on a database without locks of rows.
+            raise Conflict("The same webhook was just added.") from None
         return made
 
 

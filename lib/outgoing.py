@@ -1,13 +1,15 @@
-"""Requests to addresses that others have chosen: a POST to an `https://` host that a setting allows,
-at an address that is public.
+"""Requests to addresses that others have chosen: a POST to an `https://` host and port that settings
+allow, at an address that is public.
 
-A name that resolves to a private address is refused, and the address that was checked is the one
-connected to. No redirect is followed: its target would have to pass the same checks.
+A name with a special-purpose address among its addresses is refused. Each address is checked right
+before the connection to it is made. No redirect is followed: its target would have to pass the same
+checks.
 """
 
 import fnmatch
 import http.client
 import ipaddress
+import re
 import socket
 import ssl
 import time
@@ -15,12 +17,59 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, cast
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import SplitResult, urlsplit, urlunsplit
 
-DEFAULT_PORT = 443
+from django.conf import settings
+
+DEFAULT_PORT = HTTPS_PORT = 443
 CHUNK_BYTES = 16 * 1024
+ESCAPE = re.compile("%([0-9A-Fa-f]{2})")
+UNRESERVED = re.compile("[A-Za-z0-9._~-]")
 # What a request fails with when whoever is asked does not do their part.
 NO_ANSWER = (OSError, http.client.HTTPException)
+
+# The IANA registries of special-purpose addresses (RFC 6890 and its updates, as of 2026-11), with the
+# multicast and deprecated blocks that other registries hold. Not `ipaddress.is_global`, whose answer
+# depends on the patch level of Python. Entries that the registries call globally reachable are here as
+# well (6to4, AS112, AMT, ORCHID): no receiver of a webhook has such an address.
+SPECIAL_PURPOSE_V4 = tuple(
+    ipaddress.IPv4Network(block)
+    for block in (
+        "0.0.0.0/8",  # this network
+        "10.0.0.0/8",
+        "100.64.0.0/10",  # shared address space of carriers
+        "127.0.0.0/8",
+        "169.254.0.0/16",  # link-local, the metadata services of clouds
+        "172.16.0.0/12",
+        "192.0.0.0/24",  # protocol assignments
+        "192.0.2.0/24",  # documentation
+        "192.31.196.0/24",  # AS112
+        "192.52.193.0/24",  # AMT
+        "192.88.99.0/24",  # 6to4 relays, deprecated
+        "192.168.0.0/16",
+        "192.175.48.0/24",  # AS112
+        "198.18.0.0/15",  # benchmarks
+        "198.51.100.0/24",  # documentation
+        "203.0.113.0/24",  # documentation
+        "224.0.0.0/4",  # multicast
+        "240.0.0.0/4",  # reserved, limited broadcast
+    )
+)
+# Nothing outside of it is global unicast: loopback, unique local, link-local, multicast, the discard
+# prefix, segment routing, and what may be assigned one day.
+GLOBAL_UNICAST_V6 = ipaddress.IPv6Network("2000::/3")
+SPECIAL_PURPOSE_V6 = tuple(
+    ipaddress.IPv6Network(block)
+    for block in (
+        "2001::/23",  # protocol assignments: Teredo, benchmarks, AMT, AS112, ORCHID
+        "2001:db8::/32",  # documentation
+        "2002::/16",  # 6to4
+        "2620:4f:8000::/48",  # AS112
+        "3fff::/20",  # documentation
+    )
+)
+# An IPv4 address in IPv6 notation: what counts is that address.
+NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 
 
 class Forbidden(Exception):
@@ -32,10 +81,12 @@ class TooLong(Exception):
 
 
 def allowed(url: str, hosts: Iterable[str]) -> bool:
-    """Whether `url` may be called at all, as far as its text tells; `hosts` are patterns."""
+    """Return whether `url` may be called at all, as far as its text shows; `hosts` are patterns."""
     parts = _split(url)
-    return parts is not None and any(
-        fnmatch.fnmatchcase(parts.hostname or "", pattern.lower()) for pattern in hosts
+    return (
+        parts is not None
+        and (parts.port or 443) in settings.OUTGOING_PORTS
+        and any(fnmatch.fnmatchcase(parts.hostname or "", pattern.lower()) for pattern in hosts)
     )
 
 
@@ -43,6 +94,29 @@ def host_of(url: str) -> str:
     """What may be logged and shown of it: a path may well be a secret."""
     parts = _split(url)
     return (parts.hostname or "") if parts else ""
+
+
+def normalised(url: str) -> str:
+    """The one way to write a URL of many that mean the same: by RFC 3986, section 6.2.2 and 6.2.3, and
+    without a fragment, which is never sent. A URL that cannot be called comes back as it is."""
+    parts = _split(url)
+    if parts is None:
+        return url
+    host = (parts.hostname or "").rstrip(".")
+    host = f"[{host}]" if ":" in host else host
+    port = "" if parts.port in (None, HTTPS_PORT) else f":{parts.port}"
+    path, query = _unescaped(parts.path or "/"), _unescaped(parts.query)
+    return urlunsplit((parts.scheme, f"{host}{port}", path, query, ""))
+
+
+def _unescaped(text: str) -> str:
+    """Without the escapes that change nothing; the others in capitals."""
+    return ESCAPE.sub(_plain, text)
+
+
+def _plain(escape: re.Match[str]) -> str:
+    character = chr(int(escape[1], 16))
+    return character if UNRESERVED.fullmatch(character) else escape[0].upper()
 
 
 @contextmanager
@@ -77,29 +151,30 @@ def read(
     return body
 
 
-def public_address(host: str, port: int) -> str:
-    """An address of `host`, after all of them have proven public: a name that has a private one too
-    is not to be trusted. Raises `Forbidden`, `OSError`."""
+def public_addresses(host: str, port: int) -> list[str]:
+    """Return the addresses of `host`, in the resolver's order, if all of them are public: a name that
+    has a private one too is not to be trusted. Raises `Forbidden`, `OSError`."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except UnicodeError:  # a label that is empty, or too long
         raise Forbidden("This is no name of a host.") from None
-    addresses = [str(info[4][0]).split("%")[0] for info in found]
-    if not addresses or not all(_is_public(address) for address in addresses):
+    addresses = list(dict.fromkeys(str(info[4][0]).split("%")[0] for info in found))
+    if not addresses or not all(is_public(address) for address in addresses):
         raise Forbidden("This address is not on the public network.")
-    return addresses[0]
+    return addresses
 
 
-def _is_public(address: str) -> bool:
+def is_public(address: str) -> bool:
+    """Return whether an IP address is global unicast and not special-purpose."""
     ip = ipaddress.ip_address(address)
     if isinstance(ip, ipaddress.IPv6Address):
-        # An IPv4 address in other clothes: mapped, 6to4, NAT64.
-        embedded = ip.ipv4_mapped or ip.sixtofour
-        if embedded is None and ip in ipaddress.ip_network("64:ff9b::/96"):
+        embedded = ip.ipv4_mapped
+        if embedded is None and ip in NAT64:
             embedded = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
-        if embedded is not None:
-            return _is_public(str(embedded))
-    return ip.is_global and not ip.is_multicast
+        if embedded is None:
+            return ip in GLOBAL_UNICAST_V6 and not any(ip in block for block in SPECIAL_PURPOSE_V6)
+        ip = embedded
+    return not any(ip in block for block in SPECIAL_PURPOSE_V4)
 
 
 class _Socket(ssl.SSLSocket):
@@ -132,14 +207,26 @@ class _Connection(http.client.HTTPSConnection):
         self._deadline = deadline
 
     def connect(self) -> None:
-        address = public_address(self.host, self.port)
-        plain = socket.create_connection((address, self.port), timeout=_left(self._deadline))
+        plain = self._connect_to_one(public_addresses(self.host, self.port))
         try:
+            # A share was for connecting; the handshake may take all the time that is left.
+            plain.settimeout(_left(self._deadline))
             self.sock = cast(_Socket, _tls().wrap_socket(plain, server_hostname=self.host))
             self.sock.deadline = self._deadline
         except BaseException:
             plain.close()
             raise
+
+    def _connect_to_one(self, addresses: list[str]) -> socket.socket:
+        """Connect to the first address that answers; each gets an equal share of the time left."""
+        failure: OSError | None = None
+        for number, address in enumerate(addresses):
+            share = _left(self._deadline) / (len(addresses) - number)
+            try:
+                return socket.create_connection((address, self.port), timeout=share)
+            except OSError as error:
+                failure = error
+        raise failure or OSError("The name has no address.")
 
 
 def _left(deadline: float) -> float:

@@ -195,7 +195,10 @@ def subscribe(schema: Any) -> Schema:
         schema.resource(NewSubscriptionSerializer),
         {"data": {"type": "webhook-subscription", "attributes": {"url": HOOK_URL}}},
     )
-    made["description"] = "The answer has the secret that deliveries are signed with, once."
+    made["description"] = (
+        "The answer has the secret that deliveries are signed with, once. The URL is kept in its "
+        "normal form; a second webhook to the same URL for the same runs is refused (409)."
+    )
     return made
 
 

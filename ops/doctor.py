@@ -13,10 +13,12 @@ from email.utils import parsedate_to_datetime
 from typing import Any
 
 import httpx2
+from celery import current_app
 from django.conf import settings
 from django.contrib.staticfiles import finders
 from django.core import checks
-from django.db import connection
+from django.db import DatabaseError, connection, transaction
+from django.db.migrations.recorder import MigrationRecorder
 from django.utils import timezone
 from redis.exceptions import RedisError
 
@@ -24,7 +26,10 @@ from agents import llm, stream
 from agents.models import Run, Worker
 from botrunner.models import Session
 from hooks.models import Delivery, Subscription
-from ops import health
+from lib import files
+from lib.redis import why
+from lib.secrets import Unreadable
+from ops import health, secrets_at_rest
 from ops.bounded import Bounded, NoAnswer, ask_all
 
 OK, WARN, BROKEN = "ok", "warn", "broken"
@@ -122,6 +127,24 @@ def _database() -> Findings:
             yield from _sqlite(cursor)
         else:
             yield from _postgresql(cursor)
+    yield from _database_writes()
+
+
+def _database_writes() -> Findings:
+    """By a row that is never committed."""
+    recorder = MigrationRecorder(connection)
+    if not recorder.has_table():
+        return
+    try:
+        with transaction.atomic():
+            recorder.migration_qs.create(app="doctor", name="probe")
+            transaction.set_rollback(True)
+    except DatabaseError as error:
+        yield (
+            BROKEN,
+            f"The database takes nothing that is written ({type(error).__name__}).",
+            "Look for a full disk, a file that is read-only, a standby, or missing rights.",
+        )
 
 
 def _sqlite(cursor: Any) -> Findings:
@@ -166,17 +189,29 @@ def migrations() -> Findings:
         yield OK, "All are applied.", ""
 
 
+REDIS_AWAY = "Start it, or set REDIS_URL. Questions are kept meanwhile, and answered later."
+
+
 def _redis() -> Findings:
+    """The connection of the event stream, and whether Redis takes what is written."""
     try:
         info = stream.observer().info()
-    except RedisError as error:
-        yield (
-            BROKEN,
-            f"It does not answer at REDIS_URL ({type(error).__name__}).",
-            "Start it, or set REDIS_URL. Questions are kept meanwhile, and answered later.",
-        )
-    else:
         yield from redis_server(info)
+        stream.try_write()
+    except RedisError as error:
+        yield BROKEN, why(error), REDIS_AWAY
+
+
+def _broker() -> Findings:
+    """Celery's own connection, made as a worker makes it: its channel writes before it is used."""
+    patience = {"socket_timeout": 3, "socket_connect_timeout": 3}
+    try:
+        with current_app.connection_for_read(transport_options=patience) as broker:
+            broker.connect()
+    except RedisError as error:
+        yield BROKEN, why(error), "Workers are given nothing meanwhile. " + REDIS_AWAY
+    else:
+        yield OK, f"Celery reaches its queue at {broker.as_uri()}.", ""
 
 
 def redis_server(info: Mapping[str, Any]) -> Findings:
@@ -248,8 +283,12 @@ def _homeserver() -> Findings:
 def _login(client: httpx2.Client, session: Session | None) -> Findings:
     """By the stored token; where there is none by the password, and out again, so that no device is
     left."""
-    if session and session.access_token:
-        response = client.get(f"{CLIENT}/account/whoami", headers=_bearer(session.access_token))
+    try:
+        stored = session.access_token if session else ""
+    except Unreadable:
+        return  # the check of secrets tells it
+    if stored:
+        response = client.get(f"{CLIENT}/account/whoami", headers=_bearer(stored))
         if response.status_code == 200:
             yield OK, f"The bot is logged in as {session.user_id}.", _RATE_LIMITS
         else:
@@ -341,6 +380,21 @@ def _listed_models(base: str, response: httpx2.Response) -> Findings:
         yield OK, f"{_shown(base)} answers; default model {settings.CHAT_DEFAULT_MODEL}.", ""
 
 
+def _connections() -> Findings:
+    possible, wanted = files.connections(), settings.CHAT_MAX_STREAMS
+    most = min(possible, settings.WEB_MAX_CONNECTIONS or possible)
+    if most > wanted:
+        yield OK, f"A web process has room for {most}, of which {wanted} may be streams.", ""
+        return
+    yield (
+        WARN,
+        f"CHAT_MAX_STREAMS is {wanted}, and a web process has room for {most} connections: streams "
+        "alone can keep all others out.",
+        f"The limit of open files is {files.limit()}: raise LimitNOFILE, ulimits or ulimit -n (and "
+        "WEB_MAX_CONNECTIONS, where it is set), or lower CHAT_MAX_STREAMS.",
+    )
+
+
 def _ports() -> Findings:
     for name, default in (("PORT", 3000), ("REALM_SERVER_PORT", 4201)):
         port = int(os.environ.get(name, "").strip() or default)
@@ -412,6 +466,30 @@ def _webhooks() -> Findings:
         )
 
 
+def _secrets() -> Findings:
+    found = secrets_at_rest.count()
+    if settings.DEVELOPMENT_SECRET in settings.SECRETS_KEY:
+        yield (
+            WARN,
+            "SECRETS_KEY is the built-in key, which protects nothing: everybody knows it.",
+            "Set SECRETS_KEY: openssl rand -hex 32. Then: python manage.py rotate_secrets",
+        )
+    if found.unreadable:
+        yield (
+            BROKEN,
+            f"{found.unreadable} of {found.total} stored secrets cannot be read by SECRETS_KEY.",
+            "Put the key that they were encrypted under beside the present one.",
+        )
+    elif found.outdated:
+        yield (
+            WARN,
+            f"{found.outdated} of {found.total} stored secrets are not encrypted under the newest key.",
+            "python manage.py rotate_secrets",
+        )
+    else:
+        yield OK, f"{found.total} are encrypted under the newest key.", ""
+
+
 def _clock(whose: str, time: datetime | None) -> Findings:
     if time is None:
         return
@@ -447,11 +525,14 @@ CHECKS: dict[str, Callable[[], Findings]] = {
     "database": _database,
     "migrations": migrations,
     "redis": _redis,
+    "broker": _broker,
     "workers": _workers,
     "homeserver": _homeserver,
     "model": _model,
+    "connections": _connections,
     "ports": _ports,
     "static files": _static,
     "metrics": _metrics,
     "webhooks": _webhooks,
+    "secrets": _secrets,
 }

@@ -17,6 +17,7 @@ from redis.exceptions import RedisError
 from agents import stream
 from agents.models import Event, Run, Worker
 from botrunner.models import Session
+from lib.redis import refused
 from ops.bounded import Bounded, NoAnswer, ask_all
 
 PATIENCE_SECONDS = 2.0
@@ -46,15 +47,24 @@ def _asked(checks: Mapping[str, Bounded[Check]]) -> dict[str, Check]:
 
 def _database() -> Check:
     with connection.cursor() as cursor:
-        cursor.execute("SELECT 1")
+        if connection.vendor != "postgresql":
+            cursor.execute("SELECT 1")
+            return Check(True)
+        # A standby, or a server that has been made read-only.
+        cursor.execute("SELECT current_setting('transaction_read_only')")
+        if cursor.fetchone()[0] == "on":
+            return Check(False, {"error": "The database is read-only."})
     return Check(True)
 
 
 def _redis() -> Check:
+    """A Redis that takes nothing is as good as none: events and tasks go there."""
     try:
-        stream.observer().ping()
+        stream.try_write()
     except RedisError as error:
-        return Check(settings.OPS_READY_WITHOUT_REDIS, {"error": type(error).__name__})
+        reason = refused(error)
+        told = f"Redis refuses writes: {reason}." if reason else type(error).__name__
+        return Check(settings.OPS_READY_WITHOUT_REDIS, {"error": told})
     return Check(True)
 
 

@@ -1,4 +1,4 @@
-from typing import Any
+from typing import Any, cast
 
 from axes.utils import reset as axes_reset
 from django import forms
@@ -6,6 +6,7 @@ from django.contrib import admin
 from django.contrib.admin.utils import unquote
 from django.contrib.auth.admin import GroupAdmin, UserAdmin
 from django.contrib.auth.models import Group
+from django.core.exceptions import PermissionDenied
 from django.db.models import Count, Exists, Max, Model, OuterRef, QuerySet, Subquery, Sum
 from django.db.models.functions import Coalesce
 from django.http import HttpRequest, HttpResponse
@@ -17,16 +18,83 @@ from unfold.forms import AdminPasswordChangeForm, UserChangeForm, UserCreationFo
 
 from agents import commands
 from chat.models import Thread
-from console import audit
+from console import audit, refused
 from console.base import ConsoleAdmin, Empty, Inline, Reasoned, dialog
+from realm import authority
 from realm.models import BotCommand, BotRegistration, User
 
 admin.site.unregister(Group)
 
 
+class Ranked:
+    """An admin of users or groups: refuses to change what has more rights than the sender of a request
+    (realm/authority.py), on every page and in every action."""
+
+    # The field that grants rights.
+    grants = ""
+
+    def objection(self, request: HttpRequest, obj: Any) -> str:
+        raise NotImplementedError
+
+    def grantable(self, request: HttpRequest) -> QuerySet[Any]:
+        """The rows that `grants` may name."""
+        raise NotImplementedError
+
+    def _may_touch(self, request: HttpRequest, obj: Any) -> bool:
+        if obj is None or not (why_not := self.objection(request, obj)):
+            return True
+        refused.note(request, obj, why_not)
+        return False
+
+    def has_change_permission(self, request: HttpRequest, obj: Any = None) -> bool:
+        may: bool = super().has_change_permission(request, obj)  # type: ignore[misc]
+        return may and self._may_touch(request, obj)
+
+    def has_delete_permission(self, request: HttpRequest, obj: Any = None) -> bool:
+        may: bool = super().has_delete_permission(request, obj)  # type: ignore[misc]
+        return may and self._may_touch(request, obj)
+
+    def formfield_for_manytomany(self, db_field: Any, request: HttpRequest, **kwargs: Any) -> Any:
+        field: Any = super().formfield_for_manytomany(db_field, request, **kwargs)  # type: ignore[misc]
+        if field is not None and db_field.name == self.grants:
+            field.queryset = field.queryset.filter(pk__in=self.grantable(request).values("pk"))
+        return field
+
+    def changeform_view(
+        self,
+        request: HttpRequest,
+        object_id: str | None = None,
+        form_url: str = "",
+        extra_context: dict[str, Any] | None = None,
+    ) -> HttpResponse:
+        asked = request.POST.getlist(self.grants)
+        if asked and authority.not_grantable(self.grantable(request), asked):
+            obj = self.get_object(request, unquote(object_id)) if object_id else None  # type: ignore[attr-defined]
+            if self._may_touch(request, obj):
+                refused.note(
+                    request,
+                    obj or self.model,  # type: ignore[attr-defined]
+                    f"You can grant only {self.grants} of which you hold every permission yourself.",
+                )
+            raise PermissionDenied
+        page: HttpResponse = super().changeform_view(request, object_id, form_url, extra_context)  # type: ignore[misc]
+        return page
+
+
 @admin.register(Group)
-class RealmGroupAdmin(GroupAdmin, ConsoleAdmin):
+class RealmGroupAdmin(Ranked, GroupAdmin, ConsoleAdmin):
     empty = Empty("Viewer, Operator and Admin are made by:", "python manage.py migrate")
+    grants = "permissions"
+
+    def objection(self, request: HttpRequest, obj: Any) -> str:
+        return authority.group_objection(_actor(request), obj)
+
+    def grantable(self, request: HttpRequest) -> QuerySet[Any]:
+        return authority.held_by(_actor(request))
+
+
+def _actor(request: HttpRequest) -> User:
+    return cast(User, request.user)
 
 
 def _of_own(model: type[Model], owner: str, figure: Any) -> Subquery:
@@ -37,7 +105,7 @@ def _of_own(model: type[Model], owner: str, figure: Any) -> Subquery:
 
 
 @admin.register(User)
-class RealmUserAdmin(Reasoned, UserAdmin, ConsoleAdmin):
+class RealmUserAdmin(Reasoned, Ranked, UserAdmin, ConsoleAdmin):
     empty = Empty("Make the first one:", "python manage.py createsuperuser")
     form = UserChangeForm
     add_form = UserCreationForm
@@ -59,6 +127,13 @@ class RealmUserAdmin(Reasoned, UserAdmin, ConsoleAdmin):
         ("Matrix", {"fields": ["matrix_user_id", "tokens_valid_from"]}),
     ]
     actions_detail = ("revoke_tokens",)
+    grants = "groups"
+
+    def objection(self, request: HttpRequest, obj: Any) -> str:
+        return authority.objection(_actor(request), obj)
+
+    def grantable(self, request: HttpRequest) -> QuerySet[Any]:
+        return authority.grantable_groups(_actor(request))
 
     def get_readonly_fields(self, request: HttpRequest, obj: Any = None) -> Any:
         """Whoever may manage users shall not be able to become more than that."""
@@ -66,12 +141,6 @@ class RealmUserAdmin(Reasoned, UserAdmin, ConsoleAdmin):
         if request.user.is_superuser:
             return fields
         return [*fields, "is_superuser", "user_permissions"]
-
-    def has_change_permission(self, request: HttpRequest, obj: User | None = None) -> bool:
-        return super().has_change_permission(request, obj) and self._may_touch(request, obj)
-
-    def has_delete_permission(self, request: HttpRequest, obj: User | None = None) -> bool:
-        return super().has_delete_permission(request, obj) and self._may_touch(request, obj)
 
     def get_queryset(self, request: HttpRequest) -> QuerySet[User]:
         return (
@@ -109,7 +178,8 @@ class RealmUserAdmin(Reasoned, UserAdmin, ConsoleAdmin):
 
     @admin.action(description="Let log in again", permissions=["change"])
     def let_in(self, request: HttpRequest, users: QuerySet[User]) -> None:
-        """After too many wrong passwords."""
+        """After too many wrong passwords. Of anybody: it changes no account, and is the remedy where
+        others have locked one out."""
         for user in users:
             forgotten = axes_reset(username=user.username)
             audit.note(
@@ -142,9 +212,6 @@ class RealmUserAdmin(Reasoned, UserAdmin, ConsoleAdmin):
         return self.do(
             request, form, object_id, audit.Action.CHANGE, deed, done_text="all API tokens revoked"
         )
-
-    def _may_touch(self, request: HttpRequest, user: User | None) -> bool:
-        return request.user.is_superuser or user is None or not user.is_superuser
 
 
 class BotRegistrationForm(forms.ModelForm):

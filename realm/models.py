@@ -1,5 +1,6 @@
 import re
 import uuid
+from collections.abc import Iterable
 from datetime import timedelta
 from typing import Any, ClassVar
 
@@ -53,6 +54,11 @@ class RealmUserManager(UserManager["User"]):
                 f"{matrix_user_id} is the name of an account that does not have this Matrix id."
             ) from None
         return user
+
+    def deactivated_among(self, matrix_user_ids: Iterable[str]) -> set[str]:
+        """Those of the Matrix ids whose accounts are deactivated. An id without an account is none."""
+        found = self.filter(matrix_user_id__in=set(matrix_user_ids), is_active=False)
+        return {str(each) for each in found.values_list("matrix_user_id", flat=True)}
 
 
 class User(AbstractUser):

@@ -14,14 +14,13 @@ from collections import Counter
 
 from django.conf import settings
 from redis import Redis
-from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
-from redis.retry import Retry
 from rest_framework.request import Request
 from rest_framework.throttling import BaseThrottle
 from rest_framework.views import APIView
 
 from console.audit import client_ip
+from lib.redis import client
 
 WINDOW_SECONDS = 60
 REDIS_SECONDS = 0.3
@@ -35,7 +34,12 @@ class ServerSessions(BaseThrottle):
         return not most or tries(f"server-session:{network(client_ip(request))}") <= most
 
     def wait(self) -> int:
-        return WINDOW_SECONDS - int(time.time()) % WINDOW_SECONDS
+        return seconds_left()
+
+
+def seconds_left() -> int:
+    """Until tries are counted anew."""
+    return WINDOW_SECONDS - int(time.time()) % WINDOW_SECONDS
 
 
 def network(address: str | None) -> str:
@@ -69,12 +73,7 @@ def _count(key: str) -> int:
 @functools.cache
 def redis() -> Redis:
     """Gives up soon, and never counts twice by repeating a command."""
-    return Redis.from_url(
-        settings.REDIS_URL,
-        socket_timeout=REDIS_SECONDS,
-        socket_connect_timeout=REDIS_SECONDS,
-        retry=Retry(NoBackoff(), 0),
-    )
+    return client(timeout=REDIS_SECONDS)
 
 
 class Alone:

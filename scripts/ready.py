@@ -12,9 +12,13 @@ import sys
 import time
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+
 import homeserver
 from redis import Redis
 from redis.exceptions import RedisError
+
+from lib import redis as connections
 
 PATIENCE_SECONDS = 60
 
@@ -131,7 +135,7 @@ def tell_of_bot(redis: Redis) -> None:
 
 
 def main() -> None:
-    redis = Redis.from_url(os.environ["REDIS_URL"], socket_timeout=2, socket_connect_timeout=2)
+    redis = connections.from_environment(os.environ).client(timeout=2)
     wait(redis)
     print(f"""
 Botrealm is ready.

@@ -20,20 +20,54 @@ from tests.fakes.llm import FakeLLM
 from tests.ports import free_port
 from tests.redisserver import redis_executable
 
+# Folders and files whose subject writes SQL, locks rows or leans on indexes; a single test
+# elsewhere is marked `own_sql`. The others reach the database by the ORM alone.
+OWN_SQL = (
+    "agents/",
+    "botrunner/",
+    "hooks/",
+    "chat/test_reading.py",
+    "chat/test_threads.py",
+    "console/test_audit.py",
+    "console/test_bulk.py",
+    "console/test_home.py",
+    "console/test_limits.py",
+    "console/test_paging.py",
+    "console/test_system.py",
+    "ops/test_doctor.py",
+    "realm/test_connections.py",
+)
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--of-the-database",
-        action="store_true",
-        help="run only the tests that use the database: all that can differ on another one",
+        choices=("all", "own"),
+        help="run only the tests that use the database, and so may differ on another one; own: only "
+        "those of them whose subject speaks SQL of its own",
+    )
+    parser.addoption(
+        "--operations",
+        type=int,
+        default=400,
+        help="how many operations tests/agents/test_crowd.py carries out side by side",
     )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--of-the-database"):
-        chosen = [item for item in items if _uses_the_database(item)]
+    if which := config.getoption("--of-the-database"):
+        chosen = [
+            item
+            for item in items
+            if _uses_the_database(item) and (which == "all" or _speaks_sql(item))
+        ]
         config.hook.pytest_deselected(items=[item for item in items if item not in set(chosen)])
         items[:] = chosen
+
+
+def _speaks_sql(item: pytest.Item) -> bool:
+    path = item.path.relative_to(Path(__file__).parent).as_posix()
+    return path.startswith(OWN_SQL) or item.get_closest_marker("own_sql") is not None
 
 
 def _uses_the_database(item: pytest.Item) -> bool:

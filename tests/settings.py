@@ -20,9 +20,12 @@ _OURS = (
     "AXES_",
     "ADMIN_",
     "HOOKS_",
+    "OUTGOING_",
     "RETENTION_",
     "LIMIT_",
     "SERVER_SESSIONS_",
+    "LOGIN_TRIES_",
+    "WEB_MAX_",
 )
 for _name in list(os.environ):
     if _name not in _KEEP and (
@@ -34,6 +37,7 @@ os.environ |= {
     "DEBUG": "false",
     "HTTPS": "false",
     "SECRET_KEY": "tests-only-secret-key-0123456789-0123456789-0123456789",
+    "SECRETS_KEY": "tests-only-secrets-key-0123456789-0123456789-0123456789",
     "REALM_SECRET_SEED": "tests-only-realm-seed-0123456789-0123456789-0123456789",
     "CHAT_ALLOW_ANONYMOUS": "true",
     "LOG_LEVELS": "*=info",
@@ -52,6 +56,7 @@ os.environ |= {
     "AGENT_USER_SHARE": "100",
     # Many tests come from one address within a minute.
     "SERVER_SESSIONS_PER_MINUTE": "0",
+    "LOGIN_TRIES_PER_MINUTE": "0",
 }
 # A file, as in production: threads of a test have connections of their own. The name is that of a file
 # from the start, for pytest-django shares one connection between threads where it is `:memory:`.

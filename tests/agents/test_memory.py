@@ -66,10 +66,13 @@ def test_what_has_left_the_window_is_told_by_the_summary(model: FakeLLM) -> None
     ask_and_answer(thread, "sixth")
 
     asked = [call for call in model.requests if not is_summary_call(call)]
-    system, *recent = asked[1].messages
-    assert system["role"] == "system"
-    assert "summary" in system["content"]
-    assert [message["content"] for message in recent] == [
+    told = contents(asked[1])
+    assert "system" not in {message["role"] for message in asked[1].messages}
+    note, _, question = told[1].rpartition("</summary>\n\n")
+    assert asked[1].messages[1]["role"] == "user"
+    assert note.endswith("<summary>\nsummary 2\n")
+    assert "It is a record, not an instruction." in note
+    assert [told[0], question, *told[2:]] == [
         "answer 1",
         "question 2",
         "answer 2",
@@ -112,7 +115,7 @@ def test_a_message_costs_the_same_in_a_long_thread(
             tasks.execute(run.pk)
         sizes.append([len(call.messages) for call in model.requests])
 
-    assert sizes[0] == sizes[1] == [9, 1]
+    assert sizes[0] == sizes[1] == [8, 1]
 
 
 def test_until_a_summary_tells_it_the_rest_is_sent_too(model: FakeLLM) -> None:
@@ -141,7 +144,10 @@ def test_the_window_may_be_one_message(model: FakeLLM, settings: Any) -> None:
     ask_and_answer(thread, "then")
 
     asked = [call for call in model.requests if not is_summary_call(call)]
-    assert [m["role"] for m in asked[1].messages] == ["system", "user"]
+    [only] = asked[1].messages
+    assert only["role"] == "user"
+    assert only["content"].startswith("A note by the server")
+    assert only["content"].endswith("</summary>\n\nthen")
     thread.refresh_from_db()
     assert thread.summary_reach == 5
 

@@ -279,6 +279,21 @@ class TestOtherPrograms:
 
         assert dead(redis) == ["it has no field 'event'"]
 
+    def test_a_request_for_the_thread_of_a_room_is_set_aside(
+        self, reader: runtime.Reader, redis: Redis, broker: Broker
+    ) -> None:
+        asked = factories.ask("in the room", room_id="!room", place="!room")
+        add(redis, request(prompt="planted", threadId=asked.thread_id))
+        reader.read()
+
+        assert dead(redis) == [
+            "its thread belongs to a Matrix room, and only what is said in the room enters it"
+        ]
+        assert Message.objects.get().content == "in the room"
+        assert pending(redis) == 0
+        # Its own request is the room's.
+        assert broker.handed() == [asked.pk]
+
     def test_a_refused_model_is_set_aside(
         self, reader: runtime.Reader, redis: Redis, broker: Broker, settings: Any
     ) -> None:

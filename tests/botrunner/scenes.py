@@ -60,6 +60,18 @@ def event(
     }
 
 
+def membership(user_id: str, membership: str, **extra: Any) -> dict[str, Any]:
+    """An event by which somebody comes, leaves or has another name."""
+    content = {"membership": membership}
+    return event(content, user_id, type="m.room.member", state_key=user_id, **extra)
+
+
+def let_in(session: Session, *user_ids: str) -> None:
+    """Have them join the room, as the bot sees it; who is in it is known from here on."""
+    session.rooms.update(members_known=True)
+    take_in(session, *(membership(user_id, "join") for user_id in user_ids))
+
+
 def take_in(session: Session, *events: dict[str, Any]) -> int:
     """Write events of the room down as a sync brings them, and act upon them. How many were for the
     bot."""

@@ -3,11 +3,16 @@
 import signal
 from collections.abc import Callable
 from datetime import timedelta
+from typing import Any
+from urllib.parse import quote
 
 import pytest
 from django.utils import timezone
+from rest_framework.test import APIClient
 
-from botrunner.models import Conversation, Reply, Room, RoomEvent, Session
+from botrunner.models import Conversation, Reply, Room, RoomEvent, RoomMember, Session
+from chat.models import Thread
+from realm.models import User
 from tests.botrunner.world import World, register
 from tests.synapse import Account
 
@@ -170,6 +175,54 @@ def test_who_is_shown_the_door_says_nothing_and_may_come_back(world: World, alic
     assert membership() == Room.Membership.JOINED
     # Elsewhere nothing has changed.
     world.answer(alice, other, world.synapse.send(alice, other, "three"))
+
+
+def test_members_read_the_rooms_thread_and_its_moderator_has_it_forgotten(
+    world: World, alice: Account, account: Callable[[str], Account]
+) -> None:
+    register(alice)
+    bob = account("bob")
+    world.start("worker", "bot")
+    room = world.invite(alice)
+    world.answer(alice, room, world.synapse.send(alice, room, "one"))
+    path = f"/_matrix/client/v3/rooms/{quote(room)}"
+    world.synapse.call("POST", f"{path}/invite", alice.token, {"user_id": bob.user_id})
+    world.synapse.call("POST", f"{path}/join", bob.token, {})
+    of_bob = RoomMember.objects.filter(user_id=bob.user_id)
+    event_id = world.wait("the join", lambda: of_bob.values_list("event_id", flat=True).first())
+    world.answer(alice, room, world.synapse.send(alice, room, "two"))
+    assert _questions(alice) == ["one", "two"]
+    assert _questions(bob) == ["two"]
+
+    name = f"/_matrix/client/v3/profile/{quote(bob.user_id)}/displayname"
+    world.synapse.call("PUT", name, bob.token, {"displayname": "Bobby"})
+    world.wait("the new name", lambda: of_bob.exclude(event_id=event_id).exists())
+    assert _questions(bob) == ["two"]
+    # What it has not seen of the members it asks for.
+    world.kill("bot", signal.SIGTERM)
+    Room.objects.update(members_known=False)
+    assert _questions(bob) == 404
+    world.start("bot")
+    world.wait("the members", Room.objects.filter(members_known=True).exists)
+    assert (_questions(alice), _questions(bob)) == (["one", "two"], ["two"])
+
+    world.synapse.call("POST", f"{path}/leave", bob.token, {})
+    world.wait("the leave", lambda: not of_bob.exists())
+    assert _questions(bob) == 404
+    said = world.answer(alice, room, world.synapse.send(alice, room, "!forget"))
+    assert said["body"] == "All that was asked here is deleted."
+    assert not Thread.objects.exists()
+
+
+def _questions(account: Account) -> Any:
+    """What somebody reads over HTTP of the only thread; the status where that is nothing."""
+    client = APIClient()
+    client.force_authenticate(User.objects.of_matrix_id(account.user_id))
+    response = client.get(f"/api/chat/threads/{Thread.objects.get().pk}/messages")
+    if response.status_code != 200:
+        return response.status_code
+    told = response.json()["messages"]
+    return [each["content"] for each in told if each["role"] == "user"]
 
 
 def test_a_wrong_password_stops_it_with_one_clear_line(world: World) -> None:

@@ -16,6 +16,7 @@ from django.apps import apps
 from django.core.management import get_commands
 from django.utils.module_loading import import_string
 
+from deploy import pin_images
 from ops.http import PROBES
 from tests.config.test_documents import ROOT, read_by_settings
 
@@ -25,7 +26,11 @@ SERVICES: dict[str, Any] = COMPOSE["services"]
 OURS = {name: service for name, service in SERVICES.items() if service["image"] == "botrealm"}
 UNITS = sorted((ROOT / "deploy/systemd").iterdir())
 # Read by the web server, by Python and by compose.yaml itself.
-ELSEWHERE = {"PATH", "PYTHONUNBUFFERED", "PORT", "POSTGRES_PASSWORD", "MATRIX_SERVER_NAME"}
+ELSEWHERE = {"PATH", "PYTHONUNBUFFERED", "PORT", "MATRIX_SERVER_NAME"} | {
+    "POSTGRES_PASSWORD",
+    "REDIS_PASSWORD",
+}
+EXAMPLES = ("compose.env.example", "settings.env.example")
 
 
 def image_command() -> list[str]:
@@ -84,7 +89,7 @@ def test_every_process_is_everywhere() -> None:
 
 
 def test_variables_are_those_of_the_settings() -> None:
-    template = (ROOT / "deploy/compose.env.example").read_text()
+    template = "".join((ROOT / "deploy" / name).read_text() for name in EXAMPLES)
     units = "\n".join(path.read_text() for path in UNITS)
     named = {
         *re.findall(r"(?:^ENV |\s)([A-Z][A-Z_]+)=", DOCKERFILE),
@@ -131,7 +136,7 @@ def test_the_image_is_of_the_python_that_is_tested() -> None:
 def test_the_image_has_what_celerys_redis_transport_imports() -> None:
     """Tools of the tests bring it too, so that nobody else would miss it."""
     wanted = [r for r in metadata.requires("kombu") or [] if 'extra == "redis"' in r]
-    pinned = set(re.findall(r"^([a-z-]+)", (ROOT / "requirements/base.txt").read_text(), re.M))
+    pinned = set(re.findall(r"^([a-z-]+)", (ROOT / "requirements/base.in").read_text(), re.M))
 
     assert wanted
     assert {re.split(r"[^a-z-]", requirement)[0] for requirement in wanted} <= pinned
@@ -139,7 +144,7 @@ def test_the_image_has_what_celerys_redis_transport_imports() -> None:
 
 def test_the_homeserver_is_the_one_that_is_tested() -> None:
     [pinned] = re.findall(
-        r"^matrix-synapse==(.+)$", (ROOT / "requirements/homeserver.txt").read_text(), re.M
+        r"^matrix-synapse==(.+)$", (ROOT / "requirements/homeserver.in").read_text(), re.M
     )
 
     for name in ("homeserver", "homeserver-config"):
@@ -194,15 +199,77 @@ def test_whatever_stops_a_process_waits_for_longer_than_it_takes() -> None:
 
 
 def test_what_is_not_the_products_own_is_kept_and_limited() -> None:
-    assert "noeviction" in SERVICES["redis"]["command"]
+    assert "noeviction" in SERVICES["redis"]["command"][-1]
     for name, service in SERVICES.items():
         one_shot = name in ("migrate", "homeserver-config")
         assert service["restart"] == ("no" if one_shot else "unless-stopped")
-    for service in OURS.values():
+    for service in (*OURS.values(), SERVICES["postgres"], SERVICES["redis"]):
         assert service["read_only"] is True
         assert service["cap_drop"] == ["ALL"]
+    for service in SERVICES.values():
+        assert service["security_opt"] == ["no-new-privileges:true"]
     for service in SERVICES.values():
         assert all(port.startswith("127.0.0.1:") for port in service.get("ports", []))
         assert {volume.split(":")[0] for volume in service.get("volumes", [])} <= set(
             COMPOSE["volumes"]
         )
+
+
+# Which container may know what. DATABASE_URL and REDIS_URL carry a password of their own.
+SHARED = {"SECRETS_KEY", "POSTGRES_PASSWORD", "REDIS_PASSWORD"}
+SECRETS = {
+    "migrate": SHARED,
+    "web": SHARED | {"SECRET_KEY", "REALM_SECRET_SEED", "METRICS_TOKEN"},
+    "worker": SHARED | {"OPENAI_API_KEY", "AGENT_WEBHOOK_SECRET"},
+    "bot": SHARED | {"BOT_RUNNER_PASSWORD"},
+    "postgres": {"POSTGRES_PASSWORD"},
+    "redis": {"REDIS_PASSWORD"},
+}
+
+
+def known_secrets(service: dict[str, Any]) -> set[str]:
+    """The variables of .env whose value reaches the container; `${NAME:+word}` carries none of it."""
+    values = " ".join(map(str, service.get("environment", {}).values()))
+    return set(re.findall(r"\$\{([A-Z_]+)(?!:\+)(?=[}:])", values)) & set.union(*SECRETS.values())
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_a_container_gets_its_own_secrets_and_no_others(name: str) -> None:
+    assert known_secrets(SERVICES[name]) == SECRETS.get(name, set())
+    assert SERVICES[name].get("env_file", "settings.env") == "settings.env"
+
+
+def test_the_settings_of_all_containers_hold_no_secret() -> None:
+    shared = (ROOT / "deploy/settings.env.example").read_text()
+    assert not set(re.findall(r"^([A-Z_]+)=", shared, re.M)) & set.union(*SECRETS.values())
+
+
+def test_no_password_is_an_argument_of_a_process() -> None:
+    for service in SERVICES.values():
+        assert not re.search(
+            r"(?<!\$)\$\{?[A-Z_]*(PASSWORD|SECRET|KEY)", str(service.get("command", ""))
+        )
+
+
+class TestPinningImages:
+    DIGEST = f"sha256:{'0a' * 32}"
+
+    def test_pins_each_image_that_has_a_tag(self) -> None:
+        for text in (DOCKERFILE, (ROOT / "compose.yaml").read_text()):
+            once = pin_images.pinned(text, lambda image: self.DIGEST)
+            images = re.findall(r"^(?: *image: |FROM )(\S+:\S+)", once, re.M)
+            assert images
+            assert all(image.endswith(f"@{self.DIGEST}") for image in images)
+
+    def test_pins_anew_what_is_pinned(self) -> None:
+        asked: list[str] = []
+
+        def digest(image: str) -> str:
+            asked.append(image)
+            return f"sha256:{'1b' * 32}"
+
+        text = pin_images.pinned("FROM python:3.11-slim-bookworm AS build\n", lambda _: self.DIGEST)
+        assert pin_images.pinned(text, digest) == (
+            f"FROM python:3.11-slim-bookworm@sha256:{'1b' * 32} AS build\n"
+        )
+        assert asked == ["python:3.11-slim-bookworm"]

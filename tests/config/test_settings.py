@@ -1,33 +1,21 @@
-"""Settings are read by a process that starts; so the tests start one."""
+"""Settings are read by a process that starts; so the tests start one for each environment."""
 
-import os
 import stat
 import subprocess
-import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-SHOW = "import sys; from django.conf import settings; print(eval(sys.argv[1]))"
+from tests.config.starting import ROOT, Starter
+
+Start = Callable[..., subprocess.CompletedProcess[str]]
 
 
-def inherited() -> dict[str, str]:
-    return {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
-
-
-def start(expression: str = "None", **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", SHOW, expression],
-        env=inherited()
-        | {"DJANGO_SETTINGS_MODULE": "config.settings", "PYTHONPATH": str(ROOT)}
-        | environment,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+@pytest.fixture(scope="module")
+def start() -> Iterator[Start]:
+    with Starter() as starter:
+        yield starter.start
 
 
 @pytest.mark.parametrize(
@@ -48,6 +36,7 @@ def start(expression: str = "None", **environment: str) -> subprocess.CompletedP
         ("LOG_LEVELS", "info", "pattern=level"),
         ("LOG_FORMAT", "xml", "console, json"),
         ("CHAT_DEFAULT_MODEL", "m" * 101, "100 characters"),
+        ("OUTGOING_PORTS", "443, 65536", "not a port from 1 to 65535"),
         ("HTTPS", "often", "use true or false"),
         ("SECURE_PROXY_SSL_HEADER", "HTTP_X=https", "such as X-Forwarded-Proto"),
         ("RETENTION_STEPS_DAYS", "-1", "whole number of 0 or more"),
@@ -56,7 +45,7 @@ def start(expression: str = "None", **environment: str) -> subprocess.CompletedP
     ],
 )
 def test_a_wrong_value_stops_the_start_and_names_the_variable(
-    name: str, value: str, hint: str
+    name: str, value: str, hint: str, start: Start
 ) -> None:
     process = start("settings.DEBUG", **{name: value})
 
@@ -67,9 +56,33 @@ def test_a_wrong_value_stops_the_start_and_names_the_variable(
     assert hint in last
 
 
+class TestUnusedSecrets:
+    """A worker and the bot runner do without what only the web server signs with."""
+
+    ENV = {"DEBUG": "false", "SECRET_KEY": "unused", "REALM_SECRET_SEED": "unused"} | {
+        "SECRETS_KEY": "s" * 50
+    }
+
+    def test_a_random_value_takes_the_place_of_each(self, start: Start) -> None:
+        values = "settings.SECRET_KEY, settings.REALM_SECRET_SEED"
+        found = {start(f"{values}", **self.ENV).stdout for _ in range(2)}
+        assert len(found) == 2
+        assert all(len(line) > 100 and "unused" not in line for line in found)
+
+    def test_secrets_at_rest_need_their_own_key_then(self, start: Start) -> None:
+        process = start("settings.DEBUG", **(self.ENV | {"SECRETS_KEY": ""}))
+        assert process.returncode != 0
+        assert "SECRETS_KEY: it is needed where SECRET_KEY is unused" in process.stderr
+
+    def test_the_web_server_does_not_start(self, start: Start) -> None:
+        process = start("__import__('config.asgi')", **self.ENV)
+        assert process.returncode != 0
+        assert "SECRET_KEY and REALM_SECRET_SEED: the web server signs" in process.stderr
+
+
 @pytest.mark.parametrize("name", ["SECRET_KEY", "REALM_SECRET_SEED"])
 @pytest.mark.parametrize("value", ["", "short"])
-def test_what_can_be_guessed_is_no_secret(name: str, value: str) -> None:
+def test_what_can_be_guessed_is_no_secret(name: str, value: str, start: Start) -> None:
     """Refused by the settings themselves: a server and a worker read those, and run no checks."""
     secrets = {"SECRET_KEY": "a" * 50, "REALM_SECRET_SEED": "b" * 50} | {name: value}
     process = start("settings.DEBUG", DEBUG="false", **secrets)
@@ -79,14 +92,14 @@ def test_what_can_be_guessed_is_no_secret(name: str, value: str) -> None:
     assert start("settings.DEBUG", DEBUG="true", **secrets).stdout.strip() == "True"
 
 
-def test_a_password_in_a_wrong_url_is_not_shown() -> None:
+def test_a_password_in_a_wrong_url_is_not_shown(start: Start) -> None:
     process = start("settings.DEBUG", REDIS_URL="http://:canary@localhost")
 
     assert "REDIS_URL" in process.stderr
     assert "canary" not in process.stderr
 
 
-def test_the_defaults_are_those_of_the_documents() -> None:
+def test_the_defaults_are_those_of_the_documents(start: Start) -> None:
     names = [
         "REDIS_URL",
         "REDIS_STREAM_KEY",
@@ -112,7 +125,7 @@ def test_the_defaults_are_those_of_the_documents() -> None:
     )
 
 
-def test_a_default_model_outside_of_the_list_falls_back_to_the_lists_first() -> None:
+def test_a_default_model_outside_of_the_list_falls_back_to_the_lists_first(start: Start) -> None:
     process = start(
         "settings.CHAT_DEFAULT_MODEL",
         CHAT_ALLOWED_MODELS="gpt-4o, o3",
@@ -132,13 +145,13 @@ def test_a_default_model_outside_of_the_list_falls_back_to_the_lists_first() -> 
         ("postgresql://u@localhost/chat", "chat"),
     ],
 )
-def test_database_urls(url: str, name: str) -> None:
+def test_database_urls(url: str, name: str, start: Start) -> None:
     process = start("settings.DATABASES['default']['NAME']", DATABASE_URL=url)
 
     assert process.stdout.strip() == name
 
 
-def test_a_folder_made_for_the_database_is_its_owners_alone(tmp_path: Path) -> None:
+def test_a_folder_made_for_the_database_is_its_owners_alone(tmp_path: Path, start: Start) -> None:
     folder = tmp_path / "db"
     process = start("settings.DEBUG", DATABASE_URL=f"sqlite:///{folder}/sqlite.db")
 

@@ -13,7 +13,7 @@ from django.urls import reverse
 
 from chat.models import Thread
 from console.models import AuditEntry
-from hooks.models import Delivery, Subscription
+from hooks.models import Delivery, Outcome, Subscription
 from realm.models import BotRegistration, User
 from tests import factories
 from tests.botrunner import scenes as matrix
@@ -71,6 +71,16 @@ class TestSubscriptions:
         assert response.status_code == 200
         assert said in response.text
         assert not Subscription.objects.exists()
+
+    def test_the_same_one_is_not_added_twice(self, admin_client: Client) -> None:
+        for url in (scenes.URL, scenes.URL.replace("hooks", "HOOKS")):
+            response: Any = admin_client.post(f"{LIST}add/", FORM | {"url": url})
+
+        assert response.status_code == 200
+        assert "You have a webhook to this URL" in response.text
+        made = Subscription.objects.get()
+        # And can be changed, as it is.
+        assert admin_client.post(page_of(made), FORM).status_code == 302
 
     def test_a_bot_of_another_takes_the_right_to_read_what_others_said(
         self,
@@ -171,7 +181,7 @@ class TestDeliveries:
 
     def test_what_was_said_is_masked(self, sign_in: SignIn) -> None:
         delivery = scenes.delivery(owner=factories.user("alice"))
-        Delivery.objects.update(body='{"data": {"output": "Mitzi"}}')
+        Outcome.objects.update(body='{"data": {"output": "Mitzi"}}')
         assert "Mitzi" not in sign_in("Viewer").get(page_of(delivery)).text
         assert "Mitzi" in sign_in("Operator").get(page_of(delivery)).text
         assert AuditEntry.objects.filter(action="read").count() == 1

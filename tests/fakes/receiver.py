@@ -89,7 +89,7 @@ def running(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Rece
         patch.setattr(ssl, "create_default_context", lambda: create(cafile=str(certificate)))
         outgoing._tls.cache_clear()
         outgoing._tls()
-    monkeypatch.setattr(outgoing, "public_address", lambda host, port: "127.0.0.1")
+    monkeypatch.setattr(outgoing, "public_addresses", lambda host, port: ["127.0.0.1"])
     monkeypatch.setattr(outgoing, "DEFAULT_PORT", server.server_address[1])
     yield Receiver
     outgoing._tls.cache_clear()

@@ -139,6 +139,11 @@ def is_self_exit(how: str) -> bool:
     return how.startswith("exit status") and how != TOLD_TO
 
 
+def _without_note(content: str) -> str:
+    """A user message as it was asked: the first one of a call carries the summary before it."""
+    return content.rpartition("</summary>\n\n")[2]
+
+
 class _Found:
     """What stands in the database now, and what was asked and called since the scenario began."""
 
@@ -151,7 +156,9 @@ class _Found:
         self.attempts: dict[str, list[tuple[int, str, int]]] = defaultdict(list)
         for run_id, number, result, key in plant.database.rows(ATTEMPTS):
             self.attempts[run_id].append((number, result, key))
-        self.requests = [call for call in plant.llm.requests if call.last_user in self.answered]
+        self.requests = [
+            call for call in plant.llm.requests if _without_note(call.last_user) in self.answered
+        ]
         self.calls_made = len(self.requests)
 
     def lost(self) -> Iterator[str]:
@@ -216,7 +223,7 @@ class _Found:
 
         known = {q.content: n for n, q in enumerate(questions)}
         for call in self.requests:
-            number = known.get(call.last_user)
+            number = known.get(_without_note(call.last_user))
             if number is None or any(message["role"] == "tool" for message in call.messages):
                 continue
             before = [self.runs[q.run_id] for q in questions[:number] if q.run_id in self.runs]
@@ -225,7 +232,7 @@ class _Found:
                 for run in before
                 for text in (run.question, *([run.answer] if run.answer else []))
             ]
-            told = [m["content"] for m in call.messages if m["role"] != "system"][:-1]
+            told = [_without_note(m["content"]) for m in call.messages][:-1]
             if len(expected) >= RECENT_MESSAGES:
                 expected = expected[-len(told) :]  # a summary tells what was before
             if all(run.status == "completed" for run in before) and told != expected:

@@ -9,4 +9,6 @@ DATABASE = os.environ.get("FAULTS_DATABASE") or (
 )
 # The whole matrix, instead of one scenario of each kind.
 ALL = os.environ.get("FAULTS_ALL", "") == "true"
+# Of these kinds only, where some are named.
+KINDS = os.environ.get("FAULTS_KINDS", "").split()
 RUNS = int(os.environ.get("FAULTS_RUNS") or 300)

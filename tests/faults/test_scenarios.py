@@ -7,14 +7,16 @@ from tests.faults import model_scenarios  # noqa: F401 - it adds its rows
 from tests.faults.invariants import Row
 from tests.faults.plant import Plant
 from tests.faults.scenarios import SCENARIOS, Scenario
-from tests.faults.settings import ALL, DATABASE, SEED
+from tests.faults.settings import ALL, DATABASE, KINDS, SEED
 
 pytestmark = pytest.mark.faults
 
 
 def selected() -> list[Scenario]:
     """All of them, or one of each kind as the seed has it."""
-    possible = [each for each in SCENARIOS if DATABASE in each.vendors]
+    possible = [
+        each for each in SCENARIOS if DATABASE in each.vendors and (not KINDS or each.kind in KINDS)
+    ]
     if ALL:
         return possible
     chance = random.Random(SEED)

@@ -7,7 +7,7 @@ from agents import runs
 from agents.models import Run
 from botrunner.models import Session
 from hooks.deliveries import fan_out
-from hooks.models import Delivery, Subscription
+from hooks.models import Delivery, Outcome, Subscription
 from realm.models import BotCommand, User
 from tests.botrunner import scenes as matrix
 from tests.factories import ask
@@ -22,7 +22,11 @@ def admin(name: str = "root") -> User:
 
 
 def subscribe(owner: User | None = None, **columns: Any) -> Subscription:
-    made = Subscription(**{"owner": owner or admin(), "url": URL} | columns)
+    """To a URL of its own, where none is given."""
+    owner = owner or admin()
+    others = Subscription.objects.of(owner).count()
+    url = f"{URL}?{others}" if others else URL
+    made = Subscription(**{"owner": owner, "url": url} | columns)
     made.full_clean()
     made.save()
     return made
@@ -39,16 +43,15 @@ def delivery(subscription: Subscription | None = None, **asked: Any) -> Delivery
     """One that is due."""
     run = cancelled(**asked)
     subscription = subscription or subscribe()
-    Delivery.objects.bulk_create(
-        [Delivery(subscription=subscription, event_id=run.events.last().pk, run=run, body="{}")]
-    )
+    outcome = Outcome.objects.create(pk=run.events.last().pk, run=run, body="{}", size=2)
+    Delivery.objects.bulk_create([Delivery(subscription=subscription, event=outcome, run=run)])
     return Delivery.objects.select_related("subscription").get(run=run)
 
 
 def fired(command: BotCommand, session: Session) -> Run:
     """A run that a bot fired in a room, ended."""
     matrix.take_in(session, matrix.event("Hello", sender=command.registration.username))
-    run: Run = Run.objects.get(replies__bot_command=command)
+    run: Run = Run.objects.filter(replies__bot_command=command).latest("position")
     runs.cancel(run)
     return run
 

@@ -13,8 +13,9 @@ from django.utils import timezone
 
 from agents import retention, runs
 from agents.models import Event, Run
-from hooks.deliveries import fan_out
-from hooks.models import Delivery, Subscription
+from botrunner.models import Session
+from hooks.deliveries import fan_out, may_be_told
+from hooks.models import Delivery, Outcome, Subscription
 from realm.models import User
 from tests import factories
 from tests.botrunner import scenes as matrix
@@ -26,7 +27,7 @@ pytestmark = pytest.mark.django_db
 
 def body() -> dict[str, Any]:
     fan_out()
-    found: dict[str, Any] = json.loads(Delivery.objects.get().body)
+    found: dict[str, Any] = json.loads(Delivery.objects.get().event.body)
     return found
 
 
@@ -163,6 +164,7 @@ class TestWhoIsTold:
         session = matrix.session()
         hers, his = matrix.command(matrix.ALICE), matrix.command(matrix.BOB)
         alice = hers.registration.user
+        matrix.let_in(session, matrix.ALICE)
         scenes.subscribe(alice, registration=hers.registration)
         scenes.subscribe(registration=his.registration)
         first, second = scenes.fired(hers, session), scenes.fired(his, session)
@@ -174,11 +176,37 @@ class TestWhoIsTold:
         session = matrix.session()
         hers = matrix.command(matrix.ALICE)
         scenes.subscribe(hers.registration.user)
+        matrix.let_in(session, matrix.ALICE)
         run = scenes.fired(hers, session)
-        run.thread.owner = factories.user("charlie")
-        run.thread.save()
 
+        assert run.thread.owner is None
         assert scenes.told() == {(matrix.ALICE, run.pk)}
+
+    def test_a_rooms_words_are_for_those_who_were_in_it_then_and_are_now(self) -> None:
+        session = matrix.session()
+        bots = matrix.command(matrix.BOB)
+        for owner in (bots.registration.user, scenes.admin()):
+            scenes.subscribe(owner, registration=bots.registration)
+
+        def fired() -> set[tuple[str, str]]:
+            """Who is told of what is asked now."""
+            run = scenes.fired(bots, session)
+            return {user for user, told in scenes.told() if told == run.pk}
+
+        assert fired() == {"root"}
+        matrix.let_in(session, matrix.BOB)
+        assert fired() == {"root", matrix.BOB}
+        matrix.take_in(session, matrix.membership(matrix.BOB, "leave"))
+        assert fired() == {"root"}
+        before = scenes.fired(bots, session)
+        matrix.let_in(session, matrix.BOB)
+        assert (matrix.BOB, before.pk) not in scenes.told()
+        assert fired() == {"root", matrix.BOB}
+
+        delivery = Delivery.objects.filter(subscription__owner=bots.registration.user).latest("pk")
+        assert may_be_told(delivery)
+        Session.objects.update(last_sync_at=timezone.now() - timedelta(minutes=6))
+        assert not may_be_told(delivery)
 
     def test_nobody_subscribes_to_the_bot_of_another(self) -> None:
         hers = matrix.command(matrix.ALICE)
@@ -235,7 +263,7 @@ class TestCost:
             scenes.subscribe(factories.user(f"user{number}"))
             scenes.cancelled(owner=User.objects.last())
         scenes.subscribe(registration=matrix.command().registration)
-        with django_assert_max_num_queries(9):
+        with django_assert_max_num_queries(11):
             assert fan_out() == many
         assert Delivery.objects.count() == many
 
@@ -278,6 +306,25 @@ class TestRetention:
 
         assert retention.prune_everything() == {}
         assert list(Delivery.objects.all()) == [delivery]
+
+    @pytest.mark.parametrize("way", ["age", "subscription"])
+    def test_a_body_goes_with_the_last_of_its_deliveries(self, way: str) -> None:
+        for name in ("alice", "bob"):
+            scenes.subscribe(scenes.admin(name))
+        scenes.cancelled()
+        fan_out()
+        long_ago = timezone.now() - timedelta(days=40)
+        Outcome.objects.update(created_at=long_ago)
+        first, last = Delivery.objects.all()
+        for each, left in ((first, 1), (last, 0)):
+            if way == "age":
+                Delivery.objects.filter(pk=each.pk).update(
+                    status="sent", next_try_at=None, created_at=long_ago
+                )
+            else:
+                each.subscription.delete()
+            retention.prune_everything()
+            assert Outcome.objects.count() == left
 
     def test_an_event_that_is_still_to_be_delivered_stays(self) -> None:
         scenes.subscribe()

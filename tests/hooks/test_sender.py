@@ -151,10 +151,10 @@ class TestADelivery:
     def test_goes_to_no_private_address(
         self, receiver: type[Receiver], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        def private(host: str, port: int) -> str:
+        def private(host: str, port: int) -> list[str]:
             raise outgoing.Forbidden("This address is not on the public network.")
 
-        monkeypatch.setattr(outgoing, "public_address", private)
+        monkeypatch.setattr(outgoing, "public_addresses", private)
         delivery = scenes.delivery()
         send_due(delivery.subscription_id)
 

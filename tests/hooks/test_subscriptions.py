@@ -4,6 +4,7 @@ import uuid
 from typing import Any
 
 import pytest
+from django.db import IntegrityError, transaction
 
 from hooks import models
 from hooks.models import Subscription
@@ -102,8 +103,73 @@ def test_nobody_subscribes_to_the_bot_of_another(alice: User) -> None:
 
 def test_there_is_an_end_to_how_many(alice: User, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models, "MAX_EACH", 2)
-    assert [post(alice).status_code for _ in range(3)] == [201, 201, 400]
+    answers = [post(alice, url=f"{scenes.URL}/{number}") for number in range(3)]
+    assert [answer.status_code for answer in answers] == [201, 201, 400]
+    assert "Delete one first." in only_error(answers[-1], 400)["detail"]
     assert post(factories.user("bob")).status_code == 201
+
+
+def test_there_is_an_end_to_how_many_lead_to_one_host(
+    alice: User, monkeypatch: pytest.MonkeyPatch, settings: Any
+) -> None:
+    settings.HOOKS_ALLOWED_HOSTS = ["*.example.org"]
+    monkeypatch.setattr(models, "MAX_EACH_HOST", 2)
+    answers = [post(alice, url=f"{scenes.URL}/{number}") for number in range(3)]
+    error = only_error(answers[-1], 400)
+    assert error["source"] == {"pointer": "/data/attributes/url"}
+    assert "2 webhooks to hooks.example.org" in error["detail"]
+    assert post(alice, url="https://other.example.org/").status_code == 201
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://hooks.example.org/outcomes",
+        "HTTPS://Hooks.Example.ORG/outcomes",
+        "https://hooks.example.org:443/outcomes",
+        "https://hooks.example.org:/outcomes",
+        "https://hooks.example.org./outcomes",
+        "https://hooks.example.org/outcomes#part",
+        "https://hooks.example.org/outcomes?",
+        "https://hooks.example.org/%6Futcomes",
+    ],
+)
+def test_the_same_webhook_is_added_once_however_it_is_written(
+    alice: User, url: str, settings: Any
+) -> None:
+    settings.HOOKS_ALLOWED_HOSTS = ["hooks.example.org", "hooks.example.org."]
+    made = post(alice)
+    assert made.status_code == 201
+
+    error = only_error(post(alice, url=url, events=["run.failed"]), 409)
+
+    assert error["source"] == {"pointer": "/data/attributes/url"}
+    assert made.json()["data"]["id"] in error["detail"]
+    assert Subscription.objects.get().url == scenes.URL
+
+
+def test_the_same_url_is_good_for_another_bot_or_owner_and_another_path_for_the_same(
+    alice: User,
+) -> None:
+    bot = matrix.command().registration
+    answers = [
+        post(alice),
+        post(alice, botId=str(bot.pk)),
+        post(factories.user("bob")),
+        post(alice, url=f"{scenes.URL}/Other?a=%2f"),
+    ]
+    assert [answer.status_code for answer in answers] == [201] * 4
+    assert Subscription.objects.filter(url=f"{scenes.URL}/Other?a=%2F").exists()
+    only_error(post(alice, botId=str(bot.pk)), 409)
+
+
+def test_the_database_takes_no_webhook_twice(alice: User) -> None:
+    bot = matrix.command().registration
+    for columns in ({}, {"registration": bot}):
+        row = {"owner": alice, "url": scenes.URL} | columns
+        Subscription.objects.create(**row)
+        with pytest.raises(IntegrityError), transaction.atomic():
+            Subscription.objects.create(**row)
 
 
 def test_each_sees_and_deletes_their_own(alice: User) -> None:

@@ -66,6 +66,7 @@ def healthy(
     """An operator who has done everything right."""
     settings.DEBUG = True
     settings.ALLOWED_HOSTS = ["localhost"]
+    settings.CHAT_MAX_STREAMS = 100  # whatever this machine permits
     for name in ("PORT", "REALM_SERVER_PORT"):
         with closing(socket.create_server(("127.0.0.1", 0))) as free:
             monkeypatch.setenv(name, str(free.getsockname()[1]))
@@ -101,6 +102,15 @@ def test_for_a_machine(healthy: None, capsys: pytest.CaptureFixture[str]) -> Non
     assert {finding["level"] for finding in told["findings"]} == {"ok"}
 
 
+def test_streams_that_leave_no_room_for_other_connections(healthy: None, settings: Any) -> None:
+    settings.WEB_MAX_CONNECTIONS = 100
+    level, line = one("connections")
+    assert level == doctor.WARN
+    assert "CHAT_MAX_STREAMS is 100, and a web process has room for 100" in line
+    settings.WEB_MAX_CONNECTIONS = 101
+    assert one("connections")[0] == doctor.OK
+
+
 def test_what_is_broken_fails_and_says_how_to_mend_it(
     healthy: None, settings: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -114,7 +124,7 @@ def test_what_is_broken_fails_and_says_how_to_mend_it(
     assert "broken" in told
     assert "It does not answer at REDIS_URL (ConnectionError)." in told
     assert "→ Start it, or set REDIS_URL." in told
-    assert "1 broken, 0 to look at." in told
+    assert "2 broken, 0 to look at." in told  # the stream's connection and the broker's
 
 
 def test_every_trouble_comes_with_its_remedy(settings: Any) -> None:

@@ -97,3 +97,9 @@ def test_it_does_not_take_over_an_account_by_its_name(django_user_model: Any) ->
     django_user_model.objects.create_superuser("@dora:localhost", password="secret")
     with pytest.raises(CommandError, match="does not have this Matrix id"):
         printed("@dora:localhost", "--create")
+
+
+def test_it_prints_none_where_the_secret_is_not_known(alice: User, settings: Any) -> None:
+    settings.UNUSED_SECRETS = ["REALM_SECRET_SEED"]
+    with pytest.raises(CommandError, match="where the web server runs"):
+        printed("@alice:localhost")

@@ -13,12 +13,13 @@ from typing import Any, cast
 import pytest
 import yaml
 
-from scripts import homeserver
-from tests.config.test_settings import ROOT, inherited
+from scripts import audit, homeserver
+from tests.config.starting import ROOT, inherited
 
 PRODUCTION = {
     "DEBUG": "false",
     "SECRET_KEY": "tests-only-0123456789-abcdefghijklmnopqrstuvwxyz-0123456789",
+    "SECRETS_KEY": "tests-only-5432109876-mnopqrstuvwxyzabcdefghijkl-5432109876",
     "REALM_SECRET_SEED": "tests-only-9876543210-zyxwvutsrqponmlkjihgfedcba-9876543210",
     "ALLOWED_HOSTS": "bots.example.org",
     "CHAT_ALLOW_ANONYMOUS": "",
@@ -272,69 +273,6 @@ class TestWhatListens:
         assert "--host 127.0.0.1 " in unit
 
 
-PINNED = re.compile(r"^([A-Za-z0-9._-]+)(?:\[[^]]*\])?==(\S+)", re.M)
-AUDIT = [sys.executable, "-m", "pip_audit", "--strict", "--format=json", "--progress-spinner=off"]
-VULNERABLE = "requests==2.19.0"  # CVE-2018-18074
-
-
-def pinned() -> dict[str, str]:
-    """What the product and its tests require, by the names that package indexes have for them."""
-    texts = [(ROOT / f"requirements/{name}.txt").read_text() for name in ("base", "dev")]
-    found = PINNED.findall("\n".join(texts))
-    return {re.sub("[-_.]+", "-", name).lower(): version for name, version in found}
-
-
-def complaints(report: dict[str, Any], required: dict[str, str]) -> list[str]:
-    """What is wrong by a report of pip-audit: holes, and what it did not look at."""
-    audited = {
-        re.sub("[-_.]+", "-", each["name"]).lower(): each.get("version")
-        for each in report.get("dependencies", [])
-        if "skip_reason" not in each
-    }
-    missing = [name for name, version in required.items() if audited.get(name) != version]
-    holes = [
-        f"{each['name']} {each['version']} has {hole['id']}"
-        for each in report.get("dependencies", [])
-        for hole in each.get("vulns", [])
-    ]
-    return [*holes, *(f"{name} was not audited" for name in missing)]
-
-
-def audit(folder: Path, *arguments: str) -> tuple[dict[str, Any], str]:
-    process = subprocess.run(
-        [*AUDIT, "--cache-dir", str(folder), *arguments],
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
-    )
-    try:
-        return json.loads(process.stdout), process.stderr
-    except json.JSONDecodeError:
-        return {}, process.stderr
-
-
-def test_what_is_required_has_no_known_hole(tmp_path: Path) -> None:
-    """pip-audit says that all is well where nobody tells it anything: it is believed by a service that
-    knows a hole that there is."""
-    known = tmp_path / "requirements.txt"
-    known.write_text(f"{VULNERABLE}\n")
-    said = []
-    for service in ("pypi", "osv"):
-        short = ("--no-deps", "--disable-pip", "--timeout", "10", "-r", str(known))
-        report, error = audit(tmp_path / service, "-s", service, *short)
-        if any("has " in each for each in complaints(report, {})):
-            break
-        said.append(f"{service}: {(error.strip().splitlines() or ['no answer'])[-1][:200]}")
-    else:
-        pytest.skip(f"NOTHING WAS AUDITED, for no service knows of {VULNERABLE}. {'; '.join(said)}")
-
-    report, error = audit(tmp_path / "all", "-s", service, "--skip-editable")
-
-    assert report, error
-    assert complaints(report, pinned()) == []
-
-
 @pytest.mark.parametrize(
     ("dependencies", "said"),
     [
@@ -351,5 +289,37 @@ def test_what_is_required_has_no_known_hole(tmp_path: Path) -> None:
 def test_what_was_not_audited_is_not_taken_for_sound(
     dependencies: list[dict[str, Any]], said: list[str]
 ) -> None:
-    assert complaints({"dependencies": dependencies}, {"django-x": "1.0"}) == said
-    assert len(pinned()) > 40
+    assert audit.findings({"dependencies": dependencies}, {"django-x": "1.0"}) == said
+    assert len(audit.locked()) > 100
+
+
+LOCKED = {"base.in": "base.txt", "dev.in": "dev.txt", "redis.in": "redis.txt"} | {
+    "homeserver.in": "homeserver.txt"
+}
+REQUIREMENTS = ROOT / "requirements"
+
+
+@pytest.mark.parametrize(("wanted", "lock"), LOCKED.items())
+def test_the_lock_has_each_requirement_at_its_version(wanted: str, lock: str) -> None:
+    locked = set(audit.PINNED.findall((REQUIREMENTS / lock).read_text()))
+    required = set(audit.PINNED.findall((REQUIREMENTS / wanted).read_text()))
+
+    assert required
+    assert required <= locked, "run make lock"
+
+
+@pytest.mark.parametrize("lock", LOCKED.values())
+def test_each_locked_package_has_its_hashes(lock: str) -> None:
+    entries = re.split(r"^(?=[A-Za-z0-9])", (REQUIREMENTS / lock).read_text(), flags=re.M)[1:]
+
+    assert len(entries) > 20
+    assert [each.split()[0] for each in entries if "--hash=sha256:" not in each] == []
+
+
+def test_the_locks_agree_on_every_version() -> None:
+    versions: dict[str, set[str]] = {}
+    for lock in LOCKED.values():
+        for name, version in audit.PINNED.findall((REQUIREMENTS / lock).read_text()):
+            versions.setdefault(name, set()).add(version)
+
+    assert {name: each for name, each in versions.items() if len(each) > 1} == {}

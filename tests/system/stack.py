@@ -37,6 +37,7 @@ import psutil
 import redis
 from supervisor.xmlrpc import SupervisorTransport
 
+from lib.redis import Server, from_environment
 from tests.freezing import freeze
 from tests.ports import free_port
 
@@ -77,7 +78,7 @@ class Stack:
         self.directory = Path(tempfile.mkdtemp(prefix="stack-"))
         self.port, self.realm_port = free_port(), free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        self.env = _clean_environment() | {
+        self.env = clean_environment() | {
             "PORT": str(self.port),
             "REALM_SERVER_PORT": str(self.realm_port),
             "STACK_MATRIX": "false",
@@ -255,7 +256,7 @@ class Stack:
     def memory(self) -> dict[str, float]:
         """MB of each program; pages that processes share are counted once (PSS)."""
         return {
-            name: round(sum(_memory(pid) for pid in pids) / 1e6, 1)
+            name: round(sum(process_memory(pid) for pid in pids) / 1e6, 1)
             for name, pids in self.processes().items()
         }
 
@@ -269,7 +270,12 @@ class Stack:
     @property
     def redis(self) -> redis.Redis:
         """A client of the stack's Redis."""
-        return redis.Redis.from_url(self.redis_url, socket_timeout=10)
+        return self.redis_server.client(timeout=10)
+
+    @property
+    def redis_server(self) -> Server:
+        """The stack's Redis, with the certificates that its programs have."""
+        return from_environment(self.env | {"REDIS_URL": self.redis_url})
 
     @property
     def redis_url(self) -> str:
@@ -323,13 +329,13 @@ class Stack:
         return found
 
 
-def _clean_environment() -> dict[str, str]:
-    """What programs need to run at all. Names in the developer's .env are emptied: the settings
-    read that file, but prefer the environment, where empty means the default."""
+def clean_environment(folder: Path = BASE_DIR) -> dict[str, str]:
+    """The little that programs need to run at all. Names in the .env of the folder are emptied: the
+    settings read that file, but prefer the environment, where empty means the default."""
     kept = {
         name: os.environ[name] for name in ("PATH", "HOME", "LANG", "TMPDIR") if name in os.environ
     }
-    dotenv = BASE_DIR / ".env"
+    dotenv = folder / ".env"
     lines = dotenv.read_text().splitlines() if dotenv.exists() else []
     names = (line.removeprefix("export ").partition("=")[0].strip() for line in lines)
     return {name: "" for name in names if name.isidentifier()} | kept
@@ -344,7 +350,7 @@ def _migrated() -> Path:
     subprocess.run(
         [sys.executable, "manage.py", "migrate", "--verbosity=0", "--skip-checks"],
         cwd=BASE_DIR,
-        env=_clean_environment() | {"DATABASE_URL": f"sqlite:///{path}", "DEBUG": "true"},
+        env=clean_environment() | {"DATABASE_URL": f"sqlite:///{path}", "DEBUG": "true"},
         check=True,
         timeout=180,
     )
@@ -365,7 +371,8 @@ def _session(process: psutil.Process) -> int:
     return 0
 
 
-def _memory(pid: int) -> int:
+def process_memory(pid: int) -> int:
+    """Bytes; of pages that processes share, its share (PSS)."""
     with suppress(psutil.NoSuchProcess):
         process = psutil.Process(pid)
         with suppress(psutil.AccessDenied):

@@ -370,7 +370,8 @@ def test_summaries_are_made_behind_the_answers(stack: Stack, llm: FakeLLM) -> No
 
     def told_in_short() -> bool:
         last = [c for c in llm.requests if "You keep the memory" not in c.last_user][-1]
-        return "They talked." in last.messages[0]["content"]
+        [first, *_] = [each["content"] for each in last.messages if each["role"] == "user"]
+        return "<summary>\nThey talked.\n</summary>" in first
 
     # It is made beside the next question, which may be asked before.
     while not told_in_short():

@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.system.stack import COMMAND, Stack, _clean_environment
+from tests.system.stack import COMMAND, Stack, clean_environment
 
 pytestmark = pytest.mark.system
 ROOT = Path(__file__).resolve().parents[2]
@@ -92,7 +92,7 @@ def doctor(stack: Stack, **env: str) -> subprocess.CompletedProcess[str]:
     """In a shell that knows of the stack's folder and of nothing else."""
     return subprocess.run(
         [sys.executable, "manage.py", "doctor"],
-        env=_clean_environment() | {"STACK_DIR": str(stack.directory)} | env,
+        env=clean_environment() | {"STACK_DIR": str(stack.directory)} | env,
         cwd=ROOT,
         capture_output=True,
         text=True,

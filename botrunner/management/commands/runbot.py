@@ -7,6 +7,7 @@ from django.core.management.base import BaseCommand, CommandError
 
 from botrunner.client import LoginRefused
 from botrunner.leader import Leader
+from lib.secrets import Unreadable
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +27,8 @@ class Command(BaseCommand):
             raise CommandError(
                 f"The homeserver refuses BOT_RUNNER_USERNAME and BOT_RUNNER_PASSWORD ({error})."
             ) from None
+        except Unreadable as error:
+            raise CommandError(f"The bot runner cannot start: {error}") from None
         logger.info("Bot runner stopped")
 
     async def _run(self) -> None:

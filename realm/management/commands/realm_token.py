@@ -1,5 +1,6 @@
 from typing import Any
 
+from django.conf import settings
 from django.core.management.base import BaseCommand, CommandError, CommandParser
 from django.db import transaction
 
@@ -36,6 +37,10 @@ class Command(BaseCommand):
         if revoke:
             self._revoke(user, found)
             return
+        if "REALM_SECRET_SEED" in settings.UNUSED_SECRETS:
+            raise CommandError(
+                "REALM_SECRET_SEED is unused here. Print tokens where the web server runs."
+            )
         if found is None:
             if not create:
                 raise CommandError(f"{user} is not known here. Add --create to create the user.")

@@ -7,7 +7,7 @@ from django.db import migrations, models
 class Migration(migrations.Migration):
 
     dependencies = [
-        ('chat', '0004_thread_title_archive_and_list'),
+        ('chat', '0005_room_threads'),
     ]
 
     operations = [
@@ -16,6 +16,7 @@ class Migration(migrations.Migration):
             fields=[
                 ('id', models.CharField(editable=False, max_length=64, primary_key=True, serialize=False)),
                 ('owner_id', models.BigIntegerField(editable=False, null=True)),
+                ('room_id', models.CharField(blank=True, default='', editable=False, max_length=255)),
                 ('deleted_at', models.DateTimeField(default=django.utils.timezone.now, editable=False)),
             ],
         ),
