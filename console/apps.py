@@ -11,8 +11,9 @@ class ConsoleConfig(AppConfig):
         from axes.signals import user_locked_out
 
         from agents.chores import CHORES
-        from console import bulk, login, roles
+        from console import bulk, export, login, rights, roles
 
+        export.guard = rights.guard
         CHORES.append((bulk.sweep, bulk.SWEEP_SECONDS))
         post_migrate.connect(roles.grant, dispatch_uid="console.roles")
         user_logged_in.connect(login.note_login, dispatch_uid="console.login")

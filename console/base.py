@@ -254,7 +254,7 @@ class ConsoleAdmin(Paged, ModelAdmin):
         for deed in bulk.deeds_for(request, self.model):
             name = deed.name.partition(".")[2]
             actions[name] = (partial(_confirm, deed=deed), name, deed.title)
-        if request.user.has_perm("console.export_rows"):
+        if request.user.has_perm(export.PERMISSION):
             actions["export_csv"] = (_export, "export_csv", "Export as CSV")
         return actions
 

@@ -77,7 +77,10 @@ SCHEMAS = {
         "code",
         ok={"const": False},
         error=text(description="What is wrong, safe to show."),
-        code=text(description="With 429: which kind of limit, for programs. It does not change."),
+        code=text(
+            description="For programs, and does not change: with 429 the kind of limit, with 409 "
+            "`id_deleted` where `threadId` is that of a deleted thread."
+        ),
     ),
     "Usage": record(promptTokens=COUNT, completionTokens=COUNT, totalTokens=COUNT),
     "Thread": record(
@@ -205,7 +208,7 @@ def events(description: str) -> Schema:
     return answer(
         description,
         content("text/event-stream", ref("ServerSentEvent"), STREAM_EXAMPLE),
-        Cache_Control="`no-cache`",
+        Cache_Control="`no-store`",
     )
 
 
@@ -392,7 +395,8 @@ OPERATIONS: dict[tuple[str, str], Schema] = {
         "Listen to a thread",
         {
             "200": events(
-                "`message.created` and the outcomes of runs, numbered 1, 2, 3 ... Never ends."
+                "`message.created` and the outcomes of runs, numbered 1, 2, 3 ... Ends with "
+                "`stream.closed` when the right to it is lost or the thread is deleted."
             )
         },
         400,
@@ -415,7 +419,10 @@ OPERATIONS: dict[tuple[str, str], Schema] = {
         "followRun",
         "Listen to a run",
         {
-            "200": events("Status, steps and words as they come, up to the outcome."),
+            "200": events(
+                "Status, steps and words as they come, up to the outcome, or to `stream.closed` when "
+                "the right to it is lost."
+            ),
             "204": answer("The outcome was told already: `after` names it."),
         },
         400,

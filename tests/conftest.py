@@ -13,6 +13,7 @@ from rest_framework.test import APIClient
 from xdist.scheduler import LoadFileScheduling
 
 from agents import endpoint, leases, limits, live, prices, refusals, shares, stream
+from lib import revocations
 from ops import health, metrics
 from realm import throttles
 from tests.fakes import receiver
@@ -210,6 +211,7 @@ def _nothing_of_another_test() -> None:
     shares.slots.forget()
     shares.left.clear()
     stream._breaker.reset()
+    revocations.forget()
 
 
 @pytest.fixture(autouse=True)
@@ -220,6 +222,7 @@ def _patience() -> Iterator[None]:
         patch.setattr(stream, "REQUEST_SECONDS", 30)
         patch.setattr(live, "TELL_SECONDS", 30)
         patch.setattr(throttles, "REDIS_SECONDS", 30)
+        patch.setattr(revocations, "PUBLISH_SECONDS", 30)
         patch.setattr(health, "PATIENCE_SECONDS", 30)
         patch.setattr(metrics, "PATIENCE_SECONDS", 30)
         yield

@@ -231,6 +231,32 @@ def test_whoever_is_signed_out_meanwhile_loses_nothing(page: Page, stack: Stack)
     expect(page.locator("#notice")).to_have_text("")
 
 
+def test_a_page_that_listens_learns_that_it_was_signed_out_in_another(
+    browser: Browser, stack: Stack, llm: FakeLLM
+) -> None:
+    """It says so by itself, and asks no more until it is used again."""
+    llm.reset()
+    with window(browser) as page:
+        sign_in(page, stack)
+        with page.expect_response(re.compile(r"/threads/[^/]+/events")):
+            ask(page, "Hello")
+            turn(page, "completed")
+        other = page.context.new_page()
+        other.goto(stack.url)
+
+        other.get_by_role("button", name="Sign out").click()
+
+        expect(page.locator("#notice")).to_contain_text("signed out")
+        asked: list[str] = []
+        page.on("request", lambda request: asked.append(request.url))
+        page.wait_for_timeout(3000)  # nothing is to happen
+        assert asked == []
+        sign_in(other, stack)
+        ask(page, "And?")
+        expect(page.locator(".turn")).to_have_count(2)
+        turn(page, "completed")
+
+
 def test_what_a_model_says_runs_and_loads_nothing(page: Page, llm: FakeLLM, stack: Stack) -> None:
     elsewhere: list[str] = []
     ours = urlsplit(stack.url).netloc

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from django.core.exceptions import PermissionDenied
 from django.db import connection
 from django.test import Client
 from django.test.utils import CaptureQueriesContext
@@ -42,6 +43,32 @@ def test_all_rows_that_the_list_has_found_are_exported(
     entry = AuditEntry.objects.get(action="export")
     assert entry.kind == "agents.run"
     assert entry.result == "69 rows (source__exact=http)"
+
+
+def deactivate(browser: Any) -> None:
+    browser.user.is_active = False
+    browser.user.save()
+
+
+@pytest.mark.parametrize(
+    "lose",
+    [deactivate, lambda browser: browser.user.groups.clear(), lambda browser: browser.logout()],
+)
+def test_an_export_breaks_off_where_the_right_to_it_is_lost(
+    sign_in: SignIn, monkeypatch: pytest.MonkeyPatch, lose: Callable[[Any], None]
+) -> None:
+    monkeypatch.setattr(export, "BATCH", 7)
+    for _ in range(20):
+        factories.ask()
+    browser = sign_in("Operator")
+    data = {"action": "export_csv", "select_across": "1", "index": "0", "_selected_action": ["x"]}
+    response: Any = browser.post("/admin/agents/run/", data)
+    lines = response.streaming_content
+    for _ in range(8):
+        next(lines)
+    lose(browser)
+    with pytest.raises(PermissionDenied):
+        next(lines)
 
 
 def test_whole_bodies_for_those_who_may_read_them(sign_in: SignIn) -> None:
