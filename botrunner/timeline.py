@@ -1,6 +1,7 @@
 """What is said in the rooms, written down with the sync position in one transaction."""
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -8,12 +9,13 @@ from typing import Any
 
 from django.conf import settings
 from django.db import transaction
+from django.db.models import Count
 from django.db.models.functions import Now
 from django.utils import timezone
 
 from botrunner.matching import Listener, Listeners, at, cancels, matches_any
 from botrunner.models import MAX_TYPE_LENGTH, Room, RoomEvent, Session
-from botrunner.said import ENCRYPTED, MARK, REDACTION, Said, storable
+from botrunner.said import ENCRYPTED, MARK, REDACTION, Said, server_of, storable
 from botrunner.verdicts import stored
 from realm.connections import AWAY
 from realm.filters import EVENT_TYPES, Filter
@@ -22,6 +24,9 @@ logger = logging.getLogger(__name__)
 
 # More questions are each acted upon in a transaction of their own: others wait for the database.
 MAX_AT_ONCE = 8
+# That wait to be followed, or were refused: of an inviter, and what waits of one other server.
+MAX_INVITATIONS = 50
+MAX_INVITATIONS_SERVER = 200
 # What people say. A sync asks for no more, but anything may come out of an encrypted event.
 SPOKEN = {*EVENT_TYPES, ENCRYPTED, REDACTION}
 
@@ -83,8 +88,8 @@ def write_down(
             raise LeaseLost
         rooms = _joined(session, batch.joined)
         left = _keep(list(zip(rooms, batch.joined, strict=True)), session.user_id, ask)
-        for invite in batch.invites:
-            _invited(session, invite)
+        if batch.invites:
+            _invited(session, batch.invites)
         if batch.left:
             Room.objects.filter(session=session, room_id__in=batch.left).update(
                 membership=Room.Membership.LEFT, join_due_at=None, updated_at=Now()
@@ -119,7 +124,26 @@ def _joined_one(session: Session, news: RoomNews, room: Room | None) -> Room:
     return room
 
 
-def _invited(session: Session, invite: Invite) -> None:
+def _invited(session: Session, invites: list[Invite]) -> None:
+    """Keep those that may be followed, up to as many of an inviter, and of one other server, as may
+    wait at once. What is beyond leaves no row, only a line in the log."""
+    rooms = Room.objects.filter(session=session)
+    known = {
+        room.room_id: room
+        for room in rooms.filter(room_id__in=[invite.room_id for invite in invites])
+    }
+    pending = _Pending(session)
+    for invite in invites:
+        allowed = matches_any(invite.inviter, settings.BOT_RUNNER_ALLOWED_INVITERS)
+        room = known.get(invite.room_id)
+        waits = room is not None and room.membership == Room.Membership.INVITED
+        if not waits and not pending.takes(invite.inviter, allowed=allowed):
+            continue
+        _keep_invitation(session, invite, attempts=room.join_attempts if room and waits else 0)
+    pending.log()
+
+
+def _keep_invitation(session: Session, invite: Invite, *, attempts: int) -> None:
     allowed = matches_any(invite.inviter, settings.BOT_RUNNER_ALLOWED_INVITERS)
     Room.objects.update_or_create(
         session=session,
@@ -127,7 +151,7 @@ def _invited(session: Session, invite: Invite) -> None:
         defaults={
             "membership": Room.Membership.INVITED if allowed else Room.Membership.REFUSED,
             "inviter": invite.inviter,
-            "join_attempts": 0,
+            "join_attempts": attempts,
             "join_due_at": timezone.now() if allowed else None,
             "error": "" if allowed else "BOT_RUNNER_ALLOWED_INVITERS does not name the inviter.",
             "updated_at": timezone.now(),
@@ -136,6 +160,52 @@ def _invited(session: Session, invite: Invite) -> None:
     logger.info(
         "Invited to room %s by %s%s", invite.room_id, invite.inviter, "" if allowed else ": refused"
     )
+
+
+class _Pending:
+    """How many invitations of whom are kept already."""
+
+    def __init__(self, session: Session) -> None:
+        self._own_server = server_of(session.user_id)
+        kept = Room.objects.filter(
+            session=session, membership__in=[Room.Membership.INVITED, Room.Membership.REFUSED]
+        )
+        counted = kept.values_list("inviter", "membership").annotate(rooms=Count("pk"))
+        self._waiting: Counter[str] = Counter()
+        self._refused: Counter[str] = Counter()
+        self._of_server: Counter[str] = Counter()
+        self._ignored: Counter[str] = Counter()
+        for inviter, membership, rooms in counted:
+            if membership == Room.Membership.INVITED:
+                self._waiting[inviter] += rooms
+                self._of_server[server_of(inviter)] += rooms
+            else:
+                self._refused[inviter] += rooms
+
+    def takes(self, inviter: str, *, allowed: bool) -> bool:
+        """Whether there is room for one more, which then counts."""
+        server = server_of(inviter)
+        kept = self._waiting if allowed else self._refused
+        is_too_many = kept[inviter] >= MAX_INVITATIONS or (
+            allowed
+            and server != self._own_server
+            and self._of_server[server] >= MAX_INVITATIONS_SERVER
+        )
+        if is_too_many:
+            self._ignored[inviter] += 1
+            return False
+        kept[inviter] += 1
+        self._of_server[server] += allowed
+        return True
+
+    def log(self) -> None:
+        for inviter, count in self._ignored.most_common(10):
+            logger.warning(
+                "Ignored %d invitations of %s: too many of theirs or of their server wait or were "
+                "refused",
+                count,
+                inviter,
+            )
 
 
 def _keep(
