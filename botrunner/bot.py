@@ -61,6 +61,7 @@ class Bot:
         # Left over by the process before this one.
         self._has_pending = self._has_keys = True
         self._invited = asyncio.Event()
+        self.joiner = membership.Joiner(self.homeserver, session, self._invited)
         self._asked = asyncio.Event()
 
     def _new_drafts(self) -> "Drafts | None":
@@ -84,6 +85,7 @@ class Bot:
             with contextlib.suppress(RedisError):
                 # The stream keeps what a group has not read.
                 await asyncio.to_thread(stream.unfollow, settings.BOT_RUNNER_CONSUMER_GROUP)
+            await self.joiner.close()
             await self.sender.close()
             if self.drafts:
                 await self.drafts.close()
@@ -224,7 +226,7 @@ class Bot:
 
     async def _joins(self) -> None:
         self._invited.clear()
-        await membership.join_due(self.homeserver, self.session)
+        await self.joiner.start_due()
 
     async def _draft(self) -> None:
         self._asked.clear()

@@ -218,8 +218,8 @@ def test_nothing_is_marked_safe_but_what_was_sanitised() -> None:
     }
 
     assert marked == {
-        ("chat/templatetags/chat.py", "to_html(text, apart=True)"),
-        ("console/templatetags/pages.py", "to_html(text, apart=True)"),
+        ("chat/templatetags/chat.py", "page_of(context['request']).html(text)"),
+        ("console/templatetags/pages.py", "rendering.page_of(context['request']).html(text)"),
         # The picture of a second factor's address.
         ("console/login.py", "svg[svg.index('<svg'):]"),
     }
