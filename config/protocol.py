@@ -239,7 +239,8 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._working = cycle
-        cycle.scope["extensions"] = {HAS_LEFT: lambda: self._has_left(cycle)}  # type: ignore[typeddict-item]
+        extensions: dict[str, Any] = {HAS_LEFT: lambda: self._has_left(cycle)}
+        cycle.scope["extensions"] = extensions
         super()._start_asgi_task(cycle, app)
 
     def _has_left(self, cycle: RequestResponseCycle) -> bool:
