@@ -8,7 +8,7 @@ from agents.models import Limit, Summary
 from botrunner.models import Reply, Room, RoomEvent, Session
 from console import roles
 from console.models import AuditEntry, BulkJob
-from hooks.models import Delivery, Subscription
+from hooks.models import Delivery, Outcome, Subscription
 from realm.models import BotCommand, BotRegistration
 from tests import factories
 
@@ -29,6 +29,7 @@ def one_of_each() -> dict[type[Model], Any]:
         source={},
     )
     webhook = Subscription.objects.create(owner=alice, url="https://hooks.example.org/")
+    outcome = Outcome.objects.create(pk=run.request_event_id, run=run, body="{}", size=2)
     made: list[Any] = [
         alice,
         run,
@@ -54,9 +55,7 @@ def one_of_each() -> dict[type[Model], Any]:
         Limit.objects.create(kind="user", name="@alice:localhost", runs_waiting=1),
         Summary.objects.create(thread=run.thread, covers_from=0, covers_to=1, text="s", model="m"),
         webhook,
-        Delivery.objects.create(
-            subscription=webhook, event_id=run.request_event_id, run=run, body="{}"
-        ),
+        Delivery.objects.create(subscription=webhook, event=outcome, run=run),
         AuditEntry.objects.create(name="alice", action="read"),
         BulkJob.objects.create(deed="agents.cancel_run", title="Cancel", kind="agents.run"),
     ]

@@ -104,7 +104,9 @@ class TestTrace:
         [sent] = trace.of(Run.objects.get(pk=asked.pk)).sent
         assert sent.summary == summary
         said = [message.content for message in sent.messages]
-        assert said == [m["content"] for m in model.requests[-1].messages[1:]]
+        contents = [m["content"] for m in model.requests[-1].messages]
+        assert [words.rpartition("</summary>\n\n")[2] for words in contents] == said
+        assert ["</summary>" in words for words in contents].count(True) == 1
         assert url(summary) in text_of(admin_client, url(asked))
 
     def test_the_time_line_tells_waits_attempts_and_calls(self, model: FakeLLM) -> None:
