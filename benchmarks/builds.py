@@ -218,7 +218,11 @@ def built(base: str, head: str = "") -> Iterator[tuple[Build, Build]]:
             "head": _clone(head, folder / "head") if head else BASE_DIR,
         }
         first, second = (Build(n, tree, folder / f"{n}.sqlite") for n, tree in trees.items())
-        yield first, second
+        try:
+            yield first, second
+        finally:
+            # Tens of thousands of files: it may take a while, in which nothing of them runs any more.
+            print("Removing the builds", file=sys.stderr, flush=True)
 
 
 def commit_of(name: str) -> str:
