@@ -4,6 +4,7 @@ import dataclasses
 import time
 import uuid
 from datetime import datetime, timedelta
+from typing import Any
 
 import cuid2
 from django.contrib.auth.models import AnonymousUser
@@ -551,14 +552,35 @@ class Event(models.Model):
         return f"{self.type} {self.run_id}"
 
     def as_entry(self) -> dict[str, object]:
-        """The event as it stands on the stream."""
+        """The event as it stands on the stream: a long text is shortened there, and is whole in the
+        database."""
         return {
             "id": str(self.id),
             "type": self.type,
             "timestamp": self.created_at.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
             "correlationId": self.correlation_id,
-            "payload": self.payload,
+            "payload": shortened(self.payload),
         }
+
+
+# Redis keeps each event for a day, and all of them in memory.
+ENTRY_TEXT_BYTES = 16 * 1024
+LONG_TEXTS = ("prompt", "output", "error")
+
+
+def shortened(payload: dict[str, Any]) -> dict[str, Any]:
+    """A payload whose texts have at most so many bytes; one that was longer is marked, as in
+    `promptTruncated`."""
+    short = payload
+    for name in LONG_TEXTS:
+        text = payload.get(name)
+        # No character has more than four bytes: most texts need not be encoded.
+        if isinstance(text, str) and len(text) * 4 > ENTRY_TEXT_BYTES:
+            encoded = text.encode(errors="replace")
+            if len(encoded) > ENTRY_TEXT_BYTES:
+                start = encoded[:ENTRY_TEXT_BYTES].decode(errors="ignore")
+                short = {**short, name: start, f"{name}Truncated": True}
+    return short
 
 
 class Summary(models.Model):

@@ -195,6 +195,7 @@ def _forget_clients() -> None:
             cached().close()
         cached.cache_clear()
     stream._breaker.reset()
+    stream._gauge.forget()
 
 
 @pytest.fixture(autouse=True)
