@@ -1,6 +1,6 @@
 import re
 import uuid
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from itertools import accumulate
 from typing import Any
 
@@ -34,6 +34,13 @@ class ThreadQuerySet(models.QuerySet["Thread"]):
         """Threads that `user` may read and write: their own, and those without an owner where that is
         allowed. A room's thread is never among them."""
         return self.filter(_owned_by(user))
+
+    def owned_pairs(self, pairs: Collection[tuple[int, str]]) -> set[tuple[int, str]]:
+        """Of pairs of a user and a thread, those that `owned_by` has because the user is the owner: in
+        one query, however many users there are."""
+        threads = {thread for _, thread in pairs}
+        owners = dict(self.filter(pk__in=threads).values_list("pk", "owner")) if threads else {}
+        return {pair for pair in pairs if owners.get(pair[1]) == pair[0]}
 
     def listed_for(self, user: User | AnonymousUser | None) -> "ThreadQuerySet":
         """Those of `owned_by` that belong to `user`, or to no one where `user` is none: the last asked

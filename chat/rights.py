@@ -31,7 +31,9 @@ logger = logging.getLogger(__name__)
 
 FRESH_SECONDS = 1.0
 # After this a stream that goes on has them looked up beside its frames, so that none has to wait.
-RENEW_SECONDS = 0.5
+RENEW_SECONDS = 0.8
+# After a stream began: what was revoked between its request and then was heard by none.
+FIRST_SECONDS = 0.5
 # Between two look-ups: what is asked for meanwhile is one.
 PAUSE_SECONDS = 0.05
 # How long a look-up is waited for, and for how long what was found before counts where the database
@@ -87,22 +89,41 @@ class Answers:
 
 
 def look_up(questions: Questions) -> Answers:
-    """Four queries at most for up to `CALLERS_AT_ONCE` credentials, one for anonymous callers alone."""
+    """The queries grow with the callers who do not own the threads that their streams are about, and
+    not with the others."""
     found = access.look_up(questions)
     good = [each for each in questions if each not in found.lost]
-    opened = _open(
-        (number, Thread.objects.open_to(found.users.get(each.user_id or 0)), some)
+    opened = _owned(good, questions)
+    left = [
+        (number, each, frozenset(t for t in questions[each] if (each.user_id, t) not in opened))
         for number, each in enumerate(good)
-        for some in _batched(questions[each], THREADS_AT_ONCE)
+    ]
+    also = _open(
+        (number, Thread.objects.open_to(found.users.get(each.user_id or 0)), some)
+        for number, each, threads in left
+        for some in _batched(threads, THREADS_AT_ONCE)
     )
     closed = [
         (each, thread)
-        for number, each in enumerate(good)
-        for thread in questions[each]
-        if (number, thread) not in opened
+        for number, each, threads in left
+        for thread in threads
+        if (number, thread) not in also
     ]
     reasons = _reasons({thread for _, thread in closed})
     return Answers(found.lost, {key: reasons[key[1]] for key in closed})
+
+
+def _owned(accesses: Iterable[Access], questions: Questions) -> set[tuple[int, str]]:
+    owned: set[tuple[int, str]] = set()
+    pairs = (
+        (each.user_id, thread)
+        for each in accesses
+        if each.user_id is not None
+        for thread in questions[each]
+    )
+    for some in _batched(pairs, THREADS_AT_ONCE):
+        owned |= Thread.objects.owned_pairs(some)
+    return owned
 
 
 def _reasons(thread_ids: set[str]) -> dict[str, Reason]:
@@ -145,23 +166,29 @@ class Guard:
         self.rouse = rouse
         self._watch = watch
         self._reason: Reason | None = None
-        self._known_at = caller.at
+        now = time.monotonic()
+        self._expires_at = now + caller.access.expires - time.time()
+        self._excused_until = -inf
         # What was looked up before does not count.
         self._doubted_at = -inf
-        self._excused_until = -inf
+        self._know(caller.at)
+
+    def is_fresh(self) -> bool:
+        """Whether there is nothing for `check` to do."""
+        return time.monotonic() < self._fresh_until
 
     def patience(self, seconds: float) -> float:
         """How long to wait for news: no longer than the token is good."""
-        return max(0.0, min(seconds, self.access.expires - time.time()))
+        return max(0.0, min(seconds, self._expires_at - time.monotonic()))
 
     async def check(self) -> None:
         """Return when the rights are known to be there. Raises `Lost`, `Unknown`."""
         while True:
-            if self._reason is None and time.time() >= self.access.expires:
+            now = time.monotonic()
+            if self._reason is None and now >= self._expires_at:
                 self._reason = Reason.TOKEN_EXPIRED
             if self._reason is not None:
                 raise Lost(self._reason)
-            now = time.monotonic()
             age = now - self._known_at
             if age < FRESH_SECONDS:
                 if age > RENEW_SECONDS:
@@ -181,15 +208,20 @@ class Guard:
 
     def doubt(self) -> None:
         self._doubted_at = time.monotonic()
-        self._known_at = -inf
+        self._know(-inf)
 
     def heed(self, answers: Answers, asked_at: float) -> None:
         if asked_at > self._doubted_at:
-            self._known_at = asked_at
+            self._know(asked_at)
         reason = answers.lost.get(self.access) or answers.closed.get((self.access, self.thread_id))
         if reason is not None:
             self._reason = reason
+            self._fresh_until = -inf
             self.rouse()
+
+    def _know(self, at: float) -> None:
+        self._known_at = at
+        self._fresh_until = min(at + RENEW_SECONDS, self._expires_at)
 
 
 class Watch:
@@ -208,8 +240,7 @@ class Watch:
         """Watch the rights of a stream; `rouse` is called when they are lost while it waits."""
         guard = Guard(self, caller, thread_id, rouse)
         self._guards[caller.access].add(guard)
-        # What was revoked between the request and here was heard by none.
-        later = asyncio.get_running_loop().call_later(RENEW_SECONDS, self.want, guard)
+        later = asyncio.get_running_loop().call_later(FIRST_SECONDS, self.want, guard)
         try:
             yield guard
         finally:

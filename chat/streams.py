@@ -188,7 +188,8 @@ async def run_events(
         try:
             while not (listener.ended and listener.up_to_date):
                 found = await listener.take(guard.patience(KEEP_ALIVE_SECONDS))
-                await guard.check()
+                if not guard.is_fresh():
+                    await guard.check()
                 last = found[-1] if found else last
                 # One write for all of them.
                 yield b"".join(map(_told, found)) or KEEP_ALIVE
@@ -345,8 +346,8 @@ def _ended(run_ids: list[str]) -> list[str]:
 
 def _outcome(caller: Caller, run_id: str, last: Told | Gap | None) -> bytes | None:
     """`last`: what was told before it. None where the caller has no such run any more."""
-    mine = Run.objects.filter(thread__in=caller.threads())
-    run = mine.select_related("answer").filter(pk=run_id).first()
+    visible = Run.objects.visible_to(caller.user)
+    run = visible.select_related("answer").filter(pk=run_id).first()
     if run is None:
         return None
     end = f"{run.attempt}-end"

@@ -113,8 +113,8 @@ class MessagesView(ChatView):
         access, waited = Access.of(self.request), False
         with _seat() as seated, stream.outcome_of(run_id) as outcome:
             until = time.monotonic() + seconds
-            mine = Run.objects.filter(thread__in=self.threads())
-            asked = mine.select_related("answer").filter(pk=run_id)
+            visible = Run.objects.visible_to(self.caller)
+            asked = visible.select_related("answer").filter(pk=run_id)
             run = asked.first()
             while seated and run and not run.is_finished and outcome.wait(until):
                 waited, run = True, asked.all().first()
