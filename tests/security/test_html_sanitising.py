@@ -82,6 +82,7 @@ def answers(db: None, model: FakeLLM) -> list[Run]:
     model.reset(answer)
     scenes.command()
     account = scenes.session()
+    scenes.let_in(account, scenes.ALICE)
     scenes.take_in(account, *(scenes.event(f"question {n} {text}") for n, text in enumerate(texts)))
     for pk in Run.objects.order_by("position").values_list("pk", flat=True):
         runs.execute(pk)
