@@ -361,11 +361,11 @@ class Homeserver:
             raise MatrixError("UNREADABLE", "The answer is not that of /members.")
         return shapes.events(body["chunk"])
 
-    async def state(self, room_id: str, kind: str) -> dict[str, Any]:
+    async def state(self, room_id: str, kind: str, *, seconds: float) -> dict[str, Any]:
         """The event of a room's state that has this type and no key; empty where there is none."""
         path = f"{API}/rooms/{quote(room_id, safe='')}/state/{kind}/?format=event"
         try:
-            return await self.request("GET", path)
+            return await self.request("GET", path, seconds=seconds)
         except MatrixError as error:
             if error.code == "M_NOT_FOUND":
                 return {}

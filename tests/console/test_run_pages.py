@@ -301,6 +301,18 @@ class TestActions:
         assert registration.enabled
         assert set(AuditEntry.objects.values_list("action", flat=True)) >= {"enable", "disable"}
 
+    def test_an_admin_deletes_the_conversation_of_a_room(self, sign_in: SignIn) -> None:
+        asked = factories.ask(room_id="!room", place="!room")
+        address = deed_url(asked.thread, "forget")
+        assert post(sign_in("Operator"), address).status_code == 403
+        client = sign_in("Admin")
+        assert "the room" in text_of(client, url(asked.thread))
+        answer = post(client, address, "They asked for it.")
+        assert answer.headers["HX-Redirect"] == reverse("admin:chat_thread_changelist")
+        assert not Thread.objects.exists()
+        entry = AuditEntry.objects.get(action="delete")
+        assert (entry.object_id, entry.reason) == (asked.thread_id, "They asked for it.")
+
     def test_the_bot_tries_at_once_what_waits(self, sign_in: SignIn, run: Run) -> None:
         Reply.objects.update(status="ready", due_at=timezone.now() + timedelta(hours=1))
         post(sign_in("Operator"), deed_url(Session.objects.get(), "try-now"))
