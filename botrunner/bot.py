@@ -187,10 +187,9 @@ class Bot:
         """Act on what has been written down; open what its key has come for first."""
         me = self.homeserver.user_id
         if self._has_keys:
-            for pk, room_id, source in await unit(acting.sealed)():
-                if opened := self.homeserver.decrypt(room_id, source):
-                    await unit(acting.unseal)(pk, opened, me)
-                    self._has_pending = True
+            # What was opened makes room for more.
+            while await self._unseal(me):
+                self._has_pending = True
             self._has_keys = False
         while self._has_pending and (rows := await unit(acting.pending)()):
             for pk in rows:
@@ -211,6 +210,15 @@ class Bot:
         except acting.PowerNeeded as needed:
             moderates = await rooms.may_moderate(self.homeserver, needed.room_id, needed.user_id)
             await unit(acting.act)(pk, me, moderates=moderates)
+
+    async def _unseal(self, me: str) -> int:
+        """Look once at what waits for its key. How much of it has been opened."""
+        count = 0
+        for pk, room_id, source in await unit(acting.sealed)():
+            if opened := self.homeserver.decrypt(room_id, source):
+                await unit(acting.unseal)(pk, opened, me)
+                count += 1
+        return count
 
     async def _outcomes(self) -> None:
         """Send the replies whose outcomes are told on the stream. Raises `RedisError`."""

@@ -29,7 +29,6 @@ def one_of_each() -> dict[type[Model], Any]:
         source={},
     )
     webhook = Subscription.objects.create(owner=alice, url="https://hooks.example.org/")
-    outcome = Outcome.objects.create(pk=run.request_event_id, run=run, body="{}", size=2)
     made: list[Any] = [
         alice,
         run,
@@ -55,7 +54,11 @@ def one_of_each() -> dict[type[Model], Any]:
         Limit.objects.create(kind="user", name="@alice:localhost", runs_waiting=1),
         Summary.objects.create(thread=run.thread, covers_from=0, covers_to=1, text="s", model="m"),
         webhook,
-        Delivery.objects.create(subscription=webhook, event=outcome, run=run),
+        Delivery.objects.create(
+            subscription=webhook,
+            event=Outcome.objects.create(pk=run.request_event_id, run=run, body="{}", size=2),
+            run=run,
+        ),
         AuditEntry.objects.create(name="alice", action="read"),
         BulkJob.objects.create(deed="agents.cancel_run", title="Cancel", kind="agents.run"),
     ]
