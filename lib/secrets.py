@@ -98,7 +98,7 @@ def is_current(sealed: str) -> bool:
 
 
 def key_id(key: str) -> str:
-    """A name for a key that tells nothing of it."""
+    """A name for a key that reveals nothing of it."""
     return _derived(key, "id")[:6].hex()
 
 

@@ -287,7 +287,7 @@ def _login(client: httpx2.Client, session: Session | None) -> Findings:
     try:
         stored = session.access_token if session else ""
     except Unreadable:
-        return  # the check of secrets tells it
+        return  # the check of secrets reports it
     if stored:
         response = client.get(f"{CLIENT}/account/whoami", headers=_bearer(stored))
         if response.status_code == 200:

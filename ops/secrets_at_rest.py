@@ -40,8 +40,8 @@ def count() -> Count:
 
 
 def rotate() -> Count:
-    """Encrypt under the newest key what is not. A row that changes meanwhile is left alone: whoever
-    changed it has encrypted it under the newest key. What cannot be read stays as it is."""
+    """Encrypt under the newest key what is not. A row that changes meanwhile is left alone: the
+    change has encrypted it under the newest key. What cannot be read stays as it is."""
     found = Count()
     for field in secrets.fields():
         for row in _rows(field):

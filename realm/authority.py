@@ -51,7 +51,7 @@ def objection(actor: User, target: User) -> str:
         return ""
     return (
         f"{target} has rights that you do not have, so you cannot change or delete this account. "
-        "Ask somebody who has all of them."
+        "Ask an administrator who has all of them."
     )
 
 

@@ -88,7 +88,7 @@ def id_of(name: str) -> int:
     return Group.objects.get(name=name).pk
 
 
-# How each is tried, and what tells that it was done.
+# How each is tried, and how it shows that it was done.
 Try = Callable[[Client, User], Any]
 ACTIONS: dict[str, tuple[Try, Callable[[User], bool]]] = {
     "e-mail": (

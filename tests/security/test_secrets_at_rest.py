@@ -78,7 +78,7 @@ def rotated(**options: Any) -> dict[str, int]:
 
 
 class TestABackup:
-    """Of the database and the store, to somebody who has not the key."""
+    """Of the database and the store, without the key."""
 
     def test_has_none_of_them(self, session: Session, webhook: Subscription, settings: Any) -> None:
         known = identity(settings)
