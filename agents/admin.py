@@ -148,6 +148,7 @@ class LimitAdmin(ConsoleAdmin):
         "runs_waiting",
         "tokens_per_day",
         "cost_per_day",
+        "bytes_per_day",
         "note",
     ]
     list_filter = ["kind"]

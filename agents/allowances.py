@@ -41,6 +41,9 @@ class Limit(models.Model):
         validators=[MinValueValidator(0)],
         help_text="In the currency of the prices, from midnight UTC on.",
     )
+    bytes_per_day = models.PositiveBigIntegerField(
+        null=True, blank=True, help_text="Of questions, from midnight UTC on."
+    )
     note = models.CharField(max_length=200, blank=True, help_text="Why, for whoever comes later.")
 
     class Meta:
@@ -61,7 +64,7 @@ class Limit(models.Model):
 
 
 class Pace(models.Model):
-    """How fast a user or a room asks, and how many of its runs wait at most."""
+    """How fast a user or a room asks, how many of its runs wait at most, and how much it sends."""
 
     scope = models.CharField(primary_key=True, max_length=MAX_SCOPE_LENGTH)
     # In microseconds since 1970, by the database's clock. Each question puts it off; one that would
@@ -69,6 +72,9 @@ class Pace(models.Model):
     free_at = models.BigIntegerField(default=0)
     # An upper bound: counted up with each question, put right by counting when it gets to the limit.
     waiting = models.PositiveIntegerField(default=0)
+    # Of questions that were accepted on the day `bytes_on`, in days since 1970, in UTC.
+    bytes = models.BigIntegerField(default=0)
+    bytes_on = models.IntegerField(default=0)
 
     class Meta:
         indexes = [models.Index(fields=["free_at"], name="pace_by_free_at")]

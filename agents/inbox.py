@@ -43,6 +43,12 @@ class Invalid(Refused):
         return str(self).partition(" ")[0]
 
 
+class TooLong(Invalid):
+    """A message has more characters than CHAT_MAX_MESSAGE_CHARACTERS."""
+
+    code = "message_too_long"
+
+
 class UnknownThread(Refused):
     """The thread is somebody else's: to the asker it does not exist."""
 
@@ -159,6 +165,7 @@ def ask(
     )
     if idempotency and (earlier := _repeat(idempotency, fingerprint)):
         return earlier
+    _check_length(content)
     model = choose_model(model)
     correlation_id = _clean_correlation_id(correlation_id)
     deadline = _clean_deadline(deadline_seconds)
@@ -175,7 +182,7 @@ def ask(
     asker = asker or limits.asker_of(owner)
     try:
         with transaction.atomic():
-            _admit(asker, place, command, model, content)
+            _admit(asker, place, command, model, content, input)
             if idempotency:
                 _keep(idempotency, fingerprint, asked)
             began_thread = _write(
@@ -222,7 +229,7 @@ def ask_again(run: Run) -> bool:
         return False
     try:
         with transaction.atomic():
-            _admit(run.asker, run.place, run.command, run.model, question)
+            _admit(run.asker, run.place, run.command, run.model, question, run.input)
             if not runs.retry(run):
                 transaction.set_rollback(True)
                 return False
@@ -237,6 +244,7 @@ def amend(run_id: str, *, content: str) -> bool:
     """Put other words to a question whose run has not begun. False when it has: then it answers the
     words that it began with. Raises `Invalid`."""
     content = clean_content(content)
+    _check_length(content)
     with transaction.atomic():
         # Whoever would claim the run now waits for this transaction, and reads the new words.
         waiting = Run.objects.filter(pk=run_id).that(lifecycle.UNBEGUN)
@@ -251,9 +259,17 @@ def _count(source: str, reached: limits.Reached) -> None:
     transaction.on_commit(partial(refusals.count, str(source), reached.code), robust=True)
 
 
-def _admit(asker: str, place: str, command: str, model: str, content: str) -> None:
+def _admit(
+    asker: str,
+    place: str,
+    command: str,
+    model: str,
+    content: str,
+    input: dict[str, Any] | None,
+) -> None:
     """Raises `limits.Reached`."""
-    limits.admit(asker, place)
+    size = len(content.encode()) + (len(json.dumps(input)) if input else 0)
+    limits.admit(asker, place, size)
     if command == CHAT_REPLY:
         limits.check_budget(asker, place, model, content)
 
@@ -265,6 +281,15 @@ def clean_content(content: str) -> str:
     if UNSTORABLE.search(content):
         raise Invalid("content must not contain NUL characters or unpaired surrogates.")
     return content
+
+
+def _check_length(content: str) -> None:
+    most = settings.CHAT_MAX_MESSAGE_CHARACTERS
+    if most and len(content) > most:
+        raise TooLong(
+            f"content must be at most {most:,} characters long, and has {len(content):,}. "
+            "Send it in parts; an operator can raise CHAT_MAX_MESSAGE_CHARACTERS."
+        )
 
 
 def choose_model(model: str | None) -> str:

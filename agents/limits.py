@@ -1,9 +1,11 @@
-"""What one user and one room may take: questions a minute, runs that wait, tokens and money a day.
+"""What one user and one room may take: questions a minute, runs that wait, and a day's bytes, tokens
+and money.
 
-How fast somebody asks and how many of their runs wait is settled in the transaction that takes a
-question, by one conditional UPDATE of the asker's row: it is exact, however many ask at once. Tokens
-and money are set aside before each call of a model, and put right with the outcome: whoever dies in
-between leaves its estimate counted. Nothing is asked of the database for what has no limit.
+How fast somebody asks, how many of their runs wait and how much they send is settled in the transaction
+that takes a question, by one conditional UPDATE of the asker's row: it is exact, however many ask at
+once. Tokens and money are set aside before each call of a model, and put right with the outcome:
+whoever dies in between leaves its estimate counted. Nothing is asked of the database for what has no
+limit.
 """
 
 import time
@@ -37,6 +39,7 @@ WAITING_SECONDS = 5
 # In microseconds.
 SECOND = 1_000_000
 MINUTE = 60 * SECOND
+DAY = 24 * 60 * MINUTE
 # What an answer is taken to come to where AGENT_MAX_OUTPUT_TOKENS does not say it.
 USUAL_OUTPUT_TOKENS = 4096
 # A token is four bytes of English and more of most that models read; some languages take less.
@@ -63,9 +66,10 @@ class Limits:
     waiting: int
     tokens: int
     cost: int
+    bytes: int
 
 
-NONE = Limits(messages=0, waiting=0, tokens=0, cost=0)
+NONE = Limits(messages=0, waiting=0, tokens=0, cost=0, bytes=0)
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,10 @@ class Scope:
     @property
     def has_budget(self) -> bool:
         return bool(self.limits.tokens or self.limits.cost)
+
+    @property
+    def is_paced(self) -> bool:
+        return bool(self.limits.messages or self.limits.waiting or self.limits.bytes)
 
     def runs(self) -> Any:
         of = {"asker": self.name} if self.kind is Kind.USER else {"place": self.name}
@@ -127,6 +135,7 @@ def limits_of(kind: Kind, own: Limit | None = None) -> Limits:
         waiting=either(own and own.runs_waiting, "RUNS_WAITING"),
         tokens=either(own and own.tokens_per_day, "TOKENS_PER_DAY"),
         cost=int(prices.UNITS * Decimal(either(own and own.cost_per_day, "COST_PER_DAY"))),
+        bytes=either(own and own.bytes_per_day, "BYTES_PER_DAY"),
     )
 
 
@@ -143,14 +152,14 @@ def scopes_of(asker: str, place: str) -> list[Scope]:
     return [Scope(kind, name, limit_list.of(kind, name)) for kind, name in who if name]
 
 
-def admit(asker: str, place: str) -> None:
-    """Count a question, in the transaction that takes it. Raises `Reached`."""
+def admit(asker: str, place: str, size: int) -> None:
+    """Count a question of so many bytes, in the transaction that takes it. Raises `Reached`."""
     for scope in scopes_of(asker, place):
-        if scope.limits.messages or scope.limits.waiting:
-            _admit(scope)
+        if scope.is_paced:
+            _admit(scope, size)
 
 
-def _admit(scope: Scope) -> None:
+def _admit(scope: Scope, size: int) -> None:
     """In SQL: asked for each question, it would take ten times as long to be put together."""
     limits = scope.limits
     changes, conditions = [], ["scope = %s"]
@@ -164,6 +173,11 @@ def _admit(scope: Scope) -> None:
         changes.append("waiting = waiting + 1")
         conditions.append("waiting < %s")
         values.append(limits.waiting)
+    if limits.bytes:
+        today_ = f"{_now()} / {DAY}"
+        taken = f"CASE WHEN bytes_on = {today_} THEN bytes ELSE 0 END + {int(size)}"
+        changes += [f"bytes = {taken}", f"bytes_on = {today_}"]
+        conditions.append(f"{taken} <= {int(limits.bytes)}")
     table = Pace._meta.db_table
     # Nothing but numbers and names of ours stands in it.
     sql = f"UPDATE {table} SET {', '.join(changes)} WHERE {' AND '.join(conditions)}"  # noqa: S608
@@ -171,7 +185,7 @@ def _admit(scope: Scope) -> None:
         cursor.execute(sql, values)
         admitted = cursor.rowcount
     if not admitted:
-        _admit_closely(scope, step)
+        _admit_closely(scope, step, size)
 
 
 def _now() -> str:
@@ -181,7 +195,7 @@ def _now() -> str:
     return "CAST(EXTRACT(EPOCH FROM STATEMENT_TIMESTAMP()) * 1000000 AS BIGINT)"
 
 
-def _admit_closely(scope: Scope, step: int) -> None:
+def _admit_closely(scope: Scope, step: int, size: int) -> None:
     """As above, where the row is missing or says no: now with the row locked, so that nobody else of
     the scope asks while its runs are counted."""
     limits, rows = scope.limits, Pace.objects.filter(pk=scope.key)
@@ -198,6 +212,12 @@ def _admit_closely(scope: Scope, step: int) -> None:
         if waiting >= limits.waiting:
             raise _too_many_waiting(scope)
         changes["waiting"] = waiting + 1
+    if limits.bytes:
+        day = pace.now // DAY
+        taken = pace.bytes if pace.bytes_on == day else 0
+        if taken + size > limits.bytes:
+            raise _too_much(scope, limits.bytes - taken)
+        changes |= {"bytes": taken + size, "bytes_on": day}
     rows.update(**changes)
 
 
@@ -222,6 +242,16 @@ def _too_many_waiting(scope: Scope) -> Reached:
         "cancel some. " + scope.mended("RUNS_WAITING"),
         code="too_many_waiting",
         retry_after=WAITING_SECONDS,
+    )
+
+
+def _too_much(scope: Scope, rest: int) -> Reached:
+    may = scope.whose("You may send", "In this room there may be sent")
+    return Reached(
+        f"{may} {scope.limits.bytes:,} bytes a day, and this is more than what is left of it "
+        f"({max(0, rest):,} bytes). It begins anew at 0:00 UTC. {scope.mended('BYTES_PER_DAY')}",
+        code="bytes_exhausted",
+        retry_after=_seconds_of_today_left(),
     )
 
 
@@ -425,5 +455,7 @@ def forget() -> None:
     """Let go of who has not asked for long, and of what was spent on days that nobody looks at."""
     long_ago = int((timezone.now() - PACE_MEMORY).timestamp() * SECOND)
     with transaction.atomic():
-        transactions.in_order(Pace.objects.filter(free_at__lt=long_ago)).delete()
+        # Where the rate has no limit, only the day tells who has asked lately.
+        left = Pace.objects.filter(free_at__lt=long_ago, bytes_on__lt=long_ago // DAY)
+        transactions.in_order(left).delete()
         Spending.objects.filter(day__lt=today() - SPENDING_MEMORY).delete()

@@ -12,7 +12,7 @@ from django.conf import settings
 from agents import stream
 
 # As `agents.limits.Reached` has them.
-CODES = ("rate_limited", "too_many_waiting", "budget_exhausted")
+CODES = ("rate_limited", "too_many_waiting", "bytes_exhausted", "budget_exhausted")
 
 _lock = threading.Lock()
 _untold: Counter[str] = Counter()

@@ -38,7 +38,12 @@ from realm.tracing import tagged
 logger = logging.getLogger(__name__)
 
 # How long a person is not told again in a room that a limit is reached.
-NOTICE_SECONDS = {"rate_limited": 60, "too_many_waiting": 60, "budget_exhausted": 3600}
+NOTICE_SECONDS = {
+    "rate_limited": 60,
+    "too_many_waiting": 60,
+    "bytes_exhausted": 3600,
+    "budget_exhausted": 3600,
+}
 
 NO_POWER = (
     "That takes the power level at which you may redact what others said in this room. Ask someone who "

@@ -178,7 +178,8 @@ class MessagesView(CollectionView):
 
     def handle_exception(self, exc: Exception) -> Response:
         if isinstance(exc, inbox.Invalid):
-            exc = Malformed(str(exc), "invalid", **WHERE[exc.name])
+            code = getattr(exc, "code", "invalid")
+            exc = Malformed(str(exc), code, **WHERE[exc.name])
         elif isinstance(exc, inbox.Busy):
             exc = Conflict(str(exc), "thread_is_busy")
         elif isinstance(exc, inbox.Deleted):

@@ -257,6 +257,8 @@ for _name, _model in [
     if len(_model) > 100:
         raise ImproperlyConfigured(f"{_name}: a model's name has at most 100 characters.")
 CHAT_MEMORY_RECENT_MESSAGES = env.integer("CHAT_MEMORY_RECENT_MESSAGES", 8, least=1, most=1000)
+# As much as is read of each earlier message again; 0: no limit.
+CHAT_MAX_MESSAGE_CHARACTERS = env.integer("CHAT_MAX_MESSAGE_CHARACTERS", 100_000)
 CHAT_MAX_WAIT_SECONDS = env.integer("CHAT_MAX_WAIT_SECONDS", 60)
 CHAT_MAX_STREAMS = env.integer("CHAT_MAX_STREAMS", 5000, least=1)  # of a web process
 CHAT_MAX_STREAMS_PER_USER = env.integer("CHAT_MAX_STREAMS_PER_USER", 50)  # of these; 0: no limit
@@ -298,10 +300,12 @@ LIMIT_USER_MESSAGES_PER_MINUTE = env.integer("LIMIT_USER_MESSAGES_PER_MINUTE", 6
 LIMIT_USER_RUNS_WAITING = env.integer("LIMIT_USER_RUNS_WAITING", 100, most=1_000_000)
 LIMIT_USER_TOKENS_PER_DAY = env.integer("LIMIT_USER_TOKENS_PER_DAY", 0, most=10**15)
 LIMIT_USER_COST_PER_DAY = env.amount("LIMIT_USER_COST_PER_DAY")
+LIMIT_USER_BYTES_PER_DAY = env.integer("LIMIT_USER_BYTES_PER_DAY", 50_000_000, most=10**15)
 LIMIT_ROOM_MESSAGES_PER_MINUTE = env.integer("LIMIT_ROOM_MESSAGES_PER_MINUTE", 120, most=1_000_000)
 LIMIT_ROOM_RUNS_WAITING = env.integer("LIMIT_ROOM_RUNS_WAITING", 200, most=1_000_000)
 LIMIT_ROOM_TOKENS_PER_DAY = env.integer("LIMIT_ROOM_TOKENS_PER_DAY", 0, most=10**15)
 LIMIT_ROOM_COST_PER_DAY = env.amount("LIMIT_ROOM_COST_PER_DAY")
+LIMIT_ROOM_BYTES_PER_DAY = env.integer("LIMIT_ROOM_BYTES_PER_DAY", 100_000_000, most=10**15)
 
 # What is kept for how many days after it has served; 0 is for good. See the retention.py of agents,
 # console and hooks.
