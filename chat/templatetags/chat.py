@@ -20,8 +20,10 @@ def prose(context: dict[str, Any], text: str) -> SafeString:
 
 @register.filter
 def heading(thread: Thread) -> str:
-    """The title of a thread of `with_preview()`, or the first words of its first question."""
-    words = thread.title or " ".join(thread.preview.split())  # type: ignore[attr-defined]
+    """The title of a thread of `with_preview()`, or the first words of its first question; the id of
+    the room that it belongs to."""
+    preview = " ".join(thread.preview.split())  # type: ignore[attr-defined]
+    words = thread.title or thread.room_id or preview
     return Truncator(words).chars(100) or "Untitled"
 
 

@@ -216,7 +216,9 @@ class TestWhatALaterMemberSees:
             assert hidden.pk not in body, path
         page = carol.get(f"/api/runs?filter[thread]={thread_id}").json()
         assert [each["id"] for each in page["data"]] == [shown.pk]
-        assert "Earlier" not in carol.get(f"/threads/{thread_id}").content.decode()
+        shown_page = carol.get(f"/threads/{thread_id}").content.decode()
+        assert "Earlier" not in shown_page
+        assert f"<h1>{ROOM}</h1>" in shown_page
 
     def test_it_is_in_no_list_of_their_own(self, turns: list[Run]) -> None:
         for user_id in (ALICE, CAROL):
