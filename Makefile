@@ -39,7 +39,7 @@ faults: $(READY) $(REDIS) ## Damage the real processes on purpose, as SEED has i
 	FAULTS_SEED=$(SEED) $(BIN)/python -m pytest tests/faults -m faults $(ARGS)
 
 faults-smoke: $(READY) $(REDIS) ## A minute of faults, the same ones each time
-	FAULTS_SEED=7 FAULTS_KINDS="process redis database" $(BIN)/python -m pytest tests/faults/test_scenarios.py -m faults $(ARGS)
+	FAULTS_SEED=7 FAULTS_KINDS="process redis line database http" $(BIN)/python -m pytest tests/faults/test_scenarios.py -m faults $(ARGS)
 
 faults-all: $(READY) $(REDIS) ## All faults, then 5,000 runs among random ones; half an hour
 	FAULTS_SEED=$(SEED) FAULTS_ALL=true FAULTS_RUNS=5000 $(BIN)/python -m pytest tests/faults -m faults $(ARGS)

@@ -3,8 +3,8 @@
 set -euo pipefail
 # Background jobs get a process group each, and do not ignore Ctrl-C.
 set -m
-# Variables of a make that has started this are not for those that are started here.
-unset ARGS MAKEFLAGS MAKEOVERRIDES MFLAGS MAKELEVEL
+# The database of the caller, and the variables of its make, are not for what is started here.
+unset DATABASE_URL ARGS MAKEFLAGS MAKEOVERRIDES MFLAGS MAKELEVEL
 
 say() { printf '\n==> %s\n' "$*"; }
 as_postgres() { if [ "$(id -u)" = 0 ]; then runuser -u postgres -- "$@"; else "$@"; fi; }

@@ -40,6 +40,9 @@ CALLED_SECONDS = 60.0
 TELL_SECONDS = 0.5
 KEPT_EVENTS = 10_000
 KEPT_SECONDS = 3600
+# Of one attempt. What comes after is told to those who listen, and kept for nobody: who comes later is
+# told of the gap, and has the answer when the run ends.
+KEPT_BYTES = 1024 * 1024
 
 
 def called_channel() -> str:
@@ -87,6 +90,7 @@ class Feed:
         self._untold: list[Text | tuple[str, dict[str, Any]]] = []
         self._sending: list[Told] = []
         self._told = 0
+        self.told_bytes = 0
         self._step = 0
         self._speaks = False
         self.tell("run.status", {"status": "processing", "attempt": attempt})
@@ -139,6 +143,7 @@ class Feed:
         return self._sending
 
     def taken_in(self) -> None:
+        self.told_bytes += sum(len(data) for _, _, data in self._sending)
         self._sending = []
 
 
@@ -228,10 +233,13 @@ class Desk:
             for feed, events in news:
                 if not events:
                     continue
-                key = stream_of(feed.run_id)
+                key, size = stream_of(feed.run_id), feed.told_bytes
                 for number, kind, data in events:
                     entry = f"{feed.attempt}-{number}"
                     fields = ("type", kind, "data", data)
+                    size += len(data)
+                    if size > KEPT_BYTES:
+                        break
                     pipe.execute_command("XADD", key, "MAXLEN", "~", KEPT_EVENTS, entry, *fields)
                 pipe.expire(key, KEPT_SECONDS)
                 told.append([feed.run_id, feed.attempt, events])

@@ -4,11 +4,13 @@ import dataclasses
 import time
 import uuid
 from datetime import datetime, timedelta
+from typing import Any
 
 import cuid2
 from django.contrib.auth.models import AnonymousUser
 from django.db import models
 from django.db.models import Exists, F, OuterRef, Q, Subquery
+from django.db.models.expressions import RawSQL
 from django.db.models.functions import Coalesce, Greatest, Now
 from django.utils import timezone
 
@@ -65,6 +67,16 @@ def cost_field() -> "models.BigIntegerField[int | None, int | None]":
     """An amount in trillionths (10⁻¹²) of the currency: a price of up to six decimals for a million
     tokens, times tokens, is a whole number of them. Empty where a price was not known."""
     return models.BigIntegerField(null=True, blank=True, default=0, editable=False)
+
+
+# As limits.asker_of() names an account. Django takes longer to put this together than to read the run.
+IS_OF_DEACTIVATED = RawSQL(
+    """EXISTS(SELECT 1 FROM realm_user gone WHERE NOT gone.is_active AND (
+        gone.matrix_user_id = agents_run.asker
+        OR (gone.username = agents_run.asker AND gone.matrix_user_id IS NULL)))""",
+    (),
+    output_field=models.BooleanField(),
+)
 
 
 class RunQuerySet(models.QuerySet["Run"]):
@@ -137,11 +149,7 @@ class RunQuerySet(models.QuerySet["Run"]):
     def with_deactivation(self) -> "RunQuerySet":
         """With `is_of_deactivated`: True where the account that asked was deactivated since. In the
         same statement, for each run is read before it is begun."""
-        # As limits.asker_of() names an account.
-        named = Q(matrix_user_id=OuterRef("asker")) | Q(
-            username=OuterRef("asker"), matrix_user_id=None
-        )
-        return self.annotate(is_of_deactivated=Exists(User.objects.filter(named, is_active=False)))
+        return self.annotate(is_of_deactivated=IS_OF_DEACTIVATED)
 
     def clocked(self) -> list["Run"]:
         """Read now, with what the database's clock says."""
@@ -544,14 +552,35 @@ class Event(models.Model):
         return f"{self.type} {self.run_id}"
 
     def as_entry(self) -> dict[str, object]:
-        """The event as it stands on the stream."""
+        """The event as it stands on the stream: a long text is shortened there, and is whole in the
+        database."""
         return {
             "id": str(self.id),
             "type": self.type,
             "timestamp": self.created_at.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
             "correlationId": self.correlation_id,
-            "payload": self.payload,
+            "payload": shortened(self.payload),
         }
+
+
+# Redis keeps each event for a day, and all of them in memory.
+ENTRY_TEXT_BYTES = 16 * 1024
+LONG_TEXTS = ("prompt", "output", "error")
+
+
+def shortened(payload: dict[str, Any]) -> dict[str, Any]:
+    """A payload whose texts have at most so many bytes; one that was longer is marked, as in
+    `promptTruncated`."""
+    short = payload
+    for name in LONG_TEXTS:
+        text = payload.get(name)
+        # No character has more than four bytes: most texts need not be encoded.
+        if isinstance(text, str) and len(text) * 4 > ENTRY_TEXT_BYTES:
+            encoded = text.encode(errors="replace")
+            if len(encoded) > ENTRY_TEXT_BYTES:
+                start = encoded[:ENTRY_TEXT_BYTES].decode(errors="ignore")
+                short = {**short, name: start, f"{name}Truncated": True}
+    return short
 
 
 class Summary(models.Model):

@@ -15,7 +15,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from django.db import models, transaction
-from django.db.models import F, Min, OuterRef, Subquery
+from django.db.models import Case, F, Min, OuterRef, Subquery, When
 from django.db.models.functions import Now
 from django.utils import timezone
 
@@ -315,7 +315,11 @@ RUN = {
     "model": F("run__model"),
     "source": F("run__source"),
     "place": F("run__place"),
-    "user": F("run__thread__owner__username"),
+    # A room's thread has no owner.
+    "user": Case(
+        When(run__thread__room_id="", then=F("run__thread__owner__username")),
+        default=F("run__asker"),
+    ),
     "asked_at": F("run__created_at"),
     "asked_again_at": F("run__retried_at"),
     "begun_at": F("run__started_at"),

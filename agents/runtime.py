@@ -155,6 +155,9 @@ class Reader:
         """Make a run of another program's request. False when nothing can be made of it. Raises
         `inbox.Limited`."""
         try:
+            if event.payload.get("promptTruncated"):
+                # One of ours, whose run has been deleted since.
+                raise Malformed("its prompt is not whole, and its run is not there")
             with tagged(request_id=str(event.id)):
                 inbox.ask(
                     content=event.text("prompt"),
@@ -218,6 +221,7 @@ class Keeper:
             (rollups.forget, HOUSEKEEPING_SECONDS),
             (limits.forget, HOUSEKEEPING_SECONDS),
             (stream.trim, HOUSEKEEPING_SECONDS),
+            (stream.trim_bytes, FOLD_SECONDS),
             (sweep_old, PRUNE_SECONDS),
             (partial(stream.forget_consumers, idle=timedelta(hours=1)), HOUSEKEEPING_SECONDS),
             (workers.forget_gone, HOUSEKEEPING_SECONDS),

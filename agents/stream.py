@@ -27,6 +27,14 @@ BATCH = 200
 # A blocked read has to end before the client's socket time-out does.
 BLOCK_SECONDS = 1.0
 LOOK_SECONDS = 1.0
+GAUGE_SECONDS = 5.0
+# Of REDIS_STREAM_MAX_BYTES: where the keeper begins to trim, and what it leaves. The publishers stop at
+# all of it, which they only come to where no worker reads.
+TRIM_FROM, TRIM_TO = 0.8, 0.7
+TRIM_BATCH = 50
+TRIM_AT_ONCE_BYTES = 32 * 1024 * 1024
+# The dead letters may have this part of it.
+DEAD_PART = 8
 BREAK_SECONDS = 3.0
 # What a request, or a step of a run, waits for Redis at the most.
 REQUEST_SECONDS = 0.3
@@ -60,6 +68,36 @@ class Breaker:
 
 
 _breaker = Breaker()
+
+
+class Gauge:
+    """Whether the stream has reached REDIS_STREAM_MAX_BYTES, looked at now and then."""
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        self._look_at = 0.0
+        self._is_full = False
+
+    def is_full(self, redis: Redis) -> bool:
+        """Raises `RedisError`."""
+        most = settings.REDIS_STREAM_MAX_BYTES
+        now = time.monotonic()
+        if most and now >= self._look_at:
+            self._look_at = now + GAUGE_SECONDS
+            used = redis.memory_usage(settings.REDIS_STREAM_KEY, samples=0) or 0
+            self._is_full = used >= most
+            if self._is_full:
+                logger.warning(
+                    "The stream takes no events: it has %d bytes that the workers have not read. "
+                    "The relay will add them later",
+                    used,
+                )
+        return bool(most) and self._is_full
+
+
+_gauge = Gauge()
 
 
 @functools.cache
@@ -142,11 +180,13 @@ def publish(events: Iterable[dict[str, Any]]) -> bool:
         return False
     redis = _publisher()
     try:
+        is_full = _gauge.is_full(redis)
         for event in events:
             run_id, thread_id = event["payload"]["runId"], event["payload"]["threadId"]
             news = orjson.dumps({"event": [event["type"], run_id, thread_id]})
             with redis.pipeline(transaction=False) as pipe:
-                pipe.xadd(settings.REDIS_STREAM_KEY, {"event": orjson.dumps(event)})
+                if not is_full:
+                    pipe.xadd(settings.REDIS_STREAM_KEY, {"event": orjson.dumps(event)})
                 pipe.publish(live_channel(), news)
                 if event["type"] != "agent.run.requested":
                     pipe.publish(_outcome_channel(run_id), b"")
@@ -157,7 +197,7 @@ def publish(events: Iterable[dict[str, Any]]) -> bool:
             "Redis took no event (%s); the relay will add it later", type(error).__name__
         )
         return False
-    return True
+    return not is_full
 
 
 def live_channel() -> str:
@@ -462,6 +502,55 @@ def trim() -> None:
             keep.append(_numbers(pending["min"]))
     oldest = max(min(keep), (now - 7 * retention, 0))
     redis.xtrim(key, minid=f"{oldest[0]}-{oldest[1]}", approximate=True)
+
+
+def trim_bytes() -> int:
+    """Drop the oldest entries of a stream that is near REDIS_STREAM_MAX_BYTES. How many.
+
+    What the workers have yet to read or to acknowledge stays, as only Redis has the requests of other
+    programs; any other group loses what it has not read.
+    """
+    most = settings.REDIS_STREAM_MAX_BYTES
+    if not most:
+        return 0
+    # All of the dead letters may go.
+    dropped = _shrink(_dead_key(), most // DEAD_PART, before=(2**63, 0))
+    groups = consumer().xinfo_groups(settings.REDIS_STREAM_KEY)
+    for group in groups:
+        if group["name"] == settings.REDIS_CONSUMER_GROUP.encode():
+            dropped += _shrink(settings.REDIS_STREAM_KEY, most, before=_needed_from(group))
+    if dropped:
+        logger.info("Dropped %d entries of the stream that had become too large", dropped)
+    return dropped
+
+
+def _needed_from(group: dict[str, Any]) -> tuple[int, int]:
+    """Before which entry a group needs nothing any more."""
+    pending = consumer().xpending(settings.REDIS_STREAM_KEY, group["name"])
+    return _numbers(pending["min"] or group["last-delivered-id"])
+
+
+def _shrink(key: str, most: int, *, before: tuple[int, int]) -> int:
+    redis = consumer()
+    used = int(redis.memory_usage(key, samples=0) or 0)
+    if used <= TRIM_FROM * most:
+        return 0
+    to_free = min(used - int(TRIM_TO * most), TRIM_AT_ONCE_BYTES)
+    dropped = 0
+    while to_free > 0:
+        found: Any = redis.xrange(key, count=TRIM_BATCH)
+        old = [(entry_id, fields) for entry_id, fields in found if _numbers(entry_id) < before]
+        last = None
+        for entry_id, fields in old:
+            if to_free <= 0:
+                break
+            to_free -= sum(map(len, fields.values()))
+            last, dropped = entry_id, dropped + 1
+        if last is None:
+            break
+        milliseconds, sequence = _numbers(last)
+        redis.xtrim(key, minid=f"{milliseconds}-{sequence + 1}", approximate=False)
+    return dropped
 
 
 def _numbers(entry_id: bytes) -> tuple[int, int]:

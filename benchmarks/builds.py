@@ -19,8 +19,8 @@ from pathlib import Path
 
 import psutil
 
-from benchmarks.load import connections
-from benchmarks.system import ask_and_wait
+from benchmarks.load import Connection, connections
+from benchmarks.system import ask
 from tests.fakes.llm import LLMProcess
 from tests.ports import free_port
 from tests.system.stack import (
@@ -37,6 +37,7 @@ START_SECONDS = 180
 STOP_SECONDS = 60
 # What was stopped may take so long to be gone.
 VANISH_SECONDS = 5.0
+FINISHED = {"completed", "failed", "cancelled"}
 # What pip needs to reach its cache and its index.
 OF_PIP = ("PIP_", "SSL_CERT_", "REQUESTS_CA_", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
 
@@ -115,8 +116,12 @@ class Running:
     async def answer(self) -> float:
         """Seconds from the start to the answer to a first question."""
         self.llm.configure(latency=0)
-        async with connections(self.url, 1) as opened:
-            await ask_and_wait(opened[0])
+        async with asyncio.timeout(START_SECONDS), connections(self.url, 1) as (connection,):
+            run = (await ask(connection))["runId"]
+            while (status := await status_of(connection, run)) not in FINISHED:
+                await asyncio.sleep(0.02)
+        if status != "completed":
+            raise BuildFailed(f"The first run of {self.build.name} is {status}.\n{self._tail()}")
         return time.perf_counter() - self._begun
 
     def stop(self) -> None:
@@ -208,6 +213,10 @@ class Running:
         return self._log.read_text(errors="replace")[-5000:] if self._log.exists() else ""
 
 
+async def status_of(connection: Connection, run: str) -> str:
+    return str((await connection.get(f"/api/chat/runs/{run}"))["run"]["status"])
+
+
 @contextmanager
 def built(base: str, head: str = "") -> Iterator[tuple[Build, Build]]:
     """Base and head, not made yet. Head is this working tree where it is no commit."""
@@ -218,7 +227,11 @@ def built(base: str, head: str = "") -> Iterator[tuple[Build, Build]]:
             "head": _clone(head, folder / "head") if head else BASE_DIR,
         }
         first, second = (Build(n, tree, folder / f"{n}.sqlite") for n, tree in trees.items())
-        yield first, second
+        try:
+            yield first, second
+        finally:
+            # Tens of thousands of files: it may take a while, in which nothing of them runs any more.
+            print("Removing the builds", file=sys.stderr, flush=True)
 
 
 def commit_of(name: str) -> str:
@@ -251,7 +264,9 @@ def _undisturbed() -> Iterator[None]:
 
 
 def _clone(commit: str, tree: Path) -> Path:
-    subprocess.run(["git", "clone", "--quiet", "--no-checkout", BASE_DIR, tree], check=True)
+    subprocess.run(
+        ["git", "clone", "--quiet", "--shared", "--no-checkout", BASE_DIR, tree], check=True
+    )
     subprocess.run(["git", "checkout", "--quiet", "--detach", commit], cwd=tree, check=True)
     return tree
 

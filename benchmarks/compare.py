@@ -26,7 +26,15 @@ from typing import Any
 
 import orjson
 
-from benchmarks.builds import Build, BuildFailed, Running, built, commit_of
+from benchmarks.builds import (
+    FINISHED,
+    Build,
+    BuildFailed,
+    Running,
+    built,
+    commit_of,
+    status_of,
+)
 from benchmarks.load import BadAnswer, Connection, closed_loop, connections, paced
 from benchmarks.ratios import Figure, Ratio, ratios, table
 from benchmarks.streams import Stream, open_streams, question
@@ -35,7 +43,8 @@ from benchmarks.system import ask, ask_and_wait
 ROUNDS = 10
 AT_ONCE = 150
 SETTLE_SECONDS = 120
-FINISHED = {"completed", "failed", "cancelled"}
+# A build that does not start or answer as it should, and what git and make have to say.
+FAILURES = (BuildFailed, BadAnswer, AssertionError, OSError, subprocess.SubprocessError)
 Values = dict[str, float]
 
 FIGURES = [
@@ -87,7 +96,7 @@ def main(arguments: Sequence[str]) -> int:
     except Usage as error:
         print(f"{error}\n\n{__doc__}", file=sys.stderr)
         return 2
-    except (BuildFailed, BadAnswer, OSError, subprocess.SubprocessError, TimeoutError) as error:
+    except FAILURES as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -189,15 +198,11 @@ async def _settle(subject: Subject, runs: list[str]) -> None:
     """Wait until all of these have completed, and forget them: workers are idle then."""
     async with asyncio.timeout(SETTLE_SECONDS), subject.clients(1) as (connection,):
         for run in runs:
-            while (status := await _status(connection, run)) not in FINISHED:
+            while (status := await status_of(connection, run)) not in FINISHED:
                 await asyncio.sleep(0.05)
             if status != "completed":
                 raise BadAnswer(f"{run} is {status}.")
     runs.clear()
-
-
-async def _status(connection: Connection, run: str) -> str:
-    return str((await connection.get(f"/api/chat/runs/{run}"))["run"]["status"])
 
 
 async def _run(subject: Subject) -> None:

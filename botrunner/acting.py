@@ -11,6 +11,8 @@ from typing import Any
 
 from django.conf import settings
 from django.db import transaction
+from django.db.models import F, Window
+from django.db.models.functions import RowNumber
 from django.utils import timezone
 
 from agents import inbox, retention, runs
@@ -42,6 +44,9 @@ NO_POWER = (
     "That takes the power level at which you may redact what others said in this room. Ask someone who "
     "has it, or an operator."
 )
+# Of what no limit counts: so many times a minute.
+NOTICES = 5
+SEALED_OF_SENDER = 50
 
 # What is known of an event only once it has been decrypted.
 OPENED = ["kind", "state", "type", "content_type", "source", "note", "verdicts"]
@@ -152,9 +157,9 @@ def _ask_one(event: RoomEvent, said: Said, command: Listener, asked: str) -> Non
         event.note = _turn_away(event, reply, error)
         return
     except inbox.Refused as error:
-        reply.key = f"{event.event_id}.{command.command_id}"[:255]
         reply.error = str(error)
-        reply.save()
+        if not _notify(event, reply):
+            event.note = f"Refused: {error}"
         logger.info("A question was refused: %s", error)
         return
     if accepted.began_thread:
@@ -205,12 +210,31 @@ def _turn_away(event: RoomEvent, reply: Reply, error: inbox.Limited) -> str:
     """Say that a limit is reached: to each person in a room once in a while, for a flood must not be
     answered with another one. The note for what was said, which nothing else becomes of."""
     window = int(time.time() // NOTICE_SECONDS[error.code])
-    told = hashlib.sha256(f"{event.room.room_id} {event.sender}".encode()).hexdigest()
-    reply.key, reply.error = f"{error.code}.{told}.{window}", str(error)
+    reply.key, reply.error = f"{error.code}.{_place(event)}.{window}", str(error)
     if not Reply.objects.filter(key=reply.key).exists():
         Reply.objects.bulk_create([reply], ignore_conflicts=True)
     logger.info("A question was refused (%s): %s", error.code, error)
     return f"Refused ({error.code}): {error}"
+
+
+def _notify(event: RoomEvent, reply: Reply) -> bool:
+    """Have a person read why nothing comes of what they wrote. Once for an event, however many commands
+    it was for, and a few times a minute: no run is counted, so no limit ends it. Whether they do."""
+    of_event = Reply.objects.filter(question=event, run=None)
+    if of_event.filter(error=reply.error).exists():
+        return True
+    key = f"refused.{_place(event)}.{int(time.time() // 60)}."
+    count = Reply.objects.filter(key__startswith=key).count()
+    if count >= NOTICES:
+        return False
+    reply.key = f"{key}{count}"
+    reply.save()
+    return True
+
+
+def _place(event: RoomEvent) -> str:
+    """A person in a room."""
+    return hashlib.sha256(f"{event.room.room_id} {event.sender}".encode()).hexdigest()
 
 
 def _edit(event: RoomEvent, said: Said, me: str) -> str:
@@ -332,20 +356,24 @@ def _answer(event: RoomEvent, said: Said, me: str, words: str) -> str:
     if not Listeners([said.sender], me).hear(said).fired:
         # It may have been meant for another bot.
         return words
-    Reply.objects.create(
-        question=event, room=event.room, key=f"{event.event_id}.order"[:255], error=words
-    )
-    return ""
+    reply = Reply(question=event, room=event.room, error=words)
+    return "" if _notify(event, reply) else words
 
 
 def sealed() -> list[tuple[int, str, Any]]:
-    """What waits for its key: row, room id, event. What has become too old is given up."""
+    """What waits for its key: row, room id, event. Some of it, the latest of each sender: keys for what
+    one has sent in masses may never come. What has become too old is given up."""
     waiting = RoomEvent.objects.filter(state=RoomEvent.State.PENDING, kind=RoomEvent.Kind.SEALED)
     limit = timezone.now() - timedelta(seconds=settings.BOT_RUNNER_MAX_EVENT_AGE)
     waiting.filter(said_at__lt=limit).update(
         state=RoomEvent.State.IGNORED, note="Its key never came.", source=None
     )
-    return list(waiting.order_by("id").values_list("pk", "room__room_id", "source")[:500])
+    place = Window(RowNumber(), partition_by=F("sender"), order_by=F("id").desc())
+    latest = (
+        waiting.annotate(place=place).filter(place__lte=SEALED_OF_SENDER).order_by("place", "id")
+    )
+    rows = latest.values_list("pk", "room__room_id", "source")[:500]
+    return sorted(rows, key=lambda row: row[0])
 
 
 def unseal(pk: int, source: dict[str, Any], me: str) -> None:

@@ -61,6 +61,7 @@ class Bot:
         # Left over by the process before this one.
         self._has_pending = self._has_keys = True
         self._invited = asyncio.Event()
+        self.joiner = membership.Joiner(self.homeserver, session, self._invited)
         self._asked = asyncio.Event()
 
     def _new_drafts(self) -> "Drafts | None":
@@ -84,6 +85,7 @@ class Bot:
             with contextlib.suppress(RedisError):
                 # The stream keeps what a group has not read.
                 await asyncio.to_thread(stream.unfollow, settings.BOT_RUNNER_CONSUMER_GROUP)
+            await self.joiner.close()
             await self.sender.close()
             if self.drafts:
                 await self.drafts.close()
@@ -185,10 +187,9 @@ class Bot:
         """Act on what has been written down; open what its key has come for first."""
         me = self.homeserver.user_id
         if self._has_keys:
-            for pk, room_id, source in await unit(acting.sealed)():
-                if opened := self.homeserver.decrypt(room_id, source):
-                    await unit(acting.unseal)(pk, opened, me)
-                    self._has_pending = True
+            # What was opened makes room for more.
+            while await self._unseal(me):
+                self._has_pending = True
             self._has_keys = False
         while self._has_pending and (rows := await unit(acting.pending)()):
             for pk in rows:
@@ -210,6 +211,15 @@ class Bot:
             moderates = await rooms.may_moderate(self.homeserver, needed.room_id, needed.user_id)
             await unit(acting.act)(pk, me, moderates=moderates)
 
+    async def _unseal(self, me: str) -> int:
+        """Look once at what waits for its key. How much of it has been opened."""
+        count = 0
+        for pk, room_id, source in await unit(acting.sealed)():
+            if opened := self.homeserver.decrypt(room_id, source):
+                await unit(acting.unseal)(pk, opened, me)
+                count += 1
+        return count
+
     async def _outcomes(self) -> None:
         """Send the replies whose outcomes are told on the stream. Raises `RedisError`."""
         group = settings.BOT_RUNNER_CONSUMER_GROUP
@@ -224,7 +234,7 @@ class Bot:
 
     async def _joins(self) -> None:
         self._invited.clear()
-        await membership.join_due(self.homeserver, self.session)
+        await self.joiner.start_due()
 
     async def _draft(self) -> None:
         self._asked.clear()

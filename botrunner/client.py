@@ -73,6 +73,10 @@ class MatrixError(Exception):
         return 400 <= self.status < 500 and self.status not in (401, 408, 429)
 
 
+class NoAnswer(MatrixError):
+    """The homeserver is there and took the request, and did not answer in time."""
+
+
 class TokenRefused(MatrixError):
     """The access token is no longer good: log in again."""
 
@@ -357,18 +361,19 @@ class Homeserver:
             raise MatrixError("UNREADABLE", "The answer is not that of /members.")
         return shapes.events(body["chunk"])
 
-    async def state(self, room_id: str, kind: str) -> dict[str, Any]:
+    async def state(self, room_id: str, kind: str, *, seconds: float) -> dict[str, Any]:
         """The event of a room's state that has this type and no key; empty where there is none."""
         path = f"{API}/rooms/{quote(room_id, safe='')}/state/{kind}/?format=event"
         try:
-            return await self.request("GET", path)
+            return await self.request("GET", path, seconds=seconds)
         except MatrixError as error:
             if error.code == "M_NOT_FOUND":
                 return {}
             raise
 
-    async def join(self, room_id: str) -> None:
-        await self._call(self.nio.join(room_id))
+    async def join(self, room_id: str, *, seconds: float = REQUEST_SECONDS) -> None:
+        """A homeserver goes on with one that it was not waited for."""
+        await self.request("POST", f"{API}/join/{quote(room_id, safe='')}", {}, seconds=seconds)
 
     async def typing(self, room_id: str, is_typing: bool, seconds: float) -> None:
         await self._call(self.nio.room_typing(room_id, is_typing, int(seconds * 1000)))
@@ -436,7 +441,11 @@ class Homeserver:
         try:
             async with await self.nio.send(method, path, data, headers, timeout=limit) as answer:
                 text = await _body(answer)
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+        except aiohttp.ConnectionTimeoutError as error:
+            raise MatrixError("UNREACHABLE", _words(error)) from error
+        except TimeoutError as error:
+            raise NoAnswer("UNREACHABLE", f"No answer within {seconds:g} s.") from error
+        except (aiohttp.ClientError, OSError) as error:
             raise MatrixError("UNREACHABLE", _words(error)) from error
         try:
             told = orjson.loads(text)

@@ -24,7 +24,7 @@ from botrunner.models import Reply, Room, Session
 from botrunner.replies import MAX_CONTENT_BYTES, edit_of, parts_of
 from botrunner.said import MARK
 from botrunner.timeline import LeaseLost
-from botrunner.units import unit
+from botrunner.units import aside, unit
 
 logger = logging.getLogger(__name__)
 
@@ -90,19 +90,19 @@ class Draft:
         """What there is of the answer, as far as anybody can have seen it."""
         return self.text if self._whole and self.text.strip() else self.shown
 
-    def content(self) -> dict[str, Any]:
-        """The first part of the reply, as far as it is written."""
-        part = parts_of(self.reply, self.text, "m.text")[0]
+    def content(self, text: str) -> dict[str, Any]:
+        """The first part of the reply, of which `text` is written."""
+        part = parts_of(self.reply, text, "m.text")[0]
         return {**part, MARK: {**part[MARK], "draft": True}}
 
     @property
     def transaction(self) -> str:
         return f"{self.reply.key}.0"
 
-    def next_edit(self) -> tuple[dict[str, Any], str]:
+    def next_edit(self, text: str) -> tuple[dict[str, Any], str]:
         """And its transaction id."""
         self._edits += 1
-        edit = edit_of(self.reply.draft_id, self.content())
+        edit = edit_of(self.reply.draft_id, self.content(text))
         return edit, f"{self.transaction}.{self._name}.{self._edits}"
 
 
@@ -231,7 +231,7 @@ class Drafts:
         if is_first and not await unit(reply.begin_draft)(self.homeserver.device_id):
             draft.over = True
             return
-        content = draft.content()
+        content = await aside(draft.content)(text)
         sent = await self.homeserver.send(reply.room.room_id, content, draft.transaction)
         await unit(reply.note_draft)(sent)
         # If it was tried before, what was said then may stand there.
@@ -240,7 +240,7 @@ class Drafts:
     async def _edit(self, draft: Draft) -> None:
         """One after the other: an edit of unknown fate might come after a later one."""
         text = draft.text if draft.unsure is None else ""
-        draft.unsure = draft.unsure or draft.next_edit()
+        draft.unsure = draft.unsure or await aside(draft.next_edit)(text)
         await self.homeserver.send(draft.reply.room.room_id, *draft.unsure)
         draft.unsure, draft.shown = None, text
 

@@ -10,22 +10,24 @@ import html
 import json
 import logging
 import random
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from itertools import islice
 from typing import TYPE_CHECKING, Any, cast
 
 import structlog
-from django.db import IntegrityError
+from django.db import DatabaseError, IntegrityError, InterfaceError
 from django.db.models import Exists, F, OuterRef, Q
 from django.utils import timezone
 
 from agents.models import Run, Step
-from botrunner.client import Homeserver, MatrixError, TokenRefused
+from botrunner.client import Homeserver, KeysOutdated, MatrixError, TokenRefused
 from botrunner.models import Reply, Room, Session
 from botrunner.said import MARK, Said
-from botrunner.units import unit
+from botrunner.timeline import LeaseLost
+from botrunner.units import aside, batched, unit
 from chat.markdown import in_order, to_html
 from realm.tracing import tagged
 
@@ -35,9 +37,20 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 outcomes = structlog.get_logger(__name__)
 
-# An event may have 64 KiB; encryption and what the server adds take their share.
+# An event may have 64 KiB. Encryption makes four bytes of three, and the relation, what an edit says
+# twice and what the server adds take their share.
 MAX_CONTENT_BYTES = 40_000
 MAX_PARTS = 50
+# Of what a block of code begins with, on each part that it goes on in.
+MAX_FENCE = 80
+# Answers, long ones, are in memory together with what is made of them.
+BATCH = 20
+ROUNDS = 10
+HTML = ("format", "formatted_body")
+# What a homeserver that is away, or has another server before it, is refused with.
+AWAY_CODES = ("UNREACHABLE", "UNREADABLE")
+# With a reply that the homeserver takes for no reason that passes.
+PATIENCE = timedelta(hours=1)
 ROOMS_AT_ONCE = 8
 MAX_PAUSE_SECONDS = 60.0
 TYPING_SECONDS = 30.0
@@ -59,28 +72,64 @@ COLUMNS = (
 )
 
 
+@dataclass(frozen=True)
+class Owed:
+    """A reply whose outcome is known, and what it is to say."""
+
+    reply: Reply
+    text: str
+    msgtype: str
+
+
 def compose(
     session: Session, run_ids: Iterable[str] | None = None, drafts: Mapping[int, str] | None = None
 ) -> dict[int, Reply]:
-    """Make the replies whose runs have ended ready to be sent; all of them, or those of `run_ids`.
+    """Make the replies whose runs have ended ready to be sent; some of them all, or those of `run_ids`.
     Which they are, by primary key. `drafts`: what some of them have said so far."""
+    return keep(render(owed(session, run_ids, drafts)), session.device_id)
+
+
+def owed(
+    session: Session, run_ids: Iterable[str] | None = None, drafts: Mapping[int, str] | None = None
+) -> list[Owed]:
+    """The first step of it: what the database knows."""
     if run_ids is None:
         follow_retries(session)
     replies = Reply.objects.waiting().filter(room__session=session)
     ended = Q(run__status__in=FINISHED, run__retries=F("cycle"))
     if run_ids is None:
-        replies = replies.filter(Q(run=None) | ended).order_by("run__finished_at", "id")[:200]
+        replies = replies.filter(Q(run=None) | ended).order_by("run__finished_at", "id")[:BATCH]
     else:
         replies = replies.filter(ended, run_id__in=list(run_ids))
-    ready = {}
+    found = []
     for reply in sorted(replies.select_related(*RELATED).only(*COLUMNS), key=_ended_at):
         if reply.run and reply.run.merged_into_id and not reply.drafted_at:
             _leave_to_the_next(reply)
-            continue
-        # Whoever took the question back meanwhile has the last word.
-        reply.parts = contents(reply, (drafts or {}).get(reply.pk, ""))
-        # A draft is known to the device that sent it.
-        reply.device_id = reply.device_id or session.device_id
+        else:
+            found.append(Owed(reply, *_words(reply, (drafts or {}).get(reply.pk, ""))))
+    return found
+
+
+def render(found: list[Owed]) -> list[Reply]:
+    """The second: the contents of its events. It may take some time, and needs no database."""
+    for each in found:
+        try:
+            each.reply.parts = parts_of(each.reply, each.text, each.msgtype)
+        except Exception:
+            # One text that cannot be rendered must not hold up all the others.
+            logger.exception("Reply %s is sent as plain text", each.reply.key)
+            plain = [_plain_message(text, each.msgtype) for text in _pieces(each.text)]
+            each.reply.parts = _related(each.reply, plain)
+    return [each.reply for each in found]
+
+
+def keep(found: list[Reply], device_id: str) -> dict[int, Reply]:
+    """The third: have them sent."""
+    ready = {}
+    for reply in found:
+        # Whoever took the question back meanwhile has the last word. A draft is known to the device
+        # that sent it.
+        reply.device_id = reply.device_id or device_id
         reply.status, reply.ready_at = Reply.Status.READY, timezone.now()
         changed = ("parts", "device_id", "status", "ready_at")
         if (
@@ -142,12 +191,15 @@ def contents(reply: Reply, written: str = "") -> list[dict[str, Any]]:
 
 
 def parts_of(reply: Reply, text: str, msgtype: str) -> list[dict[str, Any]]:
+    return _related(reply, _messages(text, msgtype))
+
+
+def _related(reply: Reply, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     said = Said.parse(reply.question.source)
     root = said.thread_root if said else ""
     relation: dict[str, Any] = {"m.in_reply_to": {"event_id": reply.question.event_id}}
     if root:
         relation |= {"rel_type": "m.thread", "event_id": root, "is_falling_back": False}
-    messages = _messages(text, msgtype)
     return [
         {
             **message,
@@ -160,13 +212,25 @@ def parts_of(reply: Reply, text: str, msgtype: str) -> list[dict[str, Any]]:
 
 
 def _messages(text: str, msgtype: str) -> list[dict[str, Any]]:
-    whole = _message(text, msgtype)
-    if _size(whole) <= MAX_CONTENT_BYTES:
-        return [whole]
-    pieces = split(text, MAX_CONTENT_BYTES)
+    if len(text) <= MAX_CONTENT_BYTES:
+        whole = _message(text, msgtype)
+        if _size(whole) <= MAX_CONTENT_BYTES:
+            return [whole]
+    return [_fitting(piece, msgtype) for piece in _pieces(text)]
+
+
+def _pieces(text: str) -> list[str]:
+    """As many as a room is told."""
+    pieces = list(islice(_split(text, MAX_CONTENT_BYTES), MAX_PARTS + 1))
     if len(pieces) > MAX_PARTS:
-        pieces = [*pieces[: MAX_PARTS - 1], "(The rest of this answer is too long for a room.)"]
-    return [_message(piece, msgtype) for piece in pieces]
+        return [*pieces[: MAX_PARTS - 1], "(The rest of this answer is too long for a room.)"]
+    return pieces
+
+
+def _fitting(text: str, msgtype: str) -> dict[str, Any]:
+    """A piece as a message; as plain text where its HTML would be too long."""
+    message = _message(text, msgtype)
+    return message if _size(message) <= MAX_CONTENT_BYTES else _plain_message(text, msgtype)
 
 
 def _words(reply: Reply, written: str) -> tuple[str, str]:
@@ -197,9 +261,10 @@ def edit_of(event_id: str, content: dict[str, Any]) -> dict[str, Any]:
     """What puts `content` in the place of an event's."""
     new = {name: value for name, value in content.items() if name != "m.relates_to"}
     # For clients that know no edits. Both together have to fit into an event.
-    fallback = {"body": f"* {new['body']}", "formatted_body": f"* {new['formatted_body']}"}
-    if len(json.dumps([fallback, new], ensure_ascii=False).encode()) > MAX_CONTENT_BYTES:
-        fallback = dict.fromkeys(fallback, "* (This message was edited.)")
+    bodies = [name for name in ("body", "formatted_body") if name in new]
+    fallback: dict[str, Any] = {name: f"* {new[name]}" for name in bodies}
+    if _size({"old": fallback, "new": new}) > MAX_CONTENT_BYTES:
+        fallback = dict.fromkeys(bodies, "* (This message was edited.)")
     return {
         **new,
         **fallback,
@@ -210,47 +275,55 @@ def edit_of(event_id: str, content: dict[str, Any]) -> dict[str, Any]:
 
 def _message(text: str, msgtype: str) -> dict[str, Any]:
     return {
-        "msgtype": msgtype,
-        "body": in_order(text),
+        **_plain_message(text, msgtype),
         "format": "org.matrix.custom.html",
         "formatted_body": to_html(text),
     }
 
 
+def _plain_message(text: str, msgtype: str) -> dict[str, Any]:
+    return {"msgtype": msgtype, "body": in_order(text)}
+
+
 def split(text: str, limit: int) -> list[str]:
-    """Pieces of a Markdown text whose messages have up to `limit` bytes each: cut between lines where
-    that is possible; a block of code goes on as one."""
-    if _size(_message(text, "m.text")) <= limit:
-        return [text]
-    pieces: list[str] = []
+    """Pieces of a Markdown text whose messages have up to `limit` bytes each, unless their HTML is
+    much longer than they are: cut between lines where that is possible; a block of code goes on as
+    one."""
+    return list(_split(text, limit))
+
+
+def _split(text: str, limit: int) -> Iterator[str]:
     lines: list[str] = []
     fence = ""
     size = 0
-    for line in _short_lines(text, limit // 12):
+    for line in _short_lines(text, limit):
         cost = _cost(line)
         if lines and size + cost > limit - 1000:
-            pieces.append("\n".join([*lines, *(["```"] if fence else [])]))
-            lines, size = ([fence] if fence else []), 0
+            yield "\n".join([*lines, *(["```"] if fence else [])])
+            lines, size = ([fence], _cost(fence)) if fence else ([], 0)
         lines.append(line)
         size += cost
         if line.lstrip().startswith("```"):
-            fence = "" if fence else line.strip()
-    return [*pieces, "\n".join(lines)]
+            fence = "" if fence else line.strip()[:MAX_FENCE]
+    yield "\n".join(lines)
 
 
 def _cost(line: str) -> int:
     """What a line adds to a message at the most: it stands there as it is and as HTML."""
-    return len(json.dumps([line, html.escape(line)], ensure_ascii=False).encode()) + 12
+    return _size({"a": line, "b": html.escape(line)})
 
 
 def _short_lines(text: str, limit: int) -> Iterable[str]:
     for line in text.split("\n"):
-        yield from (line[start : start + limit] for start in range(0, max(len(line), 1), limit))
+        # A character has two escapes of 6 bytes each at the most, in each of the bodies.
+        most = limit // 12 if line.isascii() else limit // 26
+        yield from (line[start : start + most] for start in range(0, max(len(line), 1), most))
 
 
 def _size(message: dict[str, Any]) -> int:
-    """As JSON, both bodies together."""
-    return len(json.dumps(message, ensure_ascii=False).encode())
+    """As JSON, all bodies together, the way that they are encrypted: without a character that is not
+    ASCII."""
+    return len(json.dumps(message))
 
 
 @dataclass(frozen=True)
@@ -310,16 +383,13 @@ def set_found(reply: Reply, event_ids: list[str], device_id: str) -> None:
 
 
 def not_sent(reply: Reply, error: MatrixError) -> None:
-    if error.code in ("M_FORBIDDEN", "M_NOT_FOUND") or (error.permanent and reply.attempts >= 5):
+    if _is_hopeless(reply, error):
         _drop(reply, str(error))
         logger.warning("A reply was dropped: %s", error)
         return
     if error.code == "M_TOO_LARGE":
-        reply.parts = [
-            {**part, **_message("Sorry, this answer is too long for the room.", "m.notice")}
-            for part in reply.parts[len(reply.event_ids) :][:1]
-        ]
-        reply.parts = [*reply.event_ids, *reply.parts]
+        sent = len(reply.event_ids)
+        reply.parts = [*reply.parts[:sent], *_smaller(reply.parts[sent:])]
     reply.attempts += 1
     pause = random.uniform(0.5, 1) * min(MAX_PAUSE_SECONDS, 0.5 * 2.0 ** min(reply.attempts, 10))  # noqa: S311
     reply.due_at = timezone.now() + timedelta(seconds=error.retry_after or pause)
@@ -329,6 +399,37 @@ def not_sent(reply: Reply, error: MatrixError) -> None:
     is_usual = error.status == 429 or error.code == "UNREACHABLE"
     level = logging.INFO if is_usual else logging.WARNING
     logger.log(level, "A reply has to wait: %s", error)
+
+
+def _is_hopeless(reply: Reply, error: MatrixError) -> bool:
+    if error.code in ("M_FORBIDDEN", "M_NOT_FOUND"):
+        return True
+    if error.permanent:
+        return reply.attempts >= 5
+    # The homeserver answers, but has had no good answer to this one for long: the others of the room
+    # do not wait for it for good.
+    is_away = error.status in (401, 429) or error.code in AWAY_CODES
+    since = reply.ready_at or reply.created_at
+    return not is_away and reply.attempts >= 20 and timezone.now() - since > PATIENCE
+
+
+def _smaller(parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What is left of a reply, in parts that have a quarter of what one may have, without HTML; an
+    apology where they were as short as that."""
+    limit = MAX_CONTENT_BYTES // 4
+    if not parts or _size({"body": parts[0]["body"]}) <= limit // 2:
+        words = _message("Sorry, this answer is too long for the room.", "m.notice")
+        return [{**part, **words} for part in parts[:1]]
+    shorter = [
+        ({name: value for name, value in part.items() if name not in HTML} | {"body": piece})
+        for part in parts
+        for piece in _split(part["body"], limit)
+    ]
+    first = parts[0][MARK]["part"]
+    return [
+        {**part, MARK: {**part[MARK], "part": number}}
+        for number, part in enumerate(shorter[:MAX_PARTS], first)
+    ]
 
 
 def _drop(reply: Reply, reason: str) -> None:
@@ -369,17 +470,30 @@ class Sender:
         if self._broken:
             broken, self._broken = self._broken, None
             raise broken
-        for room, outgoing in (await unit(self._ready)(run_ids)).items():
+        if run_ids is None:
+            rounds: Iterable[list[str] | None] = [None] * ROUNDS
+        else:
+            rounds = batched(list(run_ids), BATCH)
+        for some in rounds:
+            found = await unit(owed)(self.session, some, self._written())
+            # Not where the database is waited for.
+            ready = await aside(render)(found) if found else []
+            self._serve_all(await unit(self._keep)(ready, is_sweep=some is None))
+            if some is None and len(found) < BATCH:
+                break
+
+    def _serve_all(self, rooms: Mapping[int, Outgoing | None]) -> None:
+        for room, outgoing in rooms.items():
             if room in self._tasks:
                 self._more.add(room)
             else:
                 self._tasks[room] = asyncio.create_task(self._serve(room, outgoing))
 
-    def _ready(self, run_ids: Iterable[str] | None) -> dict[int, Outgoing | None]:
+    def _keep(self, found: list[Reply], *, is_sweep: bool) -> dict[int, Outgoing | None]:
         """The rooms with something to say, and what comes first in those that nobody serves."""
-        ready = compose(self.session, run_ids, self._written())
+        ready = keep(found, self.session.device_id)
         rooms = {reply.room_id for reply in ready.values()}
-        if run_ids is None:
+        if is_sweep:
             rooms.update(rooms_to_serve(self.session))
         device_id = self.homeserver.device_id
         return {
@@ -458,6 +572,13 @@ class Sender:
                     after = await unit(self._change)(part_sent, reply, sent)
             except MatrixError as error:
                 after = await unit(self._change)(not_sent, reply, error)
+            except (LeaseLost, KeysOutdated, DatabaseError, InterfaceError):
+                raise
+            except Exception as error:
+                # One reply that cannot be sent must not keep all the others waiting.
+                logger.exception("Reply %s could not be sent", reply.key)
+                broken = MatrixError("BROKEN", type(error).__name__, status=400)
+                after = await unit(self._change)(not_sent, reply, broken)
             else:
                 asked = timezone.now() - reply.question.created_at
                 outcomes.info(

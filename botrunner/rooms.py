@@ -76,18 +76,19 @@ class Lookup:
 
 
 async def may_moderate(homeserver: Homeserver, room_id: str, user_id: str) -> bool:
-    """Whether a user may redact what others said in a room. Raises `MatrixError` where another try may
-    tell."""
+    """Whether a user may redact what others said in a room; not where the homeserver does not tell.
+    Raises `TokenRefused`."""
     try:
-        event = await homeserver.state(room_id, "m.room.power_levels")
+        event = await homeserver.state(room_id, "m.room.power_levels", seconds=LOOKUP_SECONDS)
         levels = _content(event)
         needed = _level(levels.get("redact"), POWER_TO_REDACT)
         if event and _power(levels, user_id) >= needed:
             return True
-        create = await homeserver.state(room_id, "m.room.create")
+        create = await homeserver.state(room_id, "m.room.create", seconds=LOOKUP_SECONDS)
+    except TokenRefused:
+        raise
     except MatrixError as error:
-        if not error.permanent:
-            raise
+        # It is asked in between two syncs: one room must not hold up the others.
         logger.warning("The power levels of room %s are not known: %s", room_id, error)
         return False
     if _version(create) >= CREATORS_RULE_FROM:

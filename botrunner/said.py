@@ -111,6 +111,10 @@ def is_id(value: Any) -> TypeGuard[str]:
     )
 
 
+def server_of(user_id: str) -> str:
+    return user_id.partition(":")[2]
+
+
 def storable(data: Any, depth: int = MAX_DEPTH) -> Any:
     """Without what PostgreSQL cannot hold in JSON, and what is `depth` levels down."""
     if isinstance(data, str):

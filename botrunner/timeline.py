@@ -1,20 +1,22 @@
 """What is said in the rooms, written down with the sync position in one transaction."""
 
 import logging
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
 
 from django.conf import settings
 from django.db import transaction
+from django.db.models import Count
 from django.db.models.functions import Now
 from django.utils import timezone
 
 from botrunner import members
 from botrunner.matching import FORGET, Listener, Listeners, at, matches_any, order_of
 from botrunner.models import MAX_TYPE_LENGTH, Room, RoomEvent, Session
-from botrunner.said import ENCRYPTED, MARK, REDACTION, Said, storable
+from botrunner.said import ENCRYPTED, MARK, REDACTION, Said, server_of, storable
 from botrunner.verdicts import stored
 from realm.connections import AWAY
 from realm.filters import EVENT_TYPES, Filter
@@ -24,6 +26,9 @@ logger = logging.getLogger(__name__)
 
 # More questions are each acted upon in a transaction of their own: others wait for the database.
 MAX_AT_ONCE = 8
+# That wait to be followed, or were refused: of an inviter, and what waits of one other server.
+MAX_INVITATIONS = 50
+MAX_INVITATIONS_SERVER = 200
 # What people say. A sync asks for no more, but anything may come out of an encrypted event.
 SPOKEN = {*EVENT_TYPES, ENCRYPTED, REDACTION}
 
@@ -95,8 +100,8 @@ def write_down(
         moments = _moments(batch.joined, begun)
         _keep_members(session, batch, news, moments, begun)
         left = _keep(news, session.user_id, moments, ask)
-        for invite in batch.invites:
-            _invited(session, invite)
+        if batch.invites:
+            _invited(session, batch.invites)
         if batch.left:
             Room.objects.filter(session=session, room_id__in=batch.left).update(
                 membership=Room.Membership.LEFT, join_due_at=None, updated_at=Now()
@@ -163,12 +168,36 @@ def _joined_one(session: Session, news: RoomNews, room: Room | None) -> Room:
     return room
 
 
-def _invited(session: Session, invite: Invite) -> None:
-    why_not = ""
+def _invited(session: Session, invites: list[Invite]) -> None:
+    """Keep those that may be followed, up to as many of an inviter, and of one other server, as may
+    wait at once. What is beyond leaves no row, only a line in the log."""
+    rooms = Room.objects.filter(session=session)
+    known = {
+        room.room_id: room
+        for room in rooms.filter(room_id__in=[invite.room_id for invite in invites])
+    }
+    pending = _Pending(session)
+    deactivated = User.objects.deactivated_among([invite.inviter for invite in invites])
+    for invite in invites:
+        why_not = _why_not_joined(invite, deactivated)
+        room = known.get(invite.room_id)
+        waits = room is not None and room.membership == Room.Membership.INVITED
+        if not waits and not pending.takes(invite.inviter, allowed=not why_not):
+            continue
+        attempts = room.join_attempts if room and waits else 0
+        _keep_invitation(session, invite, attempts=attempts, why_not=why_not)
+    pending.log()
+
+
+def _why_not_joined(invite: Invite, deactivated: Collection[str]) -> str:
     if not matches_any(invite.inviter, settings.BOT_RUNNER_ALLOWED_INVITERS):
-        why_not = "BOT_RUNNER_ALLOWED_INVITERS does not name the inviter."
-    elif User.objects.deactivated_among([invite.inviter]):
-        why_not = "The account of the inviter is deactivated."
+        return "BOT_RUNNER_ALLOWED_INVITERS does not name the inviter."
+    if invite.inviter in deactivated:
+        return "The account of the inviter is deactivated."
+    return ""
+
+
+def _keep_invitation(session: Session, invite: Invite, *, attempts: int, why_not: str) -> None:
     allowed = not why_not
     Room.objects.update_or_create(
         session=session,
@@ -176,7 +205,7 @@ def _invited(session: Session, invite: Invite) -> None:
         defaults={
             "membership": Room.Membership.INVITED if allowed else Room.Membership.REFUSED,
             "inviter": invite.inviter,
-            "join_attempts": 0,
+            "join_attempts": attempts,
             "join_due_at": timezone.now() if allowed else None,
             "error": why_not,
             "updated_at": timezone.now(),
@@ -185,6 +214,52 @@ def _invited(session: Session, invite: Invite) -> None:
     logger.info(
         "Invited to room %s by %s%s", invite.room_id, invite.inviter, "" if allowed else ": refused"
     )
+
+
+class _Pending:
+    """How many invitations of whom are kept already."""
+
+    def __init__(self, session: Session) -> None:
+        self._own_server = server_of(session.user_id)
+        kept = Room.objects.filter(
+            session=session, membership__in=[Room.Membership.INVITED, Room.Membership.REFUSED]
+        )
+        counted = kept.values_list("inviter", "membership").annotate(rooms=Count("pk"))
+        self._waiting: Counter[str] = Counter()
+        self._refused: Counter[str] = Counter()
+        self._of_server: Counter[str] = Counter()
+        self._ignored: Counter[str] = Counter()
+        for inviter, membership, rooms in counted:
+            if membership == Room.Membership.INVITED:
+                self._waiting[inviter] += rooms
+                self._of_server[server_of(inviter)] += rooms
+            else:
+                self._refused[inviter] += rooms
+
+    def takes(self, inviter: str, *, allowed: bool) -> bool:
+        """Whether there is room for one more, which then counts."""
+        server = server_of(inviter)
+        kept = self._waiting if allowed else self._refused
+        is_too_many = kept[inviter] >= MAX_INVITATIONS or (
+            allowed
+            and server != self._own_server
+            and self._of_server[server] >= MAX_INVITATIONS_SERVER
+        )
+        if is_too_many:
+            self._ignored[inviter] += 1
+            return False
+        kept[inviter] += 1
+        self._of_server[server] += allowed
+        return True
+
+    def log(self) -> None:
+        for inviter, count in self._ignored.most_common(10):
+            logger.warning(
+                "Ignored %d invitations of %s: too many of theirs or of their server wait or were "
+                "refused",
+                count,
+                inviter,
+            )
 
 
 def _keep(

@@ -3,6 +3,7 @@
 import asyncio
 import functools
 from collections.abc import Awaitable, Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ParamSpec, TypeVar
 
 from asgiref.sync import sync_to_async
@@ -22,6 +23,25 @@ def unit(function: Callable[P, T]) -> Callable[P, Awaitable[T]]:
         return function(*args, **kwargs)
 
     return sync_to_async(fresh, thread_sensitive=True)
+
+
+_beside = ThreadPoolExecutor(1, thread_name_prefix="beside")
+
+
+def aside(function: Callable[P, T]) -> Callable[P, Awaitable[T]]:
+    """Work that takes time and needs no database, to be awaited. All runs in one thread, which is
+    neither the loop's nor the database's."""
+
+    @functools.wraps(function)
+    async def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        call = functools.partial(function, *args, **kwargs)
+        return await asyncio.get_running_loop().run_in_executor(_beside, call)
+
+    return run
+
+
+def batched(items: list[T], size: int) -> list[list[T]]:
+    return [items[start : start + size] for start in range(0, len(items), size)]
 
 
 async def pause(seconds: float, *until: asyncio.Event) -> None:

@@ -19,7 +19,7 @@ from rest_framework import exceptions
 
 from agents import inbox, llm, retention, runs
 from agents.models import Run
-from chat import turns
+from chat import rendering, turns
 from chat.callers import check_may_steer, check_may_write, name_of
 from chat.models import CHOSEN_ID, MAX_TITLE_LENGTH, Thread, ThreadQuerySet
 from realm.models import User
@@ -95,6 +95,8 @@ class ChatPage(Guarded):
 
     def page(self, thread: Thread | None = None, *, status: int = 200, **more: Any) -> HttpResponse:
         part = turns.part(thread, self.caller, before=self._turn("before")) if thread else None
+        if part:
+            rendering.page_of(self.request).prepare(part.prose)
         context = {
             **self._listed(),
             **self._models(part.last_model if part else ""),

@@ -65,6 +65,12 @@ class Part:
     earlier: int | None  # the first turn shown, where there are more before it
 
     @property
+    def prose(self) -> list[str]:
+        """What models wrote, the latest first."""
+        texts = (turn.answer.content if turn.answer else turn.partial for turn in self.turns)
+        return [text for text in texts if text][::-1]
+
+    @property
     def last_model(self) -> str:
         return next((turn.run.model for turn in reversed(self.turns) if turn.run), "")
 

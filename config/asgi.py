@@ -106,7 +106,11 @@ async def application(scope: Message, receive: Receive, send: Send) -> None:
     if _head_size(scope) > MAX_HEAD_BYTES or len(scope["headers"]) > MAX_HEADERS:
         await _refuse(431, "head_too_long", scope, send)
         return
-    await _Exchange(scope, receive, send).run()
+    exchange = _Exchange(scope, receive, send)
+    try:
+        await exchange.run()
+    finally:
+        exchange.end()
 
 
 class _Exchange:
@@ -153,18 +157,13 @@ class _Exchange:
             with suppress(TimeoutError):
                 async with asyncio.timeout(1):
                     await (self.leaving or _left(self.receive))
-            self._end()
             return
         except Full:
             await _refuse(503, "too_many_waiting", self.scope, self.send)
-            self._end()
             return
         finally:
             held.add(caller, -size)
-        try:
-            await self._reply(chunk)
-        finally:
-            self._end()
+        await self._reply(chunk)
 
     async def _reply(self, chunk: bytes) -> None:
         answer, send = self.answer, self.send
@@ -214,7 +213,7 @@ class _Exchange:
     def _is_over(self) -> bool:
         return self.leaving is not None and self.leaving.done()
 
-    def _end(self) -> None:
+    def end(self) -> None:
         if self.leaving is not None:
             self.leaving.cancel()
 

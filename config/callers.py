@@ -65,7 +65,7 @@ class Held:
         for count, key in ((self._of_address, caller.network), (self._of_caller, caller)):
             count[key] += size  # type: ignore[index]
             if not count[key]:  # type: ignore[index]
-                del count[key]  # type: ignore[arg-type]
+                del count[key]
 
     def is_too_much(self, caller: Caller) -> bool:
         """Whether no more may be begun for a caller: an eighth of all is for one caller, a quarter for

@@ -4,7 +4,6 @@ from typing import Any
 
 from django.conf import settings
 from django.core.checks import CheckMessage, Error, register
-from django.core.checks import Info as Notice
 from django.core.checks import Warning as Caution
 
 from agents.tools import TOOLS
@@ -29,26 +28,16 @@ def secrets(**_: Any) -> list[CheckMessage]:
 
 @register(TAG, deploy=True)
 def secrets_at_rest(**_: Any) -> list[CheckMessage]:
-    if settings.DEVELOPMENT_SECRET in settings.SECRETS_KEY:
-        return [
-            Caution(
-                "SECRETS_KEY is the built-in key: the bot's token, the keys of encrypted rooms and the "
-                "secrets of webhooks are as good as unencrypted.",
-                hint="Set SECRETS_KEY: openssl rand -hex 32. Then: python manage.py rotate_secrets",
-                id="botrealm.W005",
-            )
-        ]
-    if settings.SECRETS_KEY == [settings.SECRET_KEY]:
-        return [
-            Notice(
-                "SECRETS_KEY is not set: secrets at rest are encrypted under SECRET_KEY, and cannot be "
-                "read once that is changed.",
-                hint="Set SECRETS_KEY to a key of its own, then to that of SECRET_KEY, with a comma "
-                "between; then: python manage.py rotate_secrets",
-                id="botrealm.I001",
-            )
-        ]
-    return []
+    if settings.DEVELOPMENT_SECRET not in settings.SECRETS_KEY:
+        return []
+    return [
+        Caution(
+            "SECRETS_KEY is the built-in key: the bot's token, the keys of encrypted rooms and the "
+            "secrets of webhooks are as good as unencrypted.",
+            hint="Set SECRETS_KEY: openssl rand -hex 32. Then: python manage.py rotate_secrets",
+            id="botrealm.W005",
+        )
+    ]
 
 
 @register(TAG)

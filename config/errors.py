@@ -7,6 +7,8 @@ from typing import Any
 import sentry_sdk
 from django.core.exceptions import ImproperlyConfigured
 
+from config.scrub import REMOVED, is_private, shortened
+
 Scrub = Callable[[str], str]
 
 # What passes by itself is one problem, wherever it is met.
@@ -68,9 +70,13 @@ def grouped(event: Any, hint: dict[str, Any]) -> None:
 def cleaned(node: Any, scrub: Scrub) -> Any:
     """The same with all texts scrubbed, and without what is private whatever it says."""
     if isinstance(node, str):
-        return scrub(node)
+        return scrub(shortened(node, scrub))
     if isinstance(node, dict):
-        return {key: cleaned(value, scrub) for key, value in node.items() if key not in PRIVATE}
+        return {
+            key: REMOVED if value and is_private(str(key)) else cleaned(value, scrub)
+            for key, value in node.items()
+            if key not in PRIVATE
+        }
     if isinstance(node, list | tuple):
         return [cleaned(each, scrub) for each in node]
     return node

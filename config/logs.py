@@ -8,11 +8,13 @@ import fnmatch
 import functools
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import structlog
-from django.core.exceptions import ImproperlyConfigured
+from django.core.exceptions import ImproperlyConfigured, SuspiciousOperation
+
+from config.scrub import FIELD, LINE, cleaned, is_private
 
 LEVELS = {
     "debug": logging.DEBUG,
@@ -39,6 +41,15 @@ QUIET = {
     "nio": logging.WARNING,
     "psycopg.pool": logging.ERROR,  # whoever needs the connection says that it is missing
 }
+
+
+PLAIN = frozenset({str, int, float, bool, type(None)})
+
+
+def _below(kind: type[Exception]) -> Iterator[type[Exception]]:
+    for each in kind.__subclasses__():
+        yield each
+        yield from _below(each)
 
 
 def parse_levels(value: str) -> list[tuple[str, int]]:
@@ -76,16 +87,67 @@ class LevelFilter(logging.Filter):
         return record.levelno >= self.threshold(record.name)
 
 
-class OnlyWithTraceback(logging.Filter):
-    """Of what Django says of a request, the defects: how it was answered stands in our own line."""
+class OnlyDefects(logging.Filter):
+    """Of what Django logs of a request, the defects: how it was answered stands in our own line."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        return bool(record.exc_info)
+        return bool(record.exc_info) and getattr(record, "status_code", 500) >= 500
+
+
+# Below `django.security`: the exceptions that Django refuses a request for, and its CSRF check.
+REFUSED = "Refused a request (%s)"
+REFUSALS = (
+    "csrf",
+    # These two cannot be imported before the apps are ready.
+    "DisallowedModelAdminLookup",
+    "DisallowedModelAdminToField",
+    *(kind.__name__ for kind in (SuspiciousOperation, *_below(SuspiciousOperation))),
+)
+
+
+class ShortRefusals(logging.Filter):
+    """Make one short warning of a request that Django refuses: for a forbidden host, a failed CSRF
+    check, a filter that the admin does not allow, or the like. What it writes itself quotes the
+    request's headers and has a traceback, which leads nowhere: nothing is broken."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.name.startswith("django.security.") and record.msg != REFUSED:
+            kind = record.name.rpartition(".")[2]
+            if kind == "csrf" and isinstance(record.args, tuple) and record.args:
+                # "Origin checking failed - https://... does not match ..."
+                kind = f"{kind}: {str(record.args[0]).partition(' - ')[0]}"
+            record.msg, record.args = REFUSED, (kind[:100],)
+            record.exc_info = record.exc_text = None
+            record.levelno, record.levelname = logging.WARNING, "WARNING"
+        return True
+
+
+class Cleaner:
+    """Scrub what a line is made of, and cut what is too long for one."""
+
+    def __init__(self, scrub: Callable[[str], str]) -> None:
+        self.scrub = scrub
+
+    def __call__(self, logger: Any, method: str, event: Any) -> Any:
+        texts = [value for value in event.values() if type(value) is str]
+        size = sum(map(len, texts))
+        if size <= FIELD and self._is_plain(event):
+            # As nearly all are: looked at as one text.
+            whole = "\n".join(texts)
+            if self.scrub(whole) == whole:
+                return event
+        return cleaned(event, self.scrub, FIELD if size <= LINE else LINE // max(2, len(texts)))
+
+    def _is_plain(self, event: Any) -> bool:
+        return all(
+            type(value) in PLAIN and not (value and is_private(name))
+            for name, value in event.items()
+        )
 
 
 def configuration(levels: str, style: str, *, scrub: Callable[[str], str] = str) -> dict[str, Any]:
-    """Django's LOGGING for a value of `LOG_LEVELS` and a style, `console` or `json`. Each line goes
-    through `scrub`."""
+    """Django's LOGGING for a value of `LOG_LEVELS` and a style, `console` or `json`. What each line
+    is made of goes through `scrub`."""
     rules = parse_levels(levels)
     shared: list[Any] = [
         structlog.contextvars.merge_contextvars,
@@ -96,7 +158,6 @@ def configuration(levels: str, style: str, *, scrub: Callable[[str], str] = str)
     ]
     if style == "json":
         last: list[Any] = [
-            structlog.processors.format_exc_info,
             structlog.processors.EventRenamer("message"),
             structlog.processors.JSONRenderer(),
         ]
@@ -124,15 +185,17 @@ def configuration(levels: str, style: str, *, scrub: Callable[[str], str] = str)
         "disable_existing_loggers": False,
         "filters": {
             "levels": {"()": LevelFilter, "rules": rules},
-            "only_with_traceback": {"()": OnlyWithTraceback},
+            "only_defects": {"()": OnlyDefects},
+            "short_refusals": {"()": ShortRefusals},
         },
         "formatters": {
             "structured": {
                 "()": structlog.stdlib.ProcessorFormatter,
                 "processors": [
                     structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+                    structlog.processors.format_exc_info,
+                    Cleaner(scrub),
                     *last,
-                    lambda logger, method, line: scrub(line),
                 ],
                 "foreign_pre_chain": shared,
             }
@@ -140,7 +203,7 @@ def configuration(levels: str, style: str, *, scrub: Callable[[str], str] = str)
         "handlers": {
             "stderr": {
                 "class": "logging.StreamHandler",
-                "filters": ["levels"],
+                "filters": ["short_refusals", "levels"],
                 "formatter": "structured",
             }
         },
@@ -152,6 +215,11 @@ def configuration(levels: str, style: str, *, scrub: Callable[[str], str] = str)
         "loggers": {
             "django": {"handlers": [], "propagate": True},
             "django.server": {"handlers": [], "propagate": True},
-            "django.request": {"filters": ["only_with_traceback"], "propagate": True},
+            "django.request": {"filters": ["only_defects"], "propagate": True},
+            # By themselves: error reports are made of a record before any handler sees it.
+            **{
+                f"django.security.{name}": {"filters": ["short_refusals"], "propagate": True}
+                for name in REFUSALS
+            },
         },
     }

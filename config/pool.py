@@ -149,7 +149,7 @@ class Pool:
         for count, key in ((self._of_address, job.caller.network), (self._of_caller, job.caller)):
             count[key] -= 1  # type: ignore[index]
             if not count[key]:  # type: ignore[index]
-                del count[key]  # type: ignore[arg-type]
+                del count[key]
 
     def _whose_turn(self) -> _Job | None:
         for network, line in self._lines.items():

@@ -13,6 +13,7 @@ uvicorn is told of it by `--http config.protocol:BoundedProtocol`.
 """
 
 import asyncio
+import logging
 import select
 import socket
 from collections import Counter
@@ -44,6 +45,19 @@ LINGER_SECONDS = 2.0
 LINGER_BYTES = 1024 * 1024
 
 seldom = Seldom(structlog.get_logger(__name__).error)
+
+
+class _NoHTTP(logging.Filter):
+    """uvicorn has a line for each request that is none; here they are counted."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.msg != "Invalid HTTP request received.":
+            return True
+        refusals.note("no_http")
+        return False
+
+
+logging.getLogger("uvicorn.error").addFilter(_NoHTTP())
 
 
 class _Transport:
@@ -239,7 +253,8 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._working = cycle
-        cycle.scope["extensions"] = {HAS_LEFT: lambda: self._has_left(cycle)}  # type: ignore[typeddict-item]
+        extensions: dict[str, Any] = {HAS_LEFT: lambda: self._has_left(cycle)}
+        cycle.scope["extensions"] = extensions
         super()._start_asgi_task(cycle, app)
 
     def _has_left(self, cycle: RequestResponseCycle) -> bool:

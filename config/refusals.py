@@ -16,6 +16,22 @@ REFUSED = Counter(
     "Requests and connections that the web server refused or broke off by itself.",
     ["reason"],
 )
+# Each is there from the start, at 0: a rate of what appears with its first event misses that.
+for _reason in (
+    "bytes_held",
+    "client_left",
+    "head_too_long",
+    "no_head",
+    "no_http",
+    "slow_body",
+    "slow_reader",
+    "too_many_connections",
+    "too_many_connections_of_address",
+    "too_many_pipelined",
+    "too_many_waiting",
+    "upgrade",
+):
+    REFUSED.labels(_reason)
 RETRY_SECONDS = 2
 SENTENCES = {
     408: "The request did not come in time. Send it again.",

@@ -219,6 +219,7 @@ REDIS_STREAM_KEY = env.text("REDIS_STREAM_KEY", "agent_events")
 REDIS_CONSUMER_GROUP = env.text("REDIS_CONSUMER_GROUP", "agent_runtime")
 REDIS_CONSUMER_NAME = env.text("REDIS_CONSUMER_NAME")  # empty: worker-<pid>, known in the worker
 REDIS_STREAM_RETENTION_HOURS = env.integer("REDIS_STREAM_RETENTION_HOURS", 24, least=1)
+REDIS_STREAM_MAX_BYTES = env.integer("REDIS_STREAM_MAX_BYTES", 256 * 1024 * 1024)  # 0: no limit
 REDIS_STREAM_DEAD_LENGTH = env.integer("REDIS_STREAM_DEAD_LENGTH", 10_000)
 CACHES = {
     "default": {

@@ -147,6 +147,8 @@ def carry_on(job_id: int) -> None:
 
 def _may_go_on(job: BulkJob) -> bool:
     """False once the account that asked for it is deactivated, deleted or without the permission."""
+    if job.who_id is None:
+        return False
     who = get_user_model()._default_manager.filter(pk=job.who_id).first()
     return who is not None and who.has_perm(job.deed)
 

@@ -2,6 +2,7 @@
 
 import csv
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
@@ -16,7 +17,10 @@ from django.utils.safestring import SafeString
 from console import audit
 
 PERMISSION = "console.export_rows"
+# Rows that are in memory at once: as many as make lines of so much, going by those before them.
 BATCH = 1000
+FIRST = 20
+BATCH_CHARACTERS = 4_000_000
 # What a spreadsheet takes for the beginning of a formula, the wide forms included.
 FORMULA = tuple("=+-@\t\r\n＝＋－＠")  # noqa: RUF001
 
@@ -59,19 +63,41 @@ def _lines(
 ) -> Iterator[str]:
     writer = csv.writer(_Echo())
     yield writer.writerow([label_for_field(name, admin.model, admin) for name in columns])
-    for number, row in enumerate(in_batches(rows)):
-        if number and number % BATCH == 0:
+    for number, batch in enumerate(in_batches(rows, size := Size())):
+        if number:
             check()
-        yield writer.writerow([safe(_value(admin, row, name)) for name in columns])
+        for row in batch:
+            line = writer.writerow([safe(_value(admin, row, name)) for name in columns])
+            size.note(len(line))
+            yield line
 
 
-def in_batches(rows: QuerySet[Any]) -> Iterator[Model]:
+@dataclass
+class Size:
+    """How many rows to read next."""
+
+    rows: int = 0
+    characters: int = 0
+
+    def note(self, characters: int) -> None:
+        self.rows += 1
+        self.characters += characters
+
+    @property
+    def next(self) -> int:
+        if not self.rows:
+            return min(FIRST, BATCH)
+        return min(max(1, BATCH_CHARACTERS * self.rows // max(self.characters, 1)), BATCH)
+
+
+def in_batches(rows: QuerySet[Any], size: Size) -> Iterator[list[Model]]:
     """By key: no cursor is held open for as long as somebody's download takes."""
     rows, last = rows.order_by("pk"), None
     while True:
-        batch = list((rows if last is None else rows.filter(pk__gt=last))[:BATCH])
-        yield from batch
-        if len(batch) < BATCH:
+        most = size.next
+        batch = list((rows if last is None else rows.filter(pk__gt=last))[:most])
+        yield batch
+        if len(batch) < most:
             return
         last = batch[-1].pk
 

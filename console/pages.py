@@ -10,11 +10,11 @@ from django.contrib import admin
 from django.contrib.admin.utils import unquote
 from django.db.models import QuerySet
 from django.http import HttpRequest, HttpResponse
-from django.urls import path
+from django.urls import path, reverse
 from unfold.decorators import action, display
 from unfold.enums import ActionVariant
 
-from agents import prices, runs
+from agents import prices, retention, runs
 from agents.admin import EventAdmin, RunAdmin
 from agents.models import Event, Run
 from botrunner.activity import with_activity
@@ -23,7 +23,7 @@ from botrunner.models import Room, RoomEvent, Session
 from chat.admin import ThreadAdmin
 from chat.models import Thread
 from console import audit, conversation, deadletters, rooms, trace
-from console.base import Page, Reasoned, body, dialog, may_read
+from console.base import Page, Reasoned, back_to, body, dialog, may_read
 from realm.admin import BotCommandInline, BotRegistrationAdmin
 from realm.filters import InvalidFilter
 from realm.models import BotCommand, BotRegistration
@@ -135,12 +135,37 @@ class RunPage(Reasoned, Page, RunAdmin):
 
 
 @admin.register(Thread)
-class ThreadPage(Page, ThreadAdmin):
+class ThreadPage(Reasoned, Page, ThreadAdmin):
     """`?at=` a message's position, `?upto=` or `?start=` a turn."""
 
     page_template = "console/thread.html"
     live_template = "console/thread_live.html"
     page_related = ("owner",)
+    actions_detail = ("forget",)
+
+    def has_forget_permission(self, request: HttpRequest, object_id: str = "") -> bool:
+        return request.user.has_perm("chat.delete_thread")
+
+    @action(
+        description="Delete",
+        permissions=["forget"],
+        variant=ActionVariant.DANGER,
+        icon="delete_forever",
+        url_path="forget",
+        dialog=dialog(
+            "Delete this conversation?",
+            "All questions and answers in it are gone for good. What goes on in it is cancelled, and a "
+            "room that waits for an answer is told.",
+            "Delete for good",
+        ),
+    )
+    def forget(self, request: HttpRequest, form: Any, object_id: str) -> HttpResponse:
+        def deed(thread: Thread) -> bool:
+            retention.delete_thread(thread)
+            return True
+
+        self.do(request, form, object_id, audit.Action.DELETE, deed)
+        return back_to(request, reverse("admin:chat_thread_changelist"))
 
     def page(self, request: HttpRequest, obj: Thread) -> dict[str, Any]:
         at = _number(request, "at")

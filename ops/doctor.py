@@ -195,9 +195,10 @@ REDIS_AWAY = "Start it, or set REDIS_URL. Questions are kept meanwhile, and answ
 def _redis() -> Findings:
     """The connection of the event stream, and whether Redis takes what is written."""
     try:
-        info = stream.observer().info()
-        yield from redis_server(info)
-        stream.try_write()
+        found = list(redis_server(stream.observer().info()))
+        yield from found
+        if BROKEN not in {level for level, _, _ in found}:
+            stream.try_write()
     except RedisError as error:
         yield BROKEN, why(error), REDIS_AWAY
 
@@ -290,7 +291,7 @@ def _login(client: httpx2.Client, session: Session | None) -> Findings:
     if stored:
         response = client.get(f"{CLIENT}/account/whoami", headers=_bearer(stored))
         if response.status_code == 200:
-            yield OK, f"The bot is logged in as {session.user_id}.", _RATE_LIMITS
+            yield OK, f"The bot is logged in as {session}.", _RATE_LIMITS
         else:
             yield (
                 WARN,
@@ -487,7 +488,8 @@ def _secrets() -> Findings:
             "python manage.py rotate_secrets",
         )
     else:
-        yield OK, f"{found.total} are encrypted under the newest key.", ""
+        own = "" if settings.SECRETS_KEY != [settings.SECRET_KEY] else ", that of SECRET_KEY"
+        yield OK, f"{found.total} are encrypted under the newest key{own}.", ""
 
 
 def _clock(whose: str, time: datetime | None) -> Findings:

@@ -54,7 +54,7 @@ class Ranked:
         may: bool = super().has_delete_permission(request, obj)  # type: ignore[misc]
         return may and self._may_touch(request, obj)
 
-    def formfield_for_manytomany(self, db_field: Any, request: HttpRequest, **kwargs: Any) -> Any:
+    def formfield_for_manytomany(self, db_field: Any, request: Any = None, **kwargs: Any) -> Any:
         field: Any = super().formfield_for_manytomany(db_field, request, **kwargs)  # type: ignore[misc]
         if field is not None and db_field.name == self.grants:
             field.queryset = field.queryset.filter(pk__in=self.grantable(request).values("pk"))

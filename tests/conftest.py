@@ -10,6 +10,7 @@ import pytest
 import redis as redis_client
 from django.db import connection
 from rest_framework.test import APIClient
+from xdist.scheduler import LoadFileScheduling
 
 from agents import endpoint, leases, limits, live, prices, refusals, shares, stream
 from lib import revocations
@@ -37,6 +38,8 @@ OWN_SQL = (
     "ops/test_doctor.py",
     "realm/test_connections.py",
 )
+# Files that run on the stack of tests/system/conftest.py: all that they kill is started again.
+SHARED_STACK = ("tests/system/test_chat.py", "tests/system/test_streams.py")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -63,6 +66,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         ]
         config.hook.pytest_deselected(items=[item for item in items if item not in set(chosen)])
         items[:] = chosen
+
+
+class SharedStacks(LoadFileScheduling):
+    """As --dist loadfile, but files with the same stack go to one process; --dist loadgroup groups none
+    with pytest 9.2 (findings/xdist_loadgroup.sh)."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = str(super()._split_scope(nodeid))
+        return "shared stack" if file in SHARED_STACK else file
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> SharedStacks | None:
+    return SharedStacks(config, log) if config.getvalue("dist") == "loadfile" else None
 
 
 def _speaks_sql(item: pytest.Item) -> bool:
@@ -178,6 +195,7 @@ def _forget_clients() -> None:
             cached().close()
         cached.cache_clear()
     stream._breaker.reset()
+    stream._gauge.forget()
 
 
 @pytest.fixture(autouse=True)

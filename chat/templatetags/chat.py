@@ -1,20 +1,21 @@
 from datetime import timedelta
+from typing import Any
 
 from django import template
 from django.utils.safestring import SafeString, mark_safe
 from django.utils.text import Truncator
 
-from chat.markdown import to_html
 from chat.models import Thread
+from chat.rendering import page_of
 from console import formats
 
 register = template.Library()
 
 
-@register.filter
-def prose(text: str) -> SafeString:
+@register.simple_tag(takes_context=True)
+def prose(context: dict[str, Any], text: str) -> SafeString:
     """What a model wrote, as HTML. A link in it opens beside the conversation."""
-    return mark_safe(to_html(text, apart=True))  # noqa: S308  (sanitised)
+    return mark_safe(page_of(context["request"]).html(text))  # noqa: S308  (sanitised)
 
 
 @register.filter

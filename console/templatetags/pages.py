@@ -12,7 +12,7 @@ from django.utils.html import format_html
 from django.utils.safestring import SafeString, mark_safe
 
 from agents import prices
-from chat.markdown import to_html
+from chat import rendering
 
 # Not the functions of `base`: the theme asks for all libraries of tags while that is being loaded.
 from console import base, formats, trace
@@ -97,4 +97,4 @@ def formatted(context: dict[str, Any], text: str) -> str:
     """The same, as the Markdown that models write."""
     if not base.may_read(context["request"], context["owner"]):
         return base.body(context["request"], text, context["owner"])
-    return mark_safe(to_html(text, apart=True))  # noqa: S308 (it has been through the sanitiser)
+    return mark_safe(rendering.page_of(context["request"]).html(text))  # noqa: S308 (it has been through the sanitiser)

@@ -14,7 +14,7 @@ from django.utils import timezone
 from redis import Redis
 from redis.exceptions import RedisError
 
-from agents import handover, limits, runs, runtime, stream
+from agents import handover, lifecycle, limits, live, outcomes, runs, runtime, stream
 from agents.models import Event, Limit, Run
 from chat.models import Message
 from tests import factories
@@ -504,6 +504,120 @@ class TestTrim:
             assert min(length or 500, 500) <= redis.xlen("agent_events:dead") <= most
 
 
+class TestSize:
+    """A stream that is held in memory for a day."""
+
+    def test_a_long_text_is_cut_on_the_stream_and_whole_in_the_database(
+        self, redis: Redis, settings: Any
+    ) -> None:
+        prompt = "é" * 20_000
+        run = factories.ask(prompt)
+        outcomes.announce(run, lifecycle.Told.COMPLETED, {"output": prompt})
+
+        asked, ended = (entry["payload"] for entry in entries(redis))
+        assert asked["prompt"] == ended["output"] == "é" * 8192
+        assert asked["promptTruncated"] is True
+        assert ended["outputTruncated"] is True
+        assert "output" not in asked
+        kept = {event.type: event.payload for event in Event.objects.all()}
+        assert kept[Event.Type.REQUESTED]["prompt"] == prompt
+        assert kept[Event.Type.COMPLETED]["output"] == prompt
+        assert redis.xinfo_stream("agent_events")["length"] == 2
+
+    def test_a_text_of_just_that_size_is_whole(self, redis: Redis) -> None:
+        factories.ask("a" * 16_384)
+
+        [asked] = (entry["payload"] for entry in entries(redis))
+        assert asked["prompt"] == "a" * 16_384
+        assert "promptTruncated" not in asked
+
+    def test_the_worker_asks_the_model_with_the_whole_of_it(
+        self, reader: runtime.Reader, redis: Redis, broker: Broker
+    ) -> None:
+        run = factories.ask("a" * 50_000)
+        reader.read()
+
+        assert broker.handed() == [run.pk]
+        assert Run.objects.get().message.content == "a" * 50_000
+
+    def test_a_cut_request_whose_run_is_gone_makes_no_run(
+        self, reader: runtime.Reader, redis: Redis, broker: Broker
+    ) -> None:
+        run = factories.ask("a" * 50_000)
+        run.thread.delete()
+        reader.read()
+
+        assert not Run.objects.exists()
+        assert dead(redis) == ["its prompt is not whole, and its run is not there"]
+
+    def test_a_long_request_of_another_program_is_taken_whole(
+        self, reader: runtime.Reader, redis: Redis, broker: Broker
+    ) -> None:
+        add(redis, request(prompt="a" * 50_000))
+        reader.read()
+
+        assert Run.objects.get().message.content == "a" * 50_000
+
+    def fill(self, redis: Redis, count: int) -> list[bytes]:
+        raw = orjson.dumps({"id": str(uuid.uuid4()), "type": "x", "payload": {"pad": "a" * 10_000}})
+        return [redis.xadd("agent_events", {"event": raw}) for _ in range(count)]
+
+    def test_the_oldest_go_when_it_is_too_large(
+        self, reader: runtime.Reader, redis: Redis, broker: Broker, settings: Any
+    ) -> None:
+        settings.REDIS_STREAM_MAX_BYTES = 1_000_000
+        redis.xgroup_create("agent_events", "slow", id="0")
+        ids = self.fill(redis, 150)
+        reader.read()
+        while stream.trim_bytes():
+            pass
+
+        assert redis.memory_usage("agent_events", samples=0) <= 800_000
+        assert redis.xlen("agent_events") > 50
+        assert redis.xrevrange("agent_events", count=1)[0][0] == ids[-1]
+
+    def test_what_the_workers_need_stays(
+        self, reader: runtime.Reader, redis: Redis, broker: Broker, settings: Any
+    ) -> None:
+        settings.REDIS_STREAM_MAX_BYTES = 1_000_000
+        self.fill(redis, 100)
+        assert stream.trim_bytes() == 0  # nobody has read it
+        redis.xreadgroup("agent_runtime", "worker-0", {"agent_events": ">"}, count=60)
+        assert stream.trim_bytes() == 0  # nobody has acknowledged it
+
+        first = redis.xrange("agent_events", count=20)
+        redis.xack("agent_events", "agent_runtime", *(entry_id for entry_id, _ in first))
+        assert stream.trim_bytes() == 20
+        assert redis.xlen("agent_events") == 80
+
+    def test_dead_letters_are_bounded_too(
+        self, reader: runtime.Reader, redis: Redis, broker: Broker, settings: Any
+    ) -> None:
+        settings.REDIS_STREAM_MAX_BYTES = 1_000_000
+        for number in range(30):
+            stream.bury(stream.Entry(f"{number}-0", b"a" * 10_000), "nonsense")
+
+        assert stream.trim_bytes() > 15
+        assert stream.count_dead() > 5
+
+    def test_while_no_worker_reads_events_wait_in_the_database(
+        self, reader: runtime.Reader, redis: Redis, broker: Broker, settings: Any
+    ) -> None:
+        settings.REDIS_STREAM_MAX_BYTES = 1_000_000
+        self.fill(redis, 120)
+        stream._gauge.forget()
+        run = factories.ask("while it is full")
+        assert redis.xlen("agent_events") == 120
+
+        reader.read()
+        while stream.trim_bytes():
+            pass
+        stream._gauge.forget()
+        Event.objects.update(created_at=timezone.now() - timedelta(minutes=1))
+        assert runtime.relay() == 1
+        assert entries(redis)[-1]["payload"]["runId"] == run.pk
+
+
 class TestWaiting:
     def test_an_outcome_wakes_who_waits_for_it(self, redis: Redis) -> None:
         run = factories.ask()
@@ -531,3 +645,23 @@ class TestWaiting:
     def test_without_redis_nobody_waits(self) -> None:
         with stream.outcome_of("run_1") as outcome:
             assert not outcome.wait(time.monotonic() + 30)
+
+
+class TestTokens:
+    def test_what_is_kept_of_an_attempt_is_bounded(self, redis: Redis) -> None:
+        desk = live.desk()
+        heard = redis.pubsub(ignore_subscribe_messages=True)
+        heard.subscribe(stream.live_channel())
+        heard.get_message(timeout=5)
+        with desk.feed("run_1", 1, stop=lambda: None) as feed:
+            feed.call()
+            for _ in range(8):
+                feed.tell("message.delta", {"text": "a" * 250_000})
+                desk.flush(feed)
+        told = []
+        while message := heard.get_message(timeout=1):
+            told += orjson.loads(message["data"]).get("told", [])
+        heard.close()
+
+        assert 3 <= redis.xlen(live.stream_of("run_1")) <= 5
+        assert [number for _, _, events in told for number, *_ in events] == list(range(1, 10))

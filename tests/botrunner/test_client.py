@@ -148,6 +148,34 @@ def test_an_answer_without_end_is_not_read_to_its_end(
     assert server.sent < most / 2
 
 
+def test_a_join_that_is_not_answered_is_not_waited_for(server: Scripted, use: Any) -> None:
+    free = threading.Event()
+
+    def silence() -> Iterator[bytes]:
+        free.wait(60)
+        yield b"{}"
+
+    server.answers["/join/!silent:elsewhere"] = (200, silence)
+    server.answers["/join/!good"] = (200, {"room_id": "!good"})
+
+    async def scene(homeserver: Homeserver) -> None:
+        waiting = asyncio.create_task(homeserver.join("!silent:elsewhere", seconds=1))
+        await homeserver.join("!good", seconds=10)
+        assert not waiting.done()
+        with pytest.raises(client.NoAnswer):
+            await waiting
+        server.server_close()  # nobody is there
+        server.shutdown()
+        with pytest.raises(client.MatrixError) as away:
+            await homeserver.join("!good", seconds=10)
+        assert not isinstance(away.value, client.NoAnswer)
+
+    try:
+        use(scene)
+    finally:
+        free.set()
+
+
 def test_an_answer_as_long_as_may_be_is_read(server: Scripted, use: Any) -> None:
     filling = {"presence": {"events": ["x" * 5_000_000]}}
     server.answers["/sync"] = (200, {"next_batch": "s1", "rooms": {}} | filling)

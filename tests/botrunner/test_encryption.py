@@ -3,6 +3,8 @@
 import shutil
 import signal
 import sqlite3
+import subprocess
+import sys
 import threading
 from contextlib import closing
 from pathlib import Path
@@ -15,7 +17,7 @@ from vodozemac import PreKeyMessage, SessionCreationException
 from botrunner.client import Homeserver
 from botrunner.models import Reply, RoomEvent, Session
 from tests.botrunner.person import Person, run
-from tests.botrunner.world import ENCRYPTION, World, register
+from tests.botrunner.world import BASE_DIR, ENCRYPTION, World, register
 from tests.botrunner.world import freeze as world_freeze
 from tests.fakes.llm import Reply as Answer
 from tests.fakes.llm import held
@@ -337,3 +339,47 @@ def test_new_devices_can_talk_to_it_after_all_its_one_time_keys_were_taken(
             assert answer.decrypted
 
     run(scene())
+
+
+def test_the_key_of_its_secrets_is_changed_and_without_it_the_bot_stops(
+    world: World, alice: Account, tmp_path: Path
+) -> None:
+    old, new = "old-" + "0123456789" * 4, "new-" + "9876543210" * 4
+    world.env["SECRETS_KEY"] = old
+    register(alice)
+    world.start("worker", "bot")
+    room = world.invite(alice, initial_state=[ENCRYPTION])
+
+    async def scene() -> None:
+        async with Person(world.synapse, alice, tmp_path) as person:
+
+            async def answered(words: str) -> None:
+                answer = await person.answer(await person.say(room, words))
+                assert answer.body == f"Handled prompt: {words}"
+
+            await answered("one")
+            world.kill("bot", signal.SIGTERM)
+            world.start("bot", SECRETS_KEY=new)
+            assert world.processes.pop("bot").wait(120) == 1
+            assert "The bot runner cannot start: A stored secret" in world.log()
+            assert "Traceback" not in world.log()
+
+            world.start("bot", SECRETS_KEY=f"{new},{old}")
+            await answered("two")
+            done = subprocess.run(
+                [sys.executable, "manage.py", "rotate_secrets"],
+                cwd=BASE_DIR,
+                env=world.env | {"SECRETS_KEY": f"{new},{old}"},
+                capture_output=True,
+                text=True,
+                timeout=120,
+                check=True,
+            )
+            assert "0 cannot be read" in done.stdout
+            await answered("three")
+            world.kill("bot", signal.SIGTERM)
+            world.start("bot", SECRETS_KEY=new)
+            await answered("four")
+
+    run(scene())
+    assert world.log().count("Logged in as") == 1, "it is the same device"

@@ -436,6 +436,7 @@ class TestOrders:
         assert words_for(BOB) == ["one"]
 
 
+BROKEN = "broken"
 LEVELS = {"users": {BOB: 50, CAROL: 49}, "users_default": 0}
 
 
@@ -456,6 +457,7 @@ LEVELS = {"users": {BOB: 50, CAROL: 49}, "users_default": 0}
         ({}, {"room_version": "12", "additional_creators": [BOB]}, BOB, True),
         ({}, {"room_version": "12", "additional_creators": "@"}, BOB, False),
         ({}, {"room_version": "11"}, ALICE, False),
+        (BROKEN, {"room_version": "12"}, ALICE, False),
     ],
 )
 def test_power_is_that_to_redact(
@@ -467,6 +469,8 @@ def test_power_is_that_to_redact(
         content = levels if kind == "m.room.power_levels" else create
         if content is None:
             return web.json_response({"errcode": "M_NOT_FOUND"}, status=404)
+        if content == BROKEN:
+            return web.json_response({"errcode": "M_UNKNOWN"}, status=500)
         return web.json_response({"type": kind, "sender": ALICE, "content": content})
 
     async def scene() -> bool:

@@ -12,6 +12,7 @@ from botrunner import replies
 from botrunner.client import MatrixError
 from botrunner.models import Reply, Room
 from botrunner.replies import MAX_CONTENT_BYTES, split
+from botrunner.said import MARK
 from chat.markdown import to_html
 from tests.botrunner.scenes import ROOM, command, event, session, take_in
 from tests.factories import conversation
@@ -174,6 +175,47 @@ def test_an_answer_that_the_server_finds_too_large_is_said_to_be() -> None:
     assert reply.parts[0]["body"] == "Sorry, this answer is too long for the room."
 
 
+def test_a_long_answer_that_the_server_finds_too_large_comes_in_smaller_parts() -> None:
+    text = "\n".join(f"line {number}" for number in range(3_000))
+    [reply] = ready(text)
+    before = len(reply.parts)
+    replies.part_sent(reply, "$first")
+    replies.not_sent(reply, MatrixError("M_TOO_LARGE", status=413))
+    reply.refresh_from_db()
+
+    assert reply.status == Reply.Status.READY
+    assert len(reply.parts) > before
+    assert [part[MARK]["part"] for part in reply.parts] == list(range(len(reply.parts)))
+    said = "\n".join(part["body"] for part in reply.parts)
+    assert said == f"Handled prompt: {text}"
+    assert all("formatted_body" not in part for part in reply.parts[1:])
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (MatrixError("M_UNKNOWN", status=500), Reply.Status.DROPPED),
+        (MatrixError("CRYPTO"), Reply.Status.DROPPED),
+        (MatrixError("UNREACHABLE"), Reply.Status.READY),
+        (MatrixError("UNREADABLE", status=502), Reply.Status.READY),
+        (MatrixError("M_LIMIT_EXCEEDED", status=429), Reply.Status.READY),
+    ],
+)
+def test_what_the_homeserver_never_takes_does_not_hold_up_the_room_for_good(
+    error: MatrixError, status: str
+) -> None:
+    first, second = ready("1", "2")
+    Reply.objects.filter(pk=first.pk).update(
+        attempts=20, ready_at=timezone.now() - 2 * replies.PATIENCE
+    )
+    first.refresh_from_db()
+    replies.not_sent(first, error)
+    first.refresh_from_db()
+    assert first.status == status
+    following = replies.next_of(first.room_id, "DEVICE")
+    assert (following.reply if following else None) == (second if status == "dropped" else None)
+
+
 def test_a_room_that_was_left_hears_nothing() -> None:
     [reply] = ready("1")
     Room.objects.filter(room_id=ROOM).update(membership=Room.Membership.LEFT)
@@ -230,11 +272,76 @@ def test_long_answers_are_split_below_the_limit_of_an_event(text: str) -> None:
     pieces = split(text, MAX_CONTENT_BYTES)
     assert len(pieces) > 1
     for piece in pieces:
-        size = len(json.dumps(replies._message(piece, "m.text"), ensure_ascii=False).encode())
-        assert size <= MAX_CONTENT_BYTES
+        assert len(json.dumps(replies._message(piece, "m.text"))) <= MAX_CONTENT_BYTES
         assert piece.count("```") % 2 == 0
     kept = "".join(pieces).replace("\n", "").replace("```python", "").replace("```", "")
     assert kept == text.replace("\n", "").replace("```python", "").replace("```", "")
+
+
+def table(columns: int, rows: int) -> str:
+    return "|a" * columns + "|\n" + "|-" * columns + "|\n" + "|\n" * rows
+
+
+def encrypted_size(content: dict[str, Any]) -> int:
+    """Of an event: as nio writes it, as Megolm and base64 make it longer, and 4 KB for what stands
+    beside it."""
+    return len(json.dumps(content)) * 4 // 3 + 4_000
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        (table(40, 45) + "\n") * 8,
+        f"[a]: https://example.org/{'x' * 900}\n\n" + "[a] " * 100,
+        "".join(">" * (n % 19 + 1) + "a\n\n" for n in range(1_000)),
+        "😀" * 30_000,
+        "\u0001" * 30_000,
+        '"' * 60_000,
+        "Look:\n```" + "x" * 20_000 + "\n" + "x = 1\n" * 9_000 + "\n```",
+        "<a@b>" * 5_000,
+    ],
+    ids=["tables", "references", "quotes", "emoji", "controls", "marks", "fence", "addresses"],
+)
+def test_whatever_an_answer_grows_to_no_event_is_too_long(text: str) -> None:
+    [reply] = ready("1")
+    parts = replies.parts_of(reply, text, "m.text")
+    assert parts
+    assert "too long" not in parts[-1]["body"] or len(parts) == replies.MAX_PARTS
+    for part in parts:
+        assert encrypted_size(part) < 65_536
+        edit = replies.edit_of("$draft", part)
+        assert encrypted_size(edit) < 65_536
+        assert edit["m.new_content"]["body"] == part["body"]
+
+
+def test_an_answer_of_any_length_is_composed_soon_and_to_a_bound(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rendered = []
+
+    def counted(text: str) -> str:
+        rendered.append(len(text))
+        return to_html(text)
+
+    monkeypatch.setattr(replies, "to_html", counted)
+    [reply] = ready("1")
+    parts = replies.parts_of(reply, "word " * 1_000_000, "m.text")
+    assert len(parts) == replies.MAX_PARTS
+    assert sum(rendered) < replies.MAX_PARTS * MAX_CONTENT_BYTES
+
+
+def test_a_text_that_cannot_be_rendered_is_sent_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(text: str) -> str:
+        raise RecursionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(replies, "to_html", fail)
+        [reply] = ready("**1**")
+    [part] = reply.parts
+    assert part["body"] == "Handled prompt: **1**"
+    assert "formatted_body" not in part
+    # And an edit of it is one.
+    assert replies.edit_of("$1", part)["body"] == "* Handled prompt: **1**"
 
 
 @pytest.mark.parametrize(

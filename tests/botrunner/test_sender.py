@@ -1,6 +1,7 @@
 """Who sends what is ready, and when. The homeserver is a list of what it was sent."""
 
 import asyncio
+import threading
 from typing import Any
 
 import pytest
@@ -9,10 +10,11 @@ from django.db import connections
 
 from agents import runs
 from agents.models import Run
-from botrunner import acting, timeline
+from botrunner import acting, replies, timeline
 from botrunner.models import Reply, Session
 from botrunner.replies import ROOMS_AT_ONCE, Sender
 from botrunner.timeline import Batch, RoomNews
+from botrunner.units import unit
 from tests.botrunner.scenes import HOLDER, ME, command, event, session
 
 pytestmark = pytest.mark.django_db(transaction=True)
@@ -29,6 +31,15 @@ class Homeserver:
         await asyncio.sleep(0)
         self.sent.append(room_id)
         return f"$sent{len(self.sent)}"
+
+
+class Poisoned(Homeserver):
+    """Breaks at what is said in one room."""
+
+    async def send(self, room_id: str, content: dict[str, Any], transaction: str) -> str:
+        if room_id == "!poisoned":
+            raise KeyError("body")
+        return await super().send(room_id, content, transaction)
 
 
 def ask_in(row: Session, *room_ids: str) -> list[str]:
@@ -59,4 +70,79 @@ def test_many_rooms_are_answered_at_once_and_none_has_to_be_asked_for_again() ->
 
     assert sorted(homeserver.sent) == rooms
     assert not Reply.objects.unfinished().exists()
+    connections.close_all()
+
+
+def test_a_reply_that_cannot_be_sent_keeps_no_other_waiting() -> None:
+    command()
+    row = session()
+    ask_in(row, "!poisoned", "!sound")
+    homeserver: Any = Poisoned()
+    sender = Sender(homeserver, row)
+
+    async def work() -> None:
+        await sender.compose()
+        await sender.close()
+        await sender.compose()  # and nothing broke
+        await sender.close()
+
+    async_to_sync(work)()
+
+    assert homeserver.sent == ["!sound"]
+    poisoned = Reply.objects.get(room__room_id="!poisoned")
+    assert (poisoned.status, poisoned.error) == ("ready", "BROKEN: KeyError")
+    assert poisoned.due_at is not None
+    Reply.objects.filter(pk=poisoned.pk).update(attempts=5, due_at=None)
+    async_to_sync(work)()
+    poisoned.refresh_from_db()
+    assert poisoned.status == Reply.Status.DROPPED
+    connections.close_all()
+
+
+def test_what_takes_time_to_render_keeps_the_database_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    command()
+    row = session()
+    run_ids = ask_in(row, *(f"!room{number}" for number in range(3)))
+    homeserver: Any = Homeserver()
+    sender = Sender(homeserver, row)
+    begun, free = threading.Event(), threading.Event()
+    render = replies.render
+
+    def slowly(found: list[replies.Owed]) -> list[Reply]:
+        begun.set()
+        assert free.wait(20)
+        return render(found)
+
+    monkeypatch.setattr(replies, "render", slowly)
+
+    async def work() -> None:
+        composing = asyncio.create_task(sender.compose(run_ids))
+        assert await asyncio.to_thread(begun.wait, 20)
+        # On the one thread of the database, while it is rendered.
+        assert await asyncio.wait_for(unit(Reply.objects.unfinished().count)(), 20) == 3
+        free.set()
+        await composing
+        await sender.close()
+
+    async_to_sync(work)()
+
+    assert len(homeserver.sent) == 3
+    connections.close_all()
+
+
+def test_a_backlog_is_worked_off_in_one_go_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replies, "BATCH", 2)
+    command()
+    row = session()
+    ask_in(row, *(f"!room{number}" for number in range(7)))
+    homeserver: Any = Homeserver()
+    sender = Sender(homeserver, row)
+
+    async def work() -> None:
+        await sender.compose()
+        await sender.close()
+
+    async_to_sync(work)()
+
+    assert len(homeserver.sent) == 7
     connections.close_all()

@@ -495,3 +495,51 @@ def test_what_changes_an_event_that_can_be_none_changes_nothing(target: Any) -> 
         Said.parse(event({}, type="m.room.redaction", redacts=target)),
     ]
     assert [(each.edits, each.redacts) for each in said if each] == [(None, None)] * 3
+
+
+def test_what_is_refused_is_answered_once_for_an_event_and_a_few_times_a_minute() -> None:
+    for _ in range(5):
+        command(prefix="!bot")
+    row = session()
+    for _ in range(3 * acting.NOTICES):
+        take_in(row, event("!bot"))
+    # Two minutes may meet.
+    assert acting.NOTICES <= Reply.objects.count() <= 2 * acting.NOTICES
+    assert set(Reply.objects.values_list("error", flat=True)) == {"There was no question."}
+    silent = RoomEvent.objects.filter(replies=None)
+    assert set(silent.values_list("state", "note")) == {
+        ("ignored", "Refused: There was no question.")
+    }
+    # Nobody else's are fewer for it.
+    command(BOB, prefix="!bot")
+    before = Reply.objects.count()
+    take_in(row, event("!bot", sender=BOB))
+    assert Reply.objects.count() == before + 1
+
+
+def test_so_is_a_cancel_that_has_nothing_to_end() -> None:
+    command()
+    row = session()
+    for _ in range(3 * acting.NOTICES):
+        take_in(row, event("!cancel"))
+    assert acting.NOTICES <= Reply.objects.count() <= 2 * acting.NOTICES
+
+
+def test_masses_that_nobody_can_read_keep_nobody_elses_words_sealed() -> None:
+    row = session()
+    sealed = [
+        event({"ciphertext": "..."}, type="m.room.encrypted", sender="@mallory:localhost")
+        for _ in range(600)
+    ]
+    alices = event({"ciphertext": "..."}, type="m.room.encrypted")
+    take_in(row, *sealed, alices, *sealed[:1])
+    found = [source["event_id"] for _, _, source in acting.sealed()]
+    assert alices["event_id"] in found
+    assert len(found) == acting.SEALED_OF_SENDER + 1
+
+    # What one of them could read of her masses, it does not leave at that.
+    for pk, _, source in acting.sealed():
+        acting.unseal(pk, {**event("once"), "event_id": source["event_id"]}, ME)
+    again = [source["event_id"] for _, _, source in acting.sealed()]
+    assert len(again) == acting.SEALED_OF_SENDER
+    assert not {*again} & {*found}

@@ -48,6 +48,7 @@ def hold(request: HttpRequest) -> HttpResponse:
     return JsonResponse({"ok": True})
 
 
+@csrf_exempt
 def quick(request: HttpRequest) -> HttpResponse:
     scene_now.begun.append(request.path)
     return JsonResponse({"ok": True})

@@ -8,7 +8,7 @@ from agents.models import Limit, Summary
 from botrunner.models import Reply, Room, RoomEvent, Session
 from console import roles
 from console.models import AuditEntry, BulkJob
-from hooks.models import Delivery, Subscription
+from hooks.models import Delivery, Outcome, Subscription
 from realm.models import BotCommand, BotRegistration
 from tests import factories
 
@@ -55,7 +55,9 @@ def one_of_each() -> dict[type[Model], Any]:
         Summary.objects.create(thread=run.thread, covers_from=0, covers_to=1, text="s", model="m"),
         webhook,
         Delivery.objects.create(
-            subscription=webhook, event_id=run.request_event_id, run=run, body="{}"
+            subscription=webhook,
+            event=Outcome.objects.create(pk=run.request_event_id, run=run, body="{}", size=2),
+            run=run,
         ),
         AuditEntry.objects.create(name="alice", action="read"),
         BulkJob.objects.create(deed="agents.cancel_run", title="Cancel", kind="agents.run"),

@@ -103,3 +103,36 @@ def test_the_queries_do_not_grow_with_the_rows(sign_in: SignIn) -> None:
         counts.append(len(captured))
 
     assert counts[0] == counts[1]
+
+
+def test_of_long_rows_few_are_read_at_once() -> None:
+    size = export.Size()
+    assert size.next == export.FIRST
+    for _ in range(20):
+        size.note(1_000_000)
+    assert size.next == 4
+    for _ in range(200_000):
+        size.note(100)
+    assert size.next == export.BATCH
+    size.note(10**12)
+    assert size.next == 1
+
+
+def test_a_list_reads_the_beginning_of_what_it_shows_and_nothing_of_what_it_does_not(
+    sign_in: SignIn,
+) -> None:
+    factories.ask("words " * 20_000)
+    reader, viewer = sign_in("Operator"), sign_in("Viewer")
+    with CaptureQueriesContext(connection) as captured:
+        shown = reader.get("/admin/chat/message/").text
+        masked = viewer.get("/admin/agents/run/").text
+        reader.get("/admin/agents/event/")
+
+    assert f"{'words ' * 13}w…" in shown
+    assert "•••• 119999 characters" in masked
+    read = [query["sql"] for query in captured if query["sql"].startswith("SELECT")]
+    lists = [sql for sql in read if "LIMIT 100" in sql or "LIMIT 101" in sql]
+    assert len(lists) >= 3
+    for sql in lists:
+        columns = sql.partition(" FROM ")[0].split(", ")
+        assert not {'"chat_message"."content"', '"agents_event"."payload"'} & {*columns}

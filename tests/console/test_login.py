@@ -2,6 +2,7 @@ import io
 import re
 from collections.abc import Callable
 from datetime import timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from django_otp.oath import totp
 from django_otp.plugins.otp_totp.models import TOTPDevice
 
 from console.models import AuditEntry
+from realm import throttles
 from realm.models import User
 
 SignIn = Callable[..., Client]
@@ -47,6 +49,37 @@ def code_of(device: TOTPDevice, *, steps: int = 0) -> str:
 @pytest.fixture
 def device(alice: User) -> TOTPDevice:
     return TOTPDevice.objects.create(user=alice, name="app", confirmed=True)
+
+
+@pytest.mark.parametrize("path", [LOGIN, "/login"])
+@pytest.mark.parametrize("is_redis_there", [True, False])
+def test_an_address_may_try_so_often_whatever_the_names(
+    request: pytest.FixtureRequest,
+    browser: Client,
+    settings: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    path: str,
+    is_redis_there: bool,
+) -> None:
+    settings.LOGIN_TRIES_PER_MINUTE = 3
+    if is_redis_there:
+        request.getfixturevalue("redis")
+    # In the middle of a minute, which does not end.
+    monkeypatch.setattr(throttles, "time", SimpleNamespace(time=lambda: 1_800_000_020.5))
+    monkeypatch.setattr(throttles, "_alone", throttles.Alone())
+    throttles.redis.cache_clear()
+    request.addfinalizer(throttles.redis.cache_clear)
+
+    def attempt(number: int, ip: str) -> Any:
+        form = {"username": f"name-{number}", "password": "wrong"}
+        return browser.post(path, form, REMOTE_ADDR=ip)
+
+    # With IPv6 one has a whole /64 of them.
+    assert [attempt(n, f"2001:db8::{n}").status_code for n in range(3)] == [200, 200, 200]
+    refused = attempt(4, "2001:db8::4")
+    assert (refused.status_code, refused["Retry-After"]) == (429, "40")
+    assert b"LOGIN_TRIES_PER_MINUTE" in refused.content
+    assert attempt(5, "2001:db8:1::1").status_code == 200
 
 
 def test_too_many_wrong_passwords_lock_the_name_for_that_address(

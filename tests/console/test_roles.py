@@ -87,7 +87,7 @@ def test_migrating_back_to_before_the_groups_works(transactional_db: Any) -> Non
         "hooks/subscription/?secret__startswith=w",
         "hooks/subscription/?old_secret__startswith=w",
         "hooks/subscription/?url__startswith=h",
-        "hooks/delivery/?body__startswith=S",
+        "hooks/delivery/?event__body__startswith=S",
         "hooks/delivery/?subscription__secret__startswith=w",
         "realm/user/?password__startswith=m",
     ],

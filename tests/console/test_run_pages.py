@@ -104,7 +104,9 @@ class TestTrace:
         [sent] = trace.of(Run.objects.get(pk=asked.pk)).sent
         assert sent.summary == summary
         said = [message.content for message in sent.messages]
-        assert said == [m["content"] for m in model.requests[-1].messages[1:]]
+        contents = [m["content"] for m in model.requests[-1].messages]
+        assert [words.rpartition("</summary>\n\n")[2] for words in contents] == said
+        assert ["</summary>" in words for words in contents].count(True) == 1
         assert url(summary) in text_of(admin_client, url(asked))
 
     def test_the_time_line_tells_waits_attempts_and_calls(self, model: FakeLLM) -> None:
@@ -298,6 +300,18 @@ class TestActions:
         registration.refresh_from_db()
         assert registration.enabled
         assert set(AuditEntry.objects.values_list("action", flat=True)) >= {"enable", "disable"}
+
+    def test_an_admin_deletes_the_conversation_of_a_room(self, sign_in: SignIn) -> None:
+        asked = factories.ask(room_id="!room", place="!room")
+        address = deed_url(asked.thread, "forget")
+        assert post(sign_in("Operator"), address).status_code == 403
+        client = sign_in("Admin")
+        assert "the room" in text_of(client, url(asked.thread))
+        answer = post(client, address, "They asked for it.")
+        assert answer.headers["HX-Redirect"] == reverse("admin:chat_thread_changelist")
+        assert not Thread.objects.exists()
+        entry = AuditEntry.objects.get(action="delete")
+        assert (entry.object_id, entry.reason) == (asked.thread_id, "They asked for it.")
 
     def test_the_bot_tries_at_once_what_waits(self, sign_in: SignIn, run: Run) -> None:
         Reply.objects.update(status="ready", due_at=timezone.now() + timedelta(hours=1))

@@ -431,7 +431,11 @@ class LLMProcess:
     def __init__(self) -> None:
         command = [sys.executable, "-m", "tests.fakes.llm", "--attached"]
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,  # at Ctrl-C what asks it is stopped first
         )
         assert self._process.stdout
         self.url = self._process.stdout.readline().strip()

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from botrunner import acting, timeline
 from botrunner.client import Homeserver, MatrixError
 from botrunner.gaps import batch_of
-from botrunner.matching import cancels, objection, question
+from botrunner.matching import objection, order_of, question
 from botrunner.models import RoomEvent, Session
 from botrunner.said import UNSTORABLE, Said, is_own_join, since_own_join, storable
 from botrunner.timeline import Batch
@@ -183,7 +183,7 @@ def test_an_event_is_read_or_is_none(source: Any) -> None:
     for told in (said.edits, said.redacts, said.thread_root):
         assert told is None or (len(told) <= 255 and not UNSTORABLE.search(told))
     said.mentions(ME)
-    cancels(said, ME)
+    order_of(said, ME)
     for wanted in FILTERS:
         if not objection(wanted, said, ME):
             assert isinstance(question(wanted, Said.parse(storable(source)) or said, ME), str)

@@ -1,5 +1,6 @@
 """What Prometheus is told, and that the dashboard and the alerts ask for nothing else."""
 
+import importlib
 import json
 import re
 import time
@@ -335,6 +336,7 @@ def everything(redis: Redis, settings: Any, client: Client) -> set[str]:
         last_sync_at=timezone.now(),
     )
     client.get("/api")
+    importlib.import_module("config.refusals")  # a web server has it
     return scrape().names
 
 

@@ -82,6 +82,7 @@ def answers(db: None, model: FakeLLM) -> list[Run]:
     model.reset(answer)
     scenes.command()
     account = scenes.session()
+    scenes.let_in(account, scenes.ALICE)
     scenes.take_in(account, *(scenes.event(f"question {n} {text}") for n, text in enumerate(texts)))
     for pk in Run.objects.order_by("position").values_list("pk", flat=True):
         runs.execute(pk)
@@ -107,9 +108,8 @@ def looked_at(browser: Client, path: str) -> Parsed:
 
 
 def test_the_chat_page_shows_it_and_does_none_of_it(answers: list[Run]) -> None:
-    owner = User.objects.get(matrix_user_id=scenes.ALICE)
     browser = Client()
-    browser.force_login(owner)
+    browser.force_login(User.objects.get(matrix_user_id=scenes.ALICE))
     thread = f"/threads/{answers[0].thread_id}"
     page = looked_at(browser, thread)
     scripts = [each for each in page.elements if each.tag == "script"]
@@ -218,8 +218,8 @@ def test_nothing_is_marked_safe_but_what_was_sanitised() -> None:
     }
 
     assert marked == {
-        ("chat/templatetags/chat.py", "to_html(text, apart=True)"),
-        ("console/templatetags/pages.py", "to_html(text, apart=True)"),
+        ("chat/templatetags/chat.py", "page_of(context['request']).html(text)"),
+        ("console/templatetags/pages.py", "rendering.page_of(context['request']).html(text)"),
         # The picture of a second factor's address.
         ("console/login.py", "svg[svg.index('<svg'):]"),
     }

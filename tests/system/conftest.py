@@ -6,6 +6,9 @@ from urllib.parse import urlsplit, urlunsplit
 import psycopg
 import pytest
 
+from tests.fakes.llm import FakeLLM
+from tests.system.stack import Stack
+
 
 @pytest.fixture(scope="session")
 def database() -> Iterator[dict[str, str]]:
@@ -20,3 +23,24 @@ def database() -> Iterator[dict[str, str]]:
         server.execute(f"CREATE DATABASE {name}")
         yield {"DATABASE_URL": urlunsplit(urlsplit(url)._replace(path=f"/{name}"))}
         server.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture(scope="session")
+def llm() -> Iterator[FakeLLM]:
+    with FakeLLM() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def running(llm: FakeLLM, database: dict[str, str]) -> Iterator[Stack]:
+    """One stack for the files that tests/conftest.py names in SHARED_STACK."""
+    with Stack(llm.url, AGENT_LEASE_SECONDS="8", **database) as stack:
+        yield stack
+
+
+@pytest.fixture
+def stack(running: Stack, llm: FakeLLM) -> Stack:
+    """The shared stack, ready, with a model that answers as usual."""
+    llm.reset()
+    running.wait_ready()
+    return running

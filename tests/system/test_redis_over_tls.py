@@ -14,7 +14,7 @@ import httpx2
 import pytest
 
 from tests.fakes.llm import FakeLLM
-from tests.system.stack import BASE_DIR, Stack, _clean_environment
+from tests.system.stack import BASE_DIR, Stack, clean_environment
 from tests.system.test_start_and_stop import doctor
 from tests.tls import (
     ENCODED,
@@ -115,7 +115,7 @@ def test_a_worker_sends_no_password_to_a_server_without_tls(tmp_path: Path) -> N
     with plain_listener() as listener:
         worker = subprocess.Popen(
             [sys.executable, "-m", "celery", "--quiet", "-A", "config", "worker"],
-            env=_clean_environment()
+            env=clean_environment()
             | {
                 "REDIS_URL": f"rediss://{USER}:{ENCODED}@localhost:{listener.port}/0",
                 "DATABASE_URL": f"sqlite:///{tmp_path}/db.sqlite",

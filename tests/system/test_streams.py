@@ -25,25 +25,6 @@ WORDS = tuple(f"word{number} " for number in range(30))
 TALK = Reply(WORDS, delta_latency=0.1)
 
 
-@pytest.fixture(scope="module")
-def llm() -> Iterator[FakeLLM]:
-    with FakeLLM() as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def running(llm: FakeLLM, database: dict[str, str]) -> Iterator[Stack]:
-    with Stack(llm.url, AGENT_LEASE_SECONDS="8", **database) as stack:
-        yield stack
-
-
-@pytest.fixture
-def stack(running: Stack, llm: FakeLLM) -> Stack:
-    llm.reset()
-    running.wait_ready()
-    return running
-
-
 class Listener:
     """A client of a stream, over HTTP."""
 
