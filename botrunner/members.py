@@ -8,6 +8,8 @@ from typing import Any
 
 from botrunner.models import Room, RoomMember
 from botrunner.said import is_id, is_own_join
+from lib import revocations
+from realm.models import User
 
 MEMBER = "m.room.member"
 # Rows in one statement.
@@ -88,6 +90,9 @@ def keep(
     for first in range(0, len(changed), BATCH):
         gone = changed[first : first + BATCH]
         RoomMember.objects.filter(room=room, user_id__in=gone).delete()
+        # Streams of the room's threads may be open to them.
+        for user in User.objects.filter(matrix_user_id__in=gone).values_list("pk", flat=True):
+            revocations.publish_on_commit(user=user)
     RoomMember.objects.bulk_create(
         [
             RoomMember(room=room, user_id=user_id, event_id=event_id, joined_at=joined_at)

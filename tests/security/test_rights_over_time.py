@@ -17,7 +17,7 @@ from django.utils import timezone
 from django_otp.plugins.otp_totp.models import TOTPDevice
 from redis import Redis
 
-from agents import live, retention
+from agents import live, retention, runs
 from agents.models import Run
 from chat import rights, streams
 from chat.models import Thread
@@ -26,6 +26,7 @@ from realm import tokens
 from realm.access import Access, Reason, look_up
 from realm.models import User
 from tests import factories
+from tests.botrunner import scenes
 from tests.chat.listening import Event, Response, go, request
 
 pytestmark = pytest.mark.django_db(transaction=True)
@@ -342,6 +343,26 @@ def test_the_first_owners_stream_never_tells_of_a_thread_of_the_same_name(redis:
     go(play())
 
 
+@pytest.mark.parametrize("kind", ["thread", "run"])
+def test_a_member_who_leaves_the_room_listens_no_more(redis: Redis, kind: str) -> None:
+    scenes.command(scenes.ME)
+    session = scenes.session()
+    scenes.let_in(session, scenes.ALICE, scenes.BOB)
+    scenes.take_in(session, scenes.event("The canary sings", scenes.ALICE))
+    bob = User.objects.of_matrix_id(scenes.BOB)
+    token = tokens.issue(scenes.BOB)
+    scene = Scene(bob, {"authorization": f"Bearer {token}"}, Run.objects.get())
+
+    async def play() -> None:
+        async with opened(kind, scene) as response:
+            await heard(redis)
+            await in_thread(scenes.take_in, session, scenes.membership(scenes.BOB, "leave"))
+            end = await last_event(response)
+        assert (end.type, end.data["reason"]) == ("stream.closed", Reason.THREAD_NOT_OPEN)
+
+    go(play())
+
+
 @pytest.mark.parametrize("lose", [deactivate, revoke])
 def test_an_outcome_that_was_waited_for_is_not_sent_without_the_right(
     redis: Redis, lose: Callable[[Scene], None]
@@ -367,8 +388,6 @@ def test_an_outcome_that_was_waited_for_is_not_sent_without_the_right(
             return await response.end(60)
 
     def end(run: Run) -> None:
-        from agents import runs
-
         runs.execute(run.pk)
 
     go(play())
@@ -385,7 +404,8 @@ def test_many_streams_are_looked_up_together(
         Access(scene.owner.pk if scene.owner else None): frozenset({scene.run.thread_id, "other"})
         for scene in scenes
     }
-    with django_assert_max_num_queries(3):
+    # The users, the owners, what is open to others than owners, and what was deleted.
+    with django_assert_max_num_queries(4):
         answers = rights.look_up(questions)
     assert not answers.lost
     assert {key[1] for key in answers.closed} == {"other"}
