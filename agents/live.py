@@ -25,7 +25,7 @@ from redis.client import PubSub
 from redis.exceptions import RedisError
 
 from agents import stream
-from lib.redis import client
+from lib.redis import brief, client
 
 logger = logging.getLogger(__name__)
 
@@ -221,7 +221,7 @@ class Desk:
                 self._pipe([(feed, feed.take()) for feed in feeds])
             except RedisError as error:
                 self._breaker.trip()
-                logger.warning("Redis takes no tokens now (%s)", type(error).__name__)
+                logger.warning("Redis takes no tokens now (%s)", brief(error))
                 return False
             for feed in feeds:
                 feed.taken_in()

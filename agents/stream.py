@@ -19,7 +19,7 @@ from redis import Redis
 from redis.client import PubSub
 from redis.exceptions import RedisError, ResponseError
 
-from lib.redis import client
+from lib.redis import brief, client
 
 logger = logging.getLogger(__name__)
 
@@ -193,9 +193,7 @@ def publish(events: Iterable[dict[str, Any]]) -> bool:
                 pipe.execute()
     except RedisError as error:
         _breaker.trip()
-        logger.warning(
-            "Redis took no event (%s); the relay will add it later", type(error).__name__
-        )
+        logger.warning("Redis took no event (%s); the relay will add it later", brief(error))
         return False
     return not is_full
 

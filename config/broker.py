@@ -149,15 +149,17 @@ class Channel(redis.Channel):
         raise Empty
 
     def _handle_message(self, client: Any, response: Any) -> dict[str, Any]:
-        """Empty what came over a channel and is no command: kombu skips that. Nobody has to answer for
-        it, so it is logged and no more."""
+        """Empty what came over a channel and is no command, or no event of another worker: kombu skips
+        that. It was meant for all workers, so it is logged and kept nowhere."""
         told: dict[str, Any] = super()._handle_message(client, response)
         if told["data"] and bytes_to_str(told["type"]).endswith("message"):
+            channel = bytes_to_str(told["channel"])
+            is_command = ".pidbox" in channel
             try:
-                messages.command(told["data"])
+                (messages.command if is_command else messages.message)(told["data"])
             except messages.Unusable as error:
-                channel = bytes_to_str(told["channel"])
-                logger.warning("What came over %s is no command: %s", channel, error)
+                kind = "command" if is_command else "message"
+                logger.warning("What came over %s is no %s: %s", channel, kind, error)
                 told["data"] = b""
         return told
 

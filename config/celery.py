@@ -29,20 +29,22 @@ def fixup(app: Celery) -> DjangoFixup:
 
 
 class OwnSettings:
-    """Those of Celery alone: `celery inspect conf` and `celery report` show all that it was given, and
-    would show REDIS_URL with its password."""
+    """Those of Celery alone, by its own names: `celery inspect conf` and `celery report` show all that
+    it was given, and would show REDIS_URL with its password."""
 
     def __dir__(self) -> list[str]:
-        return [name for name in dir(settings) if name.startswith("CELERY_")]
+        return [
+            name.removeprefix("CELERY_").lower()
+            for name in dir(settings)
+            if name.startswith("CELERY_")
+        ]
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("CELERY_"):
-            return getattr(settings, name)
-        raise AttributeError(name)
+        return getattr(settings, f"CELERY_{name.upper()}")
 
 
 app = Celery("botrealm", fixups={fixup})
-app.config_from_object(OwnSettings(), namespace="CELERY")
+app.config_from_object(OwnSettings())
 app.autodiscover_tasks()
 # By name: the module needs Django's apps, which are not loaded yet.
 app.steps["worker"].add("agents.runtime:Runtime")

@@ -374,6 +374,7 @@ CELERY_BROKER_TRANSPORT_OPTIONS = {
 # Deployments that share a Redis are told apart by the stream's name. (kombu's global_keyprefix would
 # do so for all its keys, at a tenth of a worker's time.)
 CELERY_TASK_DEFAULT_QUEUE = f"{REDIS_STREAM_KEY}:celery"
+CELERY_TIMEZONE = TIME_ZONE
 CELERY_TASK_IGNORE_RESULT = True
 CELERY_TASK_ACKS_LATE = True
 CELERY_TASK_SERIALIZER = "json"

@@ -297,6 +297,12 @@ def refused(error: redis.RedisError) -> str:
     return REFUSALS.get(str(error).partition(" ")[0], "")
 
 
+def brief(error: redis.RedisError) -> str:
+    """Return what a log line has of an error: the kind, or what is to be done about TLS."""
+    text = str(error)
+    return text if text.startswith("REDIS_") else type(error).__name__
+
+
 def why(error: redis.RedisError) -> str:
     """Return what an operator has to know of an error, without a secret and in one line."""
     text = str(error)
