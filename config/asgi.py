@@ -74,7 +74,8 @@ class Threads:
     logins: Pool
     healthz: Pool
     probes: Pool
-    held: Held
+    bodies: Held
+    answers: Held
 
     def for_request(self, scope: Message) -> Pool:
         path = scope["path"]
@@ -96,7 +97,8 @@ def _threads() -> Threads:
         logins=Pool("logins", LOGIN_THREADS, waiting=LOGINS_WAITING),
         healthz=Pool("healthz", 1, waiting=PROBES_WAITING),
         probes=Pool("probes", 1, waiting=PROBES_WAITING),
-        held=Held(),
+        bodies=Held(),
+        answers=Held(),
     )
 
 
@@ -113,6 +115,10 @@ async def application(scope: Message, receive: Receive, send: Send) -> None:
         exchange.end()
 
 
+class TooMuch(Exception):
+    """So many bytes wait of a caller, or of all, that no more may."""
+
+
 class _Exchange:
     """One request and its answer."""
 
@@ -127,28 +133,29 @@ class _Exchange:
         self.has_left: Callable[[], bool] = known or self._is_over
         self.asks = known is None
         self.leaving: asyncio.Task[None] | None = None
+        self.held = 0
 
     async def run(self) -> None:
-        held, caller = self.threads.held, self.caller
-        if held.is_too_much(caller) and self.pool in (self.threads.web, self.threads.logins):
+        bodies, caller = self.threads.bodies, self.caller
+        if self._is_too_much():
             await _refuse(503, "bytes_held", self.scope, self.send)
             return
         try:
-            body = await _body(self.scope, self.receive, held, caller)
+            body = await _body(self.scope, self.receive, bodies, caller)
         except TimeoutError:
             await _refuse(408, "slow_body", self.scope, self.send)
             return
-        except MemoryError:
+        except TooMuch:
             await _refuse(503, "bytes_held", self.scope, self.send)
             return
         if body is None:  # the client is gone
             return
         size = len(body)
-        held.add(caller, size)
+        bodies.add(caller, size)
         try:
             if self.asks:
                 self.leaving = asyncio.create_task(_left(self.receive))
-            begin = functools.partial(self.answer.begin, environ(self.scope, body))
+            begin = functools.partial(self._begin, environ(self.scope, body))
             del body
             chunk = await self.pool.submit(caller, begin, self.has_left)
         except Left:
@@ -161,9 +168,36 @@ class _Exchange:
         except Full:
             await _refuse(503, "too_many_waiting", self.scope, self.send)
             return
+        except TooMuch:
+            await _refuse(503, "bytes_held", self.scope, self.send)
+            return
         finally:
-            held.add(caller, -size)
+            bodies.add(caller, -size)
         await self._reply(chunk)
+
+    def _begin(self, environ: dict[str, Any]) -> bytes:
+        """In a thread. Many may have passed the same look when they came; by now others may have been
+        answered, and wait for a client that does not read."""
+        if self._is_too_much():
+            raise TooMuch
+        chunk = self.answer.begin(environ)
+        self.holds(len(chunk))
+        return chunk
+
+    def _next(self) -> bytes:
+        chunk = self.answer.next()
+        self.holds(len(chunk))
+        return chunk
+
+    def holds(self, size: int) -> None:
+        """So much of the answer waits for the client now."""
+        size = 0 if size <= PIECE_BYTES else size
+        self.threads.answers.add(self.caller, size - self.held)
+        self.held = size
+
+    def _is_too_much(self) -> bool:
+        is_bounded = self.pool is self.threads.web or self.pool is self.threads.logins
+        return is_bounded and self.threads.answers.is_too_much(self.caller)
 
     async def _reply(self, chunk: bytes) -> None:
         answer, send = self.answer, self.send
@@ -181,7 +215,7 @@ class _Exchange:
                 # Nobody reads the rest.
                 await self.pool.go_on(self.caller, answer.close)
                 return
-            chunk = await self.pool.go_on(self.caller, answer.next)
+            chunk = await self.pool.go_on(self.caller, self._next)
         await self._put_body(chunk, more=False)
 
     async def _put_body(self, chunk: bytes, *, more: bool) -> None:
@@ -189,19 +223,15 @@ class _Exchange:
         if size <= PIECE_BYTES:
             await self._put({"type": "http.response.body", "body": chunk, "more_body": more})
             return
-        held, view = self.threads.held, memoryview(chunk)
-        held.add(self.caller, size)
-        try:
-            for at in range(0, size, PIECE_BYTES):
-                last = at + PIECE_BYTES >= size
-                piece = bytes(view[at : at + PIECE_BYTES])
-                await self._put(
-                    {"type": "http.response.body", "body": piece, "more_body": more or not last}
-                )
-                if self.has_left():
-                    return
-        finally:
-            held.add(self.caller, -size)
+        view = memoryview(chunk)
+        for at in range(0, size, PIECE_BYTES):
+            last = at + PIECE_BYTES >= size
+            piece = bytes(view[at : at + PIECE_BYTES])
+            await self._put(
+                {"type": "http.response.body", "body": piece, "more_body": more or not last}
+            )
+            if self.has_left():
+                return
 
     async def _put(self, message: Message) -> None:
         if not self.asks:  # then the connection sees to it that the client reads
@@ -214,6 +244,7 @@ class _Exchange:
         return self.leaving is not None and self.leaving.done()
 
     def end(self) -> None:
+        self.holds(0)
         if self.leaving is not None:
             self.leaving.cancel()
 
@@ -318,8 +349,7 @@ async def _refuse(status: int, reason: str, scope: Message, send: Send) -> None:
 
 async def _body(scope: Message, receive: Receive, held: Held, caller: Caller) -> bytes | None:
     """The whole body; None when the client leaves. What is too long, or does not say how long it is,
-    is not read: Django refuses it by its head. Raises `TimeoutError`, and `MemoryError` where too much
-    waits already."""
+    is not read: Django refuses it by its head. Raises `TimeoutError`, and `TooMuch`."""
     length = next((value for name, value in scope["headers"] if name == b"content-length"), b"")
     if not length.isdigit() or int(length[:12]) > settings.DATA_UPLOAD_MAX_MEMORY_SIZE:
         return b""
@@ -340,7 +370,7 @@ async def _body(scope: Message, receive: Receive, held: Held, caller: Caller) ->
                     read += len(piece)
                     held.add(caller, len(piece))
                     if held.is_too_much(caller):
-                        raise MemoryError
+                        raise TooMuch
     finally:
         held.add(caller, -read)
     return b"".join(pieces)

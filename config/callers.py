@@ -1,6 +1,7 @@
 """Who asks, as far as the head of a request shows: for fair shares, never for rights."""
 
 import functools
+import threading
 from collections import Counter
 from collections.abc import Iterable
 from ipaddress import ip_address
@@ -53,19 +54,23 @@ def _session_in(cookies: bytes) -> bytes:
 
 
 class Held:
-    """The bytes of bodies and answers that wait in this process, by caller. Not for threads."""
+    """The bytes of bodies, or of answers, that wait in this process, by caller."""
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
         self.total = 0
         self._of_address: Counter[str] = Counter()
         self._of_caller: Counter[Caller] = Counter()
 
     def add(self, caller: Caller, size: int) -> None:
-        self.total += size
-        for count, key in ((self._of_address, caller.network), (self._of_caller, caller)):
-            count[key] += size  # type: ignore[index]
-            if not count[key]:  # type: ignore[index]
-                del count[key]
+        if not size:
+            return
+        with self._lock:
+            self.total += size
+            for count, key in ((self._of_address, caller.network), (self._of_caller, caller)):
+                count[key] += size  # type: ignore[index]
+                if not count[key]:  # type: ignore[index]
+                    del count[key]
 
     def is_too_much(self, caller: Caller) -> bool:
         """Whether no more may be begun for a caller: an eighth of all is for one caller, a quarter for

@@ -357,7 +357,8 @@ def _bound_by_kernel(transport: asyncio.Transport) -> None:
         return
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
-        patience = int(settings.WEB_SEND_SECONDS * 1000)
+        # After this server has given it up, which counts it.
+        patience = int(settings.WEB_SEND_SECONDS * 2000)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, patience)
     except OSError:
         pass  # it is gone already
