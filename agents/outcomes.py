@@ -177,7 +177,7 @@ def _mark_fenced(run: Run) -> bool:
     return bool(attempt.exclude(result__in=RECORDED).update(fenced_at=Now()))
 
 
-def _spent(run: Run, transcript: loop.Transcript) -> dict[str, int | None]:
+def _spent(run: Run, transcript: loop.Transcript) -> dict[str, Any]:
     """The tokens of all attempts: nobody else has changed them since this one was claimed."""
     usage = transcript.usage
     return {

@@ -46,10 +46,10 @@ QUIET = {
 PLAIN = frozenset({str, int, float, bool, type(None)})
 
 
-def _below(kind: type[Exception]) -> Iterator[type[Exception]]:
+def _with_those_below(kind: type[Exception]) -> Iterator[type[Exception]]:
+    yield kind
     for each in kind.__subclasses__():
-        yield each
-        yield from _below(each)
+        yield from _with_those_below(each)
 
 
 def parse_levels(value: str) -> list[tuple[str, int]]:
@@ -101,7 +101,7 @@ REFUSALS = (
     # These two cannot be imported before the apps are ready.
     "DisallowedModelAdminLookup",
     "DisallowedModelAdminToField",
-    *(kind.__name__ for kind in (SuspiciousOperation, *_below(SuspiciousOperation))),
+    *(kind.__name__ for kind in _with_those_below(SuspiciousOperation)),
 )
 
 

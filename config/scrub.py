@@ -149,7 +149,8 @@ def _without_password(match: re.Match[str]) -> str:
     """Take out the password of an address, whatever is in it, or its user, who is the secret in a DSN.
     What is one word may be several addresses."""
     word = match[0]
-    done, place, end = [], 0, word.rfind("@")
+    done: list[str] = []
+    place, end = 0, word.rfind("@")
     while 0 <= (start := word.find("://", place)) < end:
         start += 3
         after = word.find("://", start)

@@ -257,8 +257,8 @@ for _name, _model in [
     if len(_model) > 100:
         raise ImproperlyConfigured(f"{_name}: a model's name has at most 100 characters.")
 CHAT_MEMORY_RECENT_MESSAGES = env.integer("CHAT_MEMORY_RECENT_MESSAGES", 8, least=1, most=1000)
-# As much as is read of each earlier message again; 0: no limit.
-CHAT_MAX_MESSAGE_CHARACTERS = env.integer("CHAT_MAX_MESSAGE_CHARACTERS", 100_000)
+# As much as a model is told of all earlier messages together (agents.memory); 0: no limit.
+CHAT_MAX_MESSAGE_CHARACTERS = env.integer("CHAT_MAX_MESSAGE_CHARACTERS", 400_000)
 CHAT_MAX_WAIT_SECONDS = env.integer("CHAT_MAX_WAIT_SECONDS", 60)
 CHAT_MAX_STREAMS = env.integer("CHAT_MAX_STREAMS", 5000, least=1)  # of a web process
 CHAT_MAX_STREAMS_PER_USER = env.integer("CHAT_MAX_STREAMS_PER_USER", 50)  # of these; 0: no limit
