@@ -32,8 +32,8 @@ logger = logging.getLogger(__name__)
 NOTICE_SECONDS = {"rate_limited": 60, "too_many_waiting": 60, "budget_exhausted": 3600}
 
 NO_POWER = (
-    "That takes the power level at which you may redact what others said in this room. Ask someone who "
-    "has it, or an operator."
+    "That takes the power level at which you may redact the messages of others in this room. Ask "
+    "someone who has it, or an operator."
 )
 
 # What is known of an event only once it has been decrypted.
@@ -58,7 +58,7 @@ class PowerNeeded(Exception):
 
 def act(pk: int, me: str, *, moderates: bool | None = None) -> None:
     """Do what an event asks for and note that it is done, in one transaction. `moderates`: whether the
-    sender may redact what others said in the room. Raises `PowerNeeded` where that has to be known."""
+    sender may redact the messages of others there. Raises `PowerNeeded` where that has to be known."""
     with transaction.atomic():
         mine = RoomEvent.objects.filter(pk=pk, state=RoomEvent.State.PENDING)
         # Another process that would act upon it waits for this transaction, and finds it done.
@@ -280,14 +280,14 @@ def _cancel(event: RoomEvent, said: Said, me: str, moderates: bool | None) -> st
         return ""
     words = "Nothing that you asked is being answered here."
     if shared:
-        words = "The answer is somebody else's too."
+        words = "Another person waits for the answer too."
     elif order_of(said, me) == CANCEL_ALL:
         words = "Nothing is being answered here."
     return _answer(event, said, me, words) and "There was nothing to cancel."
 
 
 def _forget(event: RoomEvent, said: Said, me: str, moderates: bool | None) -> str:
-    """Delete the conversation that this is said in: the room's, or that of the Matrix thread."""
+    """Delete the conversation in which it is asked for: the room's, or that of the Matrix thread."""
     found = Thread.objects.filter(
         conversation__room=event.room, conversation__root=said.thread_root
     ).first()
