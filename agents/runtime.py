@@ -198,7 +198,7 @@ def _of_room(thread_id: str) -> str:
     """The reason why a request for the thread of a room is set aside; empty for another thread."""
     if not Thread.objects.exclude(room_id="").filter(pk=thread_id).exists():
         return ""
-    return "its thread belongs to a Matrix room, and only what is said in the room enters it"
+    return "its thread belongs to a Matrix room, and only what is asked in the room enters it"
 
 
 def _was_deleted(run_id: str | None) -> bool:

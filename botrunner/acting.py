@@ -46,8 +46,8 @@ NOTICE_SECONDS = {
 }
 
 NO_POWER = (
-    "That takes the power level at which you may redact what others said in this room. Ask someone who "
-    "has it, or an operator."
+    "That takes the power level at which you may redact the messages of others in this room. Ask "
+    "someone who has it, or an operator."
 )
 # Of what no limit counts: so many times a minute.
 NOTICES = 5
@@ -75,7 +75,7 @@ class PowerNeeded(Exception):
 
 def act(pk: int, me: str, *, moderates: bool | None = None) -> None:
     """Do what an event asks for and note that it is done, in one transaction. `moderates`: whether the
-    sender may redact what others said in the room. Raises `PowerNeeded` where that has to be known."""
+    sender may redact the messages of others there. Raises `PowerNeeded` where that has to be known."""
     with transaction.atomic():
         mine = RoomEvent.objects.filter(pk=pk, state=RoomEvent.State.PENDING)
         # Another process that would act upon it waits for this transaction, and finds it done.
@@ -322,14 +322,14 @@ def _cancel(event: RoomEvent, said: Said, me: str, moderates: bool | None) -> st
         return ""
     words = "Nothing that you asked is being answered here."
     if shared:
-        words = "The answer is somebody else's too."
+        words = "Another person waits for the answer too."
     elif order_of(said, me) == CANCEL_ALL:
         words = "Nothing is being answered here."
     return _answer(event, said, me, words) and "There was nothing to cancel."
 
 
 def _forget(event: RoomEvent, said: Said, me: str, moderates: bool | None) -> str:
-    """Delete the conversation that this is said in: the room's, or that of the Matrix thread."""
+    """Delete the conversation in which it is asked for: the room's, or that of the Matrix thread."""
     found = Thread.objects.filter(
         conversation__room=event.room, conversation__root=said.thread_root
     ).first()

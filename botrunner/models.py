@@ -19,8 +19,8 @@ from lib.secrets import EncryptedTextField
 from realm.models import BotCommand, BotRegistration
 
 MAX_TYPE_LENGTH = 255
-# Nobody counts as a member of a room any more when the bot has not synced for this long: it takes no
-# part in what happens there, and a leave would not be seen.
+# No one counts as a member of a room once the bot has not synced for this long: it would not see a
+# leave.
 MEMBERS_PATIENCE = timedelta(minutes=5)
 
 
@@ -154,7 +154,7 @@ class RoomMemberQuerySet(models.QuerySet["RoomMember"]):
 
 
 class RoomMember(models.Model):
-    """Somebody who is in a room, by the bot's last sync. The row goes when they leave."""
+    """A member of a room, by the bot's last sync. The row goes when they leave."""
 
     room = models.ForeignKey(Room, models.CASCADE, related_name="members")
     user_id = models.CharField("Matrix user id", max_length=255)

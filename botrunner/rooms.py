@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 AT_ONCE = 16
 LOOKUP_SECONDS = 5.0
 MAX_PAUSE_SECONDS = 600.0
-# What it takes where a room does not say.
+# The level that it takes where a room names none.
 POWER_TO_REDACT = 50
 POWER_OF_CREATOR = 100
 # From this version of rooms on, creators have more power than any level gives.
@@ -76,7 +76,7 @@ class Lookup:
 
 
 async def may_moderate(homeserver: Homeserver, room_id: str, user_id: str) -> bool:
-    """Whether a user may redact what others said in a room; not where the homeserver does not tell.
+    """Answer if a user may redact the messages of others in a room; not where the homeserver does not.
     Raises `TokenRefused`."""
     try:
         event = await homeserver.state(room_id, "m.room.power_levels", seconds=LOOKUP_SECONDS)

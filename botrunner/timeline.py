@@ -110,8 +110,8 @@ def write_down(
 
 
 def _moments(joined: list[RoomNews], begun: datetime) -> dict[str, datetime]:
-    """When each event was shown to the bot: in their order, so that it can be told what was said before
-    someone joined. Not by the times in them, which other homeservers make up."""
+    """The moment at which each event was shown to the bot: in their order, so that it is known which
+    came before a join. Not by the times in them, which other homeservers make up."""
     events = (event for news in joined for event in news.events if isinstance(event, dict))
     ids = (event.get("event_id") for event in events)
     known = dict.fromkeys(event_id for event_id in ids if isinstance(event_id, str))
@@ -127,7 +127,7 @@ def _keep_members(
 ) -> None:
     ended = begun + timedelta(microseconds=len(moments) + 1)
     for room, each in news:
-        # Nobody is known to have been there for what was said in a gap.
+        # No one is known to have been there during a gap.
         otherwise = begun if each.is_whole else ended
         found = batch.members.get(room.room_id)
         members.keep(room, members.changes(each.events, moments), found, otherwise=otherwise)

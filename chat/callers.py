@@ -32,11 +32,11 @@ def check_may_write(thread: Thread) -> None:
 
 def check_may_steer(run: Run, caller: User | None) -> None:
     """Of the runs that are visible to the caller: in a room's thread, what they asked themselves and
-    nobody else waits for. Raises `PermissionDenied`."""
+    no one else waits for. Raises `PermissionDenied`."""
     if run.thread.room_id and not (_is_asker(run, caller) and not run.answers_others):
         raise exceptions.PermissionDenied(
-            "The run belongs to a Matrix room and answers somebody else's question. Cancel it in the "
-            "room."
+            "The run belongs to a Matrix room and answers the question of another person. Cancel it in "
+            "the room."
         )
 
 

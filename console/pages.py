@@ -155,7 +155,7 @@ class ThreadPage(Reasoned, Page, ThreadAdmin):
         dialog=dialog(
             "Delete this conversation?",
             "All questions and answers in it are gone for good. What goes on in it is cancelled, and a "
-            "room that waits for an answer is told.",
+            "room that waits for an answer gets a notice.",
             "Delete for good",
         ),
     )

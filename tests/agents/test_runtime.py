@@ -287,7 +287,7 @@ class TestOtherPrograms:
         reader.read()
 
         assert dead(redis) == [
-            "its thread belongs to a Matrix room, and only what is said in the room enters it"
+            "its thread belongs to a Matrix room, and only what is asked in the room enters it"
         ]
         assert Message.objects.get().content == "in the room"
         assert pending(redis) == 0
