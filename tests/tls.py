@@ -112,15 +112,25 @@ def tls_front(
     over = asyncio.Event()
     begun = threading.Event()
 
+    ends: set[asyncio.StreamWriter] = set()
+
+    async def join(near: asyncio.StreamReader, back: asyncio.StreamWriter) -> None:
+        ends.add(back)
+        far, onward = await asyncio.open_connection("127.0.0.1", to)
+        ends.add(onward)
+        with suppress(asyncio.CancelledError):
+            await asyncio.gather(_pump(near, onward), _pump(far, back))
+
     async def serve() -> None:
-        server = await asyncio.start_server(
-            lambda near, back: _join(to, near, back), "127.0.0.1", port, ssl=context
-        )
+        server = await asyncio.start_server(join, "127.0.0.1", port, ssl=context)
         begun.set()
         await over.wait()
         server.close()
-        for task in asyncio.all_tasks() - {asyncio.current_task()}:
-            task.cancel()
+        # Neither end waits for the other to agree.
+        for end in ends:
+            end.transport.abort()
+        if tasks := asyncio.all_tasks() - {asyncio.current_task()}:
+            await asyncio.wait(tasks, timeout=10)
 
     thread = threading.Thread(target=loop.run_until_complete, args=(serve(),), daemon=True)
     thread.start()
@@ -132,12 +142,6 @@ def tls_front(
         thread.join(30)
         loop.run_until_complete(asyncio.sleep(0))
         loop.close()
-
-
-async def _join(to: int, near: asyncio.StreamReader, back: asyncio.StreamWriter) -> None:
-    far, onward = await asyncio.open_connection("127.0.0.1", to)
-    with suppress(asyncio.CancelledError):
-        await asyncio.gather(_pump(near, onward), _pump(far, back))
 
 
 async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
