@@ -140,7 +140,8 @@ class RealmUserAdmin(Reasoned, Ranked, UserAdmin, ConsoleAdmin):
         fields = [*super().get_readonly_fields(request, obj), "tokens_valid_from"]
         if request.user.is_superuser:
             return fields
-        return [*fields, "is_superuser", "user_permissions"]
+        # With a Matrix id comes what that person may read: the rooms they are in.
+        return [*fields, "is_superuser", "user_permissions", "matrix_user_id"]
 
     def get_queryset(self, request: HttpRequest) -> QuerySet[User]:
         return (
