@@ -267,7 +267,7 @@ def _cancel(event: RoomEvent, said: Said, me: str) -> str:
         return "There was nothing to cancel."
     words = "Nothing that you asked is being answered here."
     if shared:
-        words = "The answer is somebody else's too."
+        words = "The answer is another person's too."
     reply = Reply(question=event, room=event.room, error=words)
     return "" if _notify(event, reply) else words
 
