@@ -82,7 +82,7 @@ class Due:
 
 
 class Joiner:
-    """Joins rooms side by side: those that nobody tried before first, and never so many of one inviter
+    """Joins rooms side by side: those without a try first, and never so many of one inviter
     or of one other server that theirs, when they do not answer, keep the others waiting."""
 
     def __init__(self, homeserver: Homeserver, session: Session, freed: asyncio.Event) -> None:
@@ -120,7 +120,7 @@ class Joiner:
     async def _join(self, due: Due) -> None:
         try:
             await self._try(due)
-        except Exception as error:  # for whoever looks after this process
+        except Exception as error:  # raised by the next `start_due`
             self._broken = error
         finally:
             del self._tasks[due]

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 outcomes = structlog.get_logger(__name__)
 
-# An event may have 64 KiB. Encryption makes four bytes of three, and the relation, what an edit says
+# An event may have 64 KiB. Encryption makes four bytes of three, and the relation, what an edit has
 # twice and what the server adds take their share.
 MAX_CONTENT_BYTES = 40_000
 MAX_PARTS = 50
@@ -74,7 +74,7 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Owed:
-    """A reply whose outcome is known, and what it is to say."""
+    """A reply whose outcome is known, and its text."""
 
     reply: Reply
     text: str
@@ -127,7 +127,7 @@ def keep(found: list[Reply], device_id: str) -> dict[int, Reply]:
     """The third: have them sent."""
     ready = {}
     for reply in found:
-        # Whoever took the question back meanwhile has the last word. A draft is known to the device
+        # A question that was taken back meanwhile has no reply any more. A draft is known to the device
         # that sent it.
         reply.device_id = reply.device_id or device_id
         reply.status, reply.ready_at = Reply.Status.READY, timezone.now()
@@ -220,7 +220,7 @@ def _messages(text: str, msgtype: str) -> list[dict[str, Any]]:
 
 
 def _pieces(text: str) -> list[str]:
-    """As many as a room is told."""
+    """As many as a room gets."""
     pieces = list(islice(_split(text, MAX_CONTENT_BYTES), MAX_PARTS + 1))
     if len(pieces) > MAX_PARTS:
         return [*pieces[: MAX_PARTS - 1], "(The rest of this answer is too long for a room.)"]

@@ -237,7 +237,7 @@ class Subscription(models.Model):
 
 
 class Outcome(models.Model):
-    """The body that tells an outcome: made once, and kept once, however many are told."""
+    """The body of an outcome's deliveries: made once, and kept once, however many they are."""
 
     # Of the event, by which receivers know a repetition. No foreign key: it may be pruned first.
     id = models.UUIDField(primary_key=True, editable=False)

@@ -23,7 +23,7 @@ def prune(go_on: retention.GoOn = lambda: True) -> dict[str, int]:
         while keys := list(_old().order_by("created_at").values_list("pk", flat=True)[:BATCH]):
             yield retention.delete(Delivery.objects.filter(pk__in=keys))
         for outcomes in _untold().batches():
-            # What they told is gone: they are no rows that anybody counts.
+            # Not counted: a body is a part of its deliveries, which are gone.
             Outcome.objects.filter(pk__in=outcomes).delete()
             yield {}
 
@@ -37,9 +37,9 @@ def due() -> dict[str, int]:
 
 def _untold() -> retention.Ageing:
     """The bodies that belong to no delivery any more."""
-    told = Delivery.objects.filter(event=OuterRef("pk"))
+    delivered = Delivery.objects.filter(event=OuterRef("pk"))
     cutoff = timezone.now() - UNTOLD_FOR
-    rows = Outcome.objects.filter(~Exists(told))
+    rows = Outcome.objects.filter(~Exists(delivered))
     return retention.Ageing("outcomes", rows, "created_at", "created_at", cutoff)
 
 

@@ -1,4 +1,4 @@
-"""However much there is to tell, and to however many: what is held at once stays small."""
+"""However long outcomes are, and however many webhooks get them: what is held at once stays small."""
 
 import threading
 import tracemalloc
@@ -19,8 +19,8 @@ pytestmark = pytest.mark.django_db
 MIB = 1024**2
 
 
-def say(output: str) -> None:
-    """As if each outcome that is to be told had had it."""
+def give(output: str) -> None:
+    """As if each outcome that is to be delivered had had it."""
     Event.objects.filter(to_deliver=True).update(payload={"output": output})
 
 
@@ -33,7 +33,7 @@ class TestFanOut:
             Subscription.objects.create(**columns)
         for _ in range(3):
             scenes.cancelled()
-        say("x" * 1_000_000)
+        give("x" * 1_000_000)
         tracemalloc.start()
         try:
             while fan_out():
@@ -53,12 +53,12 @@ class TestFanOut:
         scenes.subscribe()
         for _ in range(5):
             scenes.cancelled()
-        say("x" * 2000)
+        give("x" * 2000)
         monkeypatch.setattr(deliveries, "BATCH_BYTES", 4500)
         assert [fan_out() for _ in range(4)] == [2, 2, 1, 0]
 
         scenes.cancelled()
-        say("x" * 10_000)
+        give("x" * 10_000)
         assert [fan_out() for _ in range(2)] == [1, 0]
         assert Delivery.objects.count() == 6
 
@@ -91,7 +91,7 @@ class TestFanOut:
     def test_a_very_long_answer_is_cut_and_says_so(self) -> None:
         scenes.subscribe()
         scenes.cancelled()
-        say("ä" * MIB)
+        give("ä" * MIB)
         fan_out()
 
         outcome = Outcome.objects.get()
