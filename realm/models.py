@@ -16,7 +16,8 @@ from lib import revocations
 from realm.filters import EVENT_TYPES, MATRIX_EVENT, Filter, InvalidFilter
 
 # https://spec.matrix.org/v1.11/appendices/#user-identifiers, historical localparts included.
-MATRIX_USER_ID = re.compile(r"@[\x21-\x39\x3b-\x7e]{1,}:[A-Za-z0-9.\-\[\]:]{1,}\Z")
+# Anchored, as a validator searches: it would begin anew at each @.
+MATRIX_USER_ID = re.compile(r"\A@[\x21-\x39\x3b-\x7e]{1,}:[A-Za-z0-9.\-\[\]:]{1,}\Z")
 MAX_MATRIX_ID_LENGTH = 255
 # Registrations, and commands, that one user may make: all of a sender's are asked about each message.
 MAX_EACH = 100

@@ -33,7 +33,7 @@ class Migration(migrations.Migration):
                 ('is_active', models.BooleanField(default=True, help_text='Designates whether this user should be treated as active. Unselect this instead of deleting accounts.', verbose_name='active')),
                 ('date_joined', models.DateTimeField(default=django.utils.timezone.now, verbose_name='date joined')),
                 ('username', models.CharField(max_length=255, unique=True)),
-                ('matrix_user_id', models.CharField(blank=True, max_length=255, null=True, unique=True, validators=[django.core.validators.RegexValidator(re.compile('@[\\x21-\\x39\\x3b-\\x7e]{1,}:[A-Za-z0-9.\\-\\[\\]:]{1,}\\Z'), 'Write it as @user:server.')], verbose_name='Matrix user id')),
+                ('matrix_user_id', models.CharField(blank=True, max_length=255, null=True, unique=True, validators=[django.core.validators.RegexValidator(re.compile('\\A@[\\x21-\\x39\\x3b-\\x7e]{1,}:[A-Za-z0-9.\\-\\[\\]:]{1,}\\Z'), 'Write it as @user:server.')], verbose_name='Matrix user id')),
                 ('groups', models.ManyToManyField(blank=True, help_text='The groups this user belongs to. A user will get all permissions granted to each of their groups.', related_name='user_set', related_query_name='user', to='auth.group', verbose_name='groups')),
                 ('user_permissions', models.ManyToManyField(blank=True, help_text='Specific permissions for this user.', related_name='user_set', related_query_name='user', to='auth.permission', verbose_name='user permissions')),
             ],
