@@ -23,3 +23,10 @@ def test_the_template_has_every_variable() -> None:
     template = set(re.findall(r"^#?([A-Z_]+)=", (ROOT / ".env.example").read_text(), re.M))
 
     assert template == read_by_settings() | ELSEWHERE - {"STACK_DIR"}
+
+
+def test_the_security_promises_name_files_that_are_there() -> None:
+    named = re.findall(r"`([a-z_]+/[a-z_/]*(?:\.py)?)`", (ROOT / "SECURITY.md").read_text())
+
+    assert len(named) > 25
+    assert [path for path in named if not (ROOT / path).exists()] == []
