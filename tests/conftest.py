@@ -16,6 +16,7 @@ from agents import endpoint, leases, limits, live, prices, refusals, shares, str
 from lib import revocations
 from ops import health, metrics
 from realm import throttles
+from tests.config.starting import Start, Starter
 from tests.fakes import receiver
 from tests.fakes.llm import FakeLLM
 from tests.ports import free_port
@@ -227,6 +228,13 @@ def _patience() -> Iterator[None]:
         patch.setattr(health, "PATIENCE_SECONDS", 30)
         patch.setattr(metrics, "PATIENCE_SECONDS", 30)
         yield
+
+
+@pytest.fixture(scope="session")
+def start() -> Iterator[Start]:
+    """Read the settings in a process with an environment of its own."""
+    with Starter() as starter:
+        yield starter.start
 
 
 @pytest.fixture

@@ -1,21 +1,11 @@
 """Settings are read by a process that starts; so the tests start one for each environment."""
 
 import stat
-import subprocess
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.config.starting import ROOT, Starter
-
-Start = Callable[..., subprocess.CompletedProcess[str]]
-
-
-@pytest.fixture(scope="module")
-def start() -> Iterator[Start]:
-    with Starter() as starter:
-        yield starter.start
+from tests.config.starting import ROOT, Start
 
 
 @pytest.mark.parametrize(

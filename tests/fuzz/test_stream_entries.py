@@ -11,6 +11,7 @@ from redis import Redis
 from agents import listeners, live, runtime, stream
 from agents.events import Malformed, Told
 from agents.models import Run
+from lib import revocations
 from tests.agents.conftest import Broker, _celery, broker  # noqa: F401
 from tests.agents.test_runtime import dead, pending
 from tests.fuzz.examples import anything, objects, odd, tried, words
@@ -91,7 +92,8 @@ def hub() -> listeners.Hub:
 def test_news_that_make_no_sense_are_passed_by(news: Any, raw: bytes) -> None:
     hearing = hub()
     for told in (json.dumps(news).encode("utf-8", "surrogatepass"), raw):
-        hearing._heed(told)
+        for channel in (stream.live_channel(), revocations.channel()):
+            hearing._heed({"channel": channel.encode(), "data": told})
 
 
 @tried(80, call=st.one_of(NEWS, anything))

@@ -19,7 +19,7 @@ from agents import listeners, live, stream
 from lib import redis as connections
 from ops import doctor
 from realm import throttles
-from tests.config.test_settings import start
+from tests.config.starting import Start
 from tests.tls import (
     ENCODED,
     PASSWORD,
@@ -304,8 +304,14 @@ def test_a_server_is_shown_without_its_password() -> None:
 class TestStart:
     """Each process stops at its start where the settings are wrong, and names the variable."""
 
+    @pytest.fixture(autouse=True)
+    def _start(self, start: Start) -> None:
+        self.start = start
+
     def refused(self, **environment: object) -> str:
-        process = start("settings.DEBUG", **{name: str(each) for name, each in environment.items()})
+        process = self.start(
+            "settings.DEBUG", **{name: str(each) for name, each in environment.items()}
+        )
         assert process.returncode != 0
         assert CANARY not in process.stderr
         last = process.stderr.strip().splitlines()[-1]

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 from django.contrib import admin
@@ -13,6 +14,7 @@ from django.contrib.auth.models import Group
 from django.db import models
 from django.db.models import Model
 from django.test import RequestFactory
+from django.urls import resolve
 from rest_framework_json_api.utils import format_field_name
 
 from agents import runs
@@ -36,6 +38,8 @@ STOLEN = uuid.UUID("57013a00-0000-4000-8000-000000000000")
 def _settings(settings: Any) -> None:
     settings.HOOKS_ALLOWED_HOSTS = ["hooks.example.org"]
     settings.CHAT_ALLOW_ANONYMOUS = False
+    # The admin's pages are registered when its addresses are first looked up.
+    resolve("/admin/")
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,7 @@ WRITINGS = {
     "webhook": Writing(
         "POST",
         "/_webhook-subscription",
-        {"url": URL, "botId": None, "events": ["run.failed"]},
+        {"url": "(url)", "botId": None, "events": ["run.failed"]},
         (Subscription,),
         "webhook-subscription",
     ),
@@ -193,7 +197,11 @@ def test_what_the_server_writes_cannot_be_sent(
     BotRegistration.objects.create(user=bob, username="@bob:localhost")
 
     def world() -> dict[str, Any]:
-        return {"(bot)": str(bot.pk), "(thread)": factories.ask("x", owner=alice).thread_id}
+        return {
+            "(bot)": str(bot.pk),
+            "(thread)": factories.ask("x", owner=alice).thread_id,
+            "(url)": f"{URL}/{uuid4()}",
+        }
 
     def success(response: Any) -> None:
         assert response.status_code in (200, 201, 202, 302), response.content
@@ -236,7 +244,7 @@ def test_what_the_server_writes_cannot_be_sent(
 FORMS: dict[type[Model], tuple[str, str]] = {
     User: (
         "usable_password username password1 password2",
-        "date_joined email first_name groups is_active is_staff last_login last_name matrix_user_id "
+        "date_joined email first_name groups is_active is_staff last_login last_name "
         "password username",
     ),
     Group: ("name permissions", "name permissions"),
@@ -255,7 +263,7 @@ FORMS: dict[type[Model], tuple[str, str]] = {
         "on_cancelled on_completed on_failed registration url",
     ),
 }
-SUPERUSERS = {User: {"is_superuser", "user_permissions"}}
+SUPERUSERS = {User: {"is_superuser", "user_permissions", "matrix_user_id"}}
 
 
 @pytest.mark.parametrize("model", FORMS, ids=lambda model: model._meta.label_lower)
@@ -326,7 +334,11 @@ def told() -> Iterator[tuple[str, set[str]]]:
     for name, writing in WRITINGS.items():
         if not writing.form:
             ids = owned_by(someone.user)
-            known = {"(bot)": ids["_bot-registration/"], "(thread)": ids["threads/"]}
+            known = {
+                "(bot)": ids["_bot-registration/"],
+                "(thread)": ids["threads/"],
+                "(url)": f"{URL}/{uuid4()}",
+            }
             said = {**writing.sent, "username": "@token:localhost"}
             sent = {key: said[key] for key in writing.sent}
             changed = Writing(writing.method, writing.path, sent, (), writing.kind)

@@ -27,7 +27,7 @@ from lib import secrets
 from lib.secrets import Sealed, Unreadable
 from ops import doctor
 from realm.models import User
-from tests.config.test_settings import start
+from tests.config.starting import Start
 from tests.hooks import scenes
 
 pytestmark = pytest.mark.django_db
@@ -362,7 +362,7 @@ class TestWithoutTheKey:
 
 
 class TestTheSetting:
-    def test_the_built_in_key_is_refused_in_production(self) -> None:
+    def test_the_built_in_key_is_refused_in_production(self, start: Start) -> None:
         production = {
             "DEBUG": "false",
             "SECRET_KEY": "a" * 50,

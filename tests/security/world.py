@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from http.cookies import SimpleCookie
 from typing import Any
+from uuid import uuid4
 
 from django.contrib.auth.models import Group
 from django.contrib.contenttypes.models import ContentType
@@ -91,7 +92,9 @@ def owned_by(user: User | None) -> dict[str, Any]:
             ).pk
         )
         webhook = str(
-            Subscription.objects.create(owner=user, url="https://hooks.example.org/secret").pk
+            Subscription.objects.create(
+                owner=user, url=f"https://hooks.example.org/secret/{uuid4()}"
+            ).pk
         )
     return ids | {
         "_bot-registration/": bot,
