@@ -27,7 +27,7 @@ from lib import secrets
 from lib.secrets import Sealed, Unreadable
 from ops import doctor
 from realm.models import User
-from tests.config.test_settings import start
+from tests.config.starting import Starter
 from tests.hooks import scenes
 
 pytestmark = pytest.mark.django_db
@@ -187,6 +187,19 @@ class TestPlaces:
         ):
             with pytest.raises(TypeError, match="is encrypted"):
                 use()
+
+    @pytest.mark.parametrize("how", ["startswith", "contains", "regex", "gt"])
+    def test_nor_by_a_part_of_it_in_the_console(
+        self, admin_client: Client, session: Session, webhook: Subscription, how: str
+    ) -> None:
+        """Or it could be read letter by letter."""
+        for page, names in (
+            ("botrunner/session", ("access_token", "store_key")),
+            ("hooks/subscription", ("secret", "old_secret")),
+        ):
+            for name in names:
+                response = admin_client.get(f"/admin/{page}/", {f"{name}__{how}": "enc"})
+                assert response.status_code in (302, 400), name
 
     def test_what_is_not_read_is_saved_without_the_key(
         self, webhook: Subscription, settings: Any
@@ -368,16 +381,17 @@ class TestTheSetting:
             "SECRET_KEY": "a" * 50,
             "REALM_SECRET_SEED": "b" * 50,
         }
-        built_in = start("settings.DEVELOPMENT_SECRET").stdout.strip()
-        for value in (built_in, "short", f"{NEW},short"):
-            process = start("settings.SECRETS_KEY", SECRETS_KEY=value, **production)
-            assert process.returncode != 0
-            assert "ImproperlyConfigured: SECRETS_KEY is the built-in one" in process.stderr
-            assert value not in process.stderr
-        two = start("settings.SECRETS_KEY", SECRETS_KEY=f"{NEW}, {OLD}", **production)
-        assert two.stdout.strip() == str([NEW, OLD])
-        none = start("settings.SECRETS_KEY", **production)
-        assert none.stdout.strip() == str(["a" * 50])
+        with Starter() as starter:
+            built_in = starter.start("settings.DEVELOPMENT_SECRET").stdout.strip()
+            for value in (built_in, "short", f"{NEW},short"):
+                process = starter.start("settings.SECRETS_KEY", SECRETS_KEY=value, **production)
+                assert process.returncode != 0
+                assert "ImproperlyConfigured: SECRETS_KEY is the built-in one" in process.stderr
+                assert value not in process.stderr
+            two = starter.start("settings.SECRETS_KEY", SECRETS_KEY=f"{NEW}, {OLD}", **production)
+            assert two.stdout.strip() == str([NEW, OLD])
+            none = starter.start("settings.SECRETS_KEY", **production)
+            assert none.stdout.strip() == str(["a" * 50])
 
     def test_check_deploy_tells_what_protects_nothing(self, settings: Any) -> None:
         assert secrets_at_rest() == []
