@@ -100,7 +100,7 @@ def act(pk: int, me: str, *, moderates: bool | None = None) -> None:
             elif event.kind == RoomEvent.Kind.FORGET:
                 note = _forget(event, said, me, moderates)
             else:
-                note = _take_back(said)
+                note = _take_back(event, said)
         if note:
             event.note, event.state, event.source = note, RoomEvent.State.IGNORED, None
         if note or (event.verdicts, event.note) != before:
@@ -243,7 +243,9 @@ def _place(event: RoomEvent) -> str:
 
 
 def _edit(event: RoomEvent, said: Said, me: str) -> str:
-    first_row = RoomEvent.objects.filter(event_id=said.edits, sender=said.sender).first()
+    # In the same room: what was said in another one has no place in its context.
+    known = RoomEvent.objects.filter(room=event.room, sender=said.sender)
+    first_row = known.filter(event_id=said.edits).first()
     first = Said.parse(first_row.source) if first_row else None
     new = said.content.get("m.new_content")
     if first_row is None or first is None or not isinstance(new, dict):
@@ -269,8 +271,8 @@ def _filter_of(command: BotCommand | None) -> Filter | None:
         return None
 
 
-def _take_back(said: Said) -> str:
-    replies = Reply.objects.filter(question__event_id=said.redacts)
+def _take_back(event: RoomEvent, said: Said) -> str:
+    replies = Reply.objects.filter(question__event_id=said.redacts, question__room=event.room)
     open_replies = list(
         replies.filter(status__in=[Reply.Status.WAITING, Reply.Status.READY]).select_related(
             "run", "question"
@@ -285,7 +287,8 @@ def _take_back(said: Said) -> str:
             continue  # what is in the room already is brought to its end
         reply.status, reply.error = Reply.Status.DROPPED, "The question was taken back."
         reply.save(update_fields=["status", "error"])
-    RoomEvent.objects.filter(event_id=said.redacts, kind=RoomEvent.Kind.SEALED).update(
+    sealed = RoomEvent.objects.filter(room=event.room, kind=RoomEvent.Kind.SEALED)
+    sealed.filter(event_id=said.redacts).update(
         state=RoomEvent.State.IGNORED, note="It was taken back.", source=None
     )
     return "" if open_replies else "There was nothing to cancel."

@@ -34,6 +34,7 @@ from vodozemac import LibolmPickleException, PickleException
 from botrunner import shapes
 from botrunner.keystore import Store, writes_of
 from botrunner.models import Session
+from botrunner.said import opened
 from lib.secrets import Unreadable
 
 logger = logging.getLogger(__name__)
@@ -137,6 +138,10 @@ class Client(AsyncClient):
 
     def _handle_timeline_event(self, event: Any, room_id: str, *rest: Any) -> Any:
         try:
+            if isinstance(event, MegolmEvent) and self.olm:
+                event.room_id = room_id
+                # Not into nio's own idea of the room: any member can seal what looks like a join.
+                return self.olm._decrypt_megolm_no_error(event)
             return super()._handle_timeline_event(event, room_id, *rest)
         except UNREADABLE as error:
             event_id = getattr(event, "event_id", "")
@@ -336,7 +341,7 @@ class Homeserver:
             if not isinstance(event, MegolmEvent):
                 return None
             event.room_id = room_id
-            return dict(self.nio.decrypt_event(event).source)
+            return opened(self.nio.decrypt_event(event).source)
         except (EncryptionError, *UNREADABLE):
             return None
 
@@ -547,7 +552,7 @@ def _parse(body: dict[str, Any]) -> SyncResponse | None:
 
 def _decrypted(response: SyncResponse) -> dict[str, dict[str, Any]]:
     return {
-        event.event_id: dict(event.source)
+        event.event_id: opened(event.source)
         for room in response.rooms.join.values()
         for event in room.timeline.events
         if getattr(event, "decrypted", False) and hasattr(event, "event_id")

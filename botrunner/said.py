@@ -128,6 +128,17 @@ def storable(data: Any, depth: int = MAX_DEPTH) -> Any:
     return data
 
 
+# What is kept of an event that came out of an encrypted one: the sender wrote all the rest of it.
+OF_OPENED = ("event_id", "sender", "origin_server_ts", "room_id", "type", "content")
+
+
+def opened(source: dict[str, Any]) -> dict[str, Any]:
+    """An event that came out of an encrypted one. Its type too was written by the sender, and no
+    homeserver has seen it: so it is no piece of a room's state and takes nothing back."""
+    kept = {name: source[name] for name in OF_OPENED if name in source}
+    return {**kept, "content": {}} if kept.get("type") == REDACTION else kept
+
+
 def since_own_join(events: Iterable[dict[str, Any]], me: str) -> Iterator[dict[str, Any]]:
     """The events after the bot's last join among them; none if it is not there."""
     kept: list[dict[str, Any]] | None = None

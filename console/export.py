@@ -1,13 +1,14 @@
 """All rows that a list has found, as CSV: streamed, in batches, safe to open with a spreadsheet."""
 
 import csv
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
 from django.contrib.admin import ModelAdmin
 from django.contrib.admin.utils import label_for_field, lookup_field
+from django.contrib.auth import get_permission_codename
 from django.db.models import Model, QuerySet
 from django.http import HttpRequest, StreamingHttpResponse
 from django.utils import timezone
@@ -17,6 +18,7 @@ from django.utils.safestring import SafeString
 from console import audit
 
 PERMISSION = "console.export_rows"
+READS = "chat.read_messages"
 # Rows that are in memory at once: as many as make lines of so much, going by those before them.
 BATCH = 1000
 FIRST = 20
@@ -25,12 +27,12 @@ BATCH_CHARACTERS = 4_000_000
 FORMULA = tuple("=+-@\t\r\n＝＋－＠")  # noqa: RUF001
 
 
-def _unguarded(request: HttpRequest, permission: str) -> Callable[[], None]:
+def _unguarded(request: HttpRequest, permissions: Iterable[str]) -> Callable[[], None]:
     raise NotImplementedError("The console's app sets this when it is ready.")
 
 
 # What looks up again whether an export may go on (console.rights): this module knows no accounts.
-guard: Callable[[HttpRequest, str], Callable[[], None]] = _unguarded
+guard: Callable[[HttpRequest, Iterable[str]], Callable[[], None]] = _unguarded
 
 
 class _Echo:
@@ -45,12 +47,13 @@ def response(
 ) -> StreamingHttpResponse:
     """The file, with what the list's columns show. The export is on record."""
     name = admin.model._meta.model_name
+    views = f"{admin.opts.app_label}.{get_permission_codename('view', admin.opts)}"
     filtered = request.GET.urlencode() or "all"
     audit.note(
         request, audit.Action.EXPORT, admin.model, result=f"{rows.count()} rows ({filtered})"
     )
     return StreamingHttpResponse(
-        _lines(admin, rows, columns, guard(request, PERMISSION)),
+        _lines(admin, rows, columns, guard(request, [PERMISSION, READS, views])),
         content_type="text/csv; charset=utf-8",
         headers={
             "Content-Disposition": f'attachment; filename="{name}-{timezone.now():%Y%m%d-%H%M%S}.csv"'

@@ -26,6 +26,8 @@ from django.db.models.query_utils import DeferredAttribute
 # What every encrypted value begins with; the id of its key and the data follow.
 PREFIX = "enc:1:"
 NONCE_BYTES = 12
+# Of an encrypted column: whether it is empty, and whether it is still as it was read.
+LOOKUPS = {"exact", "in", "isnull"}
 
 
 class Unreadable(Exception):
@@ -184,6 +186,10 @@ class EncryptedTextField(models.TextField):
 
     def pre_save(self, model_instance: models.Model, add: bool) -> Any:
         return self.sealed_of(model_instance)
+
+    def get_lookup(self, lookup_name: str) -> Any:
+        """None by a part of it, for which Django would not ask `get_prep_value`."""
+        return super().get_lookup(lookup_name) if lookup_name in LOOKUPS else None
 
     def get_prep_value(self, value: Any) -> Any:
         if isinstance(value, Opened):

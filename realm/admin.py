@@ -19,7 +19,7 @@ from unfold.forms import AdminPasswordChangeForm, UserChangeForm, UserCreationFo
 from agents import commands
 from chat.models import Thread
 from console import audit, refused
-from console.base import ConsoleAdmin, Empty, Inline, Reasoned, dialog
+from console.base import ConsoleAdmin, Empty, Inline, Reasoned, dialog, may_read
 from realm import authority
 from realm.models import BotCommand, BotRegistration, User
 
@@ -224,6 +224,21 @@ class BotRegistrationForm(forms.ModelForm):
 
 
 class BotCommandForm(forms.ModelForm):
+    # Whether the sender of the form may read what others say.
+    may_read = False
+
+    def clean(self) -> dict[str, Any] | None:
+        """What is changed of a command that posts to a URL takes the same right as a webhook's URL:
+        words of others go there."""
+        cleaned: dict[str, Any] | None = super().clean()
+        given = {self.initial.get("command"), self.cleaned_data.get("command")} - {None}
+        if not self.may_read and self.has_changed() and given - commands.COMMANDS.keys():
+            raise forms.ValidationError(
+                "This command sends what people say to a URL. That takes the permission to read what "
+                "others said; ask somebody who has it."
+            )
+        return cleaned
+
     def clean_command(self) -> str:
         command: str = self.cleaned_data["command"]
         try:
@@ -238,6 +253,11 @@ class BotCommandInline(Inline):
     form = BotCommandForm
     fields = ["command", "filter", "id", "created_at"]
     readonly_fields = ["id", "created_at"]
+
+    def get_formset(self, request: HttpRequest, obj: Any = None, **kwargs: Any) -> Any:
+        formset: Any = super().get_formset(request, obj, **kwargs)
+        formset.form.may_read = may_read(request, None)
+        return formset
 
 
 class FiresFilter(admin.SimpleListFilter):
@@ -300,3 +320,8 @@ class BotCommandAdmin(ConsoleAdmin):
     fields = ["registration", "command", "filter", "id", "created_at"]
     readonly_fields = ["id", "created_at"]
     autocomplete_fields = ["registration"]
+
+    def get_form(self, request: HttpRequest, obj: Any = None, **kwargs: Any) -> Any:
+        form: Any = super().get_form(request, obj, **kwargs)
+        form.may_read = may_read(request, None)
+        return form

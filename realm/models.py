@@ -44,11 +44,16 @@ class RealmUserManager(UserManager["User"]):
         return self.create_user(username=matrix_user_id, matrix_user_id=matrix_user_id)
 
     def of_matrix_id(self, matrix_user_id: str) -> "User":
-        """The user with that Matrix id, created at first sight. Raises `NameTaken`."""
+        """The user with that Matrix id, created at first sight. Tokens that were issued before
+        belong to a deleted account, and are not good for this one. Raises `NameTaken`."""
         try:
             user, _ = self.get_or_create(
                 matrix_user_id=matrix_user_id,
-                defaults={"username": matrix_user_id, "password": make_password(None)},
+                defaults={
+                    "username": matrix_user_id,
+                    "password": make_password(None),
+                    "tokens_valid_from": timezone.now().replace(microsecond=0),
+                },
             )
         except IntegrityError:
             raise NameTaken(

@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 import vodozemac
+from django.utils import timezone
 from nio.crypto import InboundGroupSession
 
-from botrunner import client
+from botrunner import client, members
 from botrunner.client import (
     Homeserver,
     KeysOutdated,
@@ -26,6 +27,7 @@ from botrunner.client import (
     TooLong,
 )
 from botrunner.models import Session
+from botrunner.said import Said
 from botrunner.timeline import LeaseLost
 from tests.botrunner.scenes import ALICE, ME, event
 
@@ -247,6 +249,36 @@ def test_one_odd_sealed_event_does_not_stop_the_bot(
         # Its key may as well come later.
         assert homeserver.decrypt("!a", odd) is None
         assert homeserver.decrypt("!a", good)
+
+    use(scene)
+
+
+def test_what_a_member_has_sealed_is_no_piece_of_state_and_no_redaction(
+    server: Scripted, use: Any
+) -> None:
+    """No homeserver has seen it, and none has allowed it."""
+    outsider = "@outsider:localhost"
+    joins = {"content": {"membership": "join"}, "state_key": outsider, "unsigned": {}}
+    takes_back = {"content": {"redacts": "$a"}, "redacts": "$a"}
+
+    async def scene(homeserver: Homeserver) -> None:
+        join = sealed(homeserver, json.dumps({"type": "m.room.member", **joins}))
+        redaction = sealed(homeserver, json.dumps({"type": "m.room.redaction", **takes_back}))
+        # What a sync has opened, and what is opened once the key has come.
+        later = {each["event_id"]: homeserver.decrypt("!a", each) for each in (join, redaction)}
+        rooms = {"join": {"!a": room(join, redaction)}}
+        server.answers["/sync"] = (200, {"next_batch": "s1", "rooms": rooms})
+        news = await sync(homeserver)
+        assert set(news.decrypted) == set(later)
+        for found in (news.decrypted, later):
+            first, second = found[join["event_id"]], found[redaction["event_id"]]
+            assert first
+            assert second
+            moments = {event_id: timezone.now() for event_id in found}
+            assert not members.changes([first, second], moments)
+            assert Said.parse(second).redacts is None  # type: ignore[union-attr]
+        # The keys of the room are sealed for its members alone.
+        assert outsider not in homeserver.nio.rooms["!a"].users
 
     use(scene)
 

@@ -317,6 +317,24 @@ def test_a_redaction_in_newer_rooms_names_its_event_in_the_content() -> None:
     assert Run.objects.get().status == Run.Status.CANCELLED
 
 
+def test_what_is_said_in_another_room_changes_nothing() -> None:
+    """Neither its words, which the room of the question does not see, nor its redactions, which the
+    power in that other room has allowed."""
+    command()
+    row = session()
+    said = event("mine")
+    take_in(row, said)
+    redaction = event({}, BOB, type="m.room.redaction", redacts=said["event_id"])
+    for each in (edit(said, "unseen"), redaction):
+        batch = Batch(f"{row.since}+", [RoomNews("!other", [each], False)])
+        timeline.write_down(row, HOLDER, batch)
+        row.since = batch.next_batch
+        for pk in acting.pending():
+            acting.act(pk, ME)
+    assert questions() == ["mine"]
+    assert Run.objects.get().status == Run.Status.QUEUED
+
+
 class TestCancelling:
     """`!cancel`, said in a room."""
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from django.contrib.auth.models import Permission
 from django.core.exceptions import PermissionDenied
 from django.db import connection
 from django.test import Client
@@ -50,9 +51,24 @@ def deactivate(browser: Any) -> None:
     browser.user.save()
 
 
+def lose_permission(codename: str) -> Callable[[Any], None]:
+    def lose(browser: Any) -> None:
+        (group,) = browser.user.groups.all()
+        group.permissions.remove(Permission.objects.get(codename=codename))
+
+    return lose
+
+
 @pytest.mark.parametrize(
     "lose",
-    [deactivate, lambda browser: browser.user.groups.clear(), lambda browser: browser.logout()],
+    [
+        deactivate,
+        lambda browser: browser.user.groups.clear(),
+        lambda browser: browser.logout(),
+        lose_permission("read_messages"),
+        lose_permission("view_run"),
+        lose_permission("export_rows"),
+    ],
 )
 def test_an_export_breaks_off_where_the_right_to_it_is_lost(
     sign_in: SignIn, monkeypatch: pytest.MonkeyPatch, lose: Callable[[Any], None]

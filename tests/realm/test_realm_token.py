@@ -103,3 +103,20 @@ def test_it_prints_none_where_the_secret_is_not_known(alice: User, settings: Any
     settings.UNUSED_SECRETS = ["REALM_SECRET_SEED"]
     with pytest.raises(CommandError, match="where the web server runs"):
         printed("@alice:localhost")
+
+
+def test_a_token_of_a_deleted_account_is_not_good_for_a_later_one_of_the_same_matrix_id() -> None:
+    """Else all that was revoked would be good again, once the person has signed in anew."""
+    account = User.objects.of_matrix_id("@dora:localhost")
+    account.tokens_valid_from = None
+    account.save()
+    long_ago = tokens.issue("@dora:localhost")
+    time_of_issue = tokens.verify(long_ago).issued
+    assert good(long_ago)
+    account.revoke_tokens()
+    account.delete()
+    while time.time() < time_of_issue + 1:
+        time.sleep(0.05)
+    again = User.objects.of_matrix_id("@dora:localhost")
+    assert not good(long_ago)
+    assert good(tokens.issue("@dora:localhost", valid_from=again.tokens_valid_from))

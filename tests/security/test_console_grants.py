@@ -1,5 +1,6 @@
 """Console grants: what a member of staff may do to whom, by actor, target and action."""
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,8 @@ from django.utils import timezone
 
 from console import roles
 from console.models import AuditEntry
-from realm.models import User
+from realm.models import BotCommand, BotRegistration, User
+from tests.realm.conftest import a_filter
 
 pytestmark = pytest.mark.django_db
 PASSWORD = "correct horse battery"
@@ -350,3 +352,44 @@ def test_the_list_of_people_costs_no_more_for_it(django_assert_max_num_queries: 
         User.objects.create_user(f"someone {number}", date_joined=timezone.now())
     with django_assert_max_num_queries(12):
         assert browser.get(PAGE).status_code == 200
+
+
+def test_who_may_not_read_what_others_said_sends_it_to_no_url(settings: Any) -> None:
+    """As with the URL of a webhook: by a new command, by an old one, and by one with another filter."""
+    settings.AGENT_WEBHOOK_HOSTS = ["hooks.example.org"]
+    url, names = "https://hooks.example.org/words", ["botregistration", "botcommand"]
+    user = User.objects.of_matrix_id("@someone:localhost")
+    registration = BotRegistration.objects.create(user=user, username="@someone:localhost")
+    old, ping = (
+        BotCommand.objects.create(registration=registration, command=each, filter=a_filter())
+        for each in (url, "ping")
+    )
+    actor = person("lesser")
+    browser = browser_of(actor)
+
+    def form(command: str, **filter_: str) -> dict[str, str]:
+        wanted = json.dumps(a_filter(**filter_))
+        return {"registration": str(registration.pk), "command": command, "filter": wanted}
+
+    def inline(command: str) -> dict[str, str]:
+        fields = {f"commands-0-{name}": value for name, value in form(command).items()}
+        return {"commands-TOTAL_FORMS": "1", "commands-INITIAL_FORMS": "0"} | fields
+
+    def tried() -> list[Any]:
+        pages = "/admin/realm/botcommand/"
+        browser.post(f"{pages}add/", form(url))
+        browser.post(f"{pages}{ping.pk}/change/", form(url))
+        browser.post(f"{pages}{old.pk}/change/", form(url, content_type="other"))
+        page = f"/admin/realm/botregistration/{registration.pk}/change/"
+        browser.post(page, inline(url))
+        rows = BotCommand.objects.order_by("command", "filter__content_type")
+        return list(rows.values_list("command", "filter__content_type"))
+
+    for name in names:
+        actor.user_permissions.add(*permissions(*(f"{do}_{name}" for do in ("add", "change"))))
+    kind = a_filter()["content_type"]
+    assert tried() == [(url, kind), ("ping", kind)]
+    browser.post("/admin/realm/botcommand/add/", form("chat.reply"))
+    assert BotCommand.objects.filter(command="chat.reply").exists()
+    actor.user_permissions.add(*permissions("read_messages"))
+    assert len([each for each in tried() if each[0] == url]) == 4

@@ -188,6 +188,19 @@ class TestPlaces:
             with pytest.raises(TypeError, match="is encrypted"):
                 use()
 
+    @pytest.mark.parametrize("how", ["startswith", "contains", "regex", "gt"])
+    def test_nor_by_a_part_of_it_in_the_console(
+        self, admin_client: Client, session: Session, webhook: Subscription, how: str
+    ) -> None:
+        """Or it could be read letter by letter."""
+        for page, names in (
+            ("botrunner/session", ("access_token", "store_key")),
+            ("hooks/subscription", ("secret", "old_secret")),
+        ):
+            for name in names:
+                response = admin_client.get(f"/admin/{page}/", {f"{name}__{how}": "enc"})
+                assert response.status_code in (302, 400), name
+
     def test_what_is_not_read_is_saved_without_the_key(
         self, webhook: Subscription, settings: Any
     ) -> None:
