@@ -26,7 +26,8 @@ logger = logging.getLogger(__name__)
 
 # More questions are each acted upon in a transaction of their own: others wait for the database.
 MAX_AT_ONCE = 8
-# That wait to be followed, or were refused: of an inviter, and what waits of one other server.
+# That wait to be followed, or were refused: of an inviter, and of one other server, which may make up
+# as many inviters as it likes.
 MAX_INVITATIONS = 50
 MAX_INVITATIONS_SERVER = 200
 # What people say. A sync asks for no more, but anything may come out of an encrypted event.
@@ -227,29 +228,32 @@ class _Pending:
         counted = kept.values_list("inviter", "membership").annotate(rooms=Count("pk"))
         self._waiting: Counter[str] = Counter()
         self._refused: Counter[str] = Counter()
-        self._of_server: Counter[str] = Counter()
+        self._waiting_of_server: Counter[str] = Counter()
+        self._refused_of_server: Counter[str] = Counter()
         self._ignored: Counter[str] = Counter()
         for inviter, membership, rooms in counted:
-            if membership == Room.Membership.INVITED:
-                self._waiting[inviter] += rooms
-                self._of_server[server_of(inviter)] += rooms
-            else:
-                self._refused[inviter] += rooms
+            of_inviter, of_server = self._kept(allowed=membership == Room.Membership.INVITED)
+            of_inviter[inviter] += rooms
+            of_server[server_of(inviter)] += rooms
+
+    def _kept(self, *, allowed: bool) -> tuple[Counter[str], Counter[str]]:
+        """Of whom, and of which server."""
+        if allowed:
+            return self._waiting, self._waiting_of_server
+        return self._refused, self._refused_of_server
 
     def takes(self, inviter: str, *, allowed: bool) -> bool:
         """Whether there is room for one more, which then counts."""
         server = server_of(inviter)
-        kept = self._waiting if allowed else self._refused
+        kept, of_server = self._kept(allowed=allowed)
         is_too_many = kept[inviter] >= MAX_INVITATIONS or (
-            allowed
-            and server != self._own_server
-            and self._of_server[server] >= MAX_INVITATIONS_SERVER
+            server != self._own_server and of_server[server] >= MAX_INVITATIONS_SERVER
         )
         if is_too_many:
             self._ignored[inviter] += 1
             return False
         kept[inviter] += 1
-        self._of_server[server] += allowed
+        of_server[server] += 1
         return True
 
     def log(self) -> None:

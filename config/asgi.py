@@ -351,9 +351,9 @@ async def _body(scope: Message, receive: Receive, held: Held, caller: Caller) ->
     """The whole body; None when the client leaves. What is too long, or does not say how long it is,
     is not read: Django refuses it by its head. Raises `TimeoutError`, and `TooMuch`."""
     length = next((value for name, value in scope["headers"] if name == b"content-length"), b"")
-    if not length.isdigit() or int(length[:12]) > settings.DATA_UPLOAD_MAX_MEMORY_SIZE:
-        return b""
-    if not length.strip(b"0"):
+    # With zeros before it, a number of any size may have any number of digits.
+    digits = length.lstrip(b"0")
+    if not digits.isdigit() or int(digits[:12]) > settings.DATA_UPLOAD_MAX_MEMORY_SIZE:
         return b""
     read = 0
     pieces, more = [], True

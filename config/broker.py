@@ -31,6 +31,9 @@ logger = logging.getLogger(__name__)
 OF_TCP = ("host", "port", "socket_connect_timeout", "socket_keepalive", "socket_keepalive_options")
 
 
+# Routing key, pattern and queue.
+BINDING_PARTS = 3
+
 # What Celery and kombu raise for a message that they cannot use. What they raise for a lost connection
 # is none of these.
 NO_MESSAGE = (
@@ -137,6 +140,11 @@ class Channel(redis.Channel):
         if queue == settings.CELERY_TASK_DEFAULT_QUEUE:
             return messages.task(raw)
         return messages.message(raw)
+
+    def get_table(self, exchange: str) -> list[tuple[str, ...]]:
+        """Of what stands in Redis the queues that are bound to an exchange, and nothing else."""
+        found = super().get_table(exchange)
+        return [each for each in found if len(each) == BINDING_PARTS]
 
     def _get(self, queue: str, timeout: float | None = None) -> dict[str, Any]:
         with self.conn_or_acquire() as client:

@@ -17,6 +17,9 @@ from celery import current_app
 MOST_BYTES = 64 * 1024
 MOST_ANSWER_BYTES = 16 * 1024 * 1024
 LONGEST_NAME = 255
+# Celery sets its own clock to the greatest that it meets, and each message after that has a greater
+# one: far below what JSON parsers take for a whole number.
+MOST_CLOCK = 2**53
 # What Celery heeds of a task beside its name and id. Nothing here is scheduled, chained, timed or
 # stamped, so no message may ask for it.
 PLAIN: dict[str, Any] = {
@@ -69,10 +72,17 @@ def _check(found: Any) -> None:
         raise Unusable("it does not name where it was sent to")
     if not isinstance(way.get("routing_key"), str):
         raise Unusable("it does not name where it was sent to")
-    if not isinstance(headers.get("clock"), int | None):
-        raise Unusable("its clock is no number")
+    if not 0 <= _clock(headers) < MOST_CLOCK:
+        raise Unusable("its clock is no number that a clock comes to")
     if headers.get("compression") is not None:
         raise Unusable("it is compressed")
+
+
+def _clock(headers: dict[str, Any]) -> int:
+    clock = headers.get("clock")
+    if clock is None:
+        return 0
+    return clock if isinstance(clock, int) else -1
 
 
 def _is_name(value: Any) -> bool:

@@ -259,6 +259,20 @@ class TestHowManyMayWait:
         self.invite(row, *(Invite(f"!{n}", MALLORY) for n in range(timeline.MAX_INVITATIONS + 10)))
         assert Room.objects.filter(membership="refused").count() == timeline.MAX_INVITATIONS
 
+    def test_of_those_of_another_server_that_are_refused(
+        self, settings: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It may make up as many names as it likes, and each is a row."""
+        settings.BOT_RUNNER_ALLOWED_INVITERS = ["@*:localhost", "@good:elsewhere.example"]
+        monkeypatch.setattr(timeline, "MAX_INVITATIONS_SERVER", 5)
+        row = session()
+        for part in "ab":
+            self.invite(
+                row, *(Invite(f"!{part}{n}", f"@{part}{n}:elsewhere.example") for n in range(8))
+            )
+        assert Room.objects.filter(membership="refused").count() == 5
+        assert self.invite(row, Invite("!new", "@good:elsewhere.example")) == {"!new"}
+
     def test_one_that_is_repeated_counts_once_and_keeps_its_tries(self) -> None:
         row = session()
         for _ in range(3):

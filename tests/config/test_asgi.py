@@ -13,6 +13,7 @@ from django.urls import path
 from django.views.decorators.csrf import csrf_exempt
 
 from config import asgi
+from config.callers import NOBODY, Held
 from tests.chat.listening import Response, go, request
 
 pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.urls(__name__)]
@@ -101,6 +102,19 @@ def test_a_body_that_is_too_long_is_not_read(settings: Any) -> None:
     )
     assert status == 400  # of a plain view; the API says 413
     assert json.loads(body)["ok"] is False
+
+
+def test_nor_is_one_whose_length_begins_with_zeros(settings: Any) -> None:
+    length = f"{settings.DATA_UPLOAD_MAX_MEMORY_SIZE + 1}"
+    scope = {"headers": [(b"content-length", b"0" * 12 + length.encode())]}
+
+    async def receive() -> Any:
+        raise AssertionError
+
+    async def scene() -> None:
+        assert await asgi._body(scope, receive, Held(), NOBODY) == b""
+
+    go(scene())
 
 
 def test_a_long_response_is_sent_in_pieces() -> None:

@@ -22,6 +22,15 @@ def test_a_channel_that_outlives_its_connection_can_be_closed(
         message.ack_log_error(logging.getLogger(), connection.connection_errors)
 
 
+def test_what_is_no_binding_keeps_no_message_from_its_queue(redis: Any, redis_server: str) -> None:
+    """Any program may have written there; kombu reads it whenever an answer is sent."""
+    with Connection(redis_server, transport="config.broker:Transport") as connection:
+        queue = connection.SimpleQueue("answers")
+        redis.sadd("_kombu.binding.answers", b"garbage", b"\xff", b"a\x06\x16b\x06\x16c\x06\x16d")
+        queue.put({"run": 1})
+        assert queue.get(timeout=60).payload == {"run": 1}
+
+
 @pytest.mark.parametrize(
     ("setting", "refusing", "usual"), [("maxmemory", "1", "0"), ("min-replicas-to-write", "1", "0")]
 )

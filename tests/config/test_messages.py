@@ -143,6 +143,15 @@ def test_what_nobody_here_uses_is_not_heeded(ours: dict[str, Any], header: str, 
     assert found["headers"].get(header) != value
 
 
+@pytest.mark.parametrize("clock", [2**64 - 1, 2**53, -1, 1.5, "1", []])
+def test_a_clock_that_no_later_message_could_pass(ours: dict[str, Any], clock: Any) -> None:
+    """The worker would adopt it, and send answers that are refused as these are."""
+    command = changed(ours, "headers/clock", clock)
+    for check in (messages.message, messages.command):
+        with pytest.raises(Unusable, match="clock"):
+            check(command)
+
+
 @tried(60, found=anything)
 def test_nothing_but_that_is_raised(found: Any) -> None:
     raw = json.dumps(found).encode("utf-8", "surrogatepass")
