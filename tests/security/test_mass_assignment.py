@@ -69,7 +69,7 @@ WRITINGS = {
     "webhook": Writing(
         "POST",
         "/_webhook-subscription",
-        {"url": URL, "botId": None, "events": ["run.failed"]},
+        {"url": "(url)", "botId": None, "events": ["run.failed"]},
         (Subscription,),
         "webhook-subscription",
     ),
@@ -193,7 +193,9 @@ def test_what_the_server_writes_cannot_be_sent(
     BotRegistration.objects.create(user=bob, username="@bob:localhost")
 
     def world() -> dict[str, Any]:
-        return {"(bot)": str(bot.pk), "(thread)": factories.ask("x", owner=alice).thread_id}
+        thread = factories.ask("x", owner=alice).thread_id
+        # An owner has a webhook to each URL once.
+        return {"(bot)": str(bot.pk), "(thread)": thread, "(url)": f"{URL}/{thread}"}
 
     def success(response: Any) -> None:
         assert response.status_code in (200, 201, 202, 302), response.content
@@ -326,7 +328,11 @@ def told() -> Iterator[tuple[str, set[str]]]:
     for name, writing in WRITINGS.items():
         if not writing.form:
             ids = owned_by(someone.user)
-            known = {"(bot)": ids["_bot-registration/"], "(thread)": ids["threads/"]}
+            known = {
+                "(bot)": ids["_bot-registration/"],
+                "(thread)": ids["threads/"],
+                "(url)": f"{URL}/new",
+            }
             said = {**writing.sent, "username": "@token:localhost"}
             sent = {key: said[key] for key in writing.sent}
             changed = Writing(writing.method, writing.path, sent, (), writing.kind)

@@ -90,9 +90,9 @@ def owned_by(user: User | None) -> dict[str, Any]:
                 registration=registration, command="ping", filter=a_filter()
             ).pk
         )
-        webhook = str(
-            Subscription.objects.create(owner=user, url="https://hooks.example.org/secret").pk
-        )
+        # Each time another: an owner has a webhook to a URL once.
+        url = f"https://hooks.example.org/secret/{bot}"
+        webhook = str(Subscription.objects.create(owner=user, url=url).pk)
     return ids | {
         "_bot-registration/": bot,
         "_bot-commands/": command,
