@@ -15,8 +15,9 @@ from django.utils import timezone
 from botrunner.client import Homeserver, MatrixError, NoAnswer
 from botrunner.models import Room, Session
 from botrunner.said import is_id, server_of
-from botrunner.timeline import Invite
+from botrunner.timeline import INVITER_DEACTIVATED, Invite
 from botrunner.units import unit
+from realm.models import User
 
 logger = logging.getLogger(__name__)
 
@@ -159,7 +160,14 @@ def _due(session: Session, known: list[int]) -> list[Due]:
     ).exclude(pk__in=known)
     columns = ("pk", "room_id", "inviter", "join_attempts")
     rows = rooms.order_by("join_attempts", "join_due_at").values_list(*columns)
-    return [Due(*row) for row in rows[:LOOKED_AT]]
+    found = [Due(*row) for row in rows[:LOOKED_AT]]
+    # It may wait for hours, and the account be deactivated meanwhile.
+    gone = User.objects.deactivated_among(due.inviter for due in found) if found else set()
+    if gone:
+        rooms.filter(inviter__in=gone).update(
+            membership=Room.Membership.REFUSED, join_due_at=None, error=INVITER_DEACTIVATED
+        )
+    return [due for due in found if due.inviter not in gone]
 
 
 def _in_turn(found: list[Due]) -> list[Due]:

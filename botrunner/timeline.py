@@ -30,6 +30,7 @@ MAX_AT_ONCE = 8
 # as many inviters as it likes.
 MAX_INVITATIONS = 50
 MAX_INVITATIONS_SERVER = 200
+INVITER_DEACTIVATED = "The account of the inviter is deactivated."
 # What people say. A sync asks for no more, but anything may come out of an encrypted event.
 SPOKEN = {*EVENT_TYPES, ENCRYPTED, REDACTION}
 
@@ -194,7 +195,7 @@ def _why_not_joined(invite: Invite, deactivated: Collection[str]) -> str:
     if not matches_any(invite.inviter, settings.BOT_RUNNER_ALLOWED_INVITERS):
         return "BOT_RUNNER_ALLOWED_INVITERS does not name the inviter."
     if invite.inviter in deactivated:
-        return "The account of the inviter is deactivated."
+        return INVITER_DEACTIVATED
     return ""
 
 

@@ -155,6 +155,12 @@ class RealmUserAdmin(Reasoned, Ranked, UserAdmin, ConsoleAdmin):
             )
         )
 
+    def save_model(self, request: HttpRequest, obj: Any, form: Any, change: bool) -> None:
+        """The tokens of a Matrix id were issued to the account that had it before."""
+        super().save_model(request, obj, form, change)
+        if "matrix_user_id" in form.changed_data:
+            obj.revoke_tokens()
+
     @admin.display
     def roles(self, user: User) -> str:
         names = [group.name for group in user.groups.all()]

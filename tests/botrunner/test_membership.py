@@ -16,6 +16,7 @@ from botrunner.membership import Joiner, invites
 from botrunner.models import Room, Session
 from botrunner.timeline import Batch, Invite
 from botrunner.units import pause, unit
+from realm.models import User
 from tests.botrunner.scenes import ALICE, BOB, HOLDER, ME, session
 
 
@@ -168,6 +169,19 @@ class TestJoining:
         self.work(row, homeserver, lambda: len(homeserver.joined) == 3)
 
         assert homeserver.most == membership.AT_ONCE_SERVER
+
+    def test_one_that_waits_is_given_up_once_the_inviter_is_deactivated(self, row: Session) -> None:
+        self.invite(row, ("!hers", ALICE), ("!his", BOB))
+        alice = User.objects.of_matrix_id(ALICE)
+        alice.is_active = False
+        alice.save()
+        homeserver = Homeserver()
+        self.work(row, homeserver, lambda: "!his" in homeserver.joined)
+
+        assert homeserver.tried == ["!his"]
+        room = Room.objects.get(room_id="!hers")
+        assert (room.membership, room.join_due_at) == (Room.Membership.REFUSED, None)
+        assert room.error == "The account of the inviter is deactivated."
 
     def test_one_that_is_never_answered_is_given_up(self, row: Session) -> None:
         self.silent(row, 1)

@@ -9,6 +9,7 @@ from django.utils.formats import localize
 from django.utils.timezone import localtime
 
 from console.models import AuditEntry
+from realm import tokens
 from realm.models import User
 from tests.realm.conftest import Client as Caller
 from tests.realm.conftest import alice, client_of  # noqa: F401
@@ -112,3 +113,29 @@ def test_a_form_does_not_bring_them_back(admin_client: Client, alice: User) -> N
     alice.refresh_from_db()
     assert alice.tokens_valid_from == before
     assert not is_good(caller)
+
+
+def test_a_matrix_id_brings_no_tokens_to_another_account(
+    admin_client: Client,
+    alice: User,  # noqa: F811
+) -> None:
+    """Else those that were revoked would be good again."""
+    caller = client_of(alice)
+    alice.revoke_tokens()
+    alice.delete()
+    other = User.objects.create_user("other")
+    form = {
+        "username": "other",
+        "is_active": "on",
+        "date_joined_0": "2026-01-01",
+        "date_joined_1": "10:00",
+        "matrix_user_id": "@alice:localhost",
+    }
+    assert admin_client.post(page_of(other), form).status_code == 302
+    other.refresh_from_db()
+    assert other.matrix_user_id == "@alice:localhost"
+    assert not is_good(caller)
+    new = Caller()
+    token = tokens.issue("@alice:localhost", valid_from=other.tokens_valid_from)
+    new.credentials(HTTP_AUTHORIZATION=f"Bearer {token}")
+    assert is_good(new)

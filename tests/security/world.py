@@ -3,7 +3,6 @@
 from dataclasses import dataclass, field
 from http.cookies import SimpleCookie
 from typing import Any
-from uuid import uuid4
 
 from django.contrib.auth.models import Group
 from django.contrib.contenttypes.models import ContentType
@@ -91,11 +90,9 @@ def owned_by(user: User | None) -> dict[str, Any]:
                 registration=registration, command="ping", filter=a_filter()
             ).pk
         )
-        webhook = str(
-            Subscription.objects.create(
-                owner=user, url=f"https://hooks.example.org/secret/{uuid4()}"
-            ).pk
-        )
+        # Each time another: an owner has a webhook to a URL once.
+        url = f"https://hooks.example.org/secret/{bot}"
+        webhook = str(Subscription.objects.create(owner=user, url=url).pk)
     return ids | {
         "_bot-registration/": bot,
         "_bot-commands/": command,
