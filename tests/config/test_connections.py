@@ -395,6 +395,17 @@ class TestWhoAsks:
             held.add(caller, -size)
         assert (held.total, dict(held._of_caller)) == (0, {})
 
+    def test_addresses_that_have_something_leave_room_for_others(self, settings: Any) -> None:
+        settings.WEB_MAX_HELD_BYTES = 1000
+        held = Held()
+        many = [Caller(f"a{number}", b"") for number in range(10)]
+        for _ in range(100):
+            for caller in many:
+                if not held.is_too_much(caller):
+                    held.add(caller, 10)
+        assert held.total == 750
+        assert not held.is_too_much(Caller("b"))
+
 
 async def drip(wire: Wire, drop: bytes) -> None:
     """Send on until the server has had enough."""
