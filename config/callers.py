@@ -66,11 +66,22 @@ class Held:
         if not size:
             return
         with self._lock:
-            self.total += size
-            for count, key in ((self._of_address, caller.network), (self._of_caller, caller)):
-                count[key] += size  # type: ignore[index]
-                if not count[key]:  # type: ignore[index]
-                    del count[key]
+            self._add(caller, size)
+
+    def _add(self, caller: Caller, size: int) -> None:
+        self.total += size
+        for count, key in ((self._of_address, caller.network), (self._of_caller, caller)):
+            count[key] += size  # type: ignore[index]
+            if not count[key]:  # type: ignore[index]
+                del count[key]
+
+    def takes(self, caller: Caller, size: int) -> bool:
+        """Add so many bytes unless there is too much already; whether they were added."""
+        with self._lock:
+            if self.is_too_much(caller):
+                return False
+            self._add(caller, size)
+            return True
 
     def is_too_much(self, caller: Caller) -> bool:
         """Whether no more may be begun for a caller: an eighth of all is for one caller, a quarter for
