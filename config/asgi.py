@@ -181,8 +181,20 @@ class _Exchange:
         if self._is_too_much():
             raise TooMuch
         chunk = self.answer.begin(environ)
-        self.holds(len(chunk))
+        if not self._takes(len(chunk)):
+            self.answer.close()
+            raise TooMuch
         return chunk
+
+    def _takes(self, size: int) -> bool:
+        """Whether there is still room for the answer, which is then held. Several that were begun side
+        by side might come to many times what is left; what has changed something is answered anyway."""
+        is_safe = self.scope["method"] in ("GET", "HEAD")
+        if size <= PIECE_BYTES or not (is_safe and self._is_bounded()):
+            self.holds(size)
+            return True
+        self.held = size if self.threads.answers.takes(self.caller, size) else 0
+        return bool(self.held)
 
     def _next(self) -> bytes:
         chunk = self.answer.next()
@@ -195,9 +207,11 @@ class _Exchange:
         self.threads.answers.add(self.caller, size - self.held)
         self.held = size
 
+    def _is_bounded(self) -> bool:
+        return self.pool is self.threads.web or self.pool is self.threads.logins
+
     def _is_too_much(self) -> bool:
-        is_bounded = self.pool is self.threads.web or self.pool is self.threads.logins
-        return is_bounded and self.threads.answers.is_too_much(self.caller)
+        return self._is_bounded() and self.threads.answers.is_too_much(self.caller)
 
     async def _reply(self, chunk: bytes) -> None:
         answer, send = self.answer, self.send
@@ -286,8 +300,9 @@ class Answer:
 
     def close(self) -> None:
         """Instead of `next`, where no more is wanted."""
-        self.more = False
-        self._response.close()
+        if self.more:
+            self.more = False
+            self._response.close()
 
     def _start(
         self, status: str, headers: list[tuple[str, str]], exc_info: Any = None, /

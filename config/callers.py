@@ -66,16 +66,29 @@ class Held:
         if not size:
             return
         with self._lock:
-            self.total += size
-            for count, key in ((self._of_address, caller.network), (self._of_caller, caller)):
-                count[key] += size  # type: ignore[index]
-                if not count[key]:  # type: ignore[index]
-                    del count[key]
+            self._add(caller, size)
+
+    def _add(self, caller: Caller, size: int) -> None:
+        self.total += size
+        for count, key in ((self._of_address, caller.network), (self._of_caller, caller)):
+            count[key] += size  # type: ignore[index]
+            if not count[key]:  # type: ignore[index]
+                del count[key]
+
+    def takes(self, caller: Caller, size: int) -> bool:
+        """Add so many bytes unless there is too much already; whether they were added."""
+        with self._lock:
+            if self.is_too_much(caller):
+                return False
+            self._add(caller, size)
+            return True
 
     def is_too_much(self, caller: Caller) -> bool:
         """Whether no more may be begun for a caller: an eighth of all is for one caller, a quarter for
-        one address. Whoever has nothing there may begin until an address has half of all."""
+        one address. Whoever has nothing there may begin until an address has half of all. The last
+        quarter of all is for addresses that have nothing, or a few could keep out all the others."""
         most = settings.WEB_MAX_HELD_BYTES
-        own = self._of_caller[caller]
+        own, of_address = self._of_caller[caller], self._of_address[caller.network]
         share = most // 4 if own else most // 2
-        return self.total >= most or own >= most // 8 or self._of_address[caller.network] >= share
+        all_of_it = most - most // 4 if of_address else most
+        return self.total >= all_of_it or own >= most // 8 or of_address >= share

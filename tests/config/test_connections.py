@@ -59,6 +59,11 @@ def big(request: HttpRequest) -> HttpResponse:
     return HttpResponse(b"x" * BIG)
 
 
+def big_later(request: HttpRequest) -> HttpResponse:
+    hold(request)
+    return HttpResponse(b"x" * BIG)
+
+
 def pieces(request: HttpRequest) -> StreamingHttpResponse:
     def all_of_it() -> Iterator[bytes]:
         for _ in range(100):
@@ -87,6 +92,7 @@ urlpatterns = [
     path("login", hold),
     path("api/quick", quick),
     path("api/big", big),
+    path("api/big-later", big_later),
     path("api/pieces", pieces),
     path("api/events", events),
     path("admin/", admin.site.urls),  # whose paths a middleware asks for
@@ -395,6 +401,17 @@ class TestWhoAsks:
             held.add(caller, -size)
         assert (held.total, dict(held._of_caller)) == (0, {})
 
+    def test_addresses_that_have_something_leave_room_for_others(self, settings: Any) -> None:
+        settings.WEB_MAX_HELD_BYTES = 1000
+        held = Held()
+        many = [Caller(f"a{number}", b"") for number in range(10)]
+        for _ in range(100):
+            for caller in many:
+                if not held.is_too_much(caller):
+                    held.add(caller, 10)
+        assert held.total == 750
+        assert not held.is_too_much(Caller("b"))
+
 
 async def drip(wire: Wire, drop: bytes) -> None:
     """Send on until the server has had enough."""
@@ -503,6 +520,28 @@ class TestTime:
 
 
 class TestMemory:
+    def test_answers_that_are_made_side_by_side_have_one_share(
+        self, settings: Any, scene: Scene
+    ) -> None:
+        settings.WEB_MAX_HELD_BYTES = 24 * BIG  # 3 of one caller
+
+        async def play() -> None:
+            async with connecting() as connect:
+                wires = await held_threads(connect, asgi.THREADS, "/api/big-later")
+                for wire in wires:
+                    wire.writer.transport.pause_reading()
+                scene.may_end.set()
+                answers = asgi._threads().answers
+                await until(lambda: asgi._threads().web._busy == 0)
+                assert answers.total == 3 * BIG
+                for wire in wires:
+                    wire.writer.transport.resume_reading()
+                heads = [await wire.reader.readline() for wire in wires]
+                assert sum(b" 200 " in head for head in heads) == 3
+                assert sum(b" 503 " in head for head in heads) == asgi.THREADS - 3
+
+        go(play())
+
     def test_who_leaves_answers_unread_gets_no_more_of_them(self, settings: Any) -> None:
         settings.WEB_MAX_HELD_BYTES = 24 * BIG  # 3 of one caller, 12 where one has none
 
