@@ -527,7 +527,7 @@ class TestMemory:
 
         async def play() -> None:
             async with connecting() as connect:
-                wires = await held_threads(connect, asgi.THREADS, "/api/big-later")
+                wires: list[Any] = await held_threads(connect, asgi.THREADS, "/api/big-later")
                 for wire in wires:
                     wire.writer.transport.pause_reading()
                 scene.may_end.set()
