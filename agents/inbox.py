@@ -190,7 +190,7 @@ def ask(
                 content,
                 source,
                 threads,
-                Thread(owner=None if room_id else owner, room_id=room_id),
+                Thread(id=asked.thread_id, owner=None if room_id else owner, room_id=room_id),
                 event_id,
                 asked_at=asked_at,
                 columns={
@@ -417,7 +417,7 @@ def _next_turn(thread_id: str, threads: ThreadQuerySet) -> int:
 
 
 def _begin_thread(thread_id: str, threads: ThreadQuerySet, new: Thread) -> int:
-    new.pk, new.turns = thread_id, 1
+    new.turns = 1
     try:
         with transaction.atomic():
             new.save(force_insert=True)

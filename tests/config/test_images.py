@@ -26,7 +26,7 @@ SERVICES: dict[str, Any] = COMPOSE["services"]
 OURS = {name: service for name, service in SERVICES.items() if service["image"] == "botrealm"}
 UNITS = sorted((ROOT / "deploy/systemd").iterdir())
 # Read by the web server, by Python and by compose.yaml itself.
-ELSEWHERE = {"PATH", "PYTHONUNBUFFERED", "PORT", "MATRIX_SERVER_NAME"} | {
+ELSEWHERE = {"PATH", "MALLOC_ARENA_MAX", "PYTHONUNBUFFERED", "PORT", "MATRIX_SERVER_NAME"} | {
     "POSTGRES_PASSWORD",
     "REDIS_PASSWORD",
 }
