@@ -191,7 +191,8 @@ def redis(redis_server: str, settings: Any) -> Iterator[redis_client.Redis]:
 
 
 def _forget_clients() -> None:
-    for cached in (stream._publisher, stream.consumer, stream.observer, live._teller, live._hearer):
+    of_streams = (stream._publisher, stream.consumer, stream.observer)
+    for cached in (*of_streams, live._teller, live._hearer, throttles.redis):
         if cached.cache_info().currsize:
             cached().close()
         cached.cache_clear()
@@ -204,6 +205,7 @@ def _fresh_heartbeat() -> Iterator[None]:
     yield
     leases.heartbeat.cache_clear()
     live.desk.cache_clear()
+    throttles._alone.forget()
 
 
 @pytest.fixture(autouse=True)

@@ -66,7 +66,8 @@ class Paths:
         self.model, self.redis, self.monkeypatch = model, redis, monkeypatch
         self.receiver, self.openid_server = receiver, openid_server
         self.homeserver, self.folder = homeserver, folder
-        self.jwt = tokens.issue("@alice:localhost")
+        alice = User.objects.of_matrix_id("@alice:localhost")
+        self.jwt = tokens.issue("@alice:localhost", valid_from=alice.tokens_valid_from)
         self.client = Client(
             raise_request_exception=False, headers={"authorization": f"Bearer {self.jwt}"}
         )
