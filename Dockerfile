@@ -28,4 +28,4 @@ EXPOSE 3000
 HEALTHCHECK --interval=10s --timeout=5s --start-period=20s \
     CMD ["python", "-c", "import http.client as h; c = h.HTTPConnection('127.0.0.1', 3000, timeout=4); c.request('GET', '/healthz'); raise SystemExit(c.getresponse().status != 200)"]
 # Whoever waits for an outcome gets it: CHAT_MAX_WAIT_SECONDS and a little.
-CMD ["uvicorn", "config.asgi:application", "--http", "config.protocol:BoundedProtocol", "--host", "0.0.0.0", "--port", "3000", "--lifespan", "off", "--ws", "none", "--no-access-log", "--no-proxy-headers", "--no-server-header", "--timeout-graceful-shutdown", "70", "--timeout-worker-healthcheck", "30", "--log-level", "warning"]
+CMD ["uvicorn", "config.asgi:application", "--http", "config.server.protocol:BoundedProtocol", "--host", "0.0.0.0", "--port", "3000", "--lifespan", "off", "--ws", "none", "--no-access-log", "--no-proxy-headers", "--no-server-header", "--timeout-graceful-shutdown", "70", "--timeout-worker-healthcheck", "30", "--log-level", "warning"]

@@ -93,10 +93,10 @@ format: $(READY) ## Format the code and fix what can be fixed
 	$(BIN)/ruff check --fix .
 
 bench: $(READY) $(REDIS) $(HOMESERVER) ## Measure; ARGS="compare BASE=commit" compares two builds
-	$(BIN)/python -m benchmarks $(ARGS)
+	$(BIN)/python -m tests.benchmarks $(ARGS)
 
 screenshots: $(READY) $(REDIS) ## Photograph the admin and the chat page into docs/images; ARGS name some of the pictures
-	$(BIN)/python -m scripts.screenshots $(ARGS)
+	$(BIN)/python -m tests.screenshots.screenshots $(ARGS)
 
 $(READY): $(wildcard requirements/*.txt)
 	@command -v $(PYTHON) >/dev/null || \

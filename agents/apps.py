@@ -13,7 +13,7 @@ class AgentsConfig(AppConfig):
         from agents import deletions
 
         deletions.connect()
-        # What the commands.py of each app adds to the table of agents.commands.
+        # What the commands.py of each app adds to the table of agents.runs.commands.
         autodiscover_modules("commands")
         pre_delete.connect(_delete_threads, sender=settings.AUTH_USER_MODEL)
 

@@ -16,11 +16,13 @@ from django.db.models import Exists, F
 from django.db.models.functions import Now
 from django.utils import timezone
 
-from agents import lifecycle, limits, refusals, runs, stream
+from agents.events import stream
+from agents.lifecycle import states
 from agents.models import CHAT_REPLY, DeletedRun, Event, IdempotencyKey, Run, new_run_id
+from agents.runs import execution
+from agents.usage import limits, refusals
 from chat.models import CHOSEN_ID, DeletedThread, Message, Thread, ThreadQuerySet, new_thread_id
-from lib import transactions
-from realm import tracing
+from lib import tracing, transactions
 from realm.models import User
 
 MAX_MODEL_LENGTH = 100
@@ -72,7 +74,7 @@ class Busy(Refused):
 
 
 class Limited(Refused):
-    """A limit of the asker's or of the room's is reached (agents.limits)."""
+    """A limit of the asker's or of the room's is reached (agents.usage.limits)."""
 
     def __init__(self, reached: limits.Reached) -> None:
         super().__init__(str(reached))
@@ -106,7 +108,7 @@ class Accepted:
 class Idempotency:
     """A caller's key: unique for the caller, for good."""
 
-    # An account, or for anonymous callers the network that they ask from (chat.callers.name_of).
+    # An account, or for anonymous callers the network that they ask from (chat.permissions.name_of).
     caller: str
     key: str
 
@@ -230,7 +232,7 @@ def ask_again(run: Run) -> bool:
     try:
         with transaction.atomic():
             _admit(run.asker, run.place, run.command, run.model, question, run.input)
-            if not runs.retry(run):
+            if not execution.retry(run):
                 transaction.set_rollback(True)
                 return False
     except limits.Reached as reached:
@@ -247,7 +249,7 @@ def amend(run_id: str, *, content: str) -> bool:
     _check_length(content)
     with transaction.atomic():
         # Whoever would claim the run now waits for this transaction, and reads the new words.
-        waiting = Run.objects.filter(pk=run_id).that(lifecycle.UNBEGUN)
+        waiting = Run.objects.filter(pk=run_id).that(states.UNBEGUN)
         if not waiting.update(updated_at=timezone.now()):
             return False
         Message.objects.filter(run=run_id).update(content=content)
@@ -394,7 +396,7 @@ def _write(
     if not event_id:
         transaction.on_commit(partial(stream.publish, [event.as_entry()]), robust=True)
     if turn and when_busy is WhenBusy.MERGE:
-        runs.merge_waiting(run)
+        execution.merge_waiting(run)
     return not turn
 
 
@@ -404,7 +406,7 @@ def _make_way(thread_id: str, when_busy: WhenBusy, command: str) -> None:
         raise Busy(f"The thread is busy: its run {going.pk} has not ended.")
     if when_busy is WhenBusy.INTERRUPT and command == CHAT_REPLY:
         for run in unfinished.filter(command=CHAT_REPLY):
-            runs.cancel(run)
+            execution.cancel(run)
 
 
 def _next_turn(thread_id: str, threads: ThreadQuerySet) -> int:

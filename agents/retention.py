@@ -27,8 +27,9 @@ from django.db.models import Exists, OuterRef, QuerySet
 from django.utils import timezone
 from django.utils.module_loading import module_has_submodule
 
-from agents import rollups, runs
 from agents.models import Attempt, Event, Run, Step, Summary
+from agents.runs import execution
+from agents.usage import rollups
 from chat.models import Thread
 from lib import transactions
 from realm.models import User
@@ -249,7 +250,8 @@ def _delete_threads_now(threads: QuerySet[Thread]) -> None:
 
 
 def _delete_locked(thread_ids: list[str]) -> dict[str, int]:
-    # After the rollups' own row (agents.rollups), which is locked before the events that it counts.
+    # After the rollups' own row (agents.usage.rollups), which is locked before the events that it
+    # counts.
     transactions.lock(Event.objects.filter(run__thread__in=thread_ids))
     return delete(Thread.objects.filter(pk__in=thread_ids))
 
@@ -264,7 +266,7 @@ def delete_threads_of(user: User) -> None:
 
 def _close(thread_id: str) -> None:
     for run in Run.objects.unfinished().filter(thread=thread_id).order_by("position"):
-        runs.cancel(run)
+        execution.cancel(run)
     rollups.fold_thread(thread_id)
 
 

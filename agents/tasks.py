@@ -2,13 +2,13 @@
 
 from celery import shared_task
 
-from agents import memory, runs
+from agents.runs import execution, memory
 
 
 @shared_task
 def execute(run_id: str) -> None:
     """Carry out a run, then bring the summary of its thread up to date."""
-    if thread_id := runs.execute(run_id):
+    if thread_id := execution.execute(run_id):
         memory.summarise(thread_id)
 
 

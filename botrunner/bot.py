@@ -14,18 +14,26 @@ from django.conf import settings
 from django.db import DatabaseError, DataError, IntegrityError, InterfaceError
 from redis.exceptions import RedisError
 
-from agents import stream
-from agents.events import Malformed, Told
-from botrunner import accounts, acting, membership, retention, rooms, timeline
-from botrunner.client import Homeserver, KeysOutdated, LoginRefused, MatrixError, TokenRefused
-from botrunner.gaps import batch_of
+from agents.events import stream
+from agents.events.schema import Malformed, Told
+from botrunner import retention
+from botrunner.aio import pause, unit, unless
+from botrunner.incoming import handling, invitations, recording
+from botrunner.incoming.backfill import batch_of
+from botrunner.incoming.recording import Batch
+from botrunner.matrix import login, rooms
+from botrunner.matrix.client import (
+    Homeserver,
+    KeysOutdated,
+    LoginRefused,
+    MatrixError,
+    TokenRefused,
+)
 from botrunner.models import Session
-from botrunner.replies import Sender
-from botrunner.timeline import Batch
-from botrunner.units import pause, unit, unless
+from botrunner.outgoing.replies import Sender
 
 if TYPE_CHECKING:
-    from botrunner.drafts import Drafts
+    from botrunner.outgoing.drafts import Drafts
 
 logger = logging.getLogger(__name__)
 
@@ -61,14 +69,14 @@ class Bot:
         # Left over by the process before this one.
         self._has_pending = self._has_keys = True
         self._invited = asyncio.Event()
-        self.joiner = membership.Joiner(self.homeserver, session, self._invited)
+        self.joiner = invitations.Joiner(self.homeserver, session, self._invited)
         self._asked = asyncio.Event()
 
     def _new_drafts(self) -> "Drafts | None":
         if not settings.BOT_STREAM_EDITS:
             return None
         # With a Redis client and a reader of its own: no memory for those who do not stream.
-        from botrunner.drafts import Drafts
+        from botrunner.outgoing.drafts import Drafts
 
         return Drafts(self.homeserver, self.session)
 
@@ -95,9 +103,9 @@ class Bot:
         failures = 0
         while not self.stopping.is_set():
             try:
-                await accounts.connect(self.homeserver, self.session)
-                self._rooms = await unit(accounts.rooms)(self.session, self.homeserver)
-                self._lookup.add(await unit(accounts.rooms_of_unknown_members)(self.session))
+                await login.connect(self.homeserver, self.session)
+                self._rooms = await unit(login.rooms)(self.session, self.homeserver)
+                self._lookup.add(await unit(login.rooms_of_unknown_members)(self.session))
                 return
             except LoginRefused as error:
                 await self._note(error)
@@ -148,15 +156,15 @@ class Bot:
             batch.key_writes = self.homeserver.key_writes
             # What was said before goes first.
             is_next = not (self._has_pending or self._has_keys)
-            ask = partial(acting.ask, me=self.homeserver.user_id) if is_next else None
-            left = await unit(timeline.write_down)(session, self.holder, batch, ask)
+            ask = partial(handling.ask, me=self.homeserver.user_id) if is_next else None
+            left = await unit(recording.write_down)(session, self.holder, batch, ask)
             self._has_pending |= bool(left)
             self._asked.set()
             session.since, self._written_at = batch.next_batch, time.monotonic()
         self._batch, self._position = None, batch.next_batch
         self._rooms = self._rooms.union(news.room_id for news in batch.joined) - set(batch.left)
         if not session.connected_since:
-            await unit(accounts.connected)(session)
+            await unit(login.connected)(session)
         if batch.invites:
             self._invited.set()
         await self._act()
@@ -165,7 +173,7 @@ class Bot:
     async def _fetch(self) -> Batch | None:
         """None when told to stop meanwhile. Raises `MatrixError`."""
         since = self._position
-        wanted = accounts.sync_filter(is_first=not since)
+        wanted = login.sync_filter(is_first=not since)
         refused = self.homeserver.token_refused
         # The first one after a failure or a start tells at once that all is well.
         seconds = SYNC_SECONDS if self.session.connected_since and not self._lookup.is_due else 0
@@ -191,7 +199,7 @@ class Bot:
             while await self._unseal(me):
                 self._has_pending = True
             self._has_keys = False
-        while self._has_pending and (rows := await unit(acting.pending)()):
+        while self._has_pending and (rows := await unit(handling.pending)()):
             for pk in rows:
                 try:
                     await self._act_upon(pk)
@@ -199,24 +207,24 @@ class Bot:
                     if isinstance(error, PASSING) and not isinstance(error, REFUSED):
                         raise
                     logger.exception("Event %d could not be handled", pk)
-                    await unit(acting.give_up)(pk)
+                    await unit(handling.give_up)(pk)
             self._asked.set()
         self._has_pending = False
 
     async def _act_upon(self, pk: int) -> None:
         me = self.homeserver.user_id
         try:
-            await unit(acting.act)(pk, me)
-        except acting.PowerNeeded as needed:
+            await unit(handling.act)(pk, me)
+        except handling.PowerNeeded as needed:
             moderates = await rooms.may_moderate(self.homeserver, needed.room_id, needed.user_id)
-            await unit(acting.act)(pk, me, moderates=moderates)
+            await unit(handling.act)(pk, me, moderates=moderates)
 
     async def _unseal(self, me: str) -> int:
         """Look once at what waits for its key. How much of it has been opened."""
         count = 0
-        for pk, room_id, source in await unit(acting.sealed)():
+        for pk, room_id, source in await unit(handling.sealed)():
             if opened := self.homeserver.decrypt(room_id, source):
-                await unit(acting.unseal)(pk, opened, me)
+                await unit(handling.unseal)(pk, opened, me)
                 count += 1
         return count
 
@@ -274,7 +282,7 @@ class Bot:
         await self._note(error)
         if isinstance(error, TokenRefused):
             try:
-                await accounts.log_in_again(self.homeserver, self.session)
+                await login.log_in_again(self.homeserver, self.session)
             except LoginRefused:
                 raise
             except PASSING as refusal:

@@ -15,12 +15,12 @@ from datetime import timedelta
 from django.conf import settings
 from django.db import DatabaseError, InterfaceError, connection
 
-from botrunner import accounts
+from botrunner.aio import pause, unit
 from botrunner.bot import Bot
-from botrunner.client import KeysOutdated
+from botrunner.incoming.recording import LeaseLost
+from botrunner.matrix import login
+from botrunner.matrix.client import KeysOutdated
 from botrunner.models import Session
-from botrunner.timeline import LeaseLost
-from botrunner.units import pause, unit
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class Leader:
         gc.set_threshold(GARBAGE_OBJECTS, *gc.get_threshold()[1:])
         while not self.stopping.is_set():
             try:
-                session = await unit(accounts.session)()
+                session = await unit(login.session)()
                 if await unit(session.acquire)(self.holder, _duration()):
                     self._told = ""
                     await self._lead(session)

@@ -12,8 +12,8 @@ from django.db.models.functions import Now
 from django.utils import timezone
 
 from agents.models import Run
-from botrunner import verdicts
-from botrunner.verdicts import Verdict
+from botrunner.incoming import verdicts
+from botrunner.incoming.verdicts import Verdict
 from chat.models import Thread
 from lib.secrets import EncryptedTextField
 from realm.models import BotCommand, BotRegistration

@@ -141,7 +141,7 @@ class Thread(models.Model):
                 name="thread_active_of_owner",
                 condition=Q(archived_at=None),
             ),
-            # agents.memory.due(): the sweep that makes summaries.
+            # agents.runs.memory.due(): the sweep that makes summaries.
             models.Index(
                 fields=["summary_due_at"],
                 name="thread_summary_due",

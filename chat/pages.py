@@ -17,11 +17,13 @@ from django.utils.cache import add_never_cache_headers
 from django.views import View
 from rest_framework import exceptions
 
-from agents import inbox, llm, retention, runs
+from agents import inbox, retention
+from agents.llm import completions
 from agents.models import Run
-from chat import rendering, turns
-from chat.callers import check_may_steer, check_may_write, name_of
+from agents.runs import execution
+from chat import conversation, rendering
 from chat.models import CHOSEN_ID, MAX_TITLE_LENGTH, Thread, ThreadQuerySet
+from chat.permissions import check_may_steer, check_may_write, name_of
 from realm.models import User
 
 THREADS = 30
@@ -94,7 +96,9 @@ class ChatPage(Guarded):
         return run
 
     def page(self, thread: Thread | None = None, *, status: int = 200, **more: Any) -> HttpResponse:
-        part = turns.part(thread, self.caller, before=self._turn("before")) if thread else None
+        part = (
+            conversation.part(thread, self.caller, before=self._turn("before")) if thread else None
+        )
         if part:
             rendering.page_of(self.request).prepare(part.prose)
         context = {
@@ -155,7 +159,7 @@ class ChatPage(Guarded):
         return {
             "models": allowed,
             "chosen": last if last and (not allowed or last in allowed) else default,
-            "echo": not llm.configured(),
+            "echo": not completions.configured(),
         }
 
     def _turn(self, name: str) -> int | None:
@@ -204,14 +208,14 @@ class TurnPart(ChatPage):
     def get(self, request: HttpRequest, run_id: str) -> HttpResponse:
         """A question with what has come of it so far, as the page of its thread shows it."""
         run = self.run(run_id)
-        context = {"turn": turns.turn_of(run), "thread": run.thread}
+        context = {"turn": conversation.turn_of(run), "thread": run.thread}
         return render(request, "chat/turn.html", context)
 
 
 class CancelForm(ChatPage):
     def post(self, request: HttpRequest, run_id: str) -> HttpResponse:
         run = self.run_to_steer(run_id)
-        runs.cancel(run)
+        execution.cancel(run)
         return _shown(run.thread_id, run.pk)
 
 

@@ -22,9 +22,9 @@ from weakref import WeakKeyDictionary
 from django.db.models import IntegerField, Value
 
 from chat.models import DeletedThread, Thread, ThreadQuerySet
+from lib.db import AWAY
 from realm import access
 from realm.access import Access, Reason
-from realm.connections import AWAY
 from realm.models import User
 
 logger = logging.getLogger(__name__)

@@ -5,8 +5,10 @@ from django.urls import URLPattern, path, re_path, register_converter
 from django.urls.converters import StringConverter
 from rest_framework_json_api.utils import format_field_name
 
-from chat import pages, resources, views
-from chat.documents import (
+from chat import pages
+from chat.api import views
+from chat.jsonapi import views as resources
+from chat.jsonapi.serializers import (
     MessageSerializer,
     OfThread,
     Relationship,
@@ -14,7 +16,7 @@ from chat.documents import (
     RunSerializer,
     ThreadSerializer,
 )
-from realm import jsonapi
+from lib import jsonapi
 
 
 class IdConverter(StringConverter):

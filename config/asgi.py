@@ -5,7 +5,8 @@ ASGI handler does with synchronous views, and never more database connections th
 body that is an async iterator, a stream of events, is left to the event loop: thousands of those may
 be open while all threads are free.
 
-What waits for a thread is bounded and takes turns (config.pool); a request whose client has left by
+What waits for a thread is bounded and takes turns (config.server.pool); a request whose client has
+left by
 then is dropped. Probes have threads of their own, so that load is never mistaken for a failure, and so
 has whatever hashes a password, which takes a processor for a quarter of a second.
 """
@@ -30,9 +31,9 @@ from config.wsgi import application as wsgi
 
 # The apps are loaded now, which what follows needs.
 # isort: split
-from config import refusals
-from config.callers import Caller, Held, caller_of
-from config.pool import Full, Left, Pool
+from config.server import refusals
+from config.server.callers import Caller, Held, caller_of
+from config.server.pool import Full, Left, Pool
 
 THREADS = 8
 # For callers of whom nothing is worked on.
@@ -57,7 +58,8 @@ PROBES = {
 HASHING = re.compile(
     r"/login|/admin/(login|password_change|realm/user/add|realm/user/[^/]+/password)/?"
 )
-# In a scope's extensions, from config.protocol: a function that is true once the client has left.
+# In a scope's extensions, from config.server.protocol: a function that is true once the client has
+# left.
 HAS_LEFT = "botrealm.left"
 
 Message = dict[str, Any]

@@ -47,7 +47,7 @@ app = Celery("botrealm", fixups={fixup})
 app.config_from_object(OwnSettings())
 app.autodiscover_tasks()
 # By name: the module needs Django's apps, which are not loaded yet.
-app.steps["worker"].add("agents.runtime:Runtime")
+app.steps["worker"].add("agents.worker.bootstep:Runtime")
 
 
 @setup_logging.connect

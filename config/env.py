@@ -176,7 +176,7 @@ def database(name: str, default: str, *, base: Path) -> dict[str, Any]:
     value = text(name, default)
     if value.startswith("file:"):
         path = base / value.removeprefix("file:").split("?")[0]
-        return {"ENGINE": "config.sqlite", "NAME": str(path)}
+        return {"ENGINE": "config.server.sqlite", "NAME": str(path)}
     if not re.match(r"(sqlite|postgres|postgresql)://", value):
         raise ImproperlyConfigured(
             f"{name} is not a database URL: use file:./db/sqlite.db, sqlite:///absolute/path "
@@ -189,7 +189,7 @@ def database(name: str, default: str, *, base: Path) -> dict[str, Any]:
     if not config.get("NAME"):
         raise ImproperlyConfigured(f"{name} names no database.")
     if "sqlite" in config["ENGINE"]:
-        config["ENGINE"] = "config.sqlite"
+        config["ENGINE"] = "config.server.sqlite"
         if config["NAME"] != ":memory:":
             config["NAME"] = str(base / config["NAME"])
     return config

@@ -56,7 +56,7 @@ INSTALLED_APPS = [
     "chat",
     "agents",
     "botrunner",
-    "hooks",
+    "webhooks",
     "console",
     "ops",
     "config.apps.ConfigConfig",
@@ -77,13 +77,13 @@ INSTALLED_APPS = [
 ]
 MIDDLEWARE = [
     # Before all that may answer.
-    "config.headers.CachePolicy",
-    "ops.http.Requests",
-    "chat.http.PlainErrors",
-    "realm.jsonapi.DocumentErrors",
+    "config.middleware.CachePolicy",
+    "ops.middleware.Requests",
+    "lib.plainjson.PlainErrors",
+    "lib.jsonapi.DocumentErrors",
     "django.middleware.security.SecurityMiddleware",
-    "config.headers.PermissionsPolicy",
-    "config.headers.ContentPolicy",
+    "config.middleware.PermissionsPolicy",
+    "config.middleware.ContentPolicy",
     "whitenoise.middleware.WhiteNoiseMiddleware",
     "console.methods.AdminMethods",
     "django.contrib.sessions.middleware.SessionMiddleware",
@@ -257,7 +257,7 @@ for _name, _model in [
     if len(_model) > 100:
         raise ImproperlyConfigured(f"{_name}: a model's name has at most 100 characters.")
 CHAT_MEMORY_RECENT_MESSAGES = env.integer("CHAT_MEMORY_RECENT_MESSAGES", 8, least=1, most=1000)
-# As much as a model is told of all earlier messages together (agents.memory); 0: no limit.
+# As much as a model is told of all earlier messages together (agents.runs.memory); 0: no limit.
 CHAT_MAX_MESSAGE_CHARACTERS = env.integer("CHAT_MAX_MESSAGE_CHARACTERS", 400_000)
 CHAT_MAX_WAIT_SECONDS = env.integer("CHAT_MAX_WAIT_SECONDS", 60)
 CHAT_MAX_STREAMS = env.integer("CHAT_MAX_STREAMS", 5000, least=1)  # of a web process
@@ -268,7 +268,7 @@ CHAT_WHEN_BUSY = env.choice(
 CHAT_RUN_DEADLINE_SECONDS = env.integer("CHAT_RUN_DEADLINE_SECONDS", 0, most=86400)  # 0: none
 DATA_UPLOAD_MAX_MEMORY_SIZE = env.integer("MAX_BODY_BYTES", 1024 * 1024, least=1024)
 
-# What one connection and one web process may take (config/protocol.py, config/asgi.py).
+# What one connection and one web process may take (config/server/protocol.py, config/asgi.py).
 WEB_MAX_CONNECTIONS = env.integer("WEB_MAX_CONNECTIONS", 0)  # 0: what the limit of files permits
 WEB_MAX_CONNECTIONS_PER_ADDRESS = env.integer(
     "WEB_MAX_CONNECTIONS_PER_ADDRESS", 1000
@@ -294,8 +294,8 @@ AGENT_DEADLINE_SECONDS = env.seconds("AGENT_DEADLINE_SECONDS", 600, least=1)
 # are limited.
 AGENT_MAX_OUTPUT_TOKENS = env.integer("AGENT_MAX_OUTPUT_TOKENS", 0, most=1_000_000)
 
-# What one user and one room may take (agents/limits.py); 0: no limit. The admin can say otherwise for
-# some of them.
+# What one user and one room may take (agents/usage/limits.py); 0: no limit. The admin can say
+# otherwise for some of them.
 LIMIT_USER_MESSAGES_PER_MINUTE = env.integer("LIMIT_USER_MESSAGES_PER_MINUTE", 60, most=1_000_000)
 LIMIT_USER_RUNS_WAITING = env.integer("LIMIT_USER_RUNS_WAITING", 100, most=1_000_000)
 LIMIT_USER_TOKENS_PER_DAY = env.integer("LIMIT_USER_TOKENS_PER_DAY", 0, most=10**15)
@@ -354,9 +354,9 @@ BOT_STREAM_EDITS = env.flag("BOT_STREAM_EDITS", False)
 # Celery. The database is the queue of record, so a task is no more than a wake-up: nothing waits for
 # Celery's own redelivery, which takes minutes, and nothing is scheduled with its countdown or eta.
 # Without the password: Celery shows it to whoever inspects a worker. The connections are those of
-# lib.redis (config/broker.py).
+# lib.redis (config/server/broker.py).
 CELERY_BROKER_URL = str(_redis)
-CELERY_BROKER_TRANSPORT = "config.broker:Transport"
+CELERY_BROKER_TRANSPORT = "config.server.broker:Transport"
 CELERY_BROKER_CONNECTION_RETRY_ON_STARTUP = True
 CELERY_BROKER_CONNECTION_MAX_RETRIES = None
 # A Redis that is full, that has become a replica or that cannot save refuses commands over a sound
@@ -380,12 +380,12 @@ CELERY_TASK_ACKS_LATE = True
 CELERY_TASK_SERIALIZER = "json"
 CELERY_ACCEPT_CONTENT = ["json"]
 # A run waits for its model nearly all the time: a thread waits cheaper than a process. The price is
-# that Celery's time limits do not hold for threads; deadlines are ours (agents/llm.py).
+# that Celery's time limits do not hold for threads; deadlines are ours (agents/llm/completions.py).
 CELERY_WORKER_POOL = "threads"
 CELERY_WORKER_CONCURRENCY = env.integer("WORKER_CONCURRENCY", 100, least=1, most=1000)
 CELERY_WORKER_PREFETCH_MULTIPLIER = 1
 # How long a worker that was told to stop lets its runs go on, before it hands them back
-# (agents/runtime.py). What stops it must wait a few seconds longer.
+# (agents/worker/bootstep.py). What stops it must wait a few seconds longer.
 WORKER_GRACE_SECONDS = env.seconds("WORKER_GRACE_SECONDS", 25, least=0)
 CELERY_WORKER_SOFT_SHUTDOWN_TIMEOUT = WORKER_GRACE_SECONDS
 CELERY_WORKER_CANCEL_LONG_RUNNING_TASKS_ON_CONNECTION_LOSS = False

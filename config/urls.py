@@ -13,7 +13,7 @@ urlpatterns = [
     path("api/docs", description.page),
     path("", include("chat.urls")),
     # Before the realm server's, which answers for all that begins with `_`.
-    path("", include("hooks.urls")),
+    path("", include("webhooks.urls")),
     path("", include("realm.urls")),
     path("admin/", include("console.urls")),
     path("admin/", admin.site.urls),

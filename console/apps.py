@@ -10,7 +10,7 @@ class ConsoleConfig(AppConfig):
     def ready(self) -> None:
         from axes.signals import user_locked_out
 
-        from agents.chores import CHORES
+        from agents.worker.maintenance import CHORES
         from console import bulk, export, login, rights, roles
 
         export.guard = rights.guard

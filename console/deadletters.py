@@ -13,7 +13,7 @@ from django.template.response import TemplateResponse
 from django.urls import reverse
 from redis.exceptions import RedisError
 
-from agents import stream
+from agents.events import stream
 from agents.models import Event
 from console import audit
 from console.base import body

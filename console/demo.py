@@ -1,5 +1,5 @@
 """Made-up history: what a system of some weeks would have on record. For trying the admin, and for
-measuring it (benchmarks.admin)."""
+measuring it (tests.benchmarks.admin)."""
 
 import random
 import uuid
@@ -13,13 +13,13 @@ from django.db import connection
 from django.db.models import Model
 from django.utils import timezone
 
-from agents import prices
-from agents.llm import Usage
+from agents.llm.completions import Usage
 from agents.models import Attempt, Event, Price, Run, Step, Summary, new_run_id
-from botrunner import verdicts
-from botrunner.matching import Heard, Listeners
+from agents.usage import prices
+from botrunner.incoming import verdicts
+from botrunner.incoming.events import Said
+from botrunner.incoming.matching import Heard, Listeners
 from botrunner.models import Conversation, Reply, Room, RoomEvent, Session
-from botrunner.said import Said
 from chat.models import Message, Thread, new_thread_id
 from realm.models import BotCommand, BotRegistration, User
 

@@ -13,12 +13,13 @@ from django.http import HttpRequest
 from django.urls import reverse
 from django.utils import timezone
 
-from agents import prices, rollups, stream
+from agents.events import stream
 from agents.models import Rollup, Run, Usage, today
-from agents.rollups import ANSWERED, ENDED, Figures, Row
+from agents.usage import prices, rollups
+from agents.usage.rollups import ANSWERED, ENDED, Figures, Row
 from botrunner.models import Reply
 from console import charts, processes
-from console.formats import duration, money
+from lib.formats import duration, money
 
 Grain = Rollup.Grain
 MAX_CAUSES, MAX_MODELS = 12, 12

@@ -114,8 +114,8 @@ UNFOLD: dict[str, Any] = {
                 "title": "Webhooks",
                 "separator": True,
                 "items": _models(
-                    ("Webhooks", "webhook", "hooks.subscription"),
-                    ("Deliveries", "outbox", "hooks.delivery"),
+                    ("Webhooks", "webhook", "webhooks.subscription"),
+                    ("Deliveries", "outbox", "webhooks.delivery"),
                 ),
             },
             {

@@ -14,17 +14,19 @@ from django.urls import path, reverse
 from unfold.decorators import action, display
 from unfold.enums import ActionVariant
 
-from agents import prices, retention, runs
-from agents.admin import EventAdmin, RunAdmin
+from agents import retention
 from agents.models import Event, Run
+from agents.runs import execution
+from agents.usage import prices
 from botrunner.activity import with_activity
-from botrunner.admin import RoomAdmin, RoomEventAdmin, SessionAdmin
 from botrunner.models import Room, RoomEvent, Session
-from chat.admin import ThreadAdmin
 from chat.models import Thread
 from console import audit, conversation, deadletters, rooms, trace
+from console.admin.people import BotCommandInline, BotRegistrationAdmin
+from console.admin.rooms import RoomAdmin, RoomEventAdmin, SessionAdmin
+from console.admin.runs import EventAdmin, RunAdmin
+from console.admin.threads import ThreadAdmin
 from console.base import Page, Reasoned, back_to, body, dialog, may_read
-from realm.admin import BotCommandInline, BotRegistrationAdmin
 from realm.filters import InvalidFilter
 from realm.models import BotCommand, BotRegistration
 
@@ -100,7 +102,7 @@ class RunPage(Reasoned, Page, RunAdmin):
         ),
     )
     def cancel(self, request: HttpRequest, form: Any, object_id: str) -> HttpResponse:
-        return self.do(request, form, object_id, audit.Action.CANCEL, runs.cancel)
+        return self.do(request, form, object_id, audit.Action.CANCEL, execution.cancel)
 
     @action(
         description="Retry",
@@ -116,7 +118,7 @@ class RunPage(Reasoned, Page, RunAdmin):
         ),
     )
     def retry(self, request: HttpRequest, form: Any, object_id: str) -> HttpResponse:
-        return self.do(request, form, object_id, audit.Action.RETRY, runs.retry)
+        return self.do(request, form, object_id, audit.Action.RETRY, execution.retry)
 
     @action(
         description="Requeue",
@@ -131,7 +133,7 @@ class RunPage(Reasoned, Page, RunAdmin):
         ),
     )
     def requeue(self, request: HttpRequest, form: Any, object_id: str) -> HttpResponse:
-        return self.do(request, form, object_id, audit.Action.REQUEUE, runs.requeue)
+        return self.do(request, form, object_id, audit.Action.REQUEUE, execution.requeue)
 
 
 @admin.register(Thread)
@@ -386,7 +388,7 @@ class EventPage(Reasoned, EventAdmin):
     )
     def replay(self, request: HttpRequest, form: Any, object_id: str) -> HttpResponse:
         def deed(event: Event) -> bool:
-            return bool(runs.tell_again(Event.objects.filter(pk=event.pk)))
+            return bool(execution.tell_again(Event.objects.filter(pk=event.pk)))
 
         return self.do(request, form, object_id, audit.Action.REPLAY, deed)
 

@@ -11,7 +11,7 @@ from django.urls import reverse
 
 from agents.models import WORKER_PATIENCE, Worker
 from botrunner.models import Session
-from console.formats import duration
+from lib.formats import duration
 
 MAX_PROCESSES = 20
 

@@ -13,7 +13,7 @@ from django.contrib.auth.management import create_permissions
 
 VIEWER, OPERATOR, ADMIN = "Viewer", "Operator", "Admin"
 # Viewers see what these hold. What libraries bring (log-ins, devices) is for admins.
-OURS = {"realm", "chat", "agents", "botrunner", "hooks", "console", "ops"}
+OURS = {"realm", "chat", "agents", "botrunner", "webhooks", "console", "ops"}
 # Neither people nor pages of the admin need them.
 INTERNAL = {"contenttypes", "sessions", "admin"}
 FOR_ADMINS = {"console.view_auditentry", "console.view_rolegrant"}
@@ -24,8 +24,8 @@ OPERATES = {
     "agents.requeue_run",
     "agents.replay_event",
     "botrunner.resend_reply",
-    "hooks.resend_delivery",
-    "hooks.switch_subscription",
+    "webhooks.resend_delivery",
+    "webhooks.switch_subscription",
     "realm.switch_botregistration",
     "console.export_rows",
     "console.see_system",

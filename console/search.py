@@ -16,8 +16,8 @@ from unfold.dataclasses import SearchResult
 from agents.models import Event, Run
 from botrunner.models import Reply, Room, RoomEvent
 from chat.models import CHOSEN_ID, Message, Thread
-from hooks.models import Delivery, Subscription
 from realm.models import BotCommand, BotRegistration, User
+from webhooks.models import Delivery, Subscription
 
 # Of each kind. A correlation id may be that of many runs.
 MOST = 5

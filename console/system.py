@@ -23,7 +23,7 @@ from django.shortcuts import render
 from django.template.defaultfilters import filesizeformat
 from redis.exceptions import RedisError
 
-from agents import stream
+from agents.events import stream
 from botrunner.models import Session
 from console import processes
 from ops import doctor

@@ -166,7 +166,7 @@ def _blocked_by(run: Run) -> Run | None:
 
 
 def _sent(run: Run, steps: Iterable[Step]) -> list[Sent]:
-    """From what each attempt's first call of the model has noted (agents.memory.Context.sent)."""
+    """From what each attempt's first call of the model has noted (agents.runs.memory.Context.sent)."""
     noted = {
         step.attempt: step.input
         for step in steps

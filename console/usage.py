@@ -8,11 +8,11 @@ from django.db.models import Sum
 from django.http import HttpRequest, HttpResponse
 from django.template.response import TemplateResponse
 
-from agents import limits, prices
 from agents.models import Usage, today
+from agents.usage import limits, prices
 from console.base import Empty, ReadOnlyAdmin
-from console.formats import money
 from console.home import runs
+from lib.formats import money
 
 GROUPS = {"user": "User", "place": "Room", "model": "Model", "day": "Day"}
 SUMS = ("runs", "failed", "prompt_tokens", "completion_tokens", "cost", "unpriced")

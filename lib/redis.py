@@ -288,7 +288,7 @@ REFUSALS = {
 
 def refused(error: redis.RedisError) -> str:
     """Return why Redis takes no writes; empty where the error is another one."""
-    if isinstance(error.__cause__, redis.ResponseError):  # config.broker
+    if isinstance(error.__cause__, redis.ResponseError):  # config.server.broker
         return refused(error.__cause__)
     if isinstance(error, redis.exceptions.ReadOnlyError):
         return REFUSALS["READONLY"]

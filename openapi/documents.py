@@ -10,8 +10,9 @@ from rest_framework_json_api.utils import (
     get_resource_type_from_serializer,
 )
 
-from chat import keyset, resources
-from chat.documents import OfThread, ResourceSerializer
+from chat.jsonapi import pagination, views
+from chat.jsonapi.serializers import OfThread, ResourceSerializer
+from lib.jsonapi import MAX_INCLUDE_DEPTH, JSONAPIView, told_here
 from openapi import realm
 from openapi.parts import (
     ID,
@@ -36,7 +37,6 @@ from openapi.parts import (
     text,
 )
 from openapi.plain import MESSAGE_EXAMPLE, RUN_EXAMPLE, THREAD_EXAMPLE
-from realm.jsonapi import MAX_INCLUDE_DEPTH, JSONAPIView, told_here
 
 EXAMPLE_IDS = {"threads": THREAD_ID, "messages": MESSAGE_ID, "runs": RUN_ID}
 
@@ -176,7 +176,7 @@ class Documents(JsonApiAutoSchema):
             raise LookupError(f"{method} {path} is described nowhere: see openapi/plain.py")
         if method.lower() not in self.view.http_method_names:
             return None
-        if isinstance(self.view, resources.ResourcesView):
+        if isinstance(self.view, views.ResourcesView):
             return self._resource_operation()
         return realm.OPERATIONS[method, path](self)
 
@@ -201,10 +201,10 @@ class Documents(JsonApiAutoSchema):
             "tags": ["resources"],
         }
         refused = [400, 401, 403, 406, 415, 503] + ([404] if parameters else [])
-        if isinstance(view, resources.LinkageView):
+        if isinstance(view, views.LinkageView):
             told, parameters = self._linkage(parameters)
             made["summary"] = f"Which {name} {words[0]}/{{id}} leads to as `{view.relation}`"
-        elif isinstance(view, resources.CollectionView):
+        elif isinstance(view, views.CollectionView):
             parameters += [*self._list_parameters(), *self._shape_parameters()]
             told = record(
                 "included",
@@ -216,7 +216,7 @@ class Documents(JsonApiAutoSchema):
         else:
             parameters += self._shape_parameters()
             one = self.resource(kind)
-            nullable = isinstance(view, resources.RelatedView)
+            nullable = isinstance(view, views.RelatedView)
             data = {"oneOf": [one, {"type": "null"}]} if nullable else one
             told = record("included", data=data, included=self._included())
             made["summary"] = f"One of {name}"
@@ -248,11 +248,16 @@ class Documents(JsonApiAutoSchema):
         return told, parameters + list(self._page_parameters())
 
     def _page_parameters(self) -> Iterator[Schema]:
-        size = {"type": "integer", "minimum": 1, "maximum": keyset.MAX_SIZE, "default": keyset.SIZE}
+        size = {
+            "type": "integer",
+            "minimum": 1,
+            "maximum": pagination.MAX_SIZE,
+            "default": pagination.SIZE,
+        }
         yield query("page[size]", "How many at the most: fewer where they are long.", size)
         of_messages = self.view.serializer_class.Meta.resource_name == "messages"
         row = r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}" if of_messages else "[A-Za-z0-9_-]{1,64}"
-        for side in keyset.SIDES:
+        for side in pagination.SIDES:
             place = text(pattern=rf"^[0-9]{{1,16}}\.{row}$")
             yield query(f"page[{side}]", "Taken from a link to a page.", place)
 

@@ -4,8 +4,8 @@ from typing import Any
 
 from agents import inbox
 from agents.models import Run
+from chat.api.views import MAX_PAGE
 from chat.models import MAX_TITLE_LENGTH, Message
-from chat.views import MAX_PAGE
 from openapi.parts import (
     ATTRIBUTE_NAMES,
     CODES,

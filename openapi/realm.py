@@ -4,8 +4,6 @@ from typing import Any
 
 from drf_spectacular.utils import extend_schema_field
 
-from hooks.models import EVENTS
-from hooks.serializers import NewSubscriptionSerializer, SubscriptionSerializer
 from openapi.parts import (
     ATTRIBUTE_NAMES,
     MEDIA_TYPE,
@@ -26,6 +24,8 @@ from realm.filters import EVENT_TYPES, MATRIX_EVENT, MAX_LENGTH
 from realm.models import BotCommand
 from realm.serializers import BotCommandSerializer, BotRegistrationSerializer, FilterField
 from realm.serializers import ServerSessionSerializer as SessionSerializer
+from webhooks.models import EVENTS
+from webhooks.serializers import NewSubscriptionSerializer, SubscriptionSerializer
 
 BOT_ID = "9b2c3f0e-8a4b-4a57-9f3c-0d8f5c1f2f11"
 USER = "@you:localhost"

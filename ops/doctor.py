@@ -22,15 +22,16 @@ from django.db.migrations.recorder import MigrationRecorder
 from django.utils import timezone
 from redis.exceptions import RedisError
 
-from agents import llm, stream
+from agents.events import stream
+from agents.llm import completions
 from agents.models import Run, Worker
 from botrunner.models import Session
-from hooks.models import Delivery, Subscription
 from lib import files
 from lib.redis import why
 from lib.secrets import Unreadable
+from lib.timeouts import Bounded, NoAnswer, ask_all
 from ops import health, secrets_at_rest
-from ops.bounded import Bounded, NoAnswer, ask_all
+from webhooks.models import Delivery, Subscription
 
 OK, WARN, BROKEN = "ok", "warn", "broken"
 PATIENCE_SECONDS = 10.0
@@ -332,7 +333,7 @@ _RATE_LIMITS = (
 
 
 def _model() -> Findings:
-    if not llm.configured():
+    if not completions.configured():
         yield (
             WARN,
             "None: every answer is an echo of its question.",

@@ -14,11 +14,11 @@ from django.db.models.functions import Now
 from django.utils import timezone
 from redis.exceptions import RedisError
 
-from agents import stream
+from agents.events import stream
 from agents.models import Event, Run, Worker
 from botrunner.models import Session
 from lib.redis import refused
-from ops.bounded import Bounded, NoAnswer, ask_all
+from lib.timeouts import Bounded, NoAnswer, ask_all
 
 PATIENCE_SECONDS = 2.0
 

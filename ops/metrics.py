@@ -5,7 +5,8 @@ PROMETHEUS_MULTIPROC_DIR. Everything else is read from the database and Redis wh
 it is right however many processes and hosts there are, and whatever they do: each web process tells the
 same.
 
-What has ended is read from the rollups (agents.rollups), so a scrape costs the same however many runs
+What has ended is read from the rollups (agents.usage.rollups), so a scrape costs the same however
+many runs
 there were. A counter of theirs holds what ended since midnight UTC and then starts anew, which
 Prometheus knows how to read: it falls at that moment only. The sum of all time would cost more every
 day; what is finer than three hours, and the runs themselves, are let go of in between, the rollups of
@@ -42,12 +43,13 @@ from prometheus_client.core import (
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
-from agents import prices, refusals, rollups, stream
+from agents.events import stream
 from agents.models import Attempt, Rollup, Run
+from agents.usage import prices, refusals, rollups
 from botrunner.models import Reply
-from hooks.models import Delivery
+from lib.timeouts import Bounded, NoAnswer, ask_all
 from ops import health
-from ops.bounded import Bounded, NoAnswer, ask_all
+from webhooks.models import Delivery
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 PATIENCE_SECONDS = 4.0

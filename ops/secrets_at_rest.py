@@ -9,7 +9,7 @@ from typing import Any
 from django.conf import settings
 from django.db import transaction
 
-from botrunner import seeds
+from botrunner.matrix import seeds
 from lib import secrets
 from lib.secrets import EncryptedTextField, Sealed, Unreadable
 

@@ -1,4 +1,5 @@
-"""What probes and Prometheus ask. Plain functions, called ahead of all other middleware (ops.http)."""
+"""What probes and Prometheus ask. Plain functions, called ahead of all other middleware
+(ops.middleware)."""
 
 import ipaddress
 import secrets

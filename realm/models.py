@@ -144,7 +144,7 @@ class BotRegistration(models.Model):
         ordering = ["created_at", "id"]
         permissions = [("switch_botregistration", "Can enable and disable bot registrations")]
         indexes = [
-            # botrunner.matching: those of whoever says something.
+            # botrunner.incoming.matching: those of whoever says something.
             models.Index(fields=["username"], name="bot_registration_by_username"),
         ]
         constraints = [

@@ -9,10 +9,10 @@ from django.db.models import QuerySet
 from rest_framework.fields import Field, UUIDField
 from rest_framework_json_api import serializers
 
-from agents import commands
+from agents.runs import commands
+from lib.jsonapi import Forbidden, Missing, StringField
 from realm import models, openid, tokens
 from realm.filters import Filter, InvalidFilter
-from realm.jsonapi import Forbidden, Missing, StringField
 from realm.models import BotCommand, BotRegistration, User
 
 

@@ -1,7 +1,7 @@
 from django.urls import path, re_path
 
+from lib.jsonapi import UnknownPathView
 from realm import views
-from realm.jsonapi import UnknownPathView
 
 urlpatterns = [
     path("_server-session", views.ServerSessionView.as_view()),

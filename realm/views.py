@@ -8,9 +8,7 @@ from rest_framework.permissions import IsAuthenticated
 from rest_framework.request import Request
 from rest_framework.response import Response
 
-from realm import openid, throttles
-from realm.authentication import RealmServerAuthentication
-from realm.jsonapi import (
+from lib.jsonapi import (
     BadGateway,
     Conflict,
     Forbidden,
@@ -21,6 +19,8 @@ from realm.jsonapi import (
     Unavailable,
     identifier,
 )
+from realm import openid, throttles
+from realm.authentication import RealmServerAuthentication
 from realm.models import BotCommand, BotRegistration, NameTaken, User
 from realm.serializers import (
     BotCommandSerializer,

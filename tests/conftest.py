@@ -12,7 +12,10 @@ from django.db import connection
 from rest_framework.test import APIClient
 from xdist.scheduler import LoadFileScheduling
 
-from agents import endpoint, leases, limits, live, prices, refusals, shares, stream
+from agents.events import publisher, stream
+from agents.llm import transport
+from agents.runs import fairness, leases
+from agents.usage import limits, prices, refusals
 from lib import revocations
 from ops import health, metrics
 from realm import throttles
@@ -27,7 +30,7 @@ from tests.redisserver import redis_executable
 OWN_SQL = (
     "agents/",
     "botrunner/",
-    "hooks/",
+    "webhooks/",
     "chat/test_reading.py",
     "chat/test_threads.py",
     "console/test_audit.py",
@@ -133,9 +136,9 @@ def model(_llm_server: FakeLLM, settings: Any) -> Iterator[FakeLLM]:
     settings.OPENAI_BASE_URL = _llm_server.url
     settings.OPENAI_API_KEY = "sk-canary-0123456789"
     # Left to the garbage, its connections are warned of in another test.
-    endpoint.close()
+    transport.close()
     yield _llm_server
-    endpoint.close()
+    transport.close()
 
 
 @pytest.fixture(scope="session")
@@ -192,7 +195,7 @@ def redis(redis_server: str, settings: Any) -> Iterator[redis_client.Redis]:
 
 def _forget_clients() -> None:
     of_streams = (stream._publisher, stream.consumer, stream.observer)
-    for cached in (*of_streams, live._teller, live._hearer, throttles.redis):
+    for cached in (*of_streams, publisher._teller, publisher._hearer, throttles.redis):
         if cached.cache_info().currsize:
             cached().close()
         cached.cache_clear()
@@ -204,7 +207,7 @@ def _forget_clients() -> None:
 def _fresh_heartbeat() -> Iterator[None]:
     yield
     leases.heartbeat.cache_clear()
-    live.desk.cache_clear()
+    publisher.desk.cache_clear()
     throttles._alone.forget()
 
 
@@ -212,8 +215,8 @@ def _fresh_heartbeat() -> Iterator[None]:
 def _nothing_of_another_test() -> None:
     prices.price_list.forget()
     limits.limit_list.forget()
-    shares.slots.forget()
-    shares.left.clear()
+    fairness.slots.forget()
+    fairness.left.clear()
     stream._breaker.reset()
     revocations.forget()
 
@@ -224,7 +227,7 @@ def _patience() -> Iterator[None]:
     `monkeypatch`: what a test patches would be undone after the database was made empty."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stream, "REQUEST_SECONDS", 30)
-        patch.setattr(live, "TELL_SECONDS", 30)
+        patch.setattr(publisher, "TELL_SECONDS", 30)
         patch.setattr(throttles, "REDIS_SECONDS", 30)
         patch.setattr(revocations, "PUBLISH_SECONDS", 30)
         patch.setattr(health, "PATIENCE_SECONDS", 30)

@@ -1,7 +1,8 @@
 from typing import Any
 
-from agents import inbox, prices
+from agents import inbox
 from agents.models import Price, Run
+from agents.usage import prices
 from chat.models import Message, Thread
 from realm.models import User
 

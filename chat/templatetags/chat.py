@@ -7,7 +7,7 @@ from django.utils.text import Truncator
 
 from chat.models import Thread
 from chat.rendering import page_of
-from console import formats
+from lib import formats
 
 register = template.Library()
 

@@ -11,11 +11,12 @@ from django.utils import timezone
 from django.utils.html import format_html
 from django.utils.safestring import SafeString, mark_safe
 
-from agents import prices
+from agents.usage import prices
 from chat import rendering
 
 # Not the functions of `base`: the theme asks for all libraries of tags while that is being loaded.
-from console import base, formats, trace
+from console import base, trace
+from lib import formats
 
 register = template.Library()
 

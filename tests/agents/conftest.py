@@ -4,7 +4,8 @@ import json
 import pytest
 from redis import Redis
 
-from agents import runtime, stream
+from agents.events import stream
+from agents.worker import bootstep
 
 
 class Broker:
@@ -34,6 +35,6 @@ def broker(redis: Redis, _celery: None) -> Broker:
 
 
 @pytest.fixture
-def reader(redis: Redis, broker: Broker) -> runtime.Reader:
+def reader(redis: Redis, broker: Broker) -> bootstep.Reader:
     stream.ensure_group()
-    return runtime.Reader("worker-1")
+    return bootstep.Reader("worker-1")

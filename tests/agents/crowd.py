@@ -14,13 +14,17 @@ from django.test import RequestFactory
 from django.utils import timezone
 from rest_framework.test import APIClient
 
-from agents import handover, leases, llm, loop, outcomes, retention, rollups, runs
+from agents import retention
+from agents.llm import completions, loop
 from agents.models import Event, Run
+from agents.runs import execution, leases, outcomes
+from agents.usage import rollups
+from agents.worker import dispatch
 from chat.models import Thread
 from console import bulk
-from hooks import deliveries
 from lib import transactions
 from realm.models import User
+from webhooks import deliveries
 
 PEOPLE = 3
 PLACES = 3  # threads of each person, by ids that they choose
@@ -183,16 +187,16 @@ class Member:
     def work(self) -> None:
         """What a worker does with a run: claim it, and bring something back."""
         ids = list(Run.objects.claimable().order_by("?").values_list("pk", flat=True)[:1])
-        run = runs.claim(ids[0]) if ids else None
+        run = execution.claim(ids[0]) if ids else None
         if run is None:
             return
         transcript = loop.Transcript()
         what = self.luck.randrange(5)
         if what == 0:
-            error = llm.LLMError("It failed.", code="server_error", permanent=True)
+            error = completions.LLMError("It failed.", code="server_error", permanent=True)
             outcomes.persist(lambda: outcomes.fail_or_retry(run, error, transcript))
         elif what == 1:
-            error = llm.LLMError("It failed.", code="server_error", permanent=False)
+            error = completions.LLMError("It failed.", code="server_error", permanent=False)
             outcomes.persist(lambda: outcomes.fail_or_retry(run, error, transcript))
         elif what == 2:
             outcomes.persist(lambda: outcomes.keep_partial(run, transcript))
@@ -225,11 +229,11 @@ class Member:
         if what == 0:
             rollups.fold()
         elif what == 1:
-            runs.end_overdue()
+            execution.end_overdue()
         elif what == 2:
             leases.heartbeat().renew()
         elif what == 3:
-            handover._mark_and_hand_over(
+            dispatch._mark_and_hand_over(
                 list(Run.objects.claimable().values_list("pk", flat=True)[:20])
             )
         else:

@@ -1,15 +1,15 @@
-"""Threads, workers, a stream and a broker in memory, around the life of a run as agents.lifecycle tells
-it; with what must be true of them at any time."""
+"""Threads, workers, a stream and a broker in memory, around the life of a run as
+agents.lifecycle.states tells it; with what must be true of them at any time."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 
-from agents import lifecycle
-from agents.lifecycle import Event, Result, State, Status, Told
+from agents.lifecycle import states
+from agents.lifecycle.states import Event, Result, State, Status, Told
 
-RULES = lifecycle.Rules(max_attempts=2, lease=timedelta(seconds=10), time=timedelta(seconds=120))
+RULES = states.Rules(max_attempts=2, lease=timedelta(seconds=10), time=timedelta(seconds=120))
 RELAY_PATIENCE = timedelta(seconds=5)
 
 
@@ -60,14 +60,14 @@ class World:
     def write(self, run: str, event: Event, read: State, now: datetime | None = None) -> bool:
         """One conditional UPDATE, by whoever has read the run at some time before."""
         current, told_now = self.runs[run], now or self.now
-        if isinstance(event, lifecycle.OfAttempt):
+        if isinstance(event, states.OfAttempt):
             allowed = event.guard.holds(current, self.now)
         else:
-            same = all(getattr(current, name) == getattr(read, name) for name in lifecycle.VERSION)
+            same = all(getattr(current, name) == getattr(read, name) for name in states.VERSION)
             guard = event.guard
-            if isinstance(event, lifecycle.Claimed):
-                guard = lifecycle.claim_guard(read)
-                same = same and lifecycle.in_turn(current, self.others(run), self.now)
+            if isinstance(event, states.Claimed):
+                guard = states.claim_guard(read)
+                same = same and states.in_turn(current, self.others(run), self.now)
             allowed = same and guard.holds(current, self.now)
         if not allowed:
             return False
@@ -87,7 +87,7 @@ class World:
         self.results[run][attempt] = result
 
     def _note_outcome(self, run: str, after: State) -> None:
-        assert after.status in lifecycle.ENDED
+        assert after.status in states.ENDED
         self.outcomes[run, after.retries] += 1
         assert self.outcomes[run, after.retries] == 1, "I2: two outcomes"
         if after.status == Status.COMPLETED:
@@ -112,7 +112,7 @@ class World:
             return
         if when_busy == "interrupt":
             for other in going:
-                assert self.write(other, lifecycle.Cancelled(), self.runs[other])
+                assert self.write(other, states.Cancelled(), self.runs[other])
         run = f"run_{len(self.runs)}"
         self.thread_of[run] = thread
         self.runs[run] = State(
@@ -127,17 +127,17 @@ class World:
         self._tell(run, Told.REQUESTED)
         if when_busy == "merge":
             for other in going:
-                self.write(other, lifecycle.Merged(run), self.runs[other])
+                self.write(other, states.Merged(run), self.runs[other])
 
     def ask_again(self, run: str, read: State) -> None:
-        if self.write(run, lifecycle.AskedAgain(), read):
+        if self.write(run, states.AskedAgain(), read):
             self.asked_again[run] = self.time
             for later in self.threads[self.thread_of[run]]:
                 if self.runs[later].position > read.position:
-                    self.write(later, lifecycle.HeldBack(), self.runs[later])
+                    self.write(later, states.HeldBack(), self.runs[later])
 
     def requeue(self, run: str, read: State) -> None:
-        if self.write(run, lifecycle.Requeued(), read):
+        if self.write(run, states.Requeued(), read):
             self._tell(run, Told.REQUESTED)
 
     def read(self, entry: Entry) -> None:
@@ -151,7 +151,7 @@ class World:
 
     def claim(self, worker: Worker, run: str, read: State) -> bool:
         before = self.runs[run]
-        if not self.write(run, lifecycle.Claimed(), read):
+        if not self.write(run, states.Claimed(), read):
             return False
         state = self.runs[run]
         assert not before.lease_expires_at or before.lease_expires_at < self.now, (
@@ -160,15 +160,15 @@ class World:
         assert before.due_at
         assert before.due_at <= self.now, "I6: tried again too soon"
         for other in self.others(run):
-            assert other.position == state.position or not lifecycle.HELD.holds(other, self.now), (
+            assert other.position == state.position or not states.HELD.holds(other, self.now), (
                 "I3: two runs of a thread at once"
             )
         assert (run, state.attempt) not in self.claimed, "I2: a number was given out twice"
         self.claimed[run, state.attempt] = self.time
         worker.held[run] = state
-        if lifecycle.used_up(state, RULES):
+        if states.used_up(state, RULES):
             self.spared[run] += 1
-            assert self.write(run, lifecycle.Failed(state.attempt, permanent=True), state)
+            assert self.write(run, states.Failed(state.attempt, permanent=True), state)
             del worker.held[run]
         else:
             self.calls[run] += 1
@@ -177,23 +177,23 @@ class World:
 
     def beat(self, worker: Worker) -> None:
         for run, claimed in list(worker.held.items()):
-            if not self.write(run, lifecycle.Beaten(claimed.attempt), claimed):
+            if not self.write(run, states.Beaten(claimed.attempt), claimed):
                 del worker.held[run]
 
     def claimable(self) -> set[str]:
         return {
             run
             for run, state in self.runs.items()
-            if lifecycle.CLAIMABLE.holds(state, self.now)
-            and lifecycle.in_turn(state, self.others(run), self.now)
+            if states.CLAIMABLE.holds(state, self.now)
+            and states.in_turn(state, self.others(run), self.now)
         }
 
     def sweep(self) -> set[str]:
         """The runs that were handed over again."""
         for run, state in list(self.runs.items()):
-            self.write(run, lifecycle.Expired(), state)
+            self.write(run, states.Expired(), state)
         overlooked = {
-            run for run in self.claimable() if lifecycle.OVERLOOKED.holds(self.runs[run], self.now)
+            run for run in self.claimable() if states.OVERLOOKED.holds(self.runs[run], self.now)
         }
         self.broker.extend(sorted(overlooked))
         for run in overlooked:
@@ -211,7 +211,7 @@ class World:
         """Of each run that something has happened to since."""
         for run in self.touched:
             state = self.runs[run]
-            open_ = state.status in lifecycle.OPEN
+            open_ = state.status in states.OPEN
             assert open_ == (state.due_at is not None)
             assert (state.status == Status.PROCESSING) == (state.lease_expires_at is not None)
             assert self.outcomes[run, state.retries] == (not open_), "I1, I2"
@@ -250,12 +250,12 @@ class World:
                 self.claim(self.workers[0], run, self.runs[run])
             self.broker.clear()
             for run, claimed in self.workers[0].held.items():
-                assert self.write(run, lifecycle.Answered(claimed.attempt), claimed)
+                assert self.write(run, states.Answered(claimed.attempt), claimed)
             self.workers[0].held.clear()
         self.touched.update(self.runs)
         self.check()
         for run, state in self.runs.items():
-            assert state.status in lifecycle.ENDED, "I1, I4: it never ended"
+            assert state.status in states.ENDED, "I1, I4: it never ended"
             assert sum(self.outcomes[run, era] for era in range(state.retries + 1)) == (
                 state.retries + 1
             )

@@ -5,8 +5,8 @@ from django.db import connection
 from django.test import Client
 from django.test.utils import CaptureQueriesContext
 
-from agents import memory, runs
 from agents.models import Run
+from agents.runs import execution, memory
 from chat.models import Message, Thread
 from tests import factories
 from tests.fakes.llm import FakeLLM
@@ -24,7 +24,7 @@ LISTS = [
 
 def test_a_run_is_shown_with_all_that_happened(admin_client: Client, model: FakeLLM) -> None:
     run = factories.ask("What is new?")
-    runs.execute(run.pk)
+    execution.execute(run.pk)
 
     page = admin_client.get(f"/admin/agents/run/{run.pk}/change/").content.decode()
 
@@ -65,7 +65,7 @@ def test_a_list_costs_the_same_with_three_rows_and_with_thirty(
     for _ in (3, 30):
         for number in range(3 if not counts else 27):
             run = factories.ask(owner=factories.user(f"user-{len(counts)}-{number}"))
-            runs.execute(run.pk)
+            execution.execute(run.pk)
         counts.append(queries_of(admin_client, f"/admin/{path}/"))
 
     assert counts[0] == counts[1] <= 12

@@ -8,10 +8,13 @@ import pytest
 from django.db import connections
 from rest_framework.test import APIClient
 
-from agents import inbox, limits, llm, memory, runs
+from agents import inbox
+from agents.llm import completions
 from agents.models import Event, Limit, Run, Spending, today
-from botrunner import replies
+from agents.runs import execution, memory
+from agents.usage import limits
 from botrunner.models import Reply as RoomReply
+from botrunner.outgoing import replies
 from chat.models import Thread
 from tests import factories
 from tests.agents.test_runs import in_background, reload
@@ -44,11 +47,11 @@ class TestTokens:
     ) -> None:
         settings.LIMIT_USER_TOKENS_PER_DAY = 5000
         first = factories.ask()
-        runs.execute(first.pk)
+        execution.execute(first.pk)
         assert reload(first).status == "completed"
         assert 0 < spent() == used(first) < OUTPUT
         second = factories.ask()
-        runs.execute(second.pk)
+        execution.execute(second.pk)
         assert spent() == used(first) + used(second)
         assert model.requests[0].body["max_completion_tokens"] == OUTPUT
 
@@ -70,7 +73,7 @@ class TestTokens:
         asked = [factories.ask() for _ in range(2)]
         Spending.objects.create(scope="user:(anonymous)", day=today(), tokens=500)
         for run in asked:
-            runs.execute(run.pk)
+            execution.execute(run.pk)
             found = reload(run)
             assert (found.status, found.error_code) == ("failed", "budget_exhausted")
             assert "1,200 tokens a day" in found.safe_error
@@ -85,17 +88,17 @@ class TestTokens:
         settings.LIMIT_USER_TOKENS_PER_DAY = 1200
         run = factories.ask()
         Spending.objects.create(scope="user:(anonymous)", day=today(), tokens=500)
-        runs.execute(run.pk)
+        execution.execute(run.pk)
         assert api.post(f"/api/chat/runs/{run.pk}/retry").status_code == 429
         Spending.objects.update(day=today() - timedelta(days=1))
         assert api.post(f"/api/chat/runs/{run.pk}/retry").status_code == 202
-        runs.execute(run.pk)
+        execution.execute(run.pk)
         assert reload(run).status == "completed"
 
     def test_a_refused_call_costs_nothing(self, model: FakeLLM, settings: Any) -> None:
         settings.LIMIT_USER_TOKENS_PER_DAY = 5000
         model.script(Failure(503))
-        runs.execute(factories.ask().pk)
+        execution.execute(factories.ask().pk)
         assert spent() == 0
 
     def test_an_answer_that_broke_off_costs_its_question_and_what_had_come(
@@ -105,7 +108,7 @@ class TestTokens:
         settings.AGENT_MAX_ATTEMPTS = 1
         model.script(Cut(after=3))
         run = factories.ask()
-        runs.execute(run.pk)
+        execution.execute(run.pk)
         assert reload(run).status == "failed"
         assert 10 < spent() < OUTPUT
 
@@ -117,7 +120,7 @@ class TestTokens:
         # A worker that dies after it has begun the call.
         limits.Purse(run.asker, run.place).reserve(run.model, 300)
         assert spent() == OUTPUT + 101
-        runs.execute(run.pk)
+        execution.execute(run.pk)
         assert spent() == OUTPUT + 101 + used(run)
 
     def test_each_call_of_a_run_is_counted(self, model: FakeLLM, settings: Any) -> None:
@@ -125,7 +128,7 @@ class TestTokens:
         settings.AGENT_TOOLS = ["current_time"]
         model.script(Reply(tool_calls=(ToolCall("current_time"),)), Reply("Late."))
         run = factories.ask()
-        runs.execute(run.pk)
+        execution.execute(run.pk)
         assert len(model.requests) == 2
         assert spent() == used(run)
 
@@ -134,15 +137,15 @@ class TestTokens:
         settings.AGENT_LEASE_SECONDS = 4  # its worker looks each second whether it still has it
         run = factories.ask()
         model.script(Reply("word " * 400, deltas=400, delta_latency=0.05))
-        with in_background(runs.execute, run.pk):
+        with in_background(execution.execute, run.pk):
             model.wait_for_requests()
-            assert runs.cancel(run)
+            assert execution.cancel(run)
         assert reload(run).status == "cancelled"
         assert 0 < spent() < OUTPUT
 
     def test_a_room_has_a_budget_whoever_asks_there(self, model: FakeLLM, settings: Any) -> None:
         settings.LIMIT_ROOM_TOKENS_PER_DAY = 1100
-        runs.execute(factories.ask(asker="alice", place="!room").pk)
+        execution.execute(factories.ask(asker="alice", place="!room").pk)
         Spending.objects.update(tokens=1000)
         with pytest.raises(inbox.Limited, match="This room may take 1,100 tokens a day"):
             factories.ask(asker="bob", place="!room")
@@ -151,7 +154,7 @@ class TestTokens:
     def test_what_calls_no_model_needs_no_budget(self, model: FakeLLM, settings: Any) -> None:
         settings.LIMIT_USER_TOKENS_PER_DAY = 1
         run = factories.ask(command="ping")
-        runs.execute(run.pk)
+        execution.execute(run.pk)
         assert reload(run).status == "completed"
 
     def test_summaries_are_paid_for_by_who_asked_last(self, model: FakeLLM, settings: Any) -> None:
@@ -165,7 +168,7 @@ class TestTokens:
         assert Spending.objects.get().scope == "user:alice"
 
     def test_where_there_is_no_limit_nothing_is_written(self, model: FakeLLM) -> None:
-        runs.execute(factories.ask().pk)
+        execution.execute(factories.ask().pk)
         assert not Spending.objects.exists()
 
 
@@ -174,7 +177,7 @@ class TestMoney:
         settings.LIMIT_USER_COST_PER_DAY = 1
         factories.price(prompt="10", completion="20")
         run = factories.ask()
-        runs.execute(run.pk)
+        execution.execute(run.pk)
         assert Spending.objects.get().cost == reload(run).cost > 0
 
     def test_a_day_that_costs_too_much_is_refused(self, model: FakeLLM, settings: Any) -> None:
@@ -206,7 +209,7 @@ def test_workers_at_once_never_set_aside_more_than_there_is(model: FakeLLM, sett
     def reserve(_: int) -> bool:
         try:
             limits.Purse("alice", "").reserve("gpt-4o-mini", 300)
-        except llm.LLMError:
+        except completions.LLMError:
             return False
         finally:
             connections.close_all()
@@ -224,7 +227,7 @@ def test_in_a_room_a_run_that_finds_its_budget_gone_is_told_there(
     command()
     take_in(session(), event("Hello"))
     Spending.objects.create(scope="user:@alice:localhost", day=today(), tokens=1500)
-    runs.execute(Run.objects.get().pk)
+    execution.execute(Run.objects.get().pk)
     reply = RoomReply.objects.select_related("run", "question").get()
     [part] = replies.contents(reply)
     assert part["msgtype"] == "m.notice"

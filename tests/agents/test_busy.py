@@ -10,9 +10,11 @@ from django.db import connection
 from django.db.models import F
 from rest_framework.test import APIClient
 
-from agents import inbox, memory, outcomes, runs
+from agents import inbox
 from agents.inbox import Busy, WhenBusy
 from agents.models import Attempt, Event, IdempotencyKey, Run
+from agents.runs import execution as runs
+from agents.runs import memory, outcomes
 from chat.models import Message, Thread
 from tests import factories
 from tests.agents.test_runs import in_background, reload, wait_for_words

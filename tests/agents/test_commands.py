@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
-from agents import commands, inbox, llm, runs, webhooks
+from agents import inbox
+from agents.llm import completions
 from agents.models import Run
+from agents.runs import commands, execution, http_commands
 from tests.factories import ask, conversation
 from tests.fakes.receiver import Receiver
 
@@ -51,7 +53,7 @@ def test_an_allowed_host_may_be_called(settings: Any) -> None:
 @pytest.mark.django_db
 def test_ping_needs_no_model() -> None:
     run = ask("anything", command="ping")
-    runs.execute(run.pk)
+    execution.execute(run.pk)
     run.refresh_from_db()
     assert run.answer is not None
     assert run.answer.content == "pong"
@@ -61,7 +63,7 @@ def test_ping_needs_no_model() -> None:
 def test_a_summary_is_of_what_was_said_before(model: Any) -> None:
     thread = conversation(2)
     run = ask("summarise", thread_id=thread.pk, command="chat.summarize")
-    runs.execute(run.pk)
+    execution.execute(run.pk)
     prompt = model.requests[0].last_user
     assert "question 1" in prompt
     assert "answer 0" in prompt
@@ -71,7 +73,7 @@ def test_a_summary_is_of_what_was_said_before(model: Any) -> None:
 @pytest.mark.django_db
 def test_a_summary_of_nothing_asks_no_model(model: Any) -> None:
     run = ask("summarise", command="chat.summarize")
-    runs.execute(run.pk)
+    execution.execute(run.pk)
     assert Run.objects.get(pk=run.pk).answer.content == "Nothing has been said here yet."
     assert not model.requests
 
@@ -79,7 +81,7 @@ def test_a_summary_of_nothing_asks_no_model(model: Any) -> None:
 @pytest.mark.django_db
 def test_a_command_that_was_taken_away_fails_its_runs() -> None:
     run = ask("x", command="gone")
-    runs.execute(run.pk)
+    execution.execute(run.pk)
     run.refresh_from_db()
     assert (run.status, run.error_code) == (Run.Status.FAILED, "unknown_command")
 
@@ -90,7 +92,7 @@ def test_amending_is_for_runs_that_wait() -> None:
     assert inbox.amend(run.pk, content="second")
     run.message.refresh_from_db()
     assert run.message.content == "second"
-    runs.execute(run.pk)
+    execution.execute(run.pk)
     assert not inbox.amend(run.pk, content="third")
 
 
@@ -102,7 +104,9 @@ def receiver(https_receiver: type[Receiver], settings: Any) -> type[Receiver]:
 
 
 def post(**control: Any) -> str:
-    return webhooks.post(HOOK, {"input": 1}, key="run_1", control=llm.Control(**control))
+    return http_commands.post(
+        HOOK, {"input": 1}, key="run_1", control=completions.Control(**control)
+    )
 
 
 def test_the_event_is_posted_signed_and_its_answer_is_the_reply(receiver: type[Receiver]) -> None:
@@ -134,7 +138,7 @@ def test_other_answers_are_failures(
     receiver: type[Receiver], answer: Any, code: str, permanent: bool
 ) -> None:
     receiver.answer = answer
-    with pytest.raises(llm.LLMError) as caught:
+    with pytest.raises(completions.LLMError) as caught:
         post()
     assert (caught.value.code, caught.value.permanent) == (code, permanent)
     assert len(receiver.seen) == 1  # no redirect is followed
@@ -146,21 +150,21 @@ def test_a_webhook_that_trickles_is_given_up(
 ) -> None:
     receiver.pause, receiver.trickles_head = 0.05, trickles_head
     settings.AGENT_WEBHOOK_TIMEOUT_SECONDS = 0.3
-    with pytest.raises(llm.LLMError, match="did not answer"):
+    with pytest.raises(completions.LLMError, match="did not answer"):
         post()
 
 
 def test_a_certificate_for_another_name_is_refused(receiver: type[Receiver], settings: Any) -> None:
     settings.AGENT_WEBHOOK_HOSTS = ["*"]
-    with pytest.raises(llm.LLMError, match="did not answer"):
-        webhooks.post("https://other.example.org/", {}, key="x", control=llm.Control())
+    with pytest.raises(completions.LLMError, match="did not answer"):
+        http_commands.post("https://other.example.org/", {}, key="x", control=completions.Control())
     assert not receiver.seen
 
 
 @pytest.mark.django_db
 def test_a_run_may_fire_a_webhook(receiver: type[Receiver]) -> None:
     run = ask("go", command=HOOK, input={"sender": "@alice:localhost"})
-    runs.execute(run.pk)
+    execution.execute(run.pk)
     run.refresh_from_db()
     assert run.answer is not None
     assert run.answer.content == "done"

@@ -1,5 +1,5 @@
-"""Whether the statements on the database do as agents.lifecycle says: each step is taken in both, and
-what has become of the runs is compared."""
+"""Whether the statements on the database do as agents.lifecycle.states says: each step is taken in
+both, and what has become of the runs is compared."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -16,20 +16,14 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
-from agents import (
-    handover,
-    inbox,
-    leases,
-    lifecycle,
-    llm,
-    models,
-    outcomes,
-    runs,
-    runtime,
-    statements,
-)
-from agents.conditions import Condition, Is
+from agents import inbox
+from agents.lifecycle import sql, states
+from agents.lifecycle.conditions import Condition, Is
+from agents.llm import completions
 from agents.models import Attempt, Event, Run, RunQuerySet
+from agents.models import runs as models
+from agents.runs import execution, leases, outcomes
+from agents.worker import bootstep, dispatch
 from chat.models import Thread
 from tests.agents.lifeworld import RULES, World
 from tests.agents.test_lifecycle import BUSY, DEADLINES, PAUSES, SKEWS, WISHES
@@ -80,7 +74,7 @@ def _one_clock(db: None, monkeypatch: pytest.MonkeyPatch, settings: Any) -> None
     # Which no skew of the wall clock moves.
     steady = SimpleNamespace(monotonic=lambda: CLOCKS.now.timestamp())
     monkeypatch.setattr(models, "time", steady)
-    monkeypatch.setattr(runtime, "queue_is_long", lambda: False)
+    monkeypatch.setattr(bootstep, "queue_is_long", lambda: False)
     # Not between two transactions, as it is where heartbeats are.
     monkeypatch.setattr(connection, "close_if_unusable_or_obsolete", lambda: None)
     connection.ensure_connection()
@@ -99,7 +93,7 @@ class Conformance(RuleBasedStateMachine):
         # Of each worker: its name, which no other process ever has, and the runs as it claimed them.
         self.names = [f"worker {number}" for number in range(3)]
         self.taken: list[dict[str, Run]] = [{}, {}, {}]
-        self.seen: list[tuple[Run, lifecycle.State]] = []
+        self.seen: list[tuple[Run, states.State]] = []
 
     def teardown(self) -> None:
         transaction.savepoint_rollback(self.savepoint)
@@ -152,18 +146,18 @@ class Conformance(RuleBasedStateMachine):
     def claim_run(self, worker: int, run_id: str) -> None:
         self.be(worker)
         told = self.world.claim(self.world.workers[worker], run_id, self.world.runs[run_id])
-        run = runs.claim(run_id)
+        run = execution.claim(run_id)
         assert (run is not None) == told
         if run is None:
             return
-        if lifecycle.used_up(run.state, leases.rules()):
+        if states.used_up(run.state, leases.rules()):
             self.taken[worker].pop(run_id, None)  # which it may have lost to itself
-            gone = llm.LLMError("Lost.", code="workers_lost", permanent=True)
+            gone = completions.LLMError("Lost.", code="workers_lost", permanent=True)
             outcomes.fail_or_retry(run, gone, outcomes.NOTHING)
         else:
             self.taken[worker][run_id] = run
 
-    def held(self, worker: int, which: int) -> tuple[Run, lifecycle.State] | None:
+    def held(self, worker: int, which: int) -> tuple[Run, states.State] | None:
         held = self.world.workers[worker].held
         assert set(held) == set(self.taken[worker])
         if not held:
@@ -192,7 +186,7 @@ class Conformance(RuleBasedStateMachine):
     def answer(self, worker: int, which: int, told: bool) -> None:
         if found := self.held(worker, which):
             run, claimed = found
-            self.world.write(run.pk, lifecycle.Answered(run.attempt), claimed)
+            self.world.write(run.pk, states.Answered(run.attempt), claimed)
             outcomes.complete(run, "An answer", outcomes.NOTHING)
             if told:
                 self.put_down(worker, run.pk)
@@ -211,9 +205,9 @@ class Conformance(RuleBasedStateMachine):
         """By a worker whose clock is wrong, which makes no difference."""
         if found := self.held(worker, which):
             run, claimed = found
-            event = lifecycle.Failed(run.attempt, permanent, pause, luck)
+            event = states.Failed(run.attempt, permanent, pause, luck)
             self.world.write(run.pk, event, claimed)
-            error = llm.LLMError(
+            error = completions.LLMError(
                 "No.", code="no", permanent=permanent, retry_after=pause.total_seconds()
             )
             CLOCKS.skew = timedelta(seconds=skew)
@@ -229,8 +223,8 @@ class Conformance(RuleBasedStateMachine):
         self.be(worker)
         for run_id, claimed in self.world.workers[worker].held.items():
             read = self.world.runs[run_id]
-            self.world.write(run_id, lifecycle.GivenBack(claimed.attempt), read)
-        runs.hand_back()
+            self.world.write(run_id, states.GivenBack(claimed.attempt), read)
+        execution.hand_back()
         self.kill(worker)
 
     @rule(worker=WORKERS)
@@ -246,15 +240,15 @@ class Conformance(RuleBasedStateMachine):
             return
         state, run = self.world.runs[run_id], Run.objects.get(pk=run_id)
         if wish == "cancel":
-            told = self.world.write(run_id, lifecycle.Cancelled(), state)
-            assert runs.cancel(run) == told
+            told = self.world.write(run_id, states.Cancelled(), state)
+            assert execution.cancel(run) == told
         elif wish == "retry":
             self.world.ask_again(run_id, state)
-            assert runs.retry(run) == (self.world.runs[run_id] != state)
+            assert execution.retry(run) == (self.world.runs[run_id] != state)
         else:
             events = len(self.world.events)
             self.world.requeue(run_id, state)
-            assert runs.requeue(run) == (len(self.world.events) > events)
+            assert execution.requeue(run) == (len(self.world.events) > events)
             # Which tells the first request once more, where the world makes another of it.
             del self.world.events[events:]
 
@@ -268,11 +262,11 @@ class Conformance(RuleBasedStateMachine):
 
     @rule()
     def sweep(self) -> None:
-        runs.end_overdue()
+        execution.end_overdue()
         handed: list[str] = []
-        handover.hand_over = handed.extend
-        handover.room = lambda: 1000
-        runtime.sweep_runs()
+        dispatch.hand_over = handed.extend
+        dispatch.room = lambda: 1000
+        bootstep.sweep_runs()
         assert set(handed) == self.world.sweep()
 
     @rule(seconds=st.sampled_from(JUMPS))
@@ -291,10 +285,10 @@ class Conformance(RuleBasedStateMachine):
         for run, read in self.seen:
             assert Run.objects.claimable_as_read(run).exists() == self.may_claim(run.pk, read)
 
-    def may_claim(self, run_id: str, read: lifecycle.State) -> bool:
+    def may_claim(self, run_id: str, read: states.State) -> bool:
         now = self.world.runs[run_id]
         return run_id in self.world.claimable() and all(
-            getattr(read, name) == getattr(now, name) for name in lifecycle.VERSION
+            getattr(read, name) == getattr(now, name) for name in states.VERSION
         )
 
     @rule()
@@ -316,8 +310,8 @@ def keep_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     for module, name in (
         (leases, "worker_name"),
         (outcomes, "random"),
-        (handover, "hand_over"),
-        (handover, "room"),
+        (dispatch, "hand_over"),
+        (dispatch, "room"),
     ):
         monkeypatch.setattr(module, name, getattr(module, name))
 
@@ -345,7 +339,7 @@ def without(column: str) -> Callable[[Condition], Q]:
     def as_q(condition: Condition) -> Q:
         return Q() if isinstance(condition, Is) and condition.column == column else whole(condition)
 
-    whole = statements.as_q
+    whole = sql.as_q
     return as_q
 
 
@@ -391,7 +385,7 @@ BREAKAGES: dict[str, Breakage] = {
         "first_of_thread",
         lambda self: self.all(),
     ),
-    "what a worker reports is not fenced": (answer_late, statements, "as_q", without("attempt")),
+    "what a worker reports is not fenced": (answer_late, sql, "as_q", without("attempt")),
     "a deadline is not looked at": (be_overdue, RunQuerySet, "overdue", lambda self: self.none()),
 }
 

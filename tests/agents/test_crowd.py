@@ -9,11 +9,11 @@ from django.db import OperationalError, connection, transaction
 
 from agents.models import Run
 from chat.models import Message, Thread
-from hooks.models import Subscription
 from lib import transactions
 from realm.models import User
 from tests.agents.conftest import Broker
 from tests.agents.crowd import Crowd
+from webhooks.models import Subscription
 
 logger = logging.getLogger(__name__)
 pytestmark = [

@@ -10,10 +10,11 @@ from django.db.models.functions import Now
 from django.utils import timezone
 from redis.exceptions import RedisError
 
-from agents import leases, outcomes, rollups, runs
 from agents.inbox import Invalid
 from agents.models import Attempt, Event, Rollup, Run
-from agents.runtime import Keeper, Reader
+from agents.runs import execution, leases, outcomes
+from agents.usage import rollups
+from agents.worker.bootstep import Keeper, Reader
 from chat.models import Message
 from tests import factories
 from tests.agents.test_runs import in_background, reload, wait_for_words
@@ -77,12 +78,12 @@ class TestWaiting:
 
     def test_no_worker_begins_it_any_more(self) -> None:
         run = ask(-1)
-        assert runs.claim(run.pk) is None
+        assert execution.claim(run.pk) is None
         assert not Run.objects.claimable().exists()
 
     def test_it_is_ended_once_and_counted_once(self) -> None:
         ask(-1)
-        assert [runs.end_overdue(), runs.end_overdue()] == [1, 0]
+        assert [execution.end_overdue(), execution.end_overdue()] == [1, 0]
         rollups.fold()
         rows = Rollup.objects.filter(grain=Rollup.Grain.MINUTE)
         assert [(row.result, row.error_code, row.count) for row in rows] == [
@@ -92,17 +93,17 @@ class TestWaiting:
     def test_the_next_question_of_the_thread_goes_on(self) -> None:
         run = ask(-1)
         following = factories.ask("And?", thread_id=run.thread_id)
-        assert runs.claim(following.pk) is None
-        runs.end_overdue()
-        assert runs.claim(following.pk)
+        assert execution.claim(following.pk) is None
+        execution.end_overdue()
+        assert execution.claim(following.pk)
 
     def test_a_run_between_two_attempts_too(self, model: FakeLLM) -> None:
         model.script(Failure(500))
         run = ask()
-        runs.execute(run.pk)
+        execution.execute(run.pk)
         assert reload(run).status == Run.Status.QUEUED
         give(run, -1)
-        runs.end_overdue()
+        execution.end_overdue()
         assert how(run) == OVERDUE
         assert [attempt.result for attempt in run.attempts.all()] == ["retried"]
 
@@ -111,7 +112,7 @@ class TestAtWork:
     def test_it_is_cut_between_tokens_and_what_came_is_kept(self, model: FakeLLM) -> None:
         model.script(Reply("word " * 400, deltas=400, delta_latency=0.05))
         run = ask(2)
-        runs.execute(run.pk)
+        execution.execute(run.pk)
 
         assert how(run) == OVERDUE
         [step] = run.steps.all()
@@ -125,7 +126,7 @@ class TestAtWork:
     ) -> None:
         model.script(Failure(429, retry_after=120))
         run = ask(60)
-        runs.execute(run.pk)
+        execution.execute(run.pk)
         assert how(run) == (Run.Status.FAILED, "rate_limited")
 
     @pytest.mark.django_db(transaction=True)
@@ -135,10 +136,10 @@ class TestAtWork:
         settings.AGENT_LEASE_SECONDS = 0.8
         model.script(Hang(after=3, reply=Reply("word " * 10, deltas=10)))
         run = ask(60)
-        with in_background(runs.execute, run.pk):
+        with in_background(execution.execute, run.pk):
             wait_for_words(run, "word word word")
             give(run, -2)
-            assert runs.end_overdue() == 1
+            assert execution.end_overdue() == 1
 
         assert how(run) == OVERDUE
         assert run.steps.get().output.startswith("word")
@@ -147,27 +148,27 @@ class TestAtWork:
 
     def test_a_worker_at_the_next_token_is_left_to_end_it_itself(self) -> None:
         run = ask(60)
-        assert runs.claim(run.pk)
+        assert execution.claim(run.pk)
         give(run, -0.01)
-        assert runs.end_overdue() == 0
+        assert execution.end_overdue() == 0
         give(run, -2)
-        assert runs.end_overdue() == 1
+        assert execution.end_overdue() == 1
 
     def test_a_worker_that_is_gone_is_not_waited_for(self) -> None:
         run = ask(60)
-        runs.claim(run.pk)
+        execution.claim(run.pk)
         Run.objects.update(lease_expires_at=Now() - timedelta(seconds=1))
         give(run, -0.2)
-        assert runs.end_overdue() == 1
+        assert execution.end_overdue() == 1
         assert how(run) == OVERDUE
         assert [attempt.result for attempt in run.attempts.all()] == ["failed"]
 
     def test_who_was_stuck_until_then_writes_nothing(self) -> None:
         run = ask(60)
-        held = runs.claim(run.pk)
+        held = execution.claim(run.pk)
         assert held
         give(run, -2)
-        runs.end_overdue()
+        execution.end_overdue()
         assert not outcomes.complete(held, "late", outcomes.NOTHING)
         assert how(run) == OVERDUE
         assert not Message.objects.filter(role="assistant").exists()
@@ -175,11 +176,11 @@ class TestAtWork:
     @pytest.mark.django_db(transaction=True)
     def test_of_worker_sweep_and_cancel_one_ends_it(self) -> None:
         for _ in range(5):
-            held = runs.claim(ask(60).pk)
+            held = execution.claim(ask(60).pk)
             assert held
             give(held, -2)
             start = threading.Barrier(3)
-            late = runs.llm.LLMError("No.", code="refused", permanent=True)
+            late = execution.completions.LLMError("No.", code="refused", permanent=True)
 
             def each(what: Any, *args: Any, start: threading.Barrier = start) -> None:
                 start.wait(timeout=60)
@@ -189,8 +190,8 @@ class TestAtWork:
             racing = [
                 threading.Thread(target=each, args=what)
                 for what in (
-                    (runs.end_overdue,),
-                    (runs.cancel, reload(held)),
+                    (execution.end_overdue,),
+                    (execution.cancel, reload(held)),
                     (outcomes.fail_or_retry, held, late, outcomes.NOTHING),
                 )
             ]
@@ -205,9 +206,9 @@ class TestAtWork:
 
     def test_an_answer_that_was_recorded_is_not_ended(self) -> None:
         run = ask(60)
-        runs.execute(run.pk)
+        execution.execute(run.pk)
         give(run, -2)
-        assert runs.end_overdue() == 0
+        assert execution.end_overdue() == 0
         assert reload(run).status == Run.Status.COMPLETED
 
 
@@ -218,8 +219,8 @@ class TestAgain:
         for asked in ("created_at", "retried_at"):
             then = {asked: getattr(run, asked) - hour, "deadline_at": run.deadline_at - hour}
             Run.objects.update(**then)
-            runs.end_overdue()
-            assert runs.retry(run)
+            execution.end_overdue()
+            assert execution.retry(run)
             run = reload(run)
             left = run.deadline_at - timezone.now()
             assert timedelta(seconds=80) < left < timedelta(seconds=100)
@@ -231,8 +232,8 @@ class TestAgain:
         created_at = Run._meta.get_field("created_at")
         monkeypatch.setitem(vars(created_at), "_get_default", lambda: slow)
         run = ask(60)
-        runs.cancel(run)
-        assert runs.retry(run)
+        execution.cancel(run)
+        assert execution.retry(run)
         left = reload(run).deadline_at - timezone.now()
         assert timedelta(seconds=50) < left < timedelta(seconds=70)
 
@@ -243,22 +244,22 @@ class TestAgain:
         run = ask(60)
         real = timezone.now
         monkeypatch.setattr(timezone, "now", lambda: real() + timedelta(hours=1))
-        runs.execute(run.pk)
+        execution.execute(run.pk)
         assert reload(run).status == Run.Status.COMPLETED
 
     def test_one_that_is_put_back_is_not(self) -> None:
         run = ask(60)
-        runs.claim(run.pk)
+        execution.claim(run.pk)
         before = reload(run).deadline_at
-        runs.requeue(run)
+        execution.requeue(run)
         assert reload(run).deadline_at == before
 
     def test_a_lease_is_not_renewed_beyond_it(self) -> None:
         run = ask(60)
-        held = runs.claim(run.pk)
+        held = execution.claim(run.pk)
         assert held
         with leases.heartbeat().hold(held) as lease:
             give(run, -2)
-            runs.end_overdue()
+            execution.end_overdue()
             leases.heartbeat().renew()
             assert lease.lost()

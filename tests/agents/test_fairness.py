@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 from django.db.models.functions import Now
 
-from agents import handover, leases, runs, runtime, shares
 from agents.models import Run
+from agents.runs import execution, fairness, leases
+from agents.worker import bootstep, dispatch
 from tests import factories
 from tests.agents.conftest import Broker
 from tests.agents.test_runs import in_background
@@ -27,7 +28,7 @@ def ask(asker: str, times: int = 1, **extra: Any) -> list[str]:
     return [factories.ask(asker=asker, **extra).pk for _ in range(times)]
 
 
-def again(reader: runtime.Reader) -> None:
+def again(reader: bootstep.Reader) -> None:
     """Have it look at once, however long the last look took, and for no more than usual."""
     reader._turns._look_at = 0
     reader._turns._found_enough = False
@@ -35,18 +36,18 @@ def again(reader: runtime.Reader) -> None:
 
 
 def test_a_single_question_is_handed_over_without_a_look_at_the_others(
-    reader: runtime.Reader,
+    reader: bootstep.Reader,
     broker: Broker,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(handover, "hand_over_fairly", None)
+    monkeypatch.setattr(dispatch, "hand_over_fairly", None)
     mine = ask("alice")
     reader.read()
     assert broker.handed() == mine
 
 
 def test_what_has_no_room_in_the_queue_waits_in_the_database(
-    reader: runtime.Reader,
+    reader: bootstep.Reader,
     broker: Broker,
     small: None,
 ) -> None:
@@ -59,21 +60,21 @@ def test_what_has_no_room_in_the_queue_waits_in_the_database(
 
 
 def test_whoever_has_little_in_hand_goes_before_a_flood(
-    reader: runtime.Reader,
+    reader: bootstep.Reader,
     broker: Broker,
     small: None,
 ) -> None:
     flood = ask("alice", 30)
     reader.read()
     for run_id in broker.handed():
-        assert runs.claim(run_id)
+        assert execution.claim(run_id)
     [bobs] = ask("bob")
     again(reader)
     assert broker.handed() == [bobs, *flood[4:7]]
 
 
 def test_those_of_three_go_in_turns(
-    reader: runtime.Reader,
+    reader: bootstep.Reader,
     broker: Broker,
     small: None,
 ) -> None:
@@ -83,14 +84,14 @@ def test_those_of_three_go_in_turns(
         again(reader)
         handed += broker.handed()
         for run_id in handed[-4:]:
-            assert runs.claim(run_id)
+            assert execution.claim(run_id)
         counts = [len({*handed} & {*mine}) for mine in (alices, bobs, carols)]
         assert max(counts) - min(counts) <= 1
     assert counts == [4, 4, 4]
 
 
 def test_all_of_a_flood_is_handed_over_in_the_end(
-    reader: runtime.Reader,
+    reader: bootstep.Reader,
     broker: Broker,
     small: None,
 ) -> None:
@@ -100,9 +101,9 @@ def test_all_of_a_flood_is_handed_over_in_the_end(
         assert time.monotonic() < deadline
         reader.read()
         for run_id in broker.handed():
-            runs.execute(run_id)
+            execution.execute(run_id)
     assert Run.objects.filter(pk__in=asked, status="completed").count() == 25
-    assert not shares.left.is_set()
+    assert not fairness.left.is_set()
 
 
 class TestShare:
@@ -110,57 +111,57 @@ class TestShare:
     def _half(self, settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         settings.AGENT_USER_SHARE = 50
         settings.CELERY_WORKER_CONCURRENCY = 4
-        monkeypatch.setattr(shares, "slots", shares.Slots())
+        monkeypatch.setattr(fairness, "slots", fairness.Slots())
 
     def test_nobody_gets_more_than_that_of_the_slots(self, model: FakeLLM) -> None:
         model.default = Hang(after=1)
         alices, bobs = ask("alice", 3), ask("bob")
         with ExitStack() as working:
             for run_id in alices[:2]:
-                working.enter_context(in_background(runs.execute, run_id))
+                working.enter_context(in_background(execution.execute, run_id))
             model.wait_for_requests(2)
-            assert runs.execute(alices[2]) is None
+            assert execution.execute(alices[2]) is None
             assert Run.objects.untold().get().pk == alices[2]
-            working.enter_context(in_background(runs.execute, bobs[0]))
+            working.enter_context(in_background(execution.execute, bobs[0]))
             model.wait_for_requests(3)
             for run in Run.objects.all():
-                runs.cancel(run)
+                execution.cancel(run)
             leases.heartbeat().lose_all()
-        with shares.seats.one("alice") as free:
+        with fairness.seats.one("alice") as free:
             assert free
 
     def test_whoever_has_all_of_it_is_passed_over(
         self,
-        reader: runtime.Reader,
+        reader: bootstep.Reader,
         broker: Broker,
     ) -> None:
         flood = ask("alice", 10)
         again(reader)
         assert broker.handed() == flood[:2]
         for run_id in flood[:2]:
-            runs.claim(run_id)
+            execution.claim(run_id)
         [bobs] = ask("bob")
         again(reader)
         assert broker.handed() == [bobs]
 
     def test_its_next_goes_on_when_one_has_ended(
         self,
-        reader: runtime.Reader,
+        reader: bootstep.Reader,
         broker: Broker,
     ) -> None:
         flood = ask("alice", 10)
         again(reader)
         broker.handed()
         for run_id in flood[:2]:
-            runs.claim(run_id)
-        runs.cancel(Run.objects.get(pk=flood[0]))
+            execution.claim(run_id)
+        execution.cancel(Run.objects.get(pk=flood[0]))
         again(reader)
         assert broker.handed() == [flood[2]]
 
     def test_a_run_whose_worker_was_lost_is_taken_over_all_the_same(self) -> None:
         mine = ask("alice", 2)
         for run_id in mine:
-            runs.claim(run_id)
+            execution.claim(run_id)
         Run.objects.update(lease_expires_at=Now())
         time.sleep(0.01)
-        assert runs.claim(mine[0])
+        assert execution.claim(mine[0])

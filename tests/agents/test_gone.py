@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 from rest_framework.test import APIClient
 
-from agents import inbox, loop, outcomes, retention, runs
+from agents import inbox, retention
+from agents.llm import loop
 from agents.models import Event, Run, Usage
+from agents.runs import execution, outcomes
 from chat.models import Message, Thread
 from console import bulk
 from realm.models import User
@@ -25,14 +27,16 @@ def gone() -> Run:
     return run
 
 
-@pytest.mark.parametrize("deed", [runs.cancel, runs.retry, runs.requeue, inbox.ask_again])
+@pytest.mark.parametrize(
+    "deed", [execution.cancel, execution.retry, execution.requeue, inbox.ask_again]
+)
 def test_nothing_is_done_to_it(gone: Run, deed: Callable[[Run], bool]) -> None:
     assert deed(gone) is False
 
 
 def test_a_failed_one_is_not_asked_for_again() -> None:
     run = factories.ask()
-    runs.cancel(run)
+    execution.cancel(run)
     retention.delete_thread(run.thread)
 
     assert inbox.ask_again(run) is False
@@ -44,7 +48,7 @@ def test_it_is_deleted_once_more_without_a_word(gone: Run) -> None:
 
 def test_its_outcome_is_thrown_away() -> None:
     factories.ask()
-    run = runs.claim(Run.objects.get().pk)
+    run = execution.claim(Run.objects.get().pk)
     assert run
     retention.delete_thread(run.thread)
 
@@ -96,11 +100,11 @@ class TestUser:
     ) -> None:
         user = factories.user("alice")
         run = factories.ask(owner=user)
-        assert runs.claim(run.pk)
+        assert execution.claim(run.pk)
         told: list[str] = []
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("agents.live.stop", told.append)
+            patch.setattr("agents.events.publisher.stop", told.append)
             with django_capture_on_commit_callbacks(execute=True):
                 user.delete()
 

@@ -17,9 +17,9 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from agents import lifecycle
-from agents.conditions import ALWAYS, Is
-from agents.lifecycle import UNFINISHED, State, Status
+from agents.lifecycle import states
+from agents.lifecycle.conditions import ALWAYS, Is
+from agents.lifecycle.states import UNFINISHED, State, Status
 from tests.agents.lifeworld import World
 
 STEPS = 100_000
@@ -93,7 +93,7 @@ class Life(RuleBasedStateMachine):
     def claim_as_read_before(self, worker: int) -> None:
         if self.read and not self.world.workers[worker].paused:
             run, read = self.read.pop(0)
-            if read.status in lifecycle.OPEN:
+            if read.status in states.OPEN:
                 self.world.claim(self.world.workers[worker], run, read)
 
     @rule(what=st.sampled_from(WISHES))
@@ -108,7 +108,7 @@ class Life(RuleBasedStateMachine):
 
     def act(self, what: str, run: str, read: State) -> None:
         if what == "cancel":
-            self.world.write(run, lifecycle.Cancelled(), read)
+            self.world.write(run, states.Cancelled(), read)
         elif what == "retry":
             self.world.ask_again(run, read)
         else:
@@ -132,7 +132,7 @@ class Life(RuleBasedStateMachine):
         """Where the database's word of it is lost, it is written again."""
         if found := self.held(worker, which):
             taker, run, claimed = found
-            self.world.write(run, lifecycle.Answered(claimed.attempt), claimed)
+            self.world.write(run, states.Answered(claimed.attempt), claimed)
             if told:
                 del taker.held[run]
 
@@ -155,7 +155,7 @@ class Life(RuleBasedStateMachine):
     ) -> None:
         if found := self.held(worker, which):
             taker, run, claimed = found
-            event = lifecycle.Failed(claimed.attempt, permanent, pause, luck)
+            event = states.Failed(claimed.attempt, permanent, pause, luck)
             self.world.write(run, event, claimed, self.world.now + timedelta(seconds=skew))
             del taker.held[run]
 
@@ -164,7 +164,7 @@ class Life(RuleBasedStateMachine):
         taker = self.world.workers[worker]
         if not taker.paused:
             for run, claimed in taker.held.items():
-                self.world.write(run, lifecycle.GivenBack(claimed.attempt), self.world.runs[run])
+                self.world.write(run, states.GivenBack(claimed.attempt), self.world.runs[run])
             taker.held.clear()
 
     @rule()
@@ -257,35 +257,35 @@ def test_whatever_happens_each_question_has_one_outcome_in_its_turn() -> None:
     assert live(EXAMPLES) >= STEPS
 
 
-QUEUED, PROCESSING = lifecycle.QUEUED, lifecycle.PROCESSING
+QUEUED, PROCESSING = states.QUEUED, states.PROCESSING
 BREAKAGES: dict[str, tuple[Any, str, Any]] = {
     "a lease that runs is no hindrance": (
-        lifecycle,
+        states,
         "claim_guard",
         lambda run: UNFINISHED,
     ),
-    "a lapsed lease is never taken over": (lifecycle, "claim_guard", lambda run: QUEUED),
-    "a run is begun before its turn": (lifecycle, "in_turn", lambda *_: True),
-    "the attempt's number is no fence": (lifecycle.OfAttempt, "guard", PROCESSING),
-    "the state is no fence": (lifecycle.OfAttempt, "guard", UNFINISHED),
-    "what has ended can be cancelled": (lifecycle.Cancelled, "guard", ALWAYS),
-    "what is being worked on can be merged": (lifecycle.Merged, "guard", UNFINISHED),
-    "what was read is not compared": (lifecycle, "VERSION", ()),
-    "the attempt is not compared": (lifecycle, "VERSION", ("status", "retries")),
-    "nothing that was told is ever told again": (lifecycle, "OVERLOOKED", lifecycle.UNTOLD),
-    "what was told once is told": (lifecycle, "OVERLOOKED", Is("handed_at", "isnull", True)),
-    "attempts are not counted": (lifecycle, "used_up", lambda *_: False),
+    "a lapsed lease is never taken over": (states, "claim_guard", lambda run: QUEUED),
+    "a run is begun before its turn": (states, "in_turn", lambda *_: True),
+    "the attempt's number is no fence": (states.OfAttempt, "guard", PROCESSING),
+    "the state is no fence": (states.OfAttempt, "guard", UNFINISHED),
+    "what has ended can be cancelled": (states.Cancelled, "guard", ALWAYS),
+    "what is being worked on can be merged": (states.Merged, "guard", UNFINISHED),
+    "what was read is not compared": (states, "VERSION", ()),
+    "the attempt is not compared": (states, "VERSION", ("status", "retries")),
+    "nothing that was told is ever told again": (states, "OVERLOOKED", states.UNTOLD),
+    "what was told once is told": (states, "OVERLOOKED", Is("handed_at", "isnull", True)),
+    "attempts are not counted": (states, "used_up", lambda *_: False),
     "what was answered may be asked again": (
-        lifecycle.AskedAgain,
+        states.AskedAgain,
         "guard",
-        Is("status", "in", lifecycle.ENDED),
+        Is("status", "in", states.ENDED),
     ),
     "what was merged may be asked again": (
-        lifecycle.AskedAgain,
+        states.AskedAgain,
         "guard",
         Is("status", "in", (Status.FAILED, Status.CANCELLED)),
     ),
-    "a deadline ends what it should not": (lifecycle.Expired, "guard", ALWAYS),
+    "a deadline ends what it should not": (states.Expired, "guard", ALWAYS),
 }
 
 
@@ -298,5 +298,5 @@ def test_a_rule_that_is_broken_is_found_out(breakage: str, monkeypatch: pytest.M
 
 
 def test_it_needs_no_framework() -> None:
-    code = "import sys, agents.lifecycle; sys.exit('django' in sys.modules)"
+    code = "import sys, agents.lifecycle.states; sys.exit('django' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from agents import endpoint, llm, loop, tools
+from agents import tools
+from agents.llm import completions, loop, transport
 from tests.fakes.llm import (
     GARBAGE,
     Call,
@@ -32,8 +33,8 @@ from tests.fakes.llm import (
 QUESTION = [{"role": "user", "content": "What time is it?"}]
 
 
-def complete() -> llm.Reply:
-    return llm.complete(QUESTION, model="gpt-4o-mini")
+def complete() -> completions.Reply:
+    return completions.complete(QUESTION, model="gpt-4o-mini")
 
 
 class TestAnswers:
@@ -52,10 +53,10 @@ class TestAnswers:
     ) -> None:
         model.script(Reply("word " * 10, deltas=10, delta_latency=0.01))
         came: list[float] = []
-        control = llm.Control(text=lambda piece: came.append(time.monotonic()))
-        monkeypatch.setattr(endpoint, "_reading", set(range(200)))
+        control = completions.Control(text=lambda piece: came.append(time.monotonic()))
+        monkeypatch.setattr(transport, "_reading", set(range(200)))
 
-        reply = llm.complete(QUESTION, model="gpt-4o-mini", control=control)
+        reply = completions.complete(QUESTION, model="gpt-4o-mini", control=control)
 
         assert reply.text == "word " * 10
         together = sum(b - a < 0.005 for a, b in itertools.pairwise(came))
@@ -65,9 +66,9 @@ class TestAnswers:
     def test_few_are_read_as_they_come(
         self, answers: int, rest: float, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(endpoint, "_reading", set(range(answers)))
+        monkeypatch.setattr(transport, "_reading", set(range(answers)))
 
-        assert endpoint.rest_seconds() == rest
+        assert transport.rest_seconds() == rest
 
     def test_an_endpoint_that_cannot_stream_is_understood(self, model: FakeLLM) -> None:
         body = (
@@ -76,7 +77,7 @@ class TestAnswers:
         )
         model.script(Raw(body, content_type="application/json"))
 
-        assert complete() == llm.Reply("Hi", [], llm.Usage(3, 1))
+        assert complete() == completions.Reply("Hi", [], completions.Usage(3, 1))
 
     def test_comments_between_the_events_are_skipped(self, model: FakeLLM) -> None:
         model.script(Reply("Hi", comment="still thinking"))
@@ -88,7 +89,7 @@ class TestAnswers:
             Raw(b'data: {"choices":[{"delta":{"content":"Hi"},"finish_reason":"stop"}]}\n\n')
         )
 
-        assert complete() == llm.Reply("Hi")
+        assert complete() == completions.Reply("Hi")
 
     def test_nul_is_dropped_because_no_database_can_keep_it(self, model: FakeLLM) -> None:
         model.script(Reply("a\0b"))
@@ -112,7 +113,7 @@ class TestAnswers:
     )
     def test_nor_does_it_let_garbage_in(self, model: FakeLLM, body: bytes) -> None:
         model.script(Raw(body, content_type="application/json"))
-        with pytest.raises(llm.LLMError) as caught:
+        with pytest.raises(completions.LLMError) as caught:
             complete()
         assert caught.value.code == "unreadable"
 
@@ -128,12 +129,12 @@ class TestAnswers:
         self, model: FakeLLM, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """They all find no event loop yet, and must not make one each."""
-        slow = functools.cache(_slowly(endpoint._loop.__wrapped__))
-        endpoint.close()
+        slow = functools.cache(_slowly(transport._loop.__wrapped__))
+        transport.close()
         with monkeypatch.context() as patch, ThreadPoolExecutor(8) as pool:
-            patch.setattr(endpoint, "_loop", slow)
+            patch.setattr(transport, "_loop", slow)
             replies = list(pool.map(lambda _: complete(), range(8)))
-            endpoint.close()
+            transport.close()
         slow().call_soon_threadsafe(slow().stop)
 
         assert len({reply.text for reply in replies}) == 1
@@ -152,7 +153,7 @@ class TestTrouble:
     def test_garbage_is_no_answer_and_may_pass(self, model: FakeLLM, name: str) -> None:
         model.script(GARBAGE[name])
 
-        with pytest.raises(llm.LLMError) as caught:
+        with pytest.raises(completions.LLMError) as caught:
             complete()
 
         assert not caught.value.permanent
@@ -166,33 +167,33 @@ class TestTrouble:
     def test_half_an_answer_is_none(self, model: FakeLLM, behaviour: Any) -> None:
         model.script(behaviour)
 
-        with pytest.raises(llm.LLMError) as caught:
+        with pytest.raises(completions.LLMError) as caught:
             complete()
 
         assert not caught.value.permanent
 
     def test_an_answer_without_end_is_cut(self, model: FakeLLM, monkeypatch: Any) -> None:
-        monkeypatch.setattr(llm, "MAX_RESPONSE_BYTES", 50_000)
+        monkeypatch.setattr(completions, "MAX_RESPONSE_BYTES", 50_000)
         model.script(Reply("x" * 100_000))
 
-        with pytest.raises(llm.LLMError, match="too long"):
+        with pytest.raises(completions.LLMError, match="too long"):
             complete()
 
     def test_nobody_listens(self, settings: Any) -> None:
         settings.OPENAI_BASE_URL = "http://127.0.0.1:1/v1"
-        endpoint.close()
+        transport.close()
 
-        with pytest.raises(llm.LLMError) as caught:
+        with pytest.raises(completions.LLMError) as caught:
             complete()
 
-        endpoint.close()
+        transport.close()
         assert caught.value.code == "connection"
         assert not caught.value.permanent
 
     def test_what_the_endpoint_says_is_not_repeated(self, model: FakeLLM, caplog: Any) -> None:
         model.script(Failure(401, message="Incorrect API key provided: sk-canary-0123456789"))
 
-        with pytest.raises(llm.LLMError) as caught:
+        with pytest.raises(completions.LLMError) as caught:
             complete()
 
         assert "canary" not in str(caught.value)
@@ -202,11 +203,11 @@ class TestTrouble:
         model.script(Reply("word " * 100, deltas=100, delta_latency=0.02))
         checks = iter([False] * 4)
 
-        with pytest.raises(llm.Stopped):
-            llm.complete(
+        with pytest.raises(completions.Stopped):
+            completions.complete(
                 QUESTION,
                 model="gpt-4o-mini",
-                control=llm.Control(stopped=lambda: next(checks, True)),
+                control=completions.Control(stopped=lambda: next(checks, True)),
             )
 
         model.wait_for_disconnects()
@@ -230,14 +231,14 @@ class TestTrouble:
                 came.acquire(timeout=60)
             cuts[0]()
 
-        reply = llm.Reply()
+        reply = completions.Reply()
         cutter = threading.Thread(target=cut_when_silent)
         cutter.start()
-        with pytest.raises(llm.Stopped):
-            llm.complete(
+        with pytest.raises(completions.Stopped):
+            completions.complete(
                 QUESTION,
                 model="gpt-4o-mini",
-                control=llm.Control(cutting=cutting, text=lambda piece: came.release()),
+                control=completions.Control(cutting=cutting, text=lambda piece: came.release()),
                 reply=reply,
             )
         cutter.join()
@@ -247,14 +248,14 @@ class TestTrouble:
 
     def test_time_is_up_while_the_endpoint_is_silent(self, model: FakeLLM) -> None:
         model.script(Hang(after=2, reply=Reply(("one ", "two ", "three"))))
-        reply = llm.Reply()
-        endpoint.warm_up()
+        reply = completions.Reply()
+        transport.warm_up()
 
-        with pytest.raises(llm.LLMError) as caught:
-            llm.complete(
+        with pytest.raises(completions.LLMError) as caught:
+            completions.complete(
                 QUESTION,
                 model="gpt-4o-mini",
-                control=llm.Control(deadline=time.monotonic() + 1.5),
+                control=completions.Control(deadline=time.monotonic() + 1.5),
                 reply=reply,
             )
 
@@ -295,13 +296,13 @@ class TestTrouble:
     ],
 )
 def test_retry_after(header: str, seconds: float | None) -> None:
-    assert llm.retry_after(header) == seconds
+    assert completions.retry_after(header) == seconds
 
 
 def test_retry_after_may_be_a_date() -> None:
     date = format_datetime(datetime.now(UTC) + timedelta(seconds=30), usegmt=True)
 
-    assert llm.retry_after(date) == pytest.approx(25, abs=6)
+    assert completions.retry_after(date) == pytest.approx(25, abs=6)
 
 
 class TestTools:
@@ -316,7 +317,7 @@ class TestTools:
             model="gpt-4o-mini",
             sent={},
             max_iterations=max_iterations,
-            control=llm.Control(),
+            control=completions.Control(),
             transcript=transcript,
         )
         return answer, transcript
@@ -362,7 +363,7 @@ class TestTools:
     def test_a_model_that_never_comes_to_an_answer_is_stopped(self, model: FakeLLM) -> None:
         model.reset(call_tool("current_time"))
 
-        with pytest.raises(llm.LLMError, match="3 times") as caught:
+        with pytest.raises(completions.LLMError, match="3 times") as caught:
             self.run(max_iterations=3)
 
         assert caught.value.permanent
@@ -394,13 +395,13 @@ class TestTools:
         # Lost between the answer of the model and the third tool.
         lost = lambda: len(transcript.steps) > 2  # noqa: E731
 
-        with pytest.raises(llm.Stopped):
+        with pytest.raises(completions.Stopped):
             loop.run(
                 QUESTION,
                 model="gpt-4o-mini",
                 sent={},
                 max_iterations=4,
-                control=llm.Control(stopped=lost),
+                control=completions.Control(stopped=lost),
                 transcript=transcript,
             )
 

@@ -4,8 +4,9 @@ from typing import Any
 import pytest
 from django.utils import timezone
 
-from agents import memory, runs, tasks
+from agents import tasks
 from agents.models import Run, Summary
+from agents.runs import execution, memory
 from chat.models import Message, Thread
 from tests import factories
 from tests.fakes.llm import Call, Failure, FakeLLM, Reply
@@ -36,7 +37,7 @@ def contents(call: Call) -> list[str]:
 
 def test_the_last_messages_are_sent_as_they_are(model: FakeLLM) -> None:
     thread = factories.conversation(3)
-    runs.execute(factories.ask("now", thread_id=thread.pk).pk)
+    execution.execute(factories.ask("now", thread_id=thread.pk).pk)
 
     assert contents(model.requests[0]) == [
         "question 0",
@@ -53,7 +54,7 @@ def test_never_a_message_later_than_the_one_that_asked(model: FakeLLM) -> None:
     first = factories.ask("one")
     second = factories.ask("two", thread_id=first.thread_id)
     for run in (first, second):
-        runs.execute(run.pk)
+        execution.execute(run.pk)
 
     assert contents(model.requests[0]) == ["one"]
     assert contents(model.requests[1]) == ["one", "Answer to: one", "two"]
@@ -120,7 +121,7 @@ def test_a_message_costs_the_same_in_a_long_thread(
 
 def test_until_a_summary_tells_it_the_rest_is_sent_too(model: FakeLLM) -> None:
     thread = factories.conversation(6)
-    runs.execute(factories.ask("now", thread_id=thread.pk).pk)
+    execution.execute(factories.ask("now", thread_id=thread.pk).pk)
 
     assert contents(model.requests[0]) == [
         *(text for turn in range(6) for text in (f"question {turn}", f"answer {turn}")),
@@ -130,7 +131,7 @@ def test_until_a_summary_tells_it_the_rest_is_sent_too(model: FakeLLM) -> None:
 
 def test_but_no_more_than_a_model_can_take(model: FakeLLM) -> None:
     thread = factories.conversation(100)
-    runs.execute(factories.ask("now", thread_id=thread.pk).pk)
+    execution.execute(factories.ask("now", thread_id=thread.pk).pk)
 
     assert len(model.requests[0].messages) == 8 + 3 * 8
     assert contents(model.requests[0])[-2:] == ["answer 99", "now"]
@@ -208,7 +209,7 @@ def test_a_summary_that_comes_too_late_is_thrown_away(model: FakeLLM) -> None:
     left, _ = memory._left_window(stale)
     memory.summarise(thread.pk)
 
-    reply = memory.llm.Reply(text="late")
+    reply = memory.completions.Reply(text="late")
     lease = timezone.now()
     assert memory._record(stale, left, reply, model="m", lease=lease, more=False) is None
     assert Summary.objects.count() == 1

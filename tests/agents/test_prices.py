@@ -6,9 +6,10 @@ import pytest
 from django.db import IntegrityError, transaction
 from django.test import Client
 
-from agents import memory, prices, runs
-from agents.llm import Usage
+from agents.llm.completions import Usage
 from agents.models import Attempt, Price, Run, Step, today
+from agents.runs import execution, memory
+from agents.usage import prices
 from chat.models import Thread
 from tests import factories
 from tests.fakes.llm import FakeLLM
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.django_db
 def test_a_run_its_attempt_and_its_step_have_the_same_cost(model: FakeLLM) -> None:
     factories.price(prompt="0.15", completion="0.60")
     run = factories.ask("What is new?")
-    runs.execute(run.pk)
+    execution.execute(run.pk)
 
     run.refresh_from_db()
     expected = run.prompt_tokens * 150_000 + run.completion_tokens * 600_000
@@ -34,7 +35,7 @@ def test_a_run_its_attempt_and_its_step_have_the_same_cost(model: FakeLLM) -> No
 def test_without_a_price_the_cost_is_not_known(model: FakeLLM) -> None:
     factories.price("another-model")
     run = factories.ask()
-    runs.execute(run.pk)
+    execution.execute(run.pk)
 
     run.refresh_from_db()
     assert run.cost is None
@@ -43,7 +44,7 @@ def test_without_a_price_the_cost_is_not_known(model: FakeLLM) -> None:
 
 def test_what_used_no_tokens_costs_nothing() -> None:
     run = factories.ask()
-    runs.execute(run.pk)  # an echo
+    execution.execute(run.pk)  # an echo
 
     run.refresh_from_db()
     assert run.cost == 0
@@ -125,7 +126,7 @@ def test_a_retried_run_adds_up_what_its_attempts_cost(model: FakeLLM) -> None:
     factories.price()
     run = factories.ask()
     Run.objects.filter(pk=run.pk).update(cost=5)
-    runs.execute(run.pk)
+    execution.execute(run.pk)
 
     run.refresh_from_db()
     assert run.cost == 5 + (Attempt.objects.get().cost or 0)

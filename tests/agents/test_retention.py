@@ -14,8 +14,10 @@ from django.core.management import call_command
 from django.db.models import F
 from django.utils import timezone
 
-from agents import inbox, retention, rollups, runs
+from agents import inbox, retention
 from agents.models import Attempt, Event, IdempotencyKey, Run, Step, Summary
+from agents.runs import execution
+from agents.usage import rollups
 from chat.models import Message, Thread
 from tests import factories
 
@@ -38,7 +40,7 @@ def prune(*arguments: str) -> dict[str, int]:
 
 def finished_run(**extra: Any) -> Run:
     run = factories.ask(**extra)
-    runs.execute(run.pk)
+    execution.execute(run.pk)
     Event.objects.filter(run=run).update(published_at=timezone.now())
     rollups.fold()
     return Run.objects.get(pk=run.pk)
@@ -161,7 +163,7 @@ def test_what_is_not_in_the_figures_yet_stays_until_it_is(settings: Any) -> None
         thread=run.thread, covers_from=0, covers_to=1, text="t", model="m"
     )
     cancelled = factories.ask()
-    runs.cancel(cancelled)
+    execution.cancel(cancelled)
     Event.objects.filter(run=cancelled).update(published_at=timezone.now())
     Attempt.objects.update(to_count=True)
     make_older(days=9999)
@@ -299,7 +301,7 @@ def test_their_modules_are_found_by_name(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_each_app_that_keeps_something_for_a_time_is_found() -> None:
     found = {module.__name__ for module in retention._others()}
 
-    assert found == {"botrunner.retention", "console.retention", "hooks.retention"}
+    assert found == {"botrunner.retention", "console.retention", "webhooks.retention"}
     assert {"room events", "audit entries", "bulk jobs"} <= prune("--dry-run").keys()
 
 

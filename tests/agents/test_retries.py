@@ -14,8 +14,8 @@ from django.db.models.functions import Now
 from django.utils import timezone
 from redis import Redis
 
-from agents import outcomes, runs
 from agents.models import Attempt, Event, Run
+from agents.runs import execution, outcomes
 from tests import factories
 from tests.fakes.llm import Failure, FakeLLM
 
@@ -29,10 +29,12 @@ def reload(run: Run) -> Run:
 
 def failed(content: str = "Hello", **extra: Any) -> Run:
     run = factories.ask(content, **extra)
-    taken = runs.claim(run.pk)
+    taken = execution.claim(run.pk)
     assert taken
     outcomes.fail_or_retry(
-        taken, runs.llm.LLMError("No.", code="refused", permanent=True), outcomes.NOTHING
+        taken,
+        execution.completions.LLMError("No.", code="refused", permanent=True),
+        outcomes.NOTHING,
     )
     return reload(run)
 
@@ -41,14 +43,14 @@ class TestRetry:
     def test_a_failed_run_gets_its_answer(self, model: FakeLLM) -> None:
         model.script(Failure(400))
         run = factories.ask("one")
-        runs.execute(run.pk)
+        execution.execute(run.pk)
         assert reload(run).status == Run.Status.FAILED
 
-        assert runs.retry(run)
+        assert execution.retry(run)
         queued = reload(run)
         assert (queued.status, queued.safe_error, queued.error_code) == ("queued", "", "")
         assert queued.finished_at is None
-        runs.execute(run.pk)
+        execution.execute(run.pk)
 
         run = reload(run)
         assert run.status == Run.Status.COMPLETED
@@ -58,16 +60,16 @@ class TestRetry:
 
     def test_a_cancelled_run_too(self) -> None:
         run = factories.ask()
-        runs.cancel(run)
-        assert runs.retry(run)
-        runs.execute(run.pk)
+        execution.cancel(run)
+        assert execution.retry(run)
+        execution.execute(run.pk)
         assert reload(run).status == Run.Status.COMPLETED
 
     def test_each_time_is_told_with_a_request_of_its_own_that_the_outcome_names(self) -> None:
         run = failed()
         first = run.request_event_id
-        runs.retry(run)
-        runs.execute(run.pk)
+        execution.retry(run)
+        execution.execute(run.pk)
 
         told = [(event.type, event.payload.get("requestEventId")) for event in run.events.all()]
         second = reload(run).request_event_id
@@ -83,17 +85,17 @@ class TestRetry:
     def test_it_stands_on_the_stream(self, redis: Redis, settings: Any) -> None:
         run = failed()
         before = redis.xlen(settings.REDIS_STREAM_KEY)
-        runs.retry(run)
+        execution.retry(run)
         assert redis.xlen(settings.REDIS_STREAM_KEY) == before + 1
 
     @pytest.mark.parametrize("state", ["queued", "processing", "completed"])
     def test_only_what_ended_badly(self, state: str) -> None:
         run = factories.ask()
         if state == "processing":
-            runs.claim(run.pk)
+            execution.claim(run.pk)
         elif state == "completed":
-            runs.execute(run.pk)
-        assert not runs.retry(run)
+            execution.execute(run.pk)
+        assert not execution.retry(run)
         assert reload(run).status == state
         assert Event.objects.filter(type="agent.run.requested").count() == 1
 
@@ -104,33 +106,33 @@ class TestRetry:
         model.default = Failure(500)
         run = factories.ask()
         for _ in range(2):
-            runs.execute(run.pk)
+            execution.execute(run.pk)
             Run.objects.unfinished().update(due_at=Now())
         long_ago = timezone.now() - timedelta(days=1)
         Run.objects.update(started_at=long_ago)
         assert reload(run).status == Run.Status.FAILED
 
-        runs.retry(run)
-        runs.execute(run.pk)
+        execution.retry(run)
+        execution.execute(run.pk)
         again = reload(run)
         assert (again.status, again.attempt) == (Run.Status.QUEUED, 3)
         assert again.started_at
         assert again.started_at > long_ago
         Run.objects.unfinished().update(due_at=Now())
-        runs.execute(run.pk)
+        execution.execute(run.pk)
         assert reload(run).status == Run.Status.FAILED
         assert len(model.requests) == 4
 
     def test_a_worker_of_before_writes_nothing(self) -> None:
         run = factories.ask()
-        held = runs.claim(run.pk)
+        held = execution.claim(run.pk)
         assert held
-        runs.cancel(run)
-        runs.retry(run)
+        execution.cancel(run)
+        execution.retry(run)
         assert not outcomes.complete(held, "late", outcomes.NOTHING)
         assert reload(run).status == Run.Status.QUEUED
 
-        taken = runs.claim(run.pk)
+        taken = execution.claim(run.pk)
         assert taken
         assert taken.attempt == 2
         assert not outcomes.complete(held, "late", outcomes.NOTHING)
@@ -141,39 +143,39 @@ class TestOrder:
     def test_later_questions_wait_for_it_again(self) -> None:
         first = failed("one")
         second = factories.ask("two", thread_id=first.thread_id)
-        runs.retry(first)
-        assert runs.claim(second.pk) is None
-        runs.execute(first.pk)
+        execution.retry(first)
+        assert execution.claim(second.pk) is None
+        execution.execute(first.pk)
         Run.objects.unfinished().update(due_at=Now())
-        assert runs.claim(second.pk)
+        assert execution.claim(second.pk)
 
     def test_it_waits_for_a_later_one_that_is_being_answered(self) -> None:
         first = failed("one")
         second = factories.ask("two", thread_id=first.thread_id)
-        held = runs.claim(second.pk)
+        held = execution.claim(second.pk)
         assert held
-        runs.retry(first)
-        assert runs.claim(first.pk) is None
+        execution.retry(first)
+        assert execution.claim(first.pk) is None
         outcomes.complete(held, "2", outcomes.NOTHING)
-        assert runs.claim(first.pk)
+        assert execution.claim(first.pk)
 
     def test_but_not_for_one_whose_worker_was_lost(self) -> None:
         first = failed("one")
         second = factories.ask("two", thread_id=first.thread_id)
-        runs.claim(second.pk)
-        runs.retry(first)
+        execution.claim(second.pk)
+        execution.retry(first)
         Run.objects.filter(pk=second.pk).update(lease_expires_at=Now() - timedelta(seconds=1))
-        assert runs.claim(second.pk) is None
-        assert runs.claim(first.pk)
+        assert execution.claim(second.pk) is None
+        assert execution.claim(first.pk)
 
     def test_its_answer_stands_behind_its_question_and_later_ones_are_not_its_context(
         self, model: FakeLLM
     ) -> None:
         first = failed("one")
         second = factories.ask("two", thread_id=first.thread_id)
-        runs.execute(second.pk)
-        runs.retry(first)
-        runs.execute(first.pk)
+        execution.execute(second.pk)
+        execution.retry(first)
+        execution.execute(first.pk)
 
         said = first.thread.messages.order_by("position").values_list("content", flat=True)
         assert list(said) == ["one", "Answer to: one", "two", "Answer to: two"]
@@ -185,34 +187,34 @@ class TestRequeue:
         run = factories.ask()
         Run.objects.update(due_at=Now() + timedelta(hours=1))
         Event.objects.update(published_at=timezone.now())
-        assert runs.claim(run.pk) is None
+        assert execution.claim(run.pk) is None
 
-        assert runs.requeue(run)
+        assert execution.requeue(run)
         assert Event.objects.unpublished().get().pk == run.request_event_id
         assert Run.objects.untold().get() == run
-        assert runs.claim(run.pk)
+        assert execution.claim(run.pk)
 
     def test_a_run_is_taken_from_its_worker(self) -> None:
         run = factories.ask()
-        held = runs.claim(run.pk)
+        held = execution.claim(run.pk)
         assert held
-        assert runs.requeue(run)
+        assert execution.requeue(run)
         assert not outcomes.complete(held, "late", outcomes.NOTHING)
         assert Attempt.objects.get().result == Attempt.Result.REQUEUED
-        runs.execute(run.pk)
+        execution.execute(run.pk)
         assert reload(run).status == Run.Status.COMPLETED
 
     def test_with_a_fresh_budget(self, settings: Any) -> None:
         settings.AGENT_MAX_ATTEMPTS = 1
         run = factories.ask()
-        runs.claim(run.pk)
-        runs.requeue(run)
-        runs.execute(run.pk)
+        execution.claim(run.pk)
+        execution.requeue(run)
+        execution.execute(run.pk)
         assert reload(run).status == Run.Status.COMPLETED
 
     def test_not_what_has_ended(self) -> None:
         run = failed()
-        assert not runs.requeue(run)
+        assert not execution.requeue(run)
         assert reload(run).status == Run.Status.FAILED
 
 
@@ -245,7 +247,7 @@ class TestAllAtOnce:
 
     def test_of_many_who_retry_one_does(self) -> None:
         run = failed()
-        answers = self.at_once(*[lambda: runs.retry(Run(pk=run.pk))] * 6)
+        answers = self.at_once(*[lambda: execution.retry(Run(pk=run.pk))] * 6)
         assert Counter(answers) == {True: 1, False: 5}
         assert Event.objects.filter(type="agent.run.requested").count() == 2
 
@@ -259,11 +261,11 @@ class TestAllAtOnce:
 
         def scramble(numbers: random.Random) -> None:
             deeds = {
-                "cancel": lambda: runs.cancel(Run.objects.get(pk=run.pk)),
-                "retry": lambda: runs.retry(Run.objects.get(pk=run.pk)),
-                "requeue": lambda: runs.requeue(Run.objects.get(pk=run.pk)),
-                "finish": lambda: runs.execute(run.pk),
-                "later": lambda: runs.execute(other.pk),
+                "cancel": lambda: execution.cancel(Run.objects.get(pk=run.pk)),
+                "retry": lambda: execution.retry(Run.objects.get(pk=run.pk)),
+                "requeue": lambda: execution.requeue(Run.objects.get(pk=run.pk)),
+                "finish": lambda: execution.execute(run.pk),
+                "later": lambda: execution.execute(other.pk),
             }
             for _ in range(8):
                 deeds[numbers.choice(list(deeds))]()
@@ -271,7 +273,7 @@ class TestAllAtOnce:
         self.at_once(*[partial(scramble, random.Random(chosen.random())) for _ in range(6)])
         for each in (run, other):
             Run.objects.unfinished().update(due_at=Now())
-            runs.execute(each.pk)
+            execution.execute(each.pk)
 
         for each in (run, other):
             assert reload(each).is_finished
@@ -288,9 +290,9 @@ class TestAllAtOnce:
         second = factories.ask("two", thread_id=first.thread_id)
 
         def again() -> Run | None:
-            return runs.claim(first.pk) if runs.retry(first) else None
+            return execution.claim(first.pk) if execution.retry(first) else None
 
-        deeds = [again, lambda: runs.claim(second.pk), lambda: runs.claim(second.pk)]
+        deeds = [again, lambda: execution.claim(second.pk), lambda: execution.claim(second.pk)]
         random.Random(seed).shuffle(deeds)
         taken = [run for run in self.at_once(*deeds) if run]
         assert len(taken) == 1

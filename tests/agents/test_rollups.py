@@ -15,9 +15,10 @@ from django.db.models import Sum
 from django.db.models.functions import Now
 from django.utils import timezone
 
-from agents import memory, rollups, runs
 from agents.models import Attempt, Event, Rollup, Run, Summary, Usage
-from agents.rollups import Histogram
+from agents.runs import execution, memory
+from agents.usage import rollups
+from agents.usage.rollups import Histogram
 from chat.models import Thread
 from tests import factories
 from tests.fakes.llm import Failure, FakeLLM
@@ -38,7 +39,7 @@ def counts(grain: int = Rollup.Grain.MINUTE) -> dict[str, int]:
 def test_an_outcome_is_counted_once_in_each_grain(model: FakeLLM) -> None:
     factories.price()
     run = factories.ask(owner=factories.user("alice"), place="!room:localhost")
-    runs.execute(run.pk)
+    execution.execute(run.pk)
 
     assert rollups.fold() == 1
     assert rollups.fold() == 0
@@ -62,12 +63,12 @@ def test_an_outcome_is_counted_once_in_each_grain(model: FakeLLM) -> None:
 def test_what_was_tried_again_counts_as_a_retry_and_one_outcome(model: FakeLLM) -> None:
     model.script(Failure(status=503))
     run = factories.ask()
-    runs.execute(run.pk)
+    execution.execute(run.pk)
     rollups.fold()
     assert counts() == {"retried unavailable": 1}
 
     Run.objects.update(due_at=Now())
-    runs.execute(run.pk)
+    execution.execute(run.pk)
     rollups.fold()
 
     assert counts() == {"retried unavailable": 1, "completed": 1}
@@ -76,7 +77,7 @@ def test_what_was_tried_again_counts_as_a_retry_and_one_outcome(model: FakeLLM) 
 
 def test_a_failure_is_counted_by_its_cause(model: FakeLLM) -> None:
     model.script(Failure(status=401))
-    runs.execute(factories.ask().pk)
+    execution.execute(factories.ask().pk)
     rollups.fold()
 
     assert counts() == {"failed key_refused": 1}
@@ -88,9 +89,9 @@ def test_a_failure_is_counted_by_its_cause(model: FakeLLM) -> None:
 
 def test_a_lost_worker_is_counted(model: FakeLLM) -> None:
     run = factories.ask()
-    runs.claim(run.pk)
+    execution.claim(run.pk)
     Run.objects.update(lease_expires_at=Now() - timedelta(seconds=1))
-    runs.execute(run.pk)
+    execution.execute(run.pk)
     rollups.fold()
 
     assert counts() == {"lost worker_lost": 1, "completed": 1}
@@ -100,8 +101,8 @@ def test_a_lost_worker_is_counted(model: FakeLLM) -> None:
 def test_a_cancellation_is_counted_once(claimed: bool) -> None:
     run = factories.ask()
     if claimed:
-        runs.claim(run.pk)
-    runs.cancel(run)
+        execution.claim(run.pk)
+    execution.cancel(run)
 
     # By when its worker would have told what it had come to.
     Attempt.objects.update(ended_at=timezone.now() - rollups.PARTIAL_PATIENCE)
@@ -127,7 +128,7 @@ def test_a_summary_counts_for_tokens_and_not_as_a_run(model: FakeLLM) -> None:
 
 
 def test_what_has_no_price_is_told_apart(model: FakeLLM) -> None:
-    runs.execute(factories.ask().pk)
+    execution.execute(factories.ask().pk)
     rollups.fold()
 
     assert Usage.objects.get().unpriced == 1
@@ -136,7 +137,7 @@ def test_what_has_no_price_is_told_apart(model: FakeLLM) -> None:
 
 def test_what_is_done_to_a_run_afterwards_changes_no_count() -> None:
     run = factories.ask()
-    runs.execute(run.pk)
+    execution.execute(run.pk)
     rollups.fold()
     run.thread.delete()
     rollups.fold()
@@ -146,7 +147,7 @@ def test_what_is_done_to_a_run_afterwards_changes_no_count() -> None:
 
 def test_many_batches_add_up() -> None:
     for number in range(7):
-        runs.execute(factories.ask(model=f"model-{number % 2}").pk)
+        execution.execute(factories.ask(model=f"model-{number % 2}").pk)
 
     assert rollups.fold(batch=2, batches=2) == 4
     assert rollups.fold(batch=2) == 3
@@ -159,7 +160,7 @@ def test_many_batches_add_up() -> None:
 @pytest.mark.django_db(transaction=True)
 def test_of_many_who_count_at_once_each_outcome_is_counted_by_one() -> None:
     for _ in range(30):
-        runs.execute(factories.ask().pk)
+        execution.execute(factories.ask().pk)
     start = threading.Barrier(4)
 
     def count() -> None:
@@ -180,7 +181,7 @@ def test_of_many_who_count_at_once_each_outcome_is_counted_by_one() -> None:
 
 
 def test_a_fold_that_breaks_off_counts_nothing(monkeypatch: Any) -> None:
-    runs.execute(factories.ask().pk)
+    execution.execute(factories.ask().pk)
 
     def die(usage: Any) -> None:
         raise KeyboardInterrupt
@@ -199,8 +200,8 @@ def test_to_rebuild_gives_the_same(model: FakeLLM) -> None:
     factories.price()
     model.script(Failure(status=503))
     for _ in range(3):
-        runs.execute(factories.ask(owner=None).pk)
-    runs.cancel(factories.ask())
+        execution.execute(factories.ask(owner=None).pk)
+    execution.cancel(factories.ask())
     rollups.fold()
     before = snapshot()
 
@@ -211,7 +212,7 @@ def test_to_rebuild_gives_the_same(model: FakeLLM) -> None:
 
 def test_to_rebuild_is_refused_where_it_would_lose_figures() -> None:
     run = factories.ask()
-    runs.execute(run.pk)
+    execution.execute(run.pk)
     rollups.fold()
     run.thread.delete()
 
@@ -225,7 +226,7 @@ def test_to_rebuild_is_refused_where_it_would_lose_figures() -> None:
 def test_fine_figures_are_kept_for_days_and_coarse_ones_for_good() -> None:
     for days in (0, 5, 50):
         run = factories.ask()
-        runs.execute(run.pk)
+        execution.execute(run.pk)
         Attempt.objects.filter(run=run).update(ended_at=timezone.now() - timedelta(days=days))
     rollups.fold()
     assert [counts(grain)["completed"] for grain in GRAINS] == [1, 2, 3]

@@ -12,8 +12,9 @@ from django.db import IntegrityError, OperationalError, connection
 from django.db.models.functions import Now
 from django.utils import timezone
 
-from agents import commands, live, memory, outcomes, runs
+from agents.events import publisher as live
 from agents.models import Attempt, Event, Run, Step
+from agents.runs import commands, execution, memory, outcomes
 from chat.models import Message
 from tests import factories
 from tests.fakes.llm import CONTEXT_TOO_LONG, Cut, Failure, FakeLLM, Hang, Reply, held
@@ -32,7 +33,7 @@ def make_due(run: Run) -> None:
 class TestOutcome:
     def test_the_answer_the_outcome_and_the_event_are_recorded(self, model: FakeLLM) -> None:
         run = factories.ask("What is new?", correlation_id="c-1")
-        runs.execute(run.pk)
+        execution.execute(run.pk)
 
         run = reload(run)
         assert run.status == Run.Status.COMPLETED
@@ -50,7 +51,7 @@ class TestOutcome:
 
     def test_usage_is_kept_on_the_run_the_attempt_and_the_step(self, model: FakeLLM) -> None:
         run = factories.ask()
-        runs.execute(run.pk)
+        execution.execute(run.pk)
 
         run, attempt, step = reload(run), Attempt.objects.get(), Step.objects.get()
         assert run.prompt_tokens > 0
@@ -61,9 +62,9 @@ class TestOutcome:
 
     def test_what_the_model_was_sent_can_be_seen_later(self, model: FakeLLM) -> None:
         first = factories.ask("one")
-        runs.execute(first.pk)
+        execution.execute(first.pk)
         second = factories.ask("two", thread_id=first.thread_id)
-        runs.execute(second.pk)
+        execution.execute(second.pk)
 
         messages = Message.objects.order_by("position").values_list("pk", flat=True)
         step = Step.objects.get(run=second)
@@ -76,7 +77,7 @@ class TestOutcome:
 
     def test_without_a_model_an_echo_answers(self) -> None:
         run = factories.ask("Hi")
-        runs.execute(run.pk)
+        execution.execute(run.pk)
 
         answer = reload(run).answer
         assert answer is not None
@@ -107,7 +108,7 @@ class TestOutcome:
     ) -> None:
         model.script(failure)
         run = factories.ask()
-        runs.execute(run.pk)
+        execution.execute(run.pk)
 
         run = reload(run)
         assert (run.status, run.safe_error, run.error_code) == (Run.Status.FAILED, error, code)
@@ -121,7 +122,7 @@ class TestOutcome:
 
         monkeypatch.setattr(memory, "context", explode)
         run = factories.ask()
-        runs.execute(run.pk)
+        execution.execute(run.pk)
 
         run = reload(run)
         assert run.status == Run.Status.FAILED
@@ -132,7 +133,7 @@ class TestOutcome:
     def test_what_no_database_can_hold_is_left_out(self, monkeypatch: Any, answer: str) -> None:
         monkeypatch.setitem(commands.COMMANDS, "odd", lambda call: answer)
         run = factories.ask(command="odd")
-        runs.execute(run.pk)
+        execution.execute(run.pk)
 
         found = reload(run).answer
         assert found is not None
@@ -143,19 +144,19 @@ class TestOutcome:
     ) -> None:
         monkeypatch.setitem(commands.COMMANDS, "odd", lambda call: None)
         run = factories.ask(command="odd")
-        runs.execute(run.pk)
+        execution.execute(run.pk)
 
         assert (reload(run).status, reload(run).error_code) == (Run.Status.FAILED, "internal")
         assert reload(run).attempt == 1
 
     def test_an_attempt_that_begins_late_gets_a_little_time(self, model: FakeLLM) -> None:
         run = factories.ask()
-        runs.claim(run.pk)
+        execution.claim(run.pk)
         Run.objects.filter(pk=run.pk).update(
             lease_expires_at=Now() - timedelta(seconds=1),
             started_at=timezone.now() - timedelta(hours=1),
         )
-        runs.execute(run.pk)
+        execution.execute(run.pk)
 
         assert reload(run).status == Run.Status.COMPLETED
 
@@ -169,7 +170,7 @@ class TestRetry:
     def test_what_may_pass_is_tried_again(self, model: FakeLLM, behaviour: Any) -> None:
         model.script(behaviour)
         run = factories.ask()
-        runs.execute(run.pk)
+        execution.execute(run.pk)
 
         run = reload(run)
         assert run.status == Run.Status.QUEUED
@@ -180,7 +181,7 @@ class TestRetry:
         assert not Message.objects.filter(role="assistant").exists()
 
         make_due(run)
-        runs.execute(run.pk)
+        execution.execute(run.pk)
         assert reload(run).status == Run.Status.COMPLETED
         assert reload(run).attempt == 2
         assert Message.objects.filter(role="assistant").count() == 1
@@ -188,8 +189,8 @@ class TestRetry:
     def test_not_before_it_is_due(self, model: FakeLLM) -> None:
         model.script(Failure(429, retry_after=60))
         run = factories.ask()
-        runs.execute(run.pk)
-        runs.execute(run.pk)
+        execution.execute(run.pk)
+        execution.execute(run.pk)
 
         run = reload(run)
         assert run.attempt == 1
@@ -201,7 +202,7 @@ class TestRetry:
         run = factories.ask()
         for _ in range(5):
             make_due(run)
-            runs.execute(run.pk)
+            execution.execute(run.pk)
 
         run = reload(run)
         assert (run.status, run.attempt) == (Run.Status.FAILED, 3)
@@ -212,17 +213,17 @@ class TestRetry:
         settings.AGENT_DEADLINE_SECONDS = 30
         model.script(Failure(429, retry_after=60))
         run = factories.ask()
-        runs.execute(run.pk)
+        execution.execute(run.pk)
 
         assert reload(run).status == Run.Status.FAILED
 
     def test_tokens_of_every_attempt_count(self, model: FakeLLM) -> None:
         run = factories.ask()
         model.script(Reply(" "))
-        runs.execute(run.pk)
+        execution.execute(run.pk)
         wasted = reload(run).prompt_tokens
         make_due(run)
-        runs.execute(run.pk)
+        execution.execute(run.pk)
 
         assert reload(run).prompt_tokens >= 2 * wasted
 
@@ -234,7 +235,7 @@ class TestRetry:
         run = factories.ask()
         for _ in range(2):
             make_due(run)
-            runs.execute(run.pk)
+            execution.execute(run.pk)
             assert reload(run).status == Run.Status.QUEUED
         errors = Attempt.objects.values_list("error", flat=True)
         assert set(errors) == {"The model did not answer in time."}
@@ -245,7 +246,7 @@ class TestRetry:
         settings.AGENT_DEADLINE_SECONDS = 2
         model.script(Reply("word " * 1000, deltas=1000, delta_latency=0.05))
         run = factories.ask()
-        runs.execute(run.pk)
+        execution.execute(run.pk)
 
         run = reload(run)
         assert (run.status, run.error_code) == (Run.Status.FAILED, "deadline")
@@ -254,12 +255,12 @@ class TestRetry:
 
 def test_a_run_costs_eight_statements(django_assert_max_num_queries: Any) -> None:
     first = factories.ask()
-    runs.execute(first.pk)
+    execution.execute(first.pk)
     run = factories.ask(thread_id=first.thread_id)
     # Claim: read, update. Context: read. Outcome: run, attempt, step, event, message. And what begins
     # and ends the two transactions.
     with django_assert_max_num_queries(8 + 4):
-        runs.execute(run.pk)
+        execution.execute(run.pk)
     assert reload(run).status == Run.Status.COMPLETED
 
 
@@ -297,28 +298,28 @@ class TestClaim:
     def test_a_run_is_claimed_once(self) -> None:
         run = factories.ask()
 
-        assert runs.claim(run.pk) is not None
-        assert runs.claim(run.pk) is None
+        assert execution.claim(run.pk) is not None
+        assert execution.claim(run.pk) is None
 
     def test_a_finished_run_is_not_claimed(self) -> None:
         run = factories.ask()
-        runs.execute(run.pk)
+        execution.execute(run.pk)
 
-        assert runs.claim(run.pk) is None
+        assert execution.claim(run.pk) is None
 
     def test_an_unknown_run_is_nobodys(self) -> None:
-        assert runs.claim("run_unknown") is None
+        assert execution.claim("run_unknown") is None
 
     def test_a_later_run_of_a_thread_waits_for_the_earlier(self) -> None:
         first = factories.ask("one")
         second = factories.ask("two", thread_id=first.thread_id)
 
-        assert runs.claim(second.pk) is None
-        assert runs.claim(first.pk) is not None
-        assert runs.claim(second.pk) is None
+        assert execution.claim(second.pk) is None
+        assert execution.claim(first.pk) is not None
+        assert execution.claim(second.pk) is None
         Run.objects.filter(pk=first.pk).update(lease_expires_at=Now() - timedelta(seconds=1))
-        runs.execute(first.pk)
-        assert runs.claim(second.pk) is not None
+        execution.execute(first.pk)
+        assert execution.claim(second.pk) is not None
 
     @pytest.mark.parametrize("end", ["failed", "cancelled"])
     def test_a_run_that_ended_badly_holds_nobody_up(self, model: FakeLLM, end: str) -> None:
@@ -326,24 +327,24 @@ class TestClaim:
         second = factories.ask("two", thread_id=first.thread_id)
         if end == "failed":
             model.script(Failure(400))
-            runs.execute(first.pk)
+            execution.execute(first.pk)
         else:
-            runs.cancel(first)
+            execution.cancel(first)
 
-        assert runs.claim(second.pk) is not None
+        assert execution.claim(second.pk) is not None
 
     def test_threads_do_not_wait_for_each_other(self) -> None:
         first, second = factories.ask("one"), factories.ask("two")
 
-        assert runs.claim(first.pk)
-        assert runs.claim(second.pk)
+        assert execution.claim(first.pk)
+        assert execution.claim(second.pk)
 
     def test_a_lapsed_lease_is_taken_over_and_the_loss_recorded(self) -> None:
         run = factories.ask()
-        runs.claim(run.pk)
+        execution.claim(run.pk)
         Run.objects.filter(pk=run.pk).update(lease_expires_at=Now() - timedelta(seconds=1))
 
-        again = runs.claim(run.pk)
+        again = execution.claim(run.pk)
 
         assert again is not None
         assert again.attempt == 2
@@ -354,9 +355,9 @@ class TestClaim:
         settings.AGENT_MAX_ATTEMPTS = 2
         run = factories.ask()
         for _ in range(2):
-            runs.claim(run.pk)
+            execution.claim(run.pk)
             Run.objects.filter(pk=run.pk).update(lease_expires_at=Now() - timedelta(seconds=1))
-        runs.execute(run.pk)
+        execution.execute(run.pk)
 
         run = reload(run)
         assert (run.status, run.error_code) == (Run.Status.FAILED, "workers_lost")
@@ -368,10 +369,10 @@ class TestFence:
         may_answer = threading.Event()
         model.script(held(Reply("too late"), may_answer), Reply("in time"))
         run = factories.ask()
-        with in_background(runs.execute, run.pk):
+        with in_background(execution.execute, run.pk):
             model.wait_for_requests()
             Run.objects.filter(pk=run.pk).update(lease_expires_at=Now() - timedelta(seconds=1))
-            runs.execute(run.pk)
+            execution.execute(run.pk)
             may_answer.set()
 
         answers = Message.objects.filter(role="assistant").values_list("content", flat=True)
@@ -387,9 +388,9 @@ class TestFence:
         settings.AGENT_LEASE_SECONDS = 0.4
         model.script(Reply("word " * 400, deltas=400, delta_latency=0.05))
         run = factories.ask()
-        with in_background(runs.execute, run.pk):
+        with in_background(execution.execute, run.pk):
             model.wait_for_requests()
-            assert runs.cancel(run) is True
+            assert execution.cancel(run) is True
             model.wait_for_disconnects()
 
         assert reload(run).status == Run.Status.CANCELLED
@@ -403,14 +404,14 @@ class TestFence:
         may_answer = threading.Event()
         model.script(held(Reply("slow"), may_answer))
         run = factories.ask()
-        with in_background(runs.execute, run.pk):
+        with in_background(execution.execute, run.pk):
             model.wait_for_requests()
             first = reload(run).lease_expires_at
             assert first
             while timezone.now() <= first:
-                assert runs.claim(run.pk) is None
+                assert execution.claim(run.pk) is None
                 time.sleep(0.1)
-            assert runs.claim(run.pk) is None
+            assert execution.claim(run.pk) is None
             may_answer.set()
 
         assert reload(run).status == Run.Status.COMPLETED
@@ -422,7 +423,7 @@ class TestFence:
 
         def claim() -> None:
             start.wait()
-            won.append(runs.claim(run.pk) is not None)
+            won.append(execution.claim(run.pk) is not None)
             connection.close()
 
         workers = [threading.Thread(target=claim) for _ in range(8)]
@@ -443,12 +444,12 @@ class TestHandBack:
         settings.AGENT_MAX_ATTEMPTS = 1
         model.script(Reply("word " * 400, deltas=400, delta_latency=0.05), Reply("here it is"))
         run = factories.ask()
-        with in_background(runs.execute, run.pk):
+        with in_background(execution.execute, run.pk):
             model.wait_for_requests()
-            assert runs.hand_back() == 1
+            assert execution.hand_back() == 1
             model.wait_for_disconnects()
         assert Run.objects.untold().get() == run
-        runs.execute(run.pk)
+        execution.execute(run.pk)
 
         assert reload(run).answer.content == "here it is"
         results = Attempt.objects.order_by("number").values_list("result", flat=True)
@@ -460,19 +461,19 @@ class TestHandBack:
         settings.AGENT_MAX_ATTEMPTS = 2
         model.script(Failure(500), Failure(500))
         run = factories.ask()
-        runs.claim(run.pk)
-        runs.hand_back()
+        execution.claim(run.pk)
+        execution.hand_back()
         for status in (Run.Status.QUEUED, Run.Status.FAILED):
             make_due(run)
-            runs.execute(run.pk)
+            execution.execute(run.pk)
             assert reload(run).status == status
 
     def test_what_others_carry_out_stays_with_them(self) -> None:
         run = factories.ask()
-        runs.claim(run.pk)
+        execution.claim(run.pk)
         Run.objects.update(worker="another")
 
-        assert runs.hand_back() == 0
+        assert execution.hand_back() == 0
         assert reload(run).status == Run.Status.PROCESSING
 
 
@@ -480,17 +481,17 @@ class TestCancel:
     def test_a_waiting_run_ends_at_once(self) -> None:
         run = factories.ask()
 
-        assert runs.cancel(run) is True
-        assert runs.cancel(run) is False
+        assert execution.cancel(run) is True
+        assert execution.cancel(run) is False
         assert reload(run).status == Run.Status.CANCELLED
         event = Event.objects.get(type="agent.run.cancelled")
         assert event.payload["requestEventId"] == str(run.request_event_id)
 
     def test_a_finished_run_stays_as_it_is(self) -> None:
         run = factories.ask()
-        runs.execute(run.pk)
+        execution.execute(run.pk)
 
-        assert runs.cancel(run) is False
+        assert execution.cancel(run) is False
         assert reload(run).status == Run.Status.COMPLETED
 
 
@@ -514,7 +515,7 @@ def test_an_outcome_whose_commit_was_not_confirmed_is_not_taken_for_thrown_away(
     # As `_persist` does when the connection is lost just after the commit.
     monkeypatch.setattr(outcomes, "persist", lambda record: (record(), persist(record))[1])
     run = factories.ask()
-    runs.execute(run.pk)
+    execution.execute(run.pk)
 
     assert reload(run).status == Run.Status.COMPLETED
     assert Message.objects.filter(role="assistant").count() == 1
@@ -538,7 +539,7 @@ def test_a_completed_run_has_an_answer() -> None:
 
 def test_a_question_cannot_have_two_answers() -> None:
     run = factories.ask()
-    runs.execute(run.pk)
+    execution.execute(run.pk)
 
     with pytest.raises(IntegrityError):
         Message.objects.create(thread=run.thread, position=1, role="assistant", content="again")

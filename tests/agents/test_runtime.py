@@ -14,8 +14,12 @@ from django.utils import timezone
 from redis import Redis
 from redis.exceptions import RedisError
 
-from agents import handover, lifecycle, limits, live, outcomes, runs, runtime, stream
+from agents.events import publisher, stream
+from agents.lifecycle import states
 from agents.models import Event, Limit, Run
+from agents.runs import execution, outcomes
+from agents.usage import limits
+from agents.worker import bootstep, dispatch
 from chat.models import Message
 from tests import factories
 from tests.agents.conftest import Broker
@@ -74,7 +78,7 @@ class TestPublishing:
 
     def test_so_does_its_outcome(self, redis: Redis) -> None:
         run = factories.ask("Hi")
-        runs.execute(run.pk)
+        execution.execute(run.pk)
 
         told = entries(redis)[1]
         assert told["type"] == "agent.run.completed"
@@ -89,7 +93,7 @@ class TestPublishing:
 
 class TestReader:
     def test_a_run_is_handed_to_celery_and_the_entry_acknowledged(
-        self, reader: runtime.Reader, redis: Redis, broker: Broker
+        self, reader: bootstep.Reader, redis: Redis, broker: Broker
     ) -> None:
         run = factories.ask()
         reader.read()
@@ -100,31 +104,31 @@ class TestReader:
         assert Event.objects.get().published_at is not None
 
     def test_when_a_run_ends_the_next_of_its_thread_is_handed_over(
-        self, reader: runtime.Reader, broker: Broker
+        self, reader: bootstep.Reader, broker: Broker
     ) -> None:
         first = factories.ask("one")
         second = factories.ask("two", thread_id=first.thread_id)
         reader.read()
         assert set(broker.handed()) == {first.pk, second.pk}
 
-        runs.execute(first.pk)
+        execution.execute(first.pk)
         reader.read()
         assert broker.handed() == [second.pk]
 
     def test_of_a_long_queue_in_a_thread_only_the_next_is_handed_over(
-        self, reader: runtime.Reader, broker: Broker
+        self, reader: bootstep.Reader, broker: Broker
     ) -> None:
         first = factories.ask("one")
         later = [factories.ask(f"{n}", thread_id=first.thread_id) for n in range(5)]
         reader.read()
         broker.handed()
-        runs.cancel(first)
+        execution.cancel(first)
         reader.read()
 
         assert broker.handed() == [later[0].pk]
 
     def test_programs_are_limited_by_a_row_of_their_own_alone_and_then_wait(
-        self, reader: runtime.Reader, redis: Redis, broker: Broker, settings: Any
+        self, reader: bootstep.Reader, redis: Redis, broker: Broker, settings: Any
     ) -> None:
         settings.LIMIT_USER_MESSAGES_PER_MINUTE = 1
         for number in range(3):
@@ -145,7 +149,7 @@ class TestReader:
         assert (Run.objects.count(), pending(redis)) == (5, 0)
 
     def test_a_wiped_redis_gets_its_group_back(
-        self, reader: runtime.Reader, redis: Redis, broker: Broker
+        self, reader: bootstep.Reader, redis: Redis, broker: Broker
     ) -> None:
         redis.flushall()
         reader.read()
@@ -155,7 +159,7 @@ class TestReader:
         assert broker.handed() == [run.pk]
 
     def test_what_came_before_the_group_counts_too(
-        self, reader: runtime.Reader, redis: Redis, broker: Broker
+        self, reader: bootstep.Reader, redis: Redis, broker: Broker
     ) -> None:
         redis.flushall()
         run = factories.ask()
@@ -165,7 +169,7 @@ class TestReader:
         assert broker.handed() == [run.pk]
 
     def test_entries_of_a_dead_worker_are_taken_over(
-        self, reader: runtime.Reader, redis: Redis, broker: Broker
+        self, reader: bootstep.Reader, redis: Redis, broker: Broker
     ) -> None:
         run = factories.ask()
         assert len(stream.read("worker-0")) == 1  # and it died
@@ -176,7 +180,7 @@ class TestReader:
         assert pending(redis) == 0
 
     def test_an_entry_that_was_deleted_while_it_was_pending_is_passed_by(
-        self, reader: runtime.Reader, redis: Redis, broker: Broker
+        self, reader: bootstep.Reader, redis: Redis, broker: Broker
     ) -> None:
         factories.ask()
         run = factories.ask()
@@ -191,7 +195,7 @@ class TestReader:
 
 class TestOtherPrograms:
     def test_a_request_of_another_program_becomes_a_run(
-        self, reader: runtime.Reader, redis: Redis, broker: Broker
+        self, reader: bootstep.Reader, redis: Redis, broker: Broker
     ) -> None:
         add(redis, request(prompt="  Hi  ", threadId="thread-of-another", model="gpt-4o"))
         reader.read()
@@ -209,17 +213,17 @@ class TestOtherPrograms:
         assert len(entries(redis)) == 1
 
     def test_its_outcome_names_its_event(
-        self, reader: runtime.Reader, redis: Redis, broker: Broker
+        self, reader: bootstep.Reader, redis: Redis, broker: Broker
     ) -> None:
         event = request()
         add(redis, event)
         reader.read()
-        runs.execute("run-of-another")
+        execution.execute("run-of-another")
 
         assert entries(redis)[-1]["payload"]["requestEventId"] == event["id"]
 
     def test_the_same_request_twice_is_one_run(
-        self, reader: runtime.Reader, redis: Redis, broker: Broker
+        self, reader: bootstep.Reader, redis: Redis, broker: Broker
     ) -> None:
         event = request()
         add(redis, event)
@@ -260,7 +264,7 @@ class TestOtherPrograms:
         ],
     )
     def test_what_makes_no_sense_is_set_aside_with_its_reason(
-        self, reader: runtime.Reader, redis: Redis, broker: Broker, event: Any, reason: str
+        self, reader: bootstep.Reader, redis: Redis, broker: Broker, event: Any, reason: str
     ) -> None:
         add(redis, event)
         run = factories.ask("in between")
@@ -272,7 +276,7 @@ class TestOtherPrograms:
         assert broker.handed() == [run.pk]
 
     def test_an_entry_of_another_shape_is_set_aside(
-        self, reader: runtime.Reader, redis: Redis, broker: Broker
+        self, reader: bootstep.Reader, redis: Redis, broker: Broker
     ) -> None:
         redis.xadd("agent_events", {"message": "hello"})
         reader.read()
@@ -280,7 +284,7 @@ class TestOtherPrograms:
         assert dead(redis) == ["it has no field 'event'"]
 
     def test_a_request_for_the_thread_of_a_room_is_set_aside(
-        self, reader: runtime.Reader, redis: Redis, broker: Broker
+        self, reader: bootstep.Reader, redis: Redis, broker: Broker
     ) -> None:
         asked = factories.ask("in the room", room_id="!room", place="!room")
         add(redis, request(prompt="planted", threadId=asked.thread_id))
@@ -295,7 +299,7 @@ class TestOtherPrograms:
         assert broker.handed() == [asked.pk]
 
     def test_a_refused_model_is_set_aside(
-        self, reader: runtime.Reader, redis: Redis, broker: Broker, settings: Any
+        self, reader: bootstep.Reader, redis: Redis, broker: Broker, settings: Any
     ) -> None:
         settings.CHAT_ALLOWED_MODELS = ["gpt-4o-mini"]
         add(redis, request(model="o3"))
@@ -304,7 +308,7 @@ class TestOtherPrograms:
         assert dead(redis) == ["model 'o3' is not allowed. Allowed models: gpt-4o-mini."]
 
     def test_events_of_unknown_types_are_passed_by(
-        self, reader: runtime.Reader, redis: Redis, broker: Broker
+        self, reader: bootstep.Reader, redis: Redis, broker: Broker
     ) -> None:
         add(redis, request() | {"type": "invoice.paid"})
         reader.read()
@@ -314,75 +318,75 @@ class TestOtherPrograms:
 
 class TestSweep:
     def test_a_run_that_redis_forgot_is_handed_over_again(
-        self, reader: runtime.Reader, redis: Redis, broker: Broker
+        self, reader: bootstep.Reader, redis: Redis, broker: Broker
     ) -> None:
         run = factories.ask()
         redis.flushall()
-        assert runtime.sweep_runs() == 0
+        assert bootstep.sweep_runs() == 0
 
         Run.objects.update(handed_at=Now() - timedelta(minutes=1))
-        assert runtime.sweep_runs() == 1
+        assert bootstep.sweep_runs() == 1
         assert broker.handed() == [run.pk]
-        assert runtime.sweep_runs() == 0
+        assert bootstep.sweep_runs() == 0
 
     def test_a_run_whose_worker_died_is_handed_over(
-        self, reader: runtime.Reader, broker: Broker
+        self, reader: bootstep.Reader, broker: Broker
     ) -> None:
         run = factories.ask()
-        runs.claim(run.pk)
+        execution.claim(run.pk)
         Run.objects.update(handed_at=Now() - timedelta(seconds=2))
-        assert runtime.sweep_runs() == 0
+        assert bootstep.sweep_runs() == 0
 
         Run.objects.update(lease_expires_at=Now() - timedelta(seconds=1))
-        assert runtime.sweep_runs() == 1
+        assert bootstep.sweep_runs() == 1
         assert broker.handed() == [run.pk]
-        assert runtime.sweep_runs() == 0
+        assert bootstep.sweep_runs() == 0
 
     def test_an_attempt_is_repeated_when_it_is_due(
-        self, reader: runtime.Reader, broker: Broker
+        self, reader: bootstep.Reader, broker: Broker
     ) -> None:
         run = factories.ask()
         Run.objects.update(handed_at=None, due_at=Now() + timedelta(minutes=1))
-        assert runtime.sweep_runs() == 0
+        assert bootstep.sweep_runs() == 0
 
         Run.objects.update(due_at=Now())
-        assert runtime.sweep_runs() == 1
+        assert bootstep.sweep_runs() == 1
         assert broker.handed() == [run.pk]
 
     def test_a_run_that_waits_for_an_earlier_one_is_left_alone(
-        self, reader: runtime.Reader, broker: Broker
+        self, reader: bootstep.Reader, broker: Broker
     ) -> None:
         first = factories.ask("one")
         factories.ask("two", thread_id=first.thread_id)
         Run.objects.update(handed_at=None)
 
-        runtime.sweep_runs()
+        bootstep.sweep_runs()
         assert broker.handed() == [first.pk]
 
     def test_nothing_is_added_to_a_long_queue(
-        self, reader: runtime.Reader, redis: Redis, broker: Broker
+        self, reader: bootstep.Reader, redis: Redis, broker: Broker
     ) -> None:
         factories.ask()
         Run.objects.update(handed_at=Now() - timedelta(minutes=1))
-        redis.rpush("agent_events:celery", *[b"{}"] * handover.room())
-        assert runtime.sweep_runs() == 0
+        redis.rpush("agent_events:celery", *[b"{}"] * dispatch.room())
+        assert bootstep.sweep_runs() == 0
 
         redis.lpop("agent_events:celery")
-        assert runtime.sweep_runs() == 1
+        assert bootstep.sweep_runs() == 1
 
     def test_a_chore_that_fails_does_not_keep_the_others_from_being_done(
-        self, reader: runtime.Reader, redis: Redis, broker: Broker
+        self, reader: bootstep.Reader, redis: Redis, broker: Broker
     ) -> None:
         run = factories.ask()
         Run.objects.update(handed_at=None)
         redis.delete("agent_events")  # there is nothing to take over from, which is an error
 
         with pytest.raises(RedisError):
-            runtime.Keeper(reader).tick()
+            bootstep.Keeper(reader).tick()
         assert broker.handed() == [run.pk]
 
     def test_a_chore_that_took_long_once_is_done_again_soon(
-        self, reader: runtime.Reader, broker: Broker, monkeypatch: Any
+        self, reader: bootstep.Reader, broker: Broker, monkeypatch: Any
     ) -> None:
         """It may have waited for the database, and the runs that are left over then wait for it."""
         done: list[bool] = []
@@ -391,9 +395,9 @@ class TestSweep:
             done.append(True)
             time.sleep(0.2)
 
-        monkeypatch.setattr(runtime, "CHORES", [(chore, 0.01)])
-        monkeypatch.setattr(runtime, "MAX_PAUSE_SECONDS", 0.1)
-        keeper = runtime.Keeper(reader)
+        monkeypatch.setattr(bootstep, "CHORES", [(chore, 0.01)])
+        monkeypatch.setattr(bootstep, "MAX_PAUSE_SECONDS", 0.1)
+        keeper = bootstep.Keeper(reader)
         keeper.tick()
         time.sleep(0.2)
         keeper.tick()
@@ -404,34 +408,34 @@ class TestSweep:
         monkeypatch.setattr("django.utils.timezone.now", lambda: ahead)
         run = factories.ask()
 
-        assert runs.claim(run.pk) is not None
+        assert execution.claim(run.pk) is not None
 
     def test_what_is_old_goes_unless_the_workers_are_behind(
-        self, reader: runtime.Reader, redis: Redis, broker: Broker
+        self, reader: bootstep.Reader, redis: Redis, broker: Broker
     ) -> None:
         Session.objects.create(session_key="old", session_data="", expire_date=timezone.now())
-        redis.rpush("agent_events:celery", *[b"{}"] * runtime.SWEEP_BATCH)
-        runtime.Keeper(reader).tick()
+        redis.rpush("agent_events:celery", *[b"{}"] * bootstep.SWEEP_BATCH)
+        bootstep.Keeper(reader).tick()
         assert Session.objects.exists()
 
         redis.delete("agent_events:celery")
-        runtime.Keeper(reader).tick()
+        bootstep.Keeper(reader).tick()
         assert not Session.objects.exists()
 
-    def test_the_keeper_is_one_worker(self, reader: runtime.Reader, broker: Broker) -> None:
+    def test_the_keeper_is_one_worker(self, reader: bootstep.Reader, broker: Broker) -> None:
         factories.ask()
         Run.objects.update(handed_at=None)
         assert stream.keep("worker-2")
 
-        runtime.Keeper(reader).tick()
+        bootstep.Keeper(reader).tick()
         assert broker.handed() == []
 
         stream.stop_keeping("worker-1")
-        runtime.Keeper(reader).tick()
+        bootstep.Keeper(reader).tick()
         assert broker.handed() == []
 
         stream.stop_keeping("worker-2")
-        runtime.Keeper(reader).tick()
+        bootstep.Keeper(reader).tick()
         assert len(broker.handed()) == 1
 
 
@@ -440,34 +444,34 @@ class TestRelay:
         Event.objects.update(created_at=timezone.now() - timedelta(minutes=1))
 
     def test_an_event_that_redis_did_not_take_is_added_later(
-        self, reader: runtime.Reader, redis: Redis, broker: Broker
+        self, reader: bootstep.Reader, redis: Redis, broker: Broker
     ) -> None:
         run = factories.ask()
         redis.delete("agent_events")
         stream.ensure_group()
-        assert runtime.relay() == 0  # it may still be on its way
+        assert bootstep.relay() == 0  # it may still be on its way
 
         self.age_events()
-        assert runtime.relay() == 1
+        assert bootstep.relay() == 1
         reader.read()
         reader.mark_published()
         assert broker.handed() == [run.pk]
-        assert runtime.relay() == 0
+        assert bootstep.relay() == 0
 
     def test_what_waits_on_the_stream_is_not_added_twice(
-        self, reader: runtime.Reader, redis: Redis, broker: Broker
+        self, reader: bootstep.Reader, redis: Redis, broker: Broker
     ) -> None:
         redis.xadd("agent_events", {"event": b"{}"}, id="1000-0")
         reader.read()
         factories.ask("the workers have not come to it yet")
         self.age_events()
 
-        assert runtime.relay() == 0
+        assert bootstep.relay() == 0
 
 
 class TestTrim:
     def test_what_somebody_has_yet_to_read_or_acknowledge_is_kept(
-        self, reader: runtime.Reader, redis: Redis, broker: Broker
+        self, reader: bootstep.Reader, redis: Redis, broker: Broker
     ) -> None:
         start = int((time.time() - 2 * 24 * 3600) * 1000)
         old = [
@@ -484,7 +488,7 @@ class TestTrim:
         assert 1400 < int(left.split(b"-")[0]) - start <= 1500
 
     def test_a_group_that_was_abandoned_long_ago_does_not_fill_the_memory(
-        self, reader: runtime.Reader, redis: Redis, broker: Broker
+        self, reader: bootstep.Reader, redis: Redis, broker: Broker
     ) -> None:
         for number in range(1, 501):
             redis.xadd("agent_events", {"event": b"{}"}, id=f"{number}-0")
@@ -494,7 +498,7 @@ class TestTrim:
         assert redis.xlen("agent_events") < 500
 
     def test_of_what_made_no_sense_the_last_is_kept(
-        self, reader: runtime.Reader, redis: Redis, broker: Broker, settings: Any
+        self, reader: bootstep.Reader, redis: Redis, broker: Broker, settings: Any
     ) -> None:
         for length, most in ((100, 300), (0, 1000)):  # Redis drops whole nodes of a hundred
             redis.delete("agent_events:dead")
@@ -512,7 +516,7 @@ class TestSize:
     ) -> None:
         prompt = "é" * 20_000
         run = factories.ask(prompt)
-        outcomes.announce(run, lifecycle.Told.COMPLETED, {"output": prompt})
+        outcomes.announce(run, states.Told.COMPLETED, {"output": prompt})
 
         asked, ended = (entry["payload"] for entry in entries(redis))
         assert asked["prompt"] == ended["output"] == "é" * 8192
@@ -532,7 +536,7 @@ class TestSize:
         assert "promptTruncated" not in asked
 
     def test_the_worker_asks_the_model_with_the_whole_of_it(
-        self, reader: runtime.Reader, redis: Redis, broker: Broker
+        self, reader: bootstep.Reader, redis: Redis, broker: Broker
     ) -> None:
         run = factories.ask("a" * 50_000)
         reader.read()
@@ -541,7 +545,7 @@ class TestSize:
         assert Run.objects.get().message.content == "a" * 50_000
 
     def test_a_cut_request_whose_run_is_gone_makes_no_run(
-        self, reader: runtime.Reader, redis: Redis, broker: Broker
+        self, reader: bootstep.Reader, redis: Redis, broker: Broker
     ) -> None:
         run = factories.ask("a" * 50_000)
         run.thread.delete()
@@ -551,7 +555,7 @@ class TestSize:
         assert dead(redis) == ["its prompt is not whole, and its run is not there"]
 
     def test_a_long_request_of_another_program_is_taken_whole(
-        self, reader: runtime.Reader, redis: Redis, broker: Broker
+        self, reader: bootstep.Reader, redis: Redis, broker: Broker
     ) -> None:
         add(redis, request(prompt="a" * 50_000))
         reader.read()
@@ -563,7 +567,7 @@ class TestSize:
         return [redis.xadd("agent_events", {"event": raw}) for _ in range(count)]
 
     def test_the_oldest_go_when_it_is_too_large(
-        self, reader: runtime.Reader, redis: Redis, broker: Broker, settings: Any
+        self, reader: bootstep.Reader, redis: Redis, broker: Broker, settings: Any
     ) -> None:
         settings.REDIS_STREAM_MAX_BYTES = 1_000_000
         redis.xgroup_create("agent_events", "slow", id="0")
@@ -577,7 +581,7 @@ class TestSize:
         assert redis.xrevrange("agent_events", count=1)[0][0] == ids[-1]
 
     def test_what_the_workers_need_stays(
-        self, reader: runtime.Reader, redis: Redis, broker: Broker, settings: Any
+        self, reader: bootstep.Reader, redis: Redis, broker: Broker, settings: Any
     ) -> None:
         settings.REDIS_STREAM_MAX_BYTES = 1_000_000
         self.fill(redis, 100)
@@ -591,7 +595,7 @@ class TestSize:
         assert redis.xlen("agent_events") == 80
 
     def test_dead_letters_are_bounded_too(
-        self, reader: runtime.Reader, redis: Redis, broker: Broker, settings: Any
+        self, reader: bootstep.Reader, redis: Redis, broker: Broker, settings: Any
     ) -> None:
         settings.REDIS_STREAM_MAX_BYTES = 1_000_000
         for number in range(30):
@@ -601,7 +605,7 @@ class TestSize:
         assert stream.count_dead() > 5
 
     def test_while_no_worker_reads_events_wait_in_the_database(
-        self, reader: runtime.Reader, redis: Redis, broker: Broker, settings: Any
+        self, reader: bootstep.Reader, redis: Redis, broker: Broker, settings: Any
     ) -> None:
         settings.REDIS_STREAM_MAX_BYTES = 1_000_000
         self.fill(redis, 120)
@@ -614,7 +618,7 @@ class TestSize:
             pass
         stream._gauge.forget()
         Event.objects.update(created_at=timezone.now() - timedelta(minutes=1))
-        assert runtime.relay() == 1
+        assert bootstep.relay() == 1
         assert entries(redis)[-1]["payload"]["runId"] == run.pk
 
 
@@ -622,7 +626,7 @@ class TestWaiting:
     def test_an_outcome_wakes_who_waits_for_it(self, redis: Redis) -> None:
         run = factories.ask()
         with stream.outcome_of(run.pk) as outcome:
-            runs.execute(run.pk)
+            execution.execute(run.pk)
             assert outcome.wait(time.monotonic() + 30)
 
         assert Run.objects.get().is_finished
@@ -633,7 +637,7 @@ class TestWaiting:
         until = time.monotonic() + 30
         with stream.outcome_of(run.pk) as outcome:
             redis.client_kill_filter(_type="pubsub")
-            runs.execute(run.pk)
+            execution.execute(run.pk)
             looks = 0
             while not Run.objects.get().is_finished and outcome.wait(until):
                 looks += 1
@@ -649,7 +653,7 @@ class TestWaiting:
 
 class TestTokens:
     def test_what_is_kept_of_an_attempt_is_bounded(self, redis: Redis) -> None:
-        desk = live.desk()
+        desk = publisher.desk()
         heard = redis.pubsub(ignore_subscribe_messages=True)
         heard.subscribe(stream.live_channel())
         heard.get_message(timeout=5)
@@ -663,5 +667,5 @@ class TestTokens:
             told += orjson.loads(message["data"]).get("told", [])
         heard.close()
 
-        assert 3 <= redis.xlen(live.stream_of("run_1")) <= 5
+        assert 3 <= redis.xlen(publisher.stream_of("run_1")) <= 5
         assert [number for _, _, events in told for number, *_ in events] == list(range(1, 10))

@@ -16,8 +16,12 @@ from django.utils import timezone
 from redis import Redis
 from rest_framework.test import APIClient
 
-from agents import inbox, retention, rollups, runs, runtime, stream
+from agents import inbox, retention
+from agents.events import stream
 from agents.models import DeletedRun, Event, Run
+from agents.runs import execution
+from agents.usage import rollups
+from agents.worker import bootstep
 from chat.models import DeletedThread, Message, Thread
 from realm.models import User
 from tests import factories
@@ -55,7 +59,7 @@ def by_rows(run: Run) -> None:
 
 def by_retention(run: Run) -> None:
     retention.settings.RETENTION_THREADS_DAYS = 1  # put back by the fixture
-    runs.execute(run.pk)
+    execution.execute(run.pk)
     Event.objects.update(published_at=timezone.now())
     rollups.fold()
     long_ago = timezone.now() - timedelta(days=3)
@@ -220,7 +224,7 @@ class TestOnTheStream:
         redis.delete("agent_events")
         add(redis, request(runId="new-run", threadId="support"))
         stream.ensure_group()
-        runtime.Reader("w1").read()
+        bootstep.Reader("w1").read()
         assert "deleted" in dead(redis)[0]
         assert not Run.objects.exists()
 
@@ -233,7 +237,7 @@ class TestOnTheStream:
         redis.delete("agent_events")
         add(redis, request(runId=run.pk, threadId="another"))
         stream.ensure_group()
-        runtime.Reader("w1").read()
+        bootstep.Reader("w1").read()
         assert not Run.objects.exists()
         assert not Thread.objects.exists()
 
@@ -244,7 +248,7 @@ class TestOnTheStream:
         assert len(entries(redis)) == 1
         retention.delete_thread(run.thread)
         stream.ensure_group()
-        runtime.Reader("w1").read()
+        bootstep.Reader("w1").read()
         assert not Run.objects.exists()
         # Nor is what was said kept among the entries that were of no use.
         assert dead(redis) == []
@@ -260,7 +264,7 @@ class TestOnTheStream:
         his = factories.ask(
             owner=factories.user("bob"), run_id=first["runId"], event_id=uuid.uuid4()
         )
-        runs.execute(his.pk)
+        execution.execute(his.pk)
         again = api.post("/api/chat/messages", {"content": "Hi"}, format="json", **key)
         assert again.status_code == 202
         assert "run" not in again.json()

@@ -8,8 +8,10 @@ import pytest
 from django.db import connection
 from rest_framework.test import APIClient
 
-from agents import inbox, limits, runs
+from agents import inbox
 from agents.models import Limit, Pace, Run
+from agents.runs import execution
+from agents.usage import limits
 from tests import factories
 
 URL = "/api/chat/messages"
@@ -98,7 +100,7 @@ class TestDay:
     def test_asking_again_counts(self, settings: Any) -> None:
         settings.LIMIT_USER_BYTES_PER_DAY = 9
         run = factories.ask("12345")
-        runs.cancel(run)
+        execution.cancel(run)
         run.refresh_from_db()
         with pytest.raises(inbox.Limited):
             inbox.ask_again(run)

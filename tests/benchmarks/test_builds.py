@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from benchmarks.builds import Build, BuildFailed, is_alive
+from tests.benchmarks.builds import Build, BuildFailed, is_alive
 
 MAKEFILE = "run:\n\t@exec $(PYTHON) stack.py\n"
 SOUND = """
@@ -77,7 +77,7 @@ def test_an_interrupt_ends_all_that_was_started(build: Callable[[str], Build]) -
 def test_what_survives_a_stop_is_killed_and_reported(
     build: Callable[[str], Build], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("benchmarks.builds.VANISH_SECONDS", 0.5)
+    monkeypatch.setattr("tests.benchmarks.builds.VANISH_SECONDS", 0.5)
     with (
         pytest.raises(BuildFailed, match="base left running"),
         build(SOUND.format(child=DEAF)).running() as running,

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks import compare
-from benchmarks.builds import Build, BuildFailed, commit_of
-from benchmarks.ratios import Figure, ratio, ratios, t_quantile, table
+from tests.benchmarks import compare
+from tests.benchmarks.builds import Build, BuildFailed, commit_of
+from tests.benchmarks.ratios import Figure, ratio, ratios, t_quantile, table
 
 LATENCY = Figure("accept p50", "ms")
 RATE = Figure("ingest", "1/s", rises=True)

@@ -6,9 +6,9 @@ from datetime import timedelta
 from functools import partial
 from typing import Any
 
-from botrunner import acting, timeline
+from botrunner.incoming import handling, recording
+from botrunner.incoming.recording import Batch, RoomNews
 from botrunner.models import Room, RoomEvent, Session
-from botrunner.timeline import Batch, RoomNews
 from realm.models import BotCommand, BotRegistration, User
 
 ME = "@bot-runner:localhost"
@@ -78,9 +78,9 @@ def take_in(session: Session, *events: dict[str, Any]) -> int:
     batch = Batch(f"{session.since}+", [RoomNews(ROOM, list(events), False)])
     kept = RoomEvent.objects.exclude(state=RoomEvent.State.IGNORED)
     before = kept.count()
-    timeline.write_down(session, HOLDER, batch, partial(acting.ask, me=ME))
+    recording.write_down(session, HOLDER, batch, partial(handling.ask, me=ME))
     new = kept.count() - before
     session.since = batch.next_batch
-    for pk in acting.pending():
-        acting.act(pk, ME)
+    for pk in handling.pending():
+        handling.act(pk, ME)
     return new

@@ -14,11 +14,12 @@ from django.db import OperationalError, connections
 
 from agents import inbox
 from agents.models import Run
-from botrunner import acting, client, timeline
 from botrunner import bot as loop
 from botrunner.bot import Bot
+from botrunner.incoming import handling, recording
+from botrunner.incoming.recording import Batch, RoomNews
+from botrunner.matrix import client
 from botrunner.models import RoomEvent, Session
-from botrunner.timeline import Batch, RoomNews
 from tests.botrunner.scenes import HOLDER, ME, ROOM, command, event, session
 
 
@@ -107,8 +108,8 @@ def test_an_event_that_cannot_be_handled_holds_up_none_of_the_others(
 
     monkeypatch.setattr(inbox, "ask", fails_for_one)
     news = RoomNews(ROOM, [event("one"), event("two"), event("three")], False)
-    ask = partial(acting.ask, me=ME) if asked_at_once else None
-    assert timeline.write_down(row, HOLDER, Batch("s1", [news]), ask) == 3
+    ask = partial(handling.ask, me=ME) if asked_at_once else None
+    assert recording.write_down(row, HOLDER, Batch("s1", [news]), ask) == 3
     assert not Run.objects.exists()
 
     async def scene() -> None:
@@ -137,5 +138,5 @@ def test_while_the_database_is_away_a_batch_is_not_half_written(
     monkeypatch.setattr(inbox, "ask", away)
     batch = Batch("s1", [RoomNews(ROOM, [event()], False)])
     with pytest.raises(OperationalError):
-        timeline.write_down(row, HOLDER, batch, partial(acting.ask, me=ME))
+        recording.write_down(row, HOLDER, batch, partial(handling.ask, me=ME))
     assert (Session.objects.get().since, RoomEvent.objects.exists()) == ("s0", False)

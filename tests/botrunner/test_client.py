@@ -17,8 +17,11 @@ import vodozemac
 from django.utils import timezone
 from nio.crypto import InboundGroupSession
 
-from botrunner import client, members
-from botrunner.client import (
+from botrunner.incoming import members
+from botrunner.incoming.events import Said
+from botrunner.incoming.recording import LeaseLost
+from botrunner.matrix import client
+from botrunner.matrix.client import (
     Homeserver,
     KeysOutdated,
     LoginRefused,
@@ -27,8 +30,6 @@ from botrunner.client import (
     TooLong,
 )
 from botrunner.models import Session
-from botrunner.said import Said
-from botrunner.timeline import LeaseLost
 from tests.botrunner.scenes import ALICE, ME, event
 
 

@@ -8,11 +8,12 @@ import pytest
 from django.db import connection
 from django.test.utils import CaptureQueriesContext
 
-from agents import runs
 from agents.models import Run
-from botrunner import acting, replies, timeline
+from agents.runs import execution
+from botrunner.incoming import handling, recording
+from botrunner.incoming.recording import Batch, RoomNews
 from botrunner.models import Reply, RoomEvent
-from botrunner.timeline import Batch, RoomNews
+from botrunner.outgoing import replies
 from tests.botrunner.scenes import HOLDER, ME, ROOM, command, event, session, take_in
 
 pytestmark = pytest.mark.django_db
@@ -32,14 +33,14 @@ def test_a_question_and_its_reply_cost_seventeen_statements() -> None:
     command()
     row = session()
     take_in(row, event("The first begins a conversation."))
-    runs.execute(Run.objects.get().pk)
+    execution.execute(Run.objects.get().pk)
     Reply.objects.update(status=Reply.Status.SENT)
     batch = Batch("s2", [RoomNews(ROOM, [event("The second goes on with it.")], False)])
 
     with at_most(12):
-        timeline.write_down(row, HOLDER, batch, partial(acting.ask, me=ME))
+        recording.write_down(row, HOLDER, batch, partial(handling.ask, me=ME))
     run = Run.objects.unfinished().get()
-    runs.execute(run.pk)
+    execution.execute(run.pk)
     with at_most(3):
         ready = replies.compose(row, [run.pk])
         [reply] = ready.values()
@@ -64,6 +65,6 @@ def test_more_questions_at_once_cost_no_more_of_the_way_in() -> None:
     several = [event(f"Question {number}") for number in range(4)]
     batch = Batch("s2", [RoomNews(ROOM, several, False)])
     with at_most(5 + 4 * 7):
-        timeline.write_down(row, HOLDER, batch, partial(acting.ask, me=ME))
+        recording.write_down(row, HOLDER, batch, partial(handling.ask, me=ME))
     assert Run.objects.count() == 5
     assert not RoomEvent.objects.filter(state=RoomEvent.State.PENDING).exists()

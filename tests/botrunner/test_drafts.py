@@ -12,16 +12,18 @@ from asgiref.sync import async_to_sync
 from django.db import connections
 from redis import Redis
 
-from agents import live, runs
+from agents.events import publisher
 from agents.models import Run
-from agents.runtime import Loop
-from botrunner import acting, drafts, replies
-from botrunner.client import MatrixError
-from botrunner.drafts import Drafts
+from agents.runs import execution
+from agents.worker.bootstep import Loop
+from botrunner.aio import unit
+from botrunner.incoming import handling
+from botrunner.incoming.events import MARK
+from botrunner.matrix.client import MatrixError
 from botrunner.models import Reply
-from botrunner.replies import Sender
-from botrunner.said import MARK
-from botrunner.units import unit
+from botrunner.outgoing import drafts, replies
+from botrunner.outgoing.drafts import Drafts
+from botrunner.outgoing.replies import Sender
 from tests.botrunner.scenes import ME, ROOM, command, event, session, take_in
 from tests.fakes.llm import FakeLLM, Paced, held
 from tests.fakes.llm import Reply as Answer
@@ -38,10 +40,12 @@ def _quick(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Less patience; and a worker that hears what is called for."""
     for name, seconds in (("PATIENCE", 0.02), ("PACE", PACE), ("PAUSE", 0.05)):
         monkeypatch.setattr(drafts, f"{name}_SECONDS", seconds)
-    loop = Loop("listener", live.desk().hear)
+    loop = Loop("listener", publisher.desk().hear)
     loop.start()
     until = time.monotonic() + 60
-    while not dict(redis.pubsub_numsub(live.called_channel()))[live.called_channel().encode()]:
+    while not dict(redis.pubsub_numsub(publisher.called_channel()))[
+        publisher.called_channel().encode()
+    ]:
         assert time.monotonic() < until
         time.sleep(0.01)
     yield
@@ -155,7 +159,7 @@ class Stage:
 
         def carry_out() -> None:
             try:
-                runs.execute(run_id)
+                execution.execute(run_id)
             finally:
                 connections.close_all()
 
@@ -368,7 +372,7 @@ def test_a_new_attempt_takes_the_place_of_the_old_ones_text() -> None:
     async def scene(stage: Stage) -> None:
         run_id = await stage.ask()
         for attempt, words in ((1, "wrong"), (2, "right")):
-            with live.desk().feed(run_id, attempt, stop=lambda: None) as feed:
+            with publisher.desk().feed(run_id, attempt, stop=lambda: None) as feed:
                 feed.step_started("model", "m")
                 feed.text(words)
                 await stage.until(lambda words=words: stage.homeserver.bodies == [words])
@@ -379,7 +383,7 @@ def test_a_new_attempt_takes_the_place_of_the_old_ones_text() -> None:
 def test_what_was_written_before_a_tool_was_called_is_not_the_answer() -> None:
     async def scene(stage: Stage) -> None:
         run_id = await stage.ask()
-        with live.desk().feed(run_id, 1, stop=lambda: None) as feed:
+        with publisher.desk().feed(run_id, 1, stop=lambda: None) as feed:
             for words in ("Let me see", "It is so"):
                 feed.step_started("model", "m")
                 feed.text(words)
@@ -391,7 +395,7 @@ def test_what_was_written_before_a_tool_was_called_is_not_the_answer() -> None:
 def test_of_what_has_holes_nothing_is_shown(redis: Redis) -> None:
     async def scene(stage: Stage) -> None:
         run_id = await stage.ask()
-        with live.desk().feed(run_id, 1, stop=lambda: None) as feed:
+        with publisher.desk().feed(run_id, 1, stop=lambda: None) as feed:
             feed.step_started("model", "m")
             feed.text("one ")
             await stage.until(lambda: stage.homeserver.bodies == ["one "])
@@ -439,7 +443,7 @@ class TestCancelling:
 
         async def scene(stage: Stage) -> None:
             run_id = await stage.ask()
-            with live.desk().feed(run_id, 1, stop=lambda: None) as feed:
+            with publisher.desk().feed(run_id, 1, stop=lambda: None) as feed:
                 feed.step_started("model", "m")
                 feed.text("So far")
                 await stage.until(lambda: stage.homeserver.sent)
@@ -474,7 +478,7 @@ class TestCancelling:
             worker = stage.work(run_id)
             await stage.until(lambda: stage.homeserver.sent)
             await stage.drafts.close()
-            await unit(runs.cancel)(await unit(Run.objects.get)(pk=run_id))
+            await unit(execution.cancel)(await unit(Run.objects.get)(pk=run_id))
             cancelled.set()
             await asyncio.to_thread(worker.join, 60)
             await stage.restart()
@@ -501,15 +505,15 @@ class TestCancelling:
     ) -> None:
         async def scene(stage: Stage) -> None:
             run_id = await stage.ask()
-            with live.desk().feed(run_id, 1, stop=lambda: None) as feed:
-                await unit(runs.claim)(run_id)
+            with publisher.desk().feed(run_id, 1, stop=lambda: None) as feed:
+                await unit(execution.claim)(run_id)
                 feed.step_started("model", "m")
                 feed.text("old words")
                 await stage.until(lambda: stage.homeserver.sent)
                 await unit(take_in)(stage.row, event("!cancel"))
             await stage.told()
             cancelled = stage.homeserver.bodies
-            await unit(runs.retry)(await unit(Run.objects.get)(pk=run_id))
+            await unit(execution.retry)(await unit(Run.objects.get)(pk=run_id))
             await stage.sender.compose()
             await stage.drafts.follow()
             model.script(heard(stage, 2))
@@ -543,6 +547,6 @@ def test_what_was_pending_is_acted_upon_once() -> None:
         await stage.drafts.follow()
         await stage.told()
         assert stage.homeserver.bodies == ["This was cancelled."]
-        assert await unit(acting.pending)() == []
+        assert await unit(handling.pending)() == []
 
     play(scene)

@@ -14,7 +14,7 @@ import pytest
 from nio.store import SqliteStore
 from vodozemac import PreKeyMessage, SessionCreationException
 
-from botrunner.client import Homeserver
+from botrunner.matrix.client import Homeserver
 from botrunner.models import Reply, RoomEvent, Session
 from tests.botrunner.person import Person, run
 from tests.botrunner.world import BASE_DIR, ENCRYPTION, World, register

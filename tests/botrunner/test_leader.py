@@ -8,10 +8,10 @@ import pytest
 from asgiref.sync import async_to_sync
 from django.utils import timezone
 
+from botrunner.aio import unit
 from botrunner.bot import Bot
 from botrunner.leader import Leader
 from botrunner.models import Session
-from botrunner.units import unit
 from tests.botrunner.scenes import session
 
 
@@ -40,7 +40,7 @@ def test_it_says_once_when_the_lease_of_a_dead_one_ends_and_takes_over_then(
 
     monkeypatch.setattr(Leader, "_lead", lead)
     monkeypatch.setattr("botrunner.leader.pause", pause)
-    monkeypatch.setattr("botrunner.accounts.session", lambda: Session.objects.get(pk=row.pk))
+    monkeypatch.setattr("botrunner.matrix.login.session", lambda: Session.objects.get(pk=row.pk))
     async_to_sync(scene)()
 
     said = [record.getMessage() for record in caplog.records if "lease" in record.getMessage()]

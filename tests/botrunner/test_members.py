@@ -13,13 +13,14 @@ from aiohttp.test_utils import TestServer
 from django.utils import timezone
 from rest_framework.test import APIClient
 
-from agents import runs
 from agents.models import Run
-from botrunner import acting, rooms, timeline
+from agents.runs import execution
 from botrunner.bot import Bot
-from botrunner.client import Homeserver
+from botrunner.incoming import handling, recording
+from botrunner.incoming.recording import Batch, RoomNews
+from botrunner.matrix import rooms
+from botrunner.matrix.client import Homeserver
 from botrunner.models import Conversation, Reply, Room, RoomEvent, RoomMember, Session
-from botrunner.timeline import Batch, RoomNews
 from chat.models import Message, Thread
 from realm import tokens
 from realm.models import User
@@ -66,7 +67,7 @@ def asked(row: Session, words: str, sender: str = ALICE) -> Run:
     """A question that is answered."""
     take_in(row, event(words, sender))
     run = Run.objects.select_related("thread").get(message__content=words)
-    runs.execute(run.pk)
+    execution.execute(run.pk)
     return run
 
 
@@ -120,9 +121,9 @@ class TestWhoReads:
         take_in(row, sealed)
         let_in(row, CAROL)
         opened = {**sealed, "type": "m.room.message", "content": event("one")["content"]}
-        acting.unseal(RoomEvent.objects.get(event_id=sealed["event_id"]).pk, opened, ME)
-        for pk in acting.pending():
-            acting.act(pk, ME)
+        handling.unseal(RoomEvent.objects.get(event_id=sealed["event_id"]).pk, opened, ME)
+        for pk in handling.pending():
+            handling.act(pk, ME)
         asked(row, "two")
 
         assert words_for(CAROL) == ["two"]
@@ -306,7 +307,7 @@ class TestWriting:
         mallory = User.objects.of_matrix_id("@mallory:localhost")
         Thread.objects.create(id=taken, owner=mallory)
         # As it was looked up before it was deleted.
-        monkeypatch.setattr(acting, "_known_thread", lambda event, said: taken)
+        monkeypatch.setattr(handling, "_known_thread", lambda event, said: taken)
         run = asked(row, "two")
 
         assert run.thread_id != taken
@@ -328,10 +329,10 @@ class TestGaps:
         lost = set() if is_whole else {ROOM}
         batch = Batch(f"{row.since}+", news, members_lost=lost)
         batch.members = {} if members is None else {ROOM: members}
-        timeline.write_down(row, HOLDER, batch)
+        recording.write_down(row, HOLDER, batch)
         row.since = batch.next_batch
-        for pk in acting.pending():
-            acting.act(pk, ME)
+        for pk in handling.pending():
+            handling.act(pk, ME)
 
     def event_of(self, user_id: str) -> str:
         return RoomMember.objects.get(user_id=user_id).event_id
@@ -371,8 +372,8 @@ class TestGaps:
         stale = Session.objects.get(pk=row.pk)
         self.write(row)
         batch = Batch("s9", [RoomNews(ROOM, [membership(CAROL, "join")], False)])
-        with pytest.raises(timeline.LeaseLost):
-            timeline.write_down(stale, HOLDER, batch)
+        with pytest.raises(recording.LeaseLost):
+            recording.write_down(stale, HOLDER, batch)
         assert not RoomMember.objects.filter(user_id=CAROL).exists()
 
 
@@ -381,14 +382,14 @@ class TestOrders:
 
     def say(self, row: Session, words: str, sender: str, *, moderates: bool) -> None:
         batch = Batch(f"{row.since}+", [RoomNews(ROOM, [event(words, sender)], False)])
-        timeline.write_down(row, HOLDER, batch)
+        recording.write_down(row, HOLDER, batch)
         row.since = batch.next_batch
-        (pk,) = acting.pending()
-        with pytest.raises(acting.PowerNeeded) as needed:
-            acting.act(pk, ME)
+        (pk,) = handling.pending()
+        with pytest.raises(handling.PowerNeeded) as needed:
+            handling.act(pk, ME)
         assert (needed.value.room_id, needed.value.user_id) == (ROOM, sender)
-        assert acting.pending() == [pk]
-        acting.act(pk, ME, moderates=moderates)
+        assert handling.pending() == [pk]
+        handling.act(pk, ME, moderates=moderates)
 
     def replied(self) -> str:
         reply = Reply.objects.filter(question__kind__in=RoomEvent.ORDERS).latest("pk")

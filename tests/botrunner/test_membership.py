@@ -10,12 +10,14 @@ from django.db import connections
 from django.db.models import F
 from django.utils import timezone
 
-from botrunner import membership, shapes, timeline
-from botrunner.client import MatrixError, NoAnswer
-from botrunner.membership import Joiner, invites
+from botrunner.aio import pause, unit
+from botrunner.incoming import invitations as membership
+from botrunner.incoming import recording
+from botrunner.incoming.invitations import Joiner, invites
+from botrunner.incoming.recording import Batch, Invite
+from botrunner.matrix import responses
+from botrunner.matrix.client import MatrixError, NoAnswer
 from botrunner.models import Room, Session
-from botrunner.timeline import Batch, Invite
-from botrunner.units import pause, unit
 from realm.models import User
 from tests.botrunner.scenes import ALICE, BOB, HOLDER, ME, session
 
@@ -32,7 +34,7 @@ def member(state_key: Any, membership: Any, sender: Any = ALICE) -> dict[str, An
 
 
 def found(rooms: dict[str, Any]) -> list[Invite]:
-    return invites(shapes.sync({"rooms": {"invite": rooms}})["rooms"]["invite"], ME)
+    return invites(responses.sync({"rooms": {"invite": rooms}})["rooms"]["invite"], ME)
 
 
 def invited(*events: Any) -> dict[str, Any]:
@@ -111,7 +113,7 @@ class TestJoining:
 
     def invite(self, row: Session, *invitations: tuple[str, str]) -> None:
         batch = Batch(f"{row.since}+", invites=[Invite(*each) for each in invitations])
-        timeline.write_down(row, HOLDER, batch)
+        recording.write_down(row, HOLDER, batch)
         row.since = batch.next_batch
 
     def work(self, row: Session, homeserver: Any, until: Callable[[], bool]) -> None:
@@ -242,13 +244,13 @@ class TestJoining:
 class TestHowManyMayWait:
     def invite(self, row: Session, *invitations: Invite) -> set[str]:
         batch = Batch(f"{row.since}+", invites=list(invitations))
-        timeline.write_down(row, HOLDER, batch)
+        recording.write_down(row, HOLDER, batch)
         row.since = batch.next_batch
         return set(Room.objects.filter(membership="invited").values_list("room_id", flat=True))
 
     def test_of_an_inviter(self, caplog: pytest.LogCaptureFixture) -> None:
         row = session()
-        most = timeline.MAX_INVITATIONS
+        most = recording.MAX_INVITATIONS
         kept = self.invite(row, *(Invite(f"!r{n}", MALLORY) for n in range(most + 10)))
         assert kept == {f"!r{n}" for n in range(most)}
         assert "Ignored 10 invitations of @mallory:elsewhere.example" in caplog.text
@@ -259,7 +261,7 @@ class TestHowManyMayWait:
         assert "!new" in self.invite(row, Invite("!new", MALLORY))
 
     def test_of_another_server(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(timeline, "MAX_INVITATIONS_SERVER", 5)
+        monkeypatch.setattr(recording, "MAX_INVITATIONS_SERVER", 5)
         row = session()
         for server, kept in (("elsewhere.example", 5), ("localhost", 8)):
             found = self.invite(
@@ -270,15 +272,15 @@ class TestHowManyMayWait:
     def test_of_those_that_are_refused(self, settings: Any) -> None:
         settings.BOT_RUNNER_ALLOWED_INVITERS = ["@*:localhost"]
         row = session()
-        self.invite(row, *(Invite(f"!{n}", MALLORY) for n in range(timeline.MAX_INVITATIONS + 10)))
-        assert Room.objects.filter(membership="refused").count() == timeline.MAX_INVITATIONS
+        self.invite(row, *(Invite(f"!{n}", MALLORY) for n in range(recording.MAX_INVITATIONS + 10)))
+        assert Room.objects.filter(membership="refused").count() == recording.MAX_INVITATIONS
 
     def test_of_those_of_another_server_that_are_refused(
         self, settings: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """It may make up as many names as it likes, and each is a row."""
         settings.BOT_RUNNER_ALLOWED_INVITERS = ["@*:localhost", "@good:elsewhere.example"]
-        monkeypatch.setattr(timeline, "MAX_INVITATIONS_SERVER", 5)
+        monkeypatch.setattr(recording, "MAX_INVITATIONS_SERVER", 5)
         row = session()
         for part in "ab":
             self.invite(
@@ -301,6 +303,6 @@ class TestHowManyMayWait:
         self, django_assert_max_num_queries: Any
     ) -> None:
         row = session()
-        self.invite(row, *(Invite(f"!r{n}", MALLORY) for n in range(timeline.MAX_INVITATIONS)))
+        self.invite(row, *(Invite(f"!r{n}", MALLORY) for n in range(recording.MAX_INVITATIONS)))
         with django_assert_max_num_queries(8):
             self.invite(row, *(Invite(f"!x{n}", MALLORY) for n in range(1000)))

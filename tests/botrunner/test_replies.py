@@ -6,13 +6,14 @@ from typing import Any
 import pytest
 from django.utils import timezone
 
-from agents import retention, runs
+from agents import retention
 from agents.models import Run
-from botrunner import replies
-from botrunner.client import MatrixError
+from agents.runs import execution
+from botrunner.incoming.events import MARK
+from botrunner.matrix.client import MatrixError
 from botrunner.models import Reply, Room
-from botrunner.replies import MAX_CONTENT_BYTES, split
-from botrunner.said import MARK
+from botrunner.outgoing import replies
+from botrunner.outgoing.replies import MAX_CONTENT_BYTES, split
 from chat.markdown import to_html
 from tests.botrunner.scenes import ROOM, command, event, session, take_in
 from tests.factories import conversation
@@ -27,7 +28,7 @@ def ready(*texts: str, content: Any = "Hello") -> list[Reply]:
     row = session()
     for text in texts:
         take_in(row, event(content if content != "Hello" else text))
-        runs.execute(Run.objects.latest("position").pk)
+        execution.execute(Run.objects.latest("position").pk)
     replies.compose(row)
     return list(Reply.objects.order_by("id"))
 
@@ -57,7 +58,7 @@ def test_what_was_cancelled_elsewhere_is_said() -> None:
     command()
     row = session()
     take_in(row, event())
-    runs.cancel(Run.objects.get())
+    execution.cancel(Run.objects.get())
     replies.compose(row)
     assert Reply.objects.get().parts[0]["body"] == "This was cancelled."
 
@@ -69,7 +70,7 @@ def test_the_room_is_told_although_the_thread_was_deleted(composed: bool) -> Non
     take_in(row, event())
     run = Run.objects.get()
     if composed:
-        runs.execute(run.pk)
+        execution.execute(run.pk)
         replies.compose(row)
     retention.delete_thread(run.thread)
     replies.compose(row)
@@ -93,7 +94,7 @@ def test_questions_that_are_answered_together_get_one_reply(settings: Any) -> No
     replies.compose(row)
     assert [reply.status for reply in Reply.objects.order_by("id")] == ["dropped", "waiting"]
 
-    runs.execute(Run.objects.latest("position").pk)
+    execution.execute(Run.objects.latest("position").pk)
     replies.compose(row)
     first, second = Reply.objects.order_by("id")
     assert (first.status, second.status) == (Reply.Status.DROPPED, Reply.Status.READY)
@@ -248,7 +249,7 @@ def test_typing_shows_only_while_a_run_takes_its_time(monkeypatch: Any) -> None:
     assert replies.typing_rooms(row) == set()
     Reply.objects.update(created_at=timezone.now() - 2 * replies.TYPING_PATIENCE)
     assert replies.typing_rooms(row) == {ROOM}
-    runs.execute(Run.objects.get().pk)
+    execution.execute(Run.objects.get().pk)
     assert replies.typing_rooms(row) == set()
 
 
@@ -369,7 +370,7 @@ def test_composing_many_takes_few_queries(django_assert_max_num_queries: Any) ->
     row = session()
     take_in(row, *(event(f"{n}") for n in range(5)))
     for run in Run.objects.filter(source="matrix").order_by("position"):
-        runs.execute(run.pk)
+        execution.execute(run.pk)
     with django_assert_max_num_queries(7):
         replies.compose(row)
     assert Reply.objects.filter(status="ready").count() == 5
@@ -383,13 +384,13 @@ class TestRetries:
         row = session()
         take_in(row, event())
         run = Run.objects.get()
-        runs.cancel(run)
+        execution.cancel(run)
         return Reply.objects.get()
 
     def retried(self, reply: Reply) -> None:
         assert reply.run
-        assert runs.retry(reply.run)
-        runs.execute(reply.run.pk)
+        assert execution.retry(reply.run)
+        execution.execute(reply.run.pk)
 
     def bodies(self) -> list[str]:
         return [part["body"] for reply in Reply.objects.order_by("cycle") for part in reply.parts]
@@ -418,9 +419,9 @@ class TestRetries:
         account = reply.room.session
         replies.compose(account)
         assert reply.run
-        runs.retry(reply.run)
+        execution.retry(reply.run)
         assert not replies.compose(account)
-        runs.execute(reply.run.pk)
+        execution.execute(reply.run.pk)
         assert len(replies.compose(account, [reply.run.pk])) == 1
 
     def test_nor_of_a_question_that_was_taken_back(self) -> None:

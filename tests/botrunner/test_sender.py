@@ -8,13 +8,14 @@ import pytest
 from asgiref.sync import async_to_sync
 from django.db import connections
 
-from agents import runs
 from agents.models import Run
-from botrunner import acting, replies, timeline
+from agents.runs import execution
+from botrunner.aio import unit
+from botrunner.incoming import handling, recording
+from botrunner.incoming.recording import Batch, RoomNews
 from botrunner.models import Reply, Session
-from botrunner.replies import ROOMS_AT_ONCE, Sender
-from botrunner.timeline import Batch, RoomNews
-from botrunner.units import unit
+from botrunner.outgoing import replies
+from botrunner.outgoing.replies import ROOMS_AT_ONCE, Sender
 from tests.botrunner.scenes import HOLDER, ME, command, event, session
 
 pytestmark = pytest.mark.django_db(transaction=True)
@@ -45,12 +46,12 @@ class Poisoned(Homeserver):
 def ask_in(row: Session, *room_ids: str) -> list[str]:
     """A question in each of these rooms; the runs, which have ended."""
     news = [RoomNews(room_id, [event()], False) for room_id in room_ids]
-    timeline.write_down(row, HOLDER, Batch("s1", news))
-    for pk in acting.pending():
-        acting.act(pk, ME)
+    recording.write_down(row, HOLDER, Batch("s1", news))
+    for pk in handling.pending():
+        handling.act(pk, ME)
     run_ids = list(Run.objects.unfinished().values_list("pk", flat=True))
     for run_id in run_ids:
-        runs.execute(run_id)
+        execution.execute(run_id)
     return run_ids
 
 

@@ -6,12 +6,13 @@ from typing import Any
 import pytest
 from django.db import IntegrityError
 
-from agents import runs
 from agents.models import Run
-from botrunner import acting, replies, timeline
+from agents.runs import execution
+from botrunner.incoming import handling, recording
+from botrunner.incoming.events import MARK, Said, since_own_join
+from botrunner.incoming.recording import Batch, Invite, LeaseLost, RoomNews
 from botrunner.models import Conversation, Reply, Room, RoomEvent, Session
-from botrunner.said import MARK, Said, since_own_join
-from botrunner.timeline import Batch, Invite, LeaseLost, RoomNews
+from botrunner.outgoing import replies
 from chat.models import Message
 from tests.botrunner.scenes import (
     ALICE,
@@ -29,10 +30,10 @@ from tests.botrunner.scenes import (
 pytestmark = pytest.mark.django_db
 
 
-@pytest.fixture(autouse=True, params=[timeline.MAX_AT_ONCE, 0], ids=["at once", "one by one"])
+@pytest.fixture(autouse=True, params=[recording.MAX_AT_ONCE, 0], ids=["at once", "one by one"])
 def _at_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is told here holds however the questions are asked."""
-    monkeypatch.setattr(timeline, "MAX_AT_ONCE", request.param)
+    monkeypatch.setattr(recording, "MAX_AT_ONCE", request.param)
 
 
 def questions() -> list[str]:
@@ -293,7 +294,7 @@ def test_an_edit_comes_too_late_once_the_run_has_begun() -> None:
     row = session()
     said = event("first")
     take_in(row, said)
-    runs.claim(Run.objects.get().pk)
+    execution.claim(Run.objects.get().pk)
     take_in(row, edit(said, "second"))
     assert questions() == ["first"]
 
@@ -327,10 +328,10 @@ def test_what_is_said_in_another_room_changes_nothing() -> None:
     redaction = event({}, BOB, type="m.room.redaction", redacts=said["event_id"])
     for each in (edit(said, "unseen"), redaction):
         batch = Batch(f"{row.since}+", [RoomNews("!other", [each], False)])
-        timeline.write_down(row, HOLDER, batch)
+        recording.write_down(row, HOLDER, batch)
         row.since = batch.next_batch
-        for pk in acting.pending():
-            acting.act(pk, ME)
+        for pk in handling.pending():
+            handling.act(pk, ME)
     assert questions() == ["mine"]
     assert Run.objects.get().status == Run.Status.QUEUED
 
@@ -421,11 +422,11 @@ def test_a_sealed_event_waits_for_its_key() -> None:
     row = session()
     sealed = event({"ciphertext": "..."}, type="m.room.encrypted")
     take_in(row, sealed)
-    [(pk, room_id, source)] = acting.sealed()
+    [(pk, room_id, source)] = handling.sealed()
     assert (room_id, source["event_id"]) == (ROOM, sealed["event_id"])
 
     opened = {**event("at last"), "event_id": sealed["event_id"]}
-    acting.unseal(pk, opened, ME)
+    handling.unseal(pk, opened, ME)
     take_in(row)
     assert questions() == ["at last"]
 
@@ -450,11 +451,11 @@ def test_whoever_opens_a_sealed_event_too_late_changes_nothing() -> None:
     row = session()
     sealed = event({"ciphertext": "..."}, type="m.room.encrypted")
     take_in(row, sealed)
-    pk = acting.sealed()[0][0]
+    pk = handling.sealed()[0][0]
     opened = {**event("once"), "event_id": sealed["event_id"]}
-    acting.unseal(pk, opened, ME)
+    handling.unseal(pk, opened, ME)
     take_in(row)
-    acting.unseal(pk, opened, ME)
+    handling.unseal(pk, opened, ME)
     take_in(row)
     assert questions() == ["once"]
     assert RoomEvent.objects.get().state == "handled"
@@ -464,8 +465,8 @@ def test_a_sealed_event_that_fires_nothing_is_forgotten() -> None:
     row = session()
     sealed = event({"ciphertext": "..."}, type="m.room.encrypted")
     take_in(row, sealed)
-    acting.unseal(acting.sealed()[0][0], event(), ME)
-    assert acting.sealed() == []
+    handling.unseal(handling.sealed()[0][0], event(), ME)
+    assert handling.sealed() == []
 
 
 def test_membership_follows_the_sync(settings: Any) -> None:
@@ -477,7 +478,7 @@ def test_membership_follows_the_sync(settings: Any) -> None:
         [Invite("!a", ALICE), Invite("!b", "@eve:evil.example")],
         [ROOM],
     )
-    timeline.write_down(row, HOLDER, batch)
+    recording.write_down(row, HOLDER, batch)
     found = dict(Room.objects.values_list("room_id", "membership"))
     assert found == {"!new": "joined", "!a": "invited", "!b": "refused", ROOM: "left"}
     assert Room.objects.get(room_id="!new").is_encrypted
@@ -519,10 +520,10 @@ def test_what_is_refused_is_answered_once_for_an_event_and_a_few_times_a_minute(
     for _ in range(5):
         command(prefix="!bot")
     row = session()
-    for _ in range(3 * acting.NOTICES):
+    for _ in range(3 * handling.NOTICES):
         take_in(row, event("!bot"))
     # Two minutes may meet.
-    assert acting.NOTICES <= Reply.objects.count() <= 2 * acting.NOTICES
+    assert handling.NOTICES <= Reply.objects.count() <= 2 * handling.NOTICES
     assert set(Reply.objects.values_list("error", flat=True)) == {"There was no question."}
     silent = RoomEvent.objects.filter(replies=None)
     assert set(silent.values_list("state", "note")) == {
@@ -538,9 +539,9 @@ def test_what_is_refused_is_answered_once_for_an_event_and_a_few_times_a_minute(
 def test_so_is_a_cancel_that_has_nothing_to_end() -> None:
     command()
     row = session()
-    for _ in range(3 * acting.NOTICES):
+    for _ in range(3 * handling.NOTICES):
         take_in(row, event("!cancel"))
-    assert acting.NOTICES <= Reply.objects.count() <= 2 * acting.NOTICES
+    assert handling.NOTICES <= Reply.objects.count() <= 2 * handling.NOTICES
 
 
 def test_masses_that_nobody_can_read_keep_nobody_elses_words_sealed() -> None:
@@ -551,13 +552,13 @@ def test_masses_that_nobody_can_read_keep_nobody_elses_words_sealed() -> None:
     ]
     alices = event({"ciphertext": "..."}, type="m.room.encrypted")
     take_in(row, *sealed, alices, *sealed[:1])
-    found = [source["event_id"] for _, _, source in acting.sealed()]
+    found = [source["event_id"] for _, _, source in handling.sealed()]
     assert alices["event_id"] in found
-    assert len(found) == acting.SEALED_OF_SENDER + 1
+    assert len(found) == handling.SEALED_OF_SENDER + 1
 
     # What one of them could read of her masses, it does not leave at that.
-    for pk, _, source in acting.sealed():
-        acting.unseal(pk, {**event("once"), "event_id": source["event_id"]}, ME)
-    again = [source["event_id"] for _, _, source in acting.sealed()]
-    assert len(again) == acting.SEALED_OF_SENDER
+    for pk, _, source in handling.sealed():
+        handling.unseal(pk, {**event("once"), "event_id": source["event_id"]}, ME)
+    again = [source["event_id"] for _, _, source in handling.sealed()]
+    assert len(again) == handling.SEALED_OF_SENDER
     assert not {*again} & {*found}

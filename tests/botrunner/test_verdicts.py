@@ -8,11 +8,12 @@ from django.db import connection
 from django.test.utils import CaptureQueriesContext
 
 from agents.models import Run
-from botrunner import acting, replies, timeline
+from botrunner.incoming import handling, recording
+from botrunner.incoming.events import MARK
+from botrunner.incoming.recording import Batch, RoomNews
+from botrunner.incoming.verdicts import MAX_KEPT
 from botrunner.models import Reply, Room, RoomEvent
-from botrunner.said import MARK
-from botrunner.timeline import Batch, RoomNews
-from botrunner.verdicts import MAX_KEPT
+from botrunner.outgoing import replies
 from realm.models import BotCommand, BotRegistration, User
 from tests.botrunner.scenes import (
     ALICE,
@@ -229,19 +230,19 @@ def test_what_cannot_be_read_is_told_until_and_after_its_key_comes() -> None:
     assert only().note == "It cannot be read until its key comes."
 
     opened = {**event(SECRET), "event_id": sealed["event_id"]}
-    acting.unseal(only().pk, opened, ME)
+    handling.unseal(only().pk, opened, ME)
     assert words() == ["Its body does not begin with '!ask '."]
     row = only()
     assert (row.kind, row.state) == (RoomEvent.Kind.REMARK, RoomEvent.State.IGNORED)
     assert (row.type, row.content_type, row.source) == ("m.room.message", "m.text", None)
-    assert acting.sealed() == []
+    assert handling.sealed() == []
 
 
 def test_the_key_of_a_notice_makes_it_no_question() -> None:
     command()
     sealed = event({"ciphertext": "..."}, type="m.room.encrypted")
     take_in(session(), sealed)
-    acting.unseal(only().pk, event({"msgtype": "m.notice", "body": SECRET}), ME)
+    handling.unseal(only().pk, event({"msgtype": "m.notice", "body": SECRET}), ME)
     row = only()
     assert (row.state, row.source) == (RoomEvent.State.IGNORED, None)
 
@@ -250,7 +251,7 @@ def test_a_key_that_never_came_is_told(settings: Any) -> None:
     settings.BOT_RUNNER_MAX_EVENT_AGE = 0.01
     take_in(session(), event({"ciphertext": "..."}, type="m.room.encrypted", age=0.05))
     RoomEvent.objects.update(said_at=datetime(2020, 1, 1, tzinfo=UTC))
-    assert acting.sealed() == []
+    assert handling.sealed() == []
     assert (only().note, only().source) == ("Its key never came.", None)
 
 
@@ -259,7 +260,7 @@ def test_what_was_said_before_the_bot_came_is_told() -> None:
     row = session()
     earlier = [event(SECRET), event(sender=ME), event({"msgtype": "m.notice", "body": "n"})]
     news = RoomNews("!new", [event("now")], False, earlier)
-    assert timeline.write_down(row, HOLDER, Batch("s1", [news])) == 1
+    assert recording.write_down(row, HOLDER, Batch("s1", [news])) == 1
     before = RoomEvent.objects.get(state=RoomEvent.State.IGNORED)
     assert before.note == "It was said before the bot came into the room."
     assert (before.event_id, before.source) == (earlier[0]["event_id"], None)
@@ -303,10 +304,10 @@ def test_what_waits_when_a_registration_is_disabled_is_not_fired() -> None:
     command()
     row = session()
     batch = Batch("s1", [RoomNews(ROOM, [event(SECRET)], False)])
-    assert timeline.write_down(row, HOLDER, batch) == 1
+    assert recording.write_down(row, HOLDER, batch) == 1
     BotRegistration.objects.all().disable()
-    [pk] = acting.pending()
-    acting.act(pk, ME)
+    [pk] = handling.pending()
+    handling.act(pk, ME)
 
     assert not Run.objects.exists()
     assert words() == ["The registration is disabled."]
@@ -339,9 +340,9 @@ def test_what_cannot_be_handled_stands_apart() -> None:
     command()
     row = session()
     batch = Batch("s1", [RoomNews(ROOM, [event()], False)])
-    timeline.write_down(row, HOLDER, batch)
-    acting.give_up(only().pk)
-    assert (only().state, acting.pending()) == (RoomEvent.State.FAILED, [])
+    recording.write_down(row, HOLDER, batch)
+    handling.give_up(only().pk)
+    assert (only().state, handling.pending()) == (RoomEvent.State.FAILED, [])
     assert only().source is not None
 
 
@@ -358,7 +359,7 @@ def test_a_batch_costs_the_same_however_long(rooms: int, events: int) -> None:
     with CaptureQueriesContext(
         connection,
     ) as queries:
-        timeline.write_down(row, HOLDER, Batch("s1", said))
+        recording.write_down(row, HOLDER, Batch("s1", said))
     told = [query["sql"] for query in queries if query["sql"].startswith(("SELECT", "UPDATE"))]
     assert len(told) == 3  # the position, the rooms, registrations with users and commands
     assert RoomEvent.objects.count() == rooms * events
@@ -383,7 +384,7 @@ class TestLimits:
     def test_a_flood_is_answered_with_one_sentence_for_each_person(
         self, settings: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setitem(acting.NOTICE_SECONDS, "rate_limited", 10**9)
+        monkeypatch.setitem(handling.NOTICE_SECONDS, "rate_limited", 10**9)
         settings.LIMIT_ROOM_MESSAGES_PER_MINUTE = 1
         command()
         command(BOB)

@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Self
 
-from agents import listeners
+from agents.events import subscriber
 from config import asgi
 
 
@@ -139,9 +139,9 @@ def go(scene: Coroutine[Any, Any, None]) -> None:
         try:
             await scene
         finally:
-            for hub in listeners._hubs.values():
+            for hub in subscriber._hubs.values():
                 await hub.close()
-            listeners._hubs.clear()
+            subscriber._hubs.clear()
 
     try:
         asyncio.run(whole())

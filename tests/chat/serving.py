@@ -9,7 +9,7 @@ from pathlib import Path
 import uvicorn
 
 from config import asgi
-from config.protocol import BoundedProtocol
+from config.server.protocol import BoundedProtocol
 
 
 @asynccontextmanager

@@ -12,8 +12,9 @@ from django.db import connection
 from redis import Redis
 from rest_framework.test import APIClient
 
-from agents import runs, stream
+from agents.events import stream
 from agents.models import Event, IdempotencyKey, Run
+from agents.runs import execution
 from chat.models import Message, Thread
 from realm import tokens
 from tests import factories
@@ -56,7 +57,7 @@ def test_who_waits_is_answered_although_nobody_tells(
     def look(waiter: stream.OutcomeWaiter, until: float) -> bool:
         looks.append(until)
         if len(looks) == 2:
-            runs.execute(Run.objects.get().pk)
+            execution.execute(Run.objects.get().pk)
         return len(looks) < 5
 
     monkeypatch.setattr(stream.OutcomeWaiter, "wait", look)

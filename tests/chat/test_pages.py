@@ -9,8 +9,8 @@ from django.test import Client
 from django.utils import timezone
 from redis import Redis
 
-from agents import runs
 from agents.models import Run, Step, Worker
+from agents.runs import execution
 from chat.markdown import to_html
 from chat.models import Message, Thread
 from console.models import AuditEntry
@@ -174,7 +174,7 @@ class TestAConversation:
         settings.AGENT_TOOLS = ["current_time"]
         model.script(call_tool("current_time"), Reply("It is **late**.\n\n```python\nx < 1\n```"))
         run = ask("How late is it?\n<b>Tell</b> me", owner=alice)
-        runs.execute(run.pk)
+        execution.execute(run.pk)
         for path in (f"/threads/{run.thread_id}", f"/runs/{run.pk}"):
             page = browser.get(path)
             assert "How late is it?\n&lt;b&gt;Tell&lt;/b&gt; me" in page.text
@@ -248,7 +248,7 @@ class TestAConversation:
     ) -> None:
         model.script(CONTEXT_TOO_LONG)
         run = ask("Hello", owner=alice)
-        runs.execute(run.pk)
+        execution.execute(run.pk)
         run.refresh_from_db()
         page = browser.get(f"/threads/{run.thread_id}")
         assert run.safe_error in text_of(page)
@@ -270,8 +270,8 @@ class TestAConversation:
 
     def test_what_a_stopped_answer_had_said_is_shown(self, browser: Client, alice: User) -> None:
         run = ask("Hello", owner=alice)
-        runs.claim(run.pk)
-        runs.cancel(run)
+        execution.claim(run.pk)
+        execution.cancel(run)
         run.refresh_from_db()
         Step.objects.create(
             run=run, attempt=run.attempt, kind="model", name="m", output="So *far*", duration_ms=1
@@ -302,7 +302,7 @@ class TestWaiting:
         second = ask("And?", owner=alice, thread_id=first.thread_id)
         assert self.state(browser, first) == "Waiting for a worker."
         assert self.state(browser, second) == "Waiting for the answer before it."
-        runs.claim(first.pk)
+        execution.claim(first.pk)
         assert self.state(browser, first) == "Answering."
 
     def test_the_model_is_away(
@@ -311,7 +311,7 @@ class TestWaiting:
         self.worker()
         model.script(Failure(429, retry_after=30))
         run = ask("Hi", owner=alice)
-        runs.execute(run.pk)
+        execution.execute(run.pk)
         assert self.state(browser, run).startswith("The model did not answer (attempt 1 of 5).")
 
 

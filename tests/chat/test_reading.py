@@ -3,8 +3,8 @@ from typing import Any
 import pytest
 from rest_framework.test import APIClient
 
-from agents import runs
 from agents.models import Run
+from agents.runs import execution
 from chat.models import Message
 from tests import factories
 
@@ -71,7 +71,7 @@ class TestHistory:
     ) -> None:
         first = factories.ask("one")
         factories.ask("two", thread_id=first.thread_id)
-        runs.execute(first.pk)
+        execution.execute(first.pk)
 
         told = api.get(f"/api/chat/threads/{first.thread_id}/messages").json()
 
@@ -154,7 +154,7 @@ class TestRuns:
 
     def test_a_run_that_was_answered(self, api: APIClient) -> None:
         run = factories.ask("Hi")
-        runs.execute(run.pk)
+        execution.execute(run.pk)
 
         told = api.get(f"/api/chat/runs/{run.pk}").json()["run"]
 
@@ -167,7 +167,7 @@ class TestRuns:
 
         model.script(Failure(401, message="Incorrect API key provided: sk-canary-0123456789"))
         run = factories.ask("Hi")
-        runs.execute(run.pk)
+        execution.execute(run.pk)
 
         response = api.get(f"/api/chat/runs/{run.pk}")
 
@@ -216,7 +216,7 @@ def test_a_defect_shows_no_traceback(api: APIClient, monkeypatch: Any, caplog: A
     def explode(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("canary")
 
-    monkeypatch.setattr("chat.views.run_json", explode)
+    monkeypatch.setattr("chat.api.views.run_json", explode)
     run = factories.ask()
 
     response = api.get(f"/api/chat/runs/{run.pk}")

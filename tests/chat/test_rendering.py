@@ -7,8 +7,8 @@ import pytest
 from django.http import HttpRequest
 from django.test import Client
 
-from agents import runs
 from agents.models import Run
+from agents.runs import execution
 from chat import rendering
 from chat.markdown import MAX_CELLS, MAX_STEPS, Steps, to_html
 from chat.models import Message
@@ -185,7 +185,7 @@ def long_thread(db: None, _empty: None) -> Run:
     for number in range(19):
         factories.ask(f"{number}", command="ping", owner=owner, thread_id=first.thread_id)
     for run in Run.objects.order_by("position"):
-        runs.execute(run.pk)
+        execution.execute(run.pk)
     for answer in Message.objects.filter(role=Message.Role.ASSISTANT):
         answer.content = f"{answer.position} " + TEXTS["opening emphasis"](40_000)
         answer.save()

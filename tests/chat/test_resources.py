@@ -6,8 +6,8 @@ import pytest
 from django.db import connection
 from django.test.utils import CaptureQueriesContext
 
-from agents import runs
 from agents.models import IdempotencyKey, Run
+from agents.runs import execution as runs
 from chat.models import Message, Thread
 from realm.models import User
 from tests import factories

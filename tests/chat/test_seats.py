@@ -12,7 +12,7 @@ import pytest
 from redis import Redis
 
 from agents.models import Run
-from chat import streams
+from chat.api import streams
 from realm import tokens
 from tests.chat.listening import go, request
 from tests.factories import ask, user

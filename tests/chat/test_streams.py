@@ -12,10 +12,12 @@ from django.db import connections
 from redis import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 
-from agents import listeners, live, runs, stream
+from agents.events import publisher, stream, subscriber
 from agents.models import Attempt, Run, Step
-from agents.runtime import Loop
-from chat import rights, streams
+from agents.runs import execution
+from agents.worker.bootstep import Loop
+from chat import rights
+from chat.api import streams
 from chat.models import Message
 from chat.rights import Caller
 from realm import tokens
@@ -32,10 +34,12 @@ TALK = Reply(("one ", "two ", "three ", "four "), delta_latency=0.1)
 
 @pytest.fixture(autouse=True)
 def _worker_hears(redis: Redis) -> Iterator[None]:
-    loop = Loop("listener", live.desk().hear)
+    loop = Loop("listener", publisher.desk().hear)
     loop.start()
     until = time.monotonic() + 60
-    while not dict(redis.pubsub_numsub(live.called_channel()))[live.called_channel().encode()]:
+    while not dict(redis.pubsub_numsub(publisher.called_channel()))[
+        publisher.called_channel().encode()
+    ]:
         assert time.monotonic() < until
         time.sleep(0.01)
     yield
@@ -43,7 +47,7 @@ def _worker_hears(redis: Redis) -> Iterator[None]:
         if isinstance(thread, Worker):
             thread.join(60)
     loop.stopping.set()
-    redis.publish(live.called_channel(), b"{}")
+    redis.publish(publisher.called_channel(), b"{}")
     loop.join(60)
     assert not loop.is_alive()
 
@@ -57,7 +61,7 @@ class Worker(threading.Thread):
 
     def run(self) -> None:
         try:
-            runs.execute(self.run_id)
+            execution.execute(self.run_id)
         finally:
             connections.close_all()
 
@@ -126,8 +130,8 @@ def test_who_comes_late_is_told_what_was_said_before(model: FakeLLM) -> None:
 
 def test_nothing_goes_to_redis_where_nobody_listens(model: FakeLLM, redis: Redis) -> None:
     run = ask("Hi")
-    runs.execute(run.pk)
-    assert not redis.exists(live.stream_of(run.pk))
+    execution.execute(run.pk)
+    assert not redis.exists(publisher.stream_of(run.pk))
 
 
 def test_it_goes_on_after_any_event_in_any_process(model: FakeLLM) -> None:
@@ -164,7 +168,7 @@ def test_it_goes_on_after_any_event_in_any_process(model: FakeLLM) -> None:
 
 def test_who_had_the_outcome_is_told_to_stop_asking(model: FakeLLM) -> None:
     run = ask("Hi")
-    runs.execute(run.pk)
+    execution.execute(run.pk)
 
     async def scene() -> None:
         path = f"/api/chat/runs/{run.pk}/events"
@@ -178,9 +182,9 @@ def test_who_had_the_outcome_is_told_to_stop_asking(model: FakeLLM) -> None:
 
 def test_what_redis_forgot_is_said(model: FakeLLM, redis: Redis) -> None:
     run = ask("Hi")
-    live.desk().heed({"called": [run.pk]})
-    runs.execute(run.pk)
-    assert redis.exists(live.stream_of(run.pk))
+    publisher.desk().heed({"called": [run.pk]})
+    execution.execute(run.pk)
+    assert redis.exists(publisher.stream_of(run.pk))
     redis.flushall()
 
     async def scene() -> None:
@@ -202,10 +206,10 @@ def test_an_end_that_nobody_heard_is_said(model: FakeLLM, redis: Redis) -> None:
     async def scene() -> None:
         async with request(f"/api/chat/runs/{run.pk}/events") as response:
             await response.event()
-            working = asyncio.create_task(asyncio.to_thread(runs.execute, run.pk))
+            working = asyncio.create_task(asyncio.to_thread(execution.execute, run.pk))
             *_, token = await response.until("message.delta")
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(live.Desk, "_pipe", deaf)
+                patch.setattr(publisher.Desk, "_pipe", deaf)
                 may_end.set()
                 await working
             *_, gap, outcome = await response.until("run.completed")
@@ -217,19 +221,19 @@ def test_an_end_that_nobody_heard_is_said(model: FakeLLM, redis: Redis) -> None:
     go(scene())
 
 
-def deaf(desk: live.Desk, news: Any) -> None:
+def deaf(desk: publisher.Desk, news: Any) -> None:
     raise RedisConnectionError
 
 
 def test_what_was_trimmed_is_said(model: FakeLLM, redis: Redis) -> None:
     run = ask("Hi")
-    runs.claim(run.pk)
-    with live.desk().feed(run.pk, 1, stop=lambda: None) as feed:
+    execution.claim(run.pk)
+    with publisher.desk().feed(run.pk, 1, stop=lambda: None) as feed:
         feed.call()
         feed.tell("step.started", {})
         feed.tell("step.finished", {})
         feed.finish()
-        redis.xtrim(live.stream_of(run.pk), minid="1-3", approximate=False)
+        redis.xtrim(publisher.stream_of(run.pk), minid="1-3", approximate=False)
 
         async def scene() -> None:
             path = f"/api/chat/runs/{run.pk}/events?after=1-1"
@@ -243,7 +247,7 @@ def test_what_was_trimmed_is_said(model: FakeLLM, redis: Redis) -> None:
 
 @pytest.mark.parametrize(("feeds", "seconds"), [(1, 0.04), (100, 0.1), (1000, 0.2)])
 def test_the_more_tell_at_once_the_more_is_told_together(feeds: int, seconds: float) -> None:
-    assert live.tick_seconds(feeds) == seconds
+    assert publisher.tick_seconds(feeds) == seconds
 
 
 def test_a_new_attempt_begins_anew(model: FakeLLM) -> None:
@@ -253,16 +257,16 @@ def test_a_new_attempt_begins_anew(model: FakeLLM) -> None:
         async with request(f"/api/chat/runs/{run.pk}/events") as response:
             await response.event()
             for attempt in (1, 2):
-                with live.desk().feed(run.pk, attempt, stop=lambda: None) as feed:
+                with publisher.desk().feed(run.pk, attempt, stop=lambda: None) as feed:
                     feed.text(f"from attempt {attempt}")
                     status, text = await response.event(), await response.event()
                     assert (status.id, status.data["attempt"]) == (f"{attempt}-1", attempt)
                     assert text.data["text"] == f"from attempt {attempt}"
             # The first worker is not dead, it was slow: it is not heard any more.
-            with live.desk().feed(run.pk, 1, stop=lambda: None) as feed:
+            with publisher.desk().feed(run.pk, 1, stop=lambda: None) as feed:
                 feed.call()
                 feed.text("late")
-            with live.desk().feed(run.pk, 3, stop=lambda: None) as feed:
+            with publisher.desk().feed(run.pk, 3, stop=lambda: None) as feed:
                 assert (await response.event()).id == "3-1"
 
     go(scene())
@@ -358,7 +362,7 @@ def test_a_client_that_leaves_leaves_nothing_behind() -> None:
     run = ask("Hi")
 
     async def scene() -> None:
-        hub = listeners.hub(streams._which_ended)
+        hub = subscriber.hub(streams._which_ended)
         async with request(f"/api/chat/runs/{run.pk}/events") as response:
             await response.event()
             await wait_for(lambda: run.pk in hub._runs)
@@ -367,7 +371,7 @@ def test_a_client_that_leaves_leaves_nothing_behind() -> None:
         async with request(f"/api/chat/runs/{run.pk}/events") as response:
             response.reading.clear()
             await asyncio.sleep(0.1)
-            with live.desk().feed(run.pk, 1, stop=lambda: None) as feed:
+            with publisher.desk().feed(run.pk, 1, stop=lambda: None) as feed:
                 feed.call()
                 await asyncio.sleep(0.1)
         assert not hub._runs
@@ -382,14 +386,14 @@ async def wait_for(condition: Any, seconds: float = 60) -> None:
 
 
 def test_a_slow_client_misses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(listeners, "MOST_WAITING", 5)
-    monkeypatch.setattr(listeners, "BATCH", 7)
+    monkeypatch.setattr(subscriber, "MOST_WAITING", 5)
+    monkeypatch.setattr(subscriber, "BATCH", 7)
     run = ask("Hi")
 
     async def scene() -> None:
         async with request(f"/api/chat/runs/{run.pk}/events") as response:
             await response.event()
-            with live.desk().feed(run.pk, 1, stop=lambda: None) as feed:
+            with publisher.desk().feed(run.pk, 1, stop=lambda: None) as feed:
                 feed.call()
                 await response.event()
                 response.reading.clear()
@@ -557,10 +561,10 @@ def test_a_number_that_is_none_is_refused(value: str) -> None:
 def test_the_breaker_spares_a_run_a_redis_that_is_away(model: FakeLLM, settings: Any) -> None:
     run = ask("Hi")
     model.script(Reply(tuple("many words " * 20), delta_latency=0.005))
-    live._teller.cache_clear()
+    publisher._teller.cache_clear()
     settings.REDIS_URL = "redis://127.0.0.1:1"
-    live.desk().heed({"called": [run.pk]})
-    runs.execute(run.pk)
+    publisher.desk().heed({"called": [run.pk]})
+    execution.execute(run.pk)
     run.refresh_from_db()
     assert run.status == "completed"
     stream._breaker.reset()

@@ -9,9 +9,10 @@ from django.db import connection
 from django.utils import timezone
 from rest_framework.test import APIClient
 
-from agents import inbox, memory, outcomes, retention, runs
+from agents import inbox, retention
 from agents.inbox import WhenBusy
 from agents.models import Attempt, Event, Run, Usage
+from agents.runs import execution, memory, outcomes
 from chat.models import Message, Thread
 from realm.models import User
 from tests import factories
@@ -216,7 +217,7 @@ class TestDelete:
         run = factories.ask(
             "And?", owner=alice, thread_id=merged.thread_id, when_busy=WhenBusy.MERGE
         )
-        runs.execute(run.pk)
+        execution.execute(run.pk)
         kept = thread(alice)
 
         response = mine.delete(f"{URL}/{run.thread_id}")
@@ -229,7 +230,7 @@ class TestDelete:
 
     def test_what_it_took_stays_in_the_figures(self, alice: User) -> None:
         done = factories.ask(owner=alice)
-        runs.execute(done.pk)
+        execution.execute(done.pk)
         factories.ask("Another", thread_id=done.thread_id)
         retention.delete_thread(done.thread)
 
@@ -240,7 +241,7 @@ class TestDelete:
 
     @pytest.mark.django_db(transaction=True)
     def test_what_goes_on_in_it_is_cancelled_and_told_so(self, redis: Any, settings: Any) -> None:
-        held = runs.claim(factories.ask("one").pk)
+        held = execution.claim(factories.ask("one").pk)
         assert held
         waiting = factories.ask("two", thread_id=held.thread_id)
         retention.delete_thread(held.thread)
@@ -251,26 +252,26 @@ class TestDelete:
             assert len(cancelled) == 1
 
     def test_whoever_works_on_it_writes_nothing_and_goes_on(self, caplog: Any) -> None:
-        held = runs.claim(factories.ask().pk)
+        held = execution.claim(factories.ask().pk)
         assert held
         retention.delete_thread(held.thread)
 
         assert not outcomes.complete(held, "late", outcomes.NOTHING)
         assert not outcomes.keep_partial(held, outcomes.NOTHING)
-        assert runs.claim(held.pk) is None
+        assert execution.claim(held.pk) is None
         assert memory.summarise(held.thread_id) is None
         assert not Message.objects.exists()
 
     def test_a_worker_that_was_about_to_begin_gives_up(self, monkeypatch: Any, caplog: Any) -> None:
         run = factories.ask()
-        carry_out = runs.commands.carry_out
+        carry_out = execution.commands.carry_out
 
         def deleted_first(run: Run, **options: Any) -> str:
             retention.delete_thread(run.thread)
             return carry_out(run, **options)
 
-        monkeypatch.setattr(runs.commands, "carry_out", deleted_first)
-        assert runs.execute(run.pk) is None
+        monkeypatch.setattr(execution.commands, "carry_out", deleted_first)
+        assert execution.execute(run.pk) is None
         assert "unexpectedly" not in caplog.text
 
     @pytest.mark.django_db(transaction=True)
@@ -303,12 +304,12 @@ class TestRetry:
 
     def test_a_cancelled_run_begins_anew(self, mine: APIClient, alice: User) -> None:
         run = factories.ask(owner=alice)
-        runs.cancel(run)
+        execution.cancel(run)
         response = self.retry(mine, run)
         assert response.status_code == 202
         told = response.json()
         assert (told["ok"], told["run"]["id"], told["run"]["status"]) == (True, run.pk, "queued")
-        assert runs.claim(run.pk)
+        assert execution.claim(run.pk)
 
     def test_one_that_goes_on_or_was_answered_does_not(self, mine: APIClient, alice: User) -> None:
         run = factories.ask(owner=alice)
@@ -318,12 +319,12 @@ class TestRetry:
             "ok": False,
             "error": "The run has not ended yet: it is queued.",
         }
-        runs.execute(run.pk)
+        execution.execute(run.pk)
         assert self.retry(mine, run).json()["error"] == "The run has been answered."
 
     def test_anothers_does_not_exist(self, mine: APIClient) -> None:
         run = factories.ask(owner=factories.user("charlie"))
-        runs.cancel(run)
+        execution.cancel(run)
         assert self.retry(mine, run).status_code == 404
         run.refresh_from_db()
         assert run.status == Run.Status.CANCELLED

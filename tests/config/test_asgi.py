@@ -13,7 +13,7 @@ from django.urls import path
 from django.views.decorators.csrf import csrf_exempt
 
 from config import asgi
-from config.callers import NOBODY, Held
+from config.server.callers import NOBODY, Held
 from tests.chat.listening import Response, go, request
 
 pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.urls(__name__)]

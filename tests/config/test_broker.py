@@ -11,7 +11,7 @@ def test_a_channel_that_outlives_its_connection_can_be_closed(
     redis: Any, redis_server: str
 ) -> None:
     """So it is when Redis dies while the worker has tasks that it has not acknowledged."""
-    with Connection(redis_server, transport="config.broker:Transport") as connection:
+    with Connection(redis_server, transport="config.server.broker:Transport") as connection:
         queue = connection.SimpleQueue("tasks")
         queue.put({"run": 1})
         message = queue.get(timeout=60)
@@ -24,7 +24,7 @@ def test_a_channel_that_outlives_its_connection_can_be_closed(
 
 def test_what_is_no_binding_keeps_no_message_from_its_queue(redis: Any, redis_server: str) -> None:
     """Any program may have written there; kombu reads it whenever an answer is sent."""
-    with Connection(redis_server, transport="config.broker:Transport") as connection:
+    with Connection(redis_server, transport="config.server.broker:Transport") as connection:
         queue = connection.SimpleQueue("answers")
         redis.sadd("_kombu.binding.answers", b"garbage", b"\xff", b"a\x06\x16b\x06\x16c\x06\x16d")
         queue.put({"run": 1})
@@ -40,11 +40,11 @@ def test_a_redis_that_takes_nothing_counts_as_one_that_is_away(
     """So that a worker waits for it, longer and longer."""
     redis.config_set(setting, refusing)
     try:
-        connection = Connection(redis_server, transport="config.broker:Transport")
+        connection = Connection(redis_server, transport="config.server.broker:Transport")
         away = connection.recoverable_connection_errors
         with connection, pytest.raises(away, match="refuses to write"):
             connection.transport.establish_connection()
     finally:
         redis.config_set(setting, usual)
-    with Connection(redis_server, transport="config.broker:Transport") as connection:
+    with Connection(redis_server, transport="config.server.broker:Transport") as connection:
         assert connection.connect()

@@ -16,9 +16,10 @@ from django.urls import path
 from django.views.decorators.csrf import csrf_exempt
 from structlog.testing import capture_logs
 
-from config import asgi, pool, protocol, refusals
-from config.callers import Caller, Held, caller_of
-from config.pool import Full, Left, Pool
+from config import asgi
+from config.server import pool, protocol, refusals
+from config.server.callers import Caller, Held, caller_of
+from config.server.pool import Full, Left, Pool
 from lib import seldom
 from tests.chat.listening import go
 from tests.chat.serving import serving

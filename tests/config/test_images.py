@@ -17,7 +17,7 @@ from django.core.management import get_commands
 from django.utils.module_loading import import_string
 
 from deploy import pin_images
-from ops.http import PROBES
+from ops.middleware import PROBES
 from tests.config.test_documents import ROOT, read_by_settings
 
 DOCKERFILE = (ROOT / "Dockerfile").read_text()

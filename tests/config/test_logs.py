@@ -21,9 +21,9 @@ def passes(levels: str, name: str, level: str) -> bool:
 @pytest.mark.parametrize(
     ("levels", "name", "level", "passed"),
     [
-        ("*=info", "agents.runs", "INFO", True),
-        ("*=info", "agents.runs", "DEBUG", False),
-        ("*=none,agents*=debug", "agents.runs", "DEBUG", True),
+        ("*=info", "agents.runs.execution", "INFO", True),
+        ("*=info", "agents.runs.execution", "DEBUG", False),
+        ("*=none,agents*=debug", "agents.runs.execution", "DEBUG", True),
         ("*=none,agents*=debug", "agents", "DEBUG", True),
         ("*=none,agents*=debug", "django.request", "ERROR", False),
         ("agents*=debug", "django.request", "INFO", True),
@@ -53,7 +53,7 @@ def line() -> Iterator[Any]:
     written = io.StringIO()
     handler = logging.StreamHandler(written)
     handler.setFormatter(settings.pop("()")(**settings))
-    logger = logging.getLogger("agents.runs")
+    logger = logging.getLogger("agents.runs.execution")
     logger.addHandler(handler)
 
     def log(write: Any) -> dict[str, Any]:
@@ -70,7 +70,7 @@ def test_a_line_carries_the_ids_of_its_run(line: Any) -> None:
 
     assert told["message"] == "Run completed"
     assert (told["run"], told["thread"], told["correlation_id"]) == ("run_1", "thr_1", "c")
-    assert (told["level"], told["logger"]) == ("info", "agents.runs")
+    assert (told["level"], told["logger"]) == ("info", "agents.runs.execution")
     assert told["timestamp"].endswith("Z")
 
 

@@ -10,8 +10,8 @@ import pytest
 from celery import current_app
 
 from agents import tasks
-from config import messages
-from config.messages import Unusable
+from config.server import messages
+from config.server.messages import Unusable
 from tests.agents.conftest import Broker, _celery, broker  # noqa: F401
 from tests.fuzz.examples import anything, tried
 

@@ -8,9 +8,9 @@ from agents.models import Limit, Summary
 from botrunner.models import Reply, Room, RoomEvent, Session
 from console import roles
 from console.models import AuditEntry, BulkJob
-from hooks.models import Delivery, Outcome, Subscription
 from realm.models import BotCommand, BotRegistration
 from tests import factories
+from webhooks.models import Delivery, Outcome, Subscription
 
 
 def one_of_each() -> dict[type[Model], Any]:

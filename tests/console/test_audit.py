@@ -7,8 +7,8 @@ from django.contrib.admin.utils import quote
 from django.test import Client
 from django.utils import timezone
 
-from agents import runs
 from agents.models import Event, Run
+from agents.runs import execution
 from chat.models import Message, Thread
 from console import audit
 from console.models import AuditEntry
@@ -23,7 +23,7 @@ SECRET = "My cat is called Mitzi"
 @pytest.fixture
 def run() -> Run:
     run = factories.ask(SECRET, owner=factories.user("alice"))
-    runs.execute(run.pk)  # the answer repeats the question
+    execution.execute(run.pk)  # the answer repeats the question
     return Run.objects.get(pk=run.pk)
 
 

@@ -6,8 +6,8 @@ from django.db import connection
 from django.test import Client
 from django.utils import timezone
 
-from agents.chores import CHORES
 from agents.models import Run
+from agents.worker.maintenance import CHORES
 from console import bulk
 from console.models import AuditEntry, BulkItem, BulkJob
 from realm.models import User
@@ -193,7 +193,7 @@ def test_one_that_breaks_does_not_keep_the_others(
 
 
 def test_rows_with_nothing_to_do_or_that_are_gone_are_skipped(sign_in: SignIn) -> None:
-    from agents import runs
+    from agents.runs import execution as runs
 
     ended, gone = factories.ask(), factories.ask()
     ask_for(sign_in("Operator"))

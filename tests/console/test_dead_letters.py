@@ -7,8 +7,8 @@ import pytest
 from django.test import Client
 from redis import Redis
 
-from agents import stream
-from agents.stream import Entry
+from agents.events import stream
+from agents.events.stream import Entry
 from console.models import AuditEntry
 from tests import factories
 

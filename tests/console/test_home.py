@@ -10,12 +10,13 @@ from django.db.models.functions import Now
 from django.test import Client
 from django.utils import timezone
 
-from agents import rollups, runs
 from agents.models import Rollup, Run, Usage, Worker, today
+from agents.runs import execution
+from agents.usage import rollups
 from botrunner.models import Session
 from console import charts, home
 from console.demo import History
-from console.formats import duration, money
+from lib.formats import duration, money
 from realm.models import User
 from tests import factories
 from tests.agents.test_admin import queries_of
@@ -38,7 +39,7 @@ def tile(client: Client, title: str) -> str:
 def test_all_that_failed_is_a_click_away(admin_client: Client, model: FakeLLM) -> None:
     model.script(Failure(status=401))
     run = factories.ask()
-    runs.execute(run.pk)
+    execution.execute(run.pk)
     rollups.fold()
 
     page = text_of(admin_client)
@@ -62,7 +63,7 @@ def test_outcomes_causes_and_costs_are_shown(admin_client: Client, model: FakeLL
     factories.price(prompt="1000", completion="1000")
     model.script(Failure(status=401))
     for _ in range(2):
-        runs.execute(factories.ask().pk)
+        execution.execute(factories.ask().pk)
     rollups.fold()
 
     page = text_of(admin_client, "?range=1h")
@@ -91,7 +92,7 @@ def test_each_range_tells_of_all_that_lies_in_it(admin_client: Client, key: str)
 
 
 def test_a_model_without_a_price_is_named(admin_client: Client, model: FakeLLM) -> None:
-    runs.execute(factories.ask(model="llama3.2").pk)
+    execution.execute(factories.ask(model="llama3.2").pk)
     rollups.fold()
 
     page = text_of(admin_client)
@@ -103,7 +104,7 @@ def test_a_model_without_a_price_is_named(admin_client: Client, model: FakeLLM) 
 def test_what_waits_and_what_runs_is_told(admin_client: Client) -> None:
     late = factories.ask()
     Run.objects.filter(pk=late.pk).update(due_at=Now() - timedelta(minutes=3))
-    runs.claim(factories.ask().pk)
+    execution.claim(factories.ask().pk)
 
     assert "<strong>3 min</strong>" in tile(admin_client, "Oldest waiting run")
     assert "1 waiting" in tile(admin_client, "Oldest waiting run")
@@ -271,7 +272,7 @@ def test_amounts_too_small_for_cents_keep_their_digits(cost: int, words: str) ->
 
 def test_rollups_alone_are_read(admin_client: Client) -> None:
     """Figures of runs that are no longer there stay."""
-    runs.execute(factories.ask().pk)
+    execution.execute(factories.ask().pk)
     rollups.fold()
     Run.objects.get().thread.delete()
 

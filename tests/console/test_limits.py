@@ -6,8 +6,9 @@ import pytest
 from django.contrib.auth.models import Group
 from django.test import Client
 
-from agents import inbox, limits
+from agents import inbox
 from agents.models import Limit, Spending, today
+from agents.usage import limits
 from console.models import AuditEntry
 from realm.models import User
 from tests import factories

@@ -15,10 +15,10 @@ from chat.models import Message, Thread
 from console import roles
 from console.base import ConsoleAdmin
 from console.models import AuditEntry, BulkJob
-from hooks.models import Subscription
 from realm.models import BotCommand, BotRegistration, User
 from tests import factories
 from tests.console.rows import one_of_each
+from webhooks.models import Subscription
 
 SignIn = Callable[..., Client]
 pytestmark = pytest.mark.django_db

@@ -9,15 +9,15 @@ from django.db import connection
 from django.test import Client
 from django.utils import timezone
 
-from agents import rollups
 from agents.models import Event, Rollup, Run, Summary
-from benchmarks import admin as bench
-from benchmarks import seed
+from agents.usage import rollups
 from botrunner.models import Reply, RoomEvent
 from chat.models import Message, Thread
 from console import paging
 from console.demo import History
 from tests import factories
+from tests.benchmarks import admin as bench
+from tests.benchmarks import seed
 from tests.plans import explain
 
 pytestmark = pytest.mark.django_db
@@ -151,7 +151,7 @@ def test_lists_filters_and_figures_read_an_index(name: str) -> None:
 
 
 # Parted, so that they are walked side by side.
-PARTS = ["agents", "figures botrunner chat", "auth console hooks realm"]
+PARTS = ["agents", "figures botrunner chat", "auth console realm webhooks"]
 
 
 def test_every_page_of_the_admin_is_in_one_of_the_parts(admin_client: Client) -> None:

@@ -14,11 +14,11 @@ from django.test.utils import CaptureQueriesContext
 from django.urls import reverse
 from django.utils import timezone
 
-from agents import memory, outcomes, runs
 from agents.inbox import WhenBusy
 from agents.models import Attempt, Event, Run, Step
-from botrunner import replies
+from agents.runs import execution, memory, outcomes
 from botrunner.models import Reply, Room, RoomEvent, Session
+from botrunner.outgoing import replies
 from chat.models import Thread
 from console import trace
 from console.models import AuditEntry
@@ -38,7 +38,7 @@ def run() -> Run:
     account = scenes.session()
     scenes.take_in(account, scenes.event("What is new?"))
     found = Run.objects.get()
-    runs.execute(found.pk)
+    execution.execute(found.pk)
     replies.compose(account)
     outgoing = replies.next_of(Room.objects.get().pk, "DEVICE")
     assert outgoing
@@ -99,7 +99,7 @@ class TestTrace:
         summary = memory.summarise(thread.pk)
         assert summary
         asked = factories.ask("And now?", thread_id=thread.pk)
-        runs.execute(asked.pk)
+        execution.execute(asked.pk)
 
         [sent] = trace.of(Run.objects.get(pk=asked.pk)).sent
         assert sent.summary == summary
@@ -111,12 +111,12 @@ class TestTrace:
 
     def test_the_time_line_tells_waits_attempts_and_calls(self, model: FakeLLM) -> None:
         asked = factories.ask()
-        taken = runs.claim(asked.pk)
+        taken = execution.claim(asked.pk)
         assert taken
-        overloaded = runs.llm.LLMError("Busy.", code="overloaded", permanent=False)
+        overloaded = execution.completions.LLMError("Busy.", code="overloaded", permanent=False)
         outcomes.fail_or_retry(taken, overloaded, outcomes.NOTHING)
         Run.objects.update(due_at=Now())
-        runs.execute(asked.pk)
+        execution.execute(asked.pk)
 
         found = trace.of(Run.objects.select_related("thread", "message").get())
         [cycle] = found.cycles
@@ -131,10 +131,10 @@ class TestTrace:
 
     def test_each_time_that_it_was_asked_for_has_a_time_line(self, run: Run) -> None:
         other = factories.ask()
-        runs.cancel(other)
+        execution.cancel(other)
         Run.objects.filter(pk=other.pk).update(finished_at=timezone.now())
-        runs.retry(other)
-        runs.execute(other.pk)
+        execution.retry(other)
+        execution.execute(other.pk)
         found = trace.of(Run.objects.select_related("thread", "message", "answer").get(pk=other.pk))
         assert [cycle.number for cycle in found.cycles] == [0, 1]
         assert found.took < 60
@@ -163,7 +163,7 @@ class TestTrace:
         fragment = text_of(admin_client, f"{url(asked)}?live=1")
         assert fragment.lstrip().startswith('<div id="live"')
         assert "<html" not in fragment
-        runs.execute(asked.pk)
+        execution.execute(asked.pk)
         asked.events.update(published_at=None)
         assert "every 2s" in text_of(admin_client, f"{url(asked)}?live=1")
         asked.events.update(published_at=timezone.now())
@@ -239,10 +239,10 @@ class TestActions:
     ) -> None:
         asked = factories.ask()
         if before != "queued":
-            taken = runs.claim(asked.pk)
+            taken = execution.claim(asked.pk)
             assert taken
             if before == "failed":
-                error = runs.llm.LLMError("No.", code="refused", permanent=True)
+                error = execution.completions.LLMError("No.", code="refused", permanent=True)
                 outcomes.fail_or_retry(taken, error, outcomes.NOTHING)
         client = sign_in("Operator")
         address = deed_url(asked, deed)
@@ -277,7 +277,7 @@ class TestActions:
 
     def test_what_came_too_late_says_so(self, sign_in: SignIn) -> None:
         asked = factories.ask()
-        runs.execute(asked.pk)
+        execution.execute(asked.pk)
         post(sign_in("Operator"), deed_url(asked, "cancel"))
         assert Run.objects.get().status == "completed"
         assert AuditEntry.objects.get(action="cancel").result == "there was nothing to do"
@@ -416,7 +416,7 @@ class TestRooms:
                 scenes.command(prefix=f"!{rows}{number}")
                 scenes.take_in(account, scenes.event(f"Hello {number}"))
             for asked in Run.objects.unfinished().order_by("position"):
-                runs.execute(asked.pk)
+                execution.execute(asked.pk)
             replies.compose(account)
             alice = BotRegistration.objects.get(username=scenes.ALICE)
             address = {

@@ -13,17 +13,17 @@ from django.urls import reverse
 
 from chat.models import Thread
 from console.models import AuditEntry
-from hooks.models import Delivery, Outcome, Subscription
 from realm.models import BotRegistration, User
 from tests import factories
 from tests.botrunner import scenes as matrix
 from tests.fakes.receiver import HOST
-from tests.hooks import scenes
+from tests.webhooks import scenes
+from webhooks.models import Delivery, Outcome, Subscription
 
 SignIn = Callable[..., Client]
 pytestmark = pytest.mark.django_db
 SECRET = re.compile(r"whsec_[A-Za-z0-9+/=]{44}")
-LIST = "/admin/hooks/subscription/"
+LIST = "/admin/webhooks/subscription/"
 FORM = {"url": scenes.URL, "on_completed": "on"}
 
 
@@ -33,7 +33,7 @@ def _allowed(settings: Any) -> None:
 
 
 def page_of(row: Any, way: str = "change") -> str:
-    return reverse(f"admin:hooks_{row._meta.model_name}_{way}", args=[row.pk])
+    return reverse(f"admin:webhooks_{row._meta.model_name}_{way}", args=[row.pk])
 
 
 def do(client: Client, row: Any, way: str) -> Any:
@@ -73,7 +73,7 @@ class TestSubscriptions:
         assert not Subscription.objects.exists()
 
     def test_the_same_one_is_not_added_twice(self, admin_client: Client) -> None:
-        for url in (scenes.URL, scenes.URL.replace("hooks", "HOOKS")):
+        for url in (scenes.URL, scenes.URL.replace("webhooks", "HOOKS")):
             response: Any = admin_client.post(f"{LIST}add/", FORM | {"url": url})
 
         assert response.status_code == 200
@@ -177,7 +177,9 @@ class TestDeliveries:
 
     def test_many_are_offered_as_a_bulk_job(self, sign_in: SignIn) -> None:
         scenes.delivery()
-        assert 'value="resend_delivery"' in sign_in("Operator").get("/admin/hooks/delivery/").text
+        assert (
+            'value="resend_delivery"' in sign_in("Operator").get("/admin/webhooks/delivery/").text
+        )
 
     def test_what_was_said_is_masked(self, sign_in: SignIn) -> None:
         delivery = scenes.delivery(owner=factories.user("alice"))
@@ -189,13 +191,13 @@ class TestDeliveries:
     def test_those_of_a_subscription_are_linked(self, admin_client: Client) -> None:
         mine, other = scenes.delivery(), scenes.delivery(scenes.subscribe())
         page = admin_client.get(page_of(mine.subscription)).text
-        [link] = re.findall(r'href="(/admin/hooks/delivery/\?[^"]*)"', page)
+        [link] = re.findall(r'href="(/admin/webhooks/delivery/\?[^"]*)"', page)
         listed = admin_client.get(link).text
 
         assert page_of(mine) in listed
         assert page_of(other) not in listed
 
-    @pytest.mark.parametrize("page", [LIST, "/admin/hooks/delivery/"])
+    @pytest.mark.parametrize("page", [LIST, "/admin/webhooks/delivery/"])
     def test_a_list_takes_as_few_queries_for_many(self, admin_client: Client, page: str) -> None:
         def queries() -> int:
             with CaptureQueriesContext(connection) as captured:

@@ -14,13 +14,13 @@ from asgiref.sync import async_to_sync
 from django.db import transaction
 from hypothesis import strategies as st
 
-from botrunner import acting, timeline
-from botrunner.client import Homeserver, MatrixError
-from botrunner.gaps import batch_of
-from botrunner.matching import objection, order_of, question
+from botrunner.incoming import handling, recording
+from botrunner.incoming.backfill import batch_of
+from botrunner.incoming.events import UNSTORABLE, Said, is_own_join, since_own_join, storable
+from botrunner.incoming.matching import objection, order_of, question
+from botrunner.incoming.recording import Batch
+from botrunner.matrix.client import Homeserver, MatrixError
 from botrunner.models import RoomEvent, Session
-from botrunner.said import UNSTORABLE, Said, is_own_join, since_own_join, storable
-from botrunner.timeline import Batch
 from realm.filters import Filter, InvalidFilter
 from tests.botrunner import scenes
 from tests.botrunner.scenes import ALICE, BOB, HOLDER, ME, ROOM
@@ -163,9 +163,9 @@ def test_a_sync_is_taken_in(account: Session, homeserver: Scripted, body: Any, p
         return
     savepoint = transaction.savepoint()
     try:
-        timeline.write_down(account, HOLDER, batch, partial(acting.ask, me=ME))
-        for pk in acting.pending():
-            acting.act(pk, ME)
+        recording.write_down(account, HOLDER, batch, partial(handling.ask, me=ME))
+        for pk in handling.pending():
+            handling.act(pk, ME)
         assert Session.objects.get().since == "s1"
         for row in RoomEvent.objects.all():
             row.full_clean(exclude=["room", "source", "verdicts"], validate_unique=False)

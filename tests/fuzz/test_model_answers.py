@@ -7,7 +7,8 @@ import orjson
 import pytest
 from hypothesis import strategies as st
 
-from agents import llm, tools
+from agents import tools
+from agents.llm import completions
 from tests.fakes.llm import FakeLLM, Raw
 from tests.fuzz.examples import anything, numbers, objects, tried, words
 
@@ -55,27 +56,27 @@ def dumps(data: Any) -> bytes:
 
 
 def read(pieces: list[bytes], kind: str) -> None:
-    reply = llm.Reply()
-    answer = llm._Answer(llm.Control(), reply)
+    reply = completions.Reply()
+    answer = completions._Answer(completions.Control(), reply)
     try:
         answer.begin(kind)
         for piece in pieces:
             answer.feed(piece)
         answer.end()
-    except llm.LLMError as error:
+    except completions.LLMError as error:
         assert error.code in ("unreadable", "broken")
     answer.keep()
     storable(reply)
 
 
-def storable(reply: llm.Reply) -> None:
+def storable(reply: completions.Reply) -> None:
     """All of it fits into columns."""
     texts = [reply.text, *(text for call in reply.tool_calls for text in vars(call).values())]
     for text in texts:
         assert isinstance(text, str)
-        assert not llm.UNSTORABLE.search(text)
+        assert not completions.UNSTORABLE.search(text)
     for count in vars(reply.usage).values():
-        assert 0 <= count <= llm.MAX_TOKENS
+        assert 0 <= count <= completions.MAX_TOKENS
 
 
 @tried(150, lines=LINES, cuts=st.lists(st.integers(1, 200), max_size=4))
@@ -95,8 +96,8 @@ def test_a_whole_answer_is_an_answer_or_an_error(body: bytes) -> None:
 
 @tried(100, value=st.one_of(words, numbers.map(str), st.datetimes().map(str)))
 def test_a_wish_to_wait_is_a_time_or_none(value: str) -> None:
-    seconds = llm.retry_after(value)
-    assert seconds is None or 0 < seconds <= llm.MAX_RETRY_AFTER_SECONDS
+    seconds = completions.retry_after(value)
+    assert seconds is None or 0 < seconds <= completions.MAX_RETRY_AFTER_SECONDS
 
 
 ERROR = objects({"error": objects({"message": words, "code": words}, type=words)})
@@ -114,8 +115,8 @@ def test_a_refusal_over_the_wire_is_an_error(
 ) -> None:
     model.reset(Raw(body, status, kind))
     try:
-        storable(llm.complete([{"role": "user", "content": "Hi"}], model="m"))
-    except llm.LLMError as error:
+        storable(completions.complete([{"role": "user", "content": "Hi"}], model="m"))
+    except completions.LLMError as error:
         assert error.code
         assert len(str(error)) < 200
 

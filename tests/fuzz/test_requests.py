@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from rest_framework.request import Request
 from rest_framework.test import APIClient, APIRequestFactory
 
-from agents import runs
-from chat import streams, views
+from agents.runs import execution
+from chat.api import streams, views
 from realm import tokens
 from realm.models import BotRegistration
 from tests import factories
@@ -78,7 +78,7 @@ PARAMETERS = {
 def client() -> APIClient:
     alice = factories.user("alice")
     BotRegistration.objects.create(user=alice, username="@alice:localhost")
-    runs.execute(factories.ask("Hello", owner=alice, thread_id="mine").pk)
+    execution.execute(factories.ask("Hello", owner=alice, thread_id="mine").pk)
     client = APIClient(raise_request_exception=False)
     client.credentials(HTTP_AUTHORIZATION=f"Bearer {tokens.issue('@alice:localhost')}")
     return client

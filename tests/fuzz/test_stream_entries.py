@@ -8,9 +8,10 @@ import pytest
 from hypothesis import strategies as st
 from redis import Redis
 
-from agents import listeners, live, runtime, stream
-from agents.events import Malformed, Told
+from agents.events import publisher, stream, subscriber
+from agents.events.schema import Malformed, Told
 from agents.models import Run
+from agents.worker import bootstep
 from lib import revocations
 from tests.agents.conftest import Broker, _celery, broker  # noqa: F401
 from tests.agents.test_runtime import dead, pending
@@ -53,7 +54,7 @@ def test_a_worker_reads_on(redis: Redis, broker: Broker, raws: list[bytes], fiel
     stream.ensure_group()
     for raw in raws:
         redis.xadd("agent_events", {field: raw})
-    reader = runtime.Reader("worker-1")
+    reader = bootstep.Reader("worker-1")
     reader.read()
     reader.mark_published()
 
@@ -79,11 +80,11 @@ NEWS = objects(
 )
 
 
-def hub() -> listeners.Hub:
+def hub() -> subscriber.Hub:
     async def which_ended(run_ids: list[str]) -> list[str]:
         return []
 
-    made = listeners.Hub(which_ended)
+    made = subscriber.Hub(which_ended)
     made._call = lambda run_ids: None  # type: ignore[method-assign]
     return made
 
@@ -98,6 +99,6 @@ def test_news_that_make_no_sense_are_passed_by(news: Any, raw: bytes) -> None:
 
 @tried(80, call=st.one_of(NEWS, anything))
 def test_calls_that_make_no_sense_are_passed_by(redis_server: str, call: Any) -> None:
-    desk = live.Desk()
+    desk = publisher.Desk()
     with suppress(TypeError, AttributeError):  # which `hear` says and passes by
         desk.heed(call)

@@ -8,9 +8,10 @@ from collections.abc import Callable
 import pytest
 from hypothesis import strategies as st
 
-from agents import llm, webhooks
-from botrunner import replies
-from botrunner.replies import MAX_CONTENT_BYTES, split
+from agents.llm import completions
+from agents.runs import http_commands
+from botrunner.outgoing import replies
+from botrunner.outgoing.replies import MAX_CONTENT_BYTES, split
 from chat.markdown import MAX_LENGTH, TAGS, to_html
 from config.scrub import Scrubber
 from lib import outgoing
@@ -34,7 +35,7 @@ MARKED = st.lists(st.sampled_from([*PIECES, *HOSTILE[:12]]) | words, max_size=25
 
 @tried(150, text=MARKED)
 def test_markdown(text: str) -> None:
-    html = to_html(llm.storable(text), apart=True)
+    html = to_html(completions.storable(text), apart=True)
     assert Parsed(html).tags <= TAGS
     assert not faults(html)
 
@@ -67,7 +68,7 @@ def spent(work: Callable[[str], object], text: str) -> float:
 
 @tried(20, pieces=st.lists(MARKED, max_size=4), times=st.integers(1, 400))
 def test_an_answer_of_any_length_fits_into_events(pieces: list[str], times: int) -> None:
-    text = llm.storable("\n".join(pieces * times))[:100_000]
+    text = completions.storable("\n".join(pieces * times))[:100_000]
     for piece in split(text, MAX_CONTENT_BYTES):
         assert replies._size(replies._message(piece, "m.text")) <= MAX_CONTENT_BYTES
 
@@ -79,12 +80,12 @@ def test_an_answer_of_any_length_fits_into_events(pieces: list[str], times: int)
 )
 def test_what_a_webhook_answers(status: int, body: bytes) -> None:
     try:
-        text = webhooks._text(status, body)
-    except llm.LLMError as error:
+        text = http_commands._text(status, body)
+    except completions.LLMError as error:
         assert error.code.startswith("webhook_")
         return
     assert text.strip()
-    assert not llm.UNSTORABLE.search(text)
+    assert not completions.UNSTORABLE.search(text)
 
 
 URL = st.lists(

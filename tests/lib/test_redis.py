@@ -15,7 +15,7 @@ from django_redis.pool import ConnectionFactory
 from kombu.exceptions import OperationalError
 from redis.exceptions import ConnectionError as RedisConnectionError
 
-from agents import listeners, live, stream
+from agents.events import publisher, stream, subscriber
 from lib import redis as connections
 from ops import doctor
 from realm import throttles
@@ -48,7 +48,7 @@ def heard() -> None:
     """As the web process hears what runs do."""
 
     async def ping() -> None:
-        hub = listeners.Hub(lambda _: asyncio.sleep(0, []))
+        hub = subscriber.Hub(lambda _: asyncio.sleep(0, []))
         try:
             await hub._redis.ping()
         finally:
@@ -61,8 +61,8 @@ KINDS: dict[str, Callable[[], Any]] = {
     "publisher": lambda: stream._publisher().ping(),
     "consumer": lambda: stream.consumer().ping(),
     "observer": lambda: stream.try_write(),
-    "tokens": lambda: live._teller().ping(),
-    "calls": lambda: live._hearer().ping(),
+    "tokens": lambda: publisher._teller().ping(),
+    "calls": lambda: publisher._hearer().ping(),
     "listeners": heard,
     "cache": lambda: caches["default"].client.get_client().ping(),
     "throttles": lambda: throttles.redis().ping(),
@@ -73,8 +73,8 @@ CACHED = (
     stream._publisher,
     stream.consumer,
     stream.observer,
-    live._teller,
-    live._hearer,
+    publisher._teller,
+    publisher._hearer,
     throttles.redis,
 )
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from agents import runs
 from agents.models import Run
+from agents.runs import execution
 from realm import tokens
 from realm.models import User
 from tests.chat.listening import go
@@ -58,7 +58,7 @@ async def work() -> None:
         for run in await asyncio.to_thread(
             list, Run.objects.unfinished().values_list("pk", flat=True)
         ):
-            await asyncio.to_thread(runs.execute, run)
+            await asyncio.to_thread(execution.execute, run)
         await asyncio.sleep(0.05)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from agents import runs
+from agents.runs import execution
 from openapi.parts import RUN_ID, THREAD_ID
 from openapi.realm import ACCESS_TOKEN, BOT_ID, USER
 from realm import tokens
@@ -31,7 +31,7 @@ def test_the_server_does_what_its_description_says(
     user = User.objects.create_matrix_user(USER)
     BotRegistration.objects.create(id=BOT_ID, user=user, username=USER)
     factories.ask(owner=user, thread_id=THREAD_ID, run_id=RUN_ID)
-    runs.execute(RUN_ID)
+    execution.execute(RUN_ID)
     told: list[Any] = []
 
     async def scene() -> None:

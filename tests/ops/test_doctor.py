@@ -14,13 +14,14 @@ from django.db import connection
 from django.db.migrations.recorder import MigrationRecorder
 from redis import Redis
 
-from agents import stream, workers
+from agents.events import stream
+from agents.worker import presence as workers
 from botrunner.models import Session
 from ops import doctor
 from tests.fakes.llm import Failure, FakeLLM
 from tests.fakes.receiver import HOST
-from tests.hooks import scenes as webhooks
 from tests.realm.homeserver import Homeserver, answer
+from tests.webhooks import scenes as webhooks
 
 pytestmark = pytest.mark.django_db(transaction=True)
 

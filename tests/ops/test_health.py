@@ -15,8 +15,10 @@ from django.test import Client
 from django.utils import timezone
 from redis import Redis
 
-from agents import leases, stream, workers
+from agents.events import stream
 from agents.models import Event, Run, Worker
+from agents.runs import leases
+from agents.worker import presence as workers
 from botrunner.models import Session
 from ops import health
 from tests import factories

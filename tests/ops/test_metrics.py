@@ -17,8 +17,12 @@ from django.utils import timezone
 from prometheus_client.parser import text_string_to_metric_families
 from redis import Redis
 
-from agents import inbox, limits, outcomes, refusals, rollups, runs, stream, workers
+from agents import inbox
+from agents.events import stream
 from agents.models import Attempt, Event, Limit, Rollup, Run, Summary
+from agents.runs import execution, outcomes
+from agents.usage import limits, refusals, rollups
+from agents.worker import presence as workers
 from botrunner.models import Session
 from chat.models import Message, Thread
 from ops import metrics
@@ -26,7 +30,7 @@ from tests import factories
 from tests.botrunner import scenes as rooms
 from tests.fakes.llm import Failure, FakeLLM
 from tests.fakes.receiver import HOST
-from tests.hooks import scenes as webhooks
+from tests.webhooks import scenes as webhooks
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -89,9 +93,9 @@ def scrape() -> Scrape:
 class TestRuns:
     def test_outcomes_by_model_source_and_status(self, model: FakeLLM, redis: Redis) -> None:
         run = factories.ask()
-        runs.execute(run.pk)
+        execution.execute(run.pk)
         model.script(Failure(401))
-        runs.execute(factories.ask(source=Run.Source.MATRIX).pk)
+        execution.execute(factories.ask(source=Run.Source.MATRIX).pk)
         rollups.fold()
 
         told = scrape()
@@ -111,7 +115,7 @@ class TestRuns:
 
     def test_durations_fall_into_buckets(self, model: FakeLLM, redis: Redis) -> None:
         run = factories.ask()
-        runs.execute(run.pk)
+        execution.execute(run.pk)
         now = timezone.now()
         begun = now - timedelta(seconds=17)
         Run.objects.update(created_at=now - timedelta(seconds=20), started_at=begun)
@@ -139,7 +143,7 @@ class TestRuns:
     def test_what_was_spent(self, model: FakeLLM, redis: Redis) -> None:
         factories.price(prompt="1000", completion="0")
         run = factories.ask()
-        runs.execute(run.pk)
+        execution.execute(run.pk)
         Summary.objects.create(
             thread=run.thread, covers_from=0, covers_to=1, text="t", model="gpt-4o-mini",
             prompt_tokens=3, cost=None,
@@ -157,7 +161,7 @@ class TestRuns:
         assert told.value("botrealm_attempts_total", result="completed") == 1
 
     def test_counters_survive_what_is_let_go_of(self, model: FakeLLM, redis: Redis) -> None:
-        runs.execute(factories.ask().pk)
+        execution.execute(factories.ask().pk)
         rollups.fold()
         before = scrape()
 
@@ -176,7 +180,7 @@ class TestRuns:
 
     def test_how_far_behind_the_figures_are(self, model: FakeLLM, redis: Redis) -> None:
         assert scrape().value("botrealm_rollup_age_seconds") == 0
-        runs.execute(factories.ask().pk)
+        execution.execute(factories.ask().pk)
         Attempt.objects.update(ended_at=timezone.now() - timedelta(minutes=2))
         assert scrape().value("botrealm_rollup_age_seconds") == pytest.approx(120, abs=20)
 
@@ -186,10 +190,10 @@ class TestRuns:
 
     def test_a_fenced_outcome_is_counted(self, model: FakeLLM, redis: Redis) -> None:
         run = factories.ask()
-        late = runs.claim(run.pk)
+        late = execution.claim(run.pk)
         assert late
         Run.objects.update(lease_expires_at=timezone.now() - timedelta(minutes=1))
-        runs.execute(run.pk)
+        execution.execute(run.pk)
         outcomes.complete(late, "late", outcomes.NOTHING)
         rollups.fold()
 
@@ -202,7 +206,7 @@ class TestRuns:
     def test_a_scrape_reads_no_runs_that_have_ended(
         self, model: FakeLLM, django_assert_max_num_queries: Any
     ) -> None:
-        runs.execute(factories.ask().pk)
+        execution.execute(factories.ask().pk)
         rollups.fold()
         with django_assert_max_num_queries(20) as queries:
             metrics.outcomes(metrics._epoch())
@@ -213,7 +217,7 @@ class TestRuns:
         assert "agents_run" not in read[0].replace("agents_rollup", "")
 
     def test_a_day_ends(self, model: FakeLLM, monkeypatch: Any) -> None:
-        runs.execute(factories.ask().pk)
+        execution.execute(factories.ask().pk)
         rollups.fold()
         assert metrics.outcomes(metrics._epoch()).runs
 
@@ -316,7 +320,7 @@ class TestHTTP:
 def test_labels_have_no_ids_and_nothing_that_was_typed(model: FakeLLM, redis: Redis) -> None:
     thread = Thread.objects.create(id="thr-canary")
     run = factories.ask("canary", thread_id=thread.pk, model="canary-model", run_id="run-canary")
-    runs.execute(run.pk)
+    execution.execute(run.pk)
     rollups.fold()
 
     told = scrape()
@@ -336,7 +340,7 @@ def everything(redis: Redis, settings: Any, client: Client) -> set[str]:
         last_sync_at=timezone.now(),
     )
     client.get("/api")
-    importlib.import_module("config.refusals")  # a web server has it
+    importlib.import_module("config.server.refusals")  # a web server has it
     return scrape().names
 
 

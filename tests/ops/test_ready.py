@@ -9,7 +9,7 @@ from pathlib import Path
 
 from redis import Redis
 
-from ops import http
+from ops import middleware
 
 ROOT = Path(__file__).resolve().parents[2]
 KEY = "agent_events"
@@ -55,7 +55,7 @@ def test_it_asks_for_nothing_that_leaves_a_line_in_the_log(
 
     assert "Botrealm is ready." in done.stdout, done.stderr
     assert len(asked) >= 6
-    assert set(asked) <= set(http.PROBES)
+    assert set(asked) <= set(middleware.PROBES)
 
 
 def test_a_bot_that_comes_late_is_told_of_after_all(

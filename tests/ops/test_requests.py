@@ -10,10 +10,12 @@ from django.test import Client
 from redis import Redis
 from rest_framework.test import APIClient
 
-from agents import runs, runtime, stream
+from agents.events import stream
 from agents.models import Event, Run
-from botrunner import replies
+from agents.runs import execution
+from agents.worker import bootstep
 from botrunner.models import Reply
+from botrunner.outgoing import replies
 from tests import factories
 from tests.botrunner import scenes
 from tests.fakes.llm import Failure, FakeLLM
@@ -82,7 +84,7 @@ class TestTheId:
     ) -> None:
         api.post("/api/chat/messages", {"content": "Hi"}, format="json", headers={HEADER: "r-1"})
         run = Run.objects.get()
-        runs.execute(run.pk)
+        execution.execute(run.pk)
 
         assert run.request_id == "r-1"
         assert lines.one("Request")["request_id"] == "r-1"
@@ -98,7 +100,7 @@ class TestTheId:
         said = scenes.event("Hello")
         scenes.take_in(session, said)
         run = Run.objects.get()
-        runs.execute(run.pk)
+        execution.execute(run.pk)
         replies.compose(session)
 
         assert run.request_id == said["event_id"]
@@ -116,7 +118,7 @@ class TestTheId:
             "payload": {"runId": "order-1", "prompt": "Hi"},
         }
         redis.xadd("agent_events", {"event": orjson.dumps(told)})
-        reader = runtime.Reader("worker-1")
+        reader = bootstep.Reader("worker-1")
         [entry] = stream.read("worker-1")
         [(_, event)] = reader._parse([entry])
         assert reader._take_in(entry, event)
@@ -152,7 +154,7 @@ class TestLines:
 
     def test_a_run_that_completed(self, model: FakeLLM, lines: Lines) -> None:
         run = factories.ask()
-        runs.execute(run.pk)
+        execution.execute(run.pk)
         run.refresh_from_db()
 
         told = lines.one("Run completed")
@@ -167,7 +169,7 @@ class TestLines:
 
     def test_a_run_that_failed(self, model: FakeLLM, lines: Lines) -> None:
         model.script(Failure(401))
-        runs.execute(factories.ask().pk)
+        execution.execute(factories.ask().pk)
 
         told = lines.one("Run failed")
 
@@ -175,6 +177,6 @@ class TestLines:
 
     def test_a_run_that_was_cancelled(self, lines: Lines) -> None:
         run = factories.ask()
-        runs.cancel(run)
+        execution.cancel(run)
 
         assert lines.one("Run cancelled")["run"] == run.pk

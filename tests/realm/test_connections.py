@@ -3,7 +3,7 @@ import time
 import pytest
 from django.db import DatabaseError, connection, transaction
 
-from realm.connections import AWAY
+from lib.db import AWAY
 from tests.factories import user
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from django.urls import get_resolver
 
-from ops.http import PROBES
+from ops.middleware import PROBES
 
 # Patterns that are regular expressions: by what name they are called here, and an address of each.
 NAMED = {

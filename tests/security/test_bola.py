@@ -12,7 +12,6 @@ from django.db.models import Model
 
 from agents.models import IdempotencyKey, Run
 from chat.models import Message, Thread
-from hooks.models import Subscription
 from realm import tokens
 from realm.models import BotCommand, BotRegistration, User
 from tests import factories
@@ -20,6 +19,7 @@ from tests.realm.conftest import Client, command_of
 from tests.security import access
 from tests.security.routes import PARAMETER, address, routes
 from tests.security.world import Visitor, owned_by, talk, visitor
+from webhooks.models import Subscription
 
 pytestmark = pytest.mark.django_db
 CANARY = "canary"

@@ -1,6 +1,6 @@
 """Deactivated accounts: what is closed to them at every door. The realm's tokens are in
 test_jwt_table.py, the exchange of OpenID tokens in test_openid_exchange.py, sessions in
-test_admin_hardening.py, webhooks in tests/hooks."""
+test_admin_hardening.py, webhooks in tests/webhooks."""
 
 import json
 from typing import Any
@@ -10,22 +10,23 @@ import pytest
 from django.db import connection
 from django.test.utils import CaptureQueriesContext
 
-from agents import runs, stream
+from agents.events import stream
 from agents.models import Run
-from agents.runtime import Reader
-from botrunner import acting, timeline
+from agents.runs import execution
+from agents.worker.bootstep import Reader
+from botrunner.incoming import handling, recording
+from botrunner.incoming.recording import Batch, Invite
 from botrunner.models import Reply, Room, RoomEvent, Session
-from botrunner.timeline import Batch, Invite
 from config import urls
 from console import bulk
 from console.models import BulkJob
-from hooks.deliveries import may_be_told
-from hooks.models import Delivery
 from realm.models import User
 from tests import factories
 from tests.agents.conftest import _celery, broker, reader  # noqa: F401
 from tests.botrunner import scenes
-from tests.hooks import scenes as hooks
+from tests.webhooks import scenes as hooks
+from webhooks.deliveries import may_be_told
+from webhooks.models import Delivery
 
 pytestmark = pytest.mark.django_db
 assert urls.urlpatterns, "the admin is loaded, which has the bulk actions"
@@ -74,11 +75,11 @@ class TestInRooms:
 
     def test_fire_none_that_was_written_down_before(self, account: Session) -> None:
         scenes.command(scenes.ME)
-        batch = Batch("s1", [timeline.RoomNews(scenes.ROOM, [scenes.event("Hello")], False)])
-        timeline.write_down(account, scenes.HOLDER, batch)
-        [pk] = acting.pending()
+        batch = Batch("s1", [recording.RoomNews(scenes.ROOM, [scenes.event("Hello")], False)])
+        recording.write_down(account, scenes.HOLDER, batch)
+        [pk] = handling.pending()
         deactivate(scenes.ALICE)
-        acting.act(pk, scenes.ME)
+        handling.act(pk, scenes.ME)
         assert not Run.objects.exists()
         assert NOTE in {each.words for each in RoomEvent.objects.get().looked_at}
 
@@ -106,7 +107,7 @@ class TestInRooms:
     def test_invite_the_bot_nowhere(self, account: Session) -> None:
         deactivate(scenes.ALICE)
         invites = [Invite("!hers", scenes.ALICE), Invite("!his", scenes.BOB)]
-        timeline.write_down(account, scenes.HOLDER, Batch("s1", invites=invites))
+        recording.write_down(account, scenes.HOLDER, Batch("s1", invites=invites))
         found = dict(Room.objects.exclude(room_id=scenes.ROOM).values_list("room_id", "membership"))
         assert found == {"!hers": "refused", "!his": "invited"}
         assert (
@@ -135,7 +136,7 @@ class TestRuns:
         other = factories.ask("Hello", owner=factories.user("bob"))
         User.objects.filter(pk=user.pk).update(is_active=False)
         for each in (run, other):
-            runs.execute(each.pk)
+            execution.execute(each.pk)
             each.refresh_from_db()
         assert (run.status, run.attempt) == ("cancelled", 0)
         assert other.status == "completed"
@@ -145,14 +146,14 @@ class TestRuns:
         scenes.take_in(account, scenes.event("one"), scenes.event("two", sender=scenes.BOB))
         deactivate(scenes.ALICE)
         for run in Run.objects.order_by("position"):
-            runs.execute(run.pk)
+            execution.execute(run.pk)
         found = dict(Run.objects.values_list("message__content", "status"))
         assert found == {"one": "cancelled", "two": "completed"}
 
     def test_cost_no_statement_more(self) -> None:
         run = factories.ask("Hello", owner=factories.user("alice"))
         with CaptureQueriesContext(connection) as queries:
-            runs.execute(run.pk)
+            execution.execute(run.pk)
         about = [q["sql"] for q in queries if "realm_user" in q["sql"]]
         assert len(about) == 1
         assert '"agents_run"' in about[0]

@@ -12,10 +12,10 @@ from django.contrib.admin.utils import quote
 from django.test import Client
 from django.urls import reverse
 
-from agents import runs
 from agents.models import Run, Step, Summary
-from botrunner import replies
+from agents.runs import execution
 from botrunner.models import Reply, Room, RoomEvent, Session
+from botrunner.outgoing import replies
 from chat.markdown import ATTRIBUTES, TAGS, to_html
 from chat.models import Message
 from realm.models import BotCommand, BotRegistration, User
@@ -85,7 +85,7 @@ def answers(db: None, model: FakeLLM) -> list[Run]:
     scenes.let_in(account, scenes.ALICE)
     scenes.take_in(account, *(scenes.event(f"question {n} {text}") for n, text in enumerate(texts)))
     for pk in Run.objects.order_by("position").values_list("pk", flat=True):
-        runs.execute(pk)
+        execution.execute(pk)
     replies.compose(account)
     found = list(Run.objects.order_by("position").select_related("thread", "answer"))
     assert [run.answer and run.answer.content for run in found] == [
@@ -172,7 +172,7 @@ def test_what_a_room_is_told_is_harmless_and_calls_nobody(answers: list[Run]) ->
 def test_the_api_tells_it_as_data_that_no_browser_takes_for_a_page(model: FakeLLM) -> None:
     model.script(llm.Reply(SCRIPT))
     run = factories.ask("Hello")
-    runs.execute(run.pk)
+    execution.execute(run.pk)
     browser = Client()
     for path in (
         f"/api/chat/runs/{run.pk}",

@@ -15,7 +15,7 @@ from django.contrib.staticfiles import finders
 from django.test import Client
 from playwright.sync_api import Page, Route, sync_playwright
 
-from agents import runs
+from agents.runs import execution
 from tests import factories
 from tests.chromium import executable
 from tests.security.hostile import HOSTILE
@@ -102,7 +102,7 @@ def test_what_streams_in_is_text_and_nothing_else() -> None:
 
 def test_the_admin_works_under_its_policy(admin_client: Client) -> None:
     run = factories.ask("Hello")
-    runs.execute(run.pk)
+    execution.execute(run.pk)
     paths = ["/admin/", "/admin/agents/run/", f"/admin/agents/run/{run.pk}/change/"]
     paths += ["/admin/totp/", "/admin/realm/user/add/", "/admin/system/"]
     pages = {path: admin_client.get(path) for path in paths}

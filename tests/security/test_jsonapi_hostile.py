@@ -10,11 +10,11 @@ import pytest
 from django.db import DatabaseError
 
 from chat.models import Message
-from hooks.models import Subscription
 from realm import views
 from realm.models import BotCommand, BotRegistration, User
 from tests.realm.conftest import JSON_API, Client, a_filter, client_of, only_error, registration_of
 from tests.security.routes import routes
+from webhooks.models import Subscription
 
 pytestmark = pytest.mark.django_db
 GOOD = registration_of("@alice:localhost")

@@ -14,9 +14,11 @@ from django.db import connection
 from django.test import Client
 from rest_framework.test import APIClient
 
-from chat import keyset, views
+from chat.api import views
+from chat.jsonapi import pagination
 from config import asgi
-from realm import jsonapi, models, tokens
+from lib import jsonapi
+from realm import models, tokens
 from realm.models import BotCommand, BotRegistration, User
 from tests import factories
 from tests.chat.listening import go, request
@@ -121,7 +123,7 @@ class TestPages:
     @pytest.mark.parametrize("path", ["/api/threads", "/api/messages", "/api/runs"])
     @pytest.mark.parametrize("size", ["0", "-1", "101", "1e3", "100.0", "9" * 400, "\u0661", ""])
     def test_of_documents(self, client: APIClient, path: str, size: str) -> None:
-        assert keyset.MAX_SIZE == 100
+        assert pagination.MAX_SIZE == 100
         assert client.get(path, {"page[size]": "100"}).status_code == 200
         refused(client.get(path, {"page[size]": size}), 400)
 

@@ -17,10 +17,9 @@ from django.test import RequestFactory
 from django.urls import resolve
 from rest_framework_json_api.utils import format_field_name
 
-from agents import runs
 from agents.models import Limit, Price, Run
+from agents.runs import execution
 from chat.models import Message, Thread
-from hooks.models import Subscription
 from realm import tokens
 from realm.models import BotCommand, BotRegistration, User
 from tests import factories
@@ -28,6 +27,7 @@ from tests.realm.conftest import Client, a_filter, client_of
 from tests.security import access
 from tests.security.routes import address
 from tests.security.world import owned_by, visitor
+from webhooks.models import Subscription
 
 pytestmark = pytest.mark.django_db
 URL = "https://hooks.example.org/runs"
@@ -192,7 +192,7 @@ def test_what_the_server_writes_cannot_be_sent(
     if where == "relationships" and not writing.kind:
         return
     bobs = factories.ask("Bob's", owner=bob)
-    runs.execute(bobs.pk)
+    execution.execute(bobs.pk)
     bot = BotRegistration.objects.create(user=alice, username="@alice:localhost")
     BotRegistration.objects.create(user=bob, username="@bob:localhost")
 
@@ -319,7 +319,7 @@ def told() -> Iterator[tuple[str, set[str]]]:
     """Of each address of the API that tells something: its keys."""
     someone = visitor("token")
     failed = factories.ask(owner=someone.user, correlation_id="c", deadline_seconds=60)
-    runs.cancel(failed)
+    execution.cancel(failed)
     client = client_of(someone.user or "")
     client.credentials(HTTP_AUTHORIZATION=f"Bearer {tokens.issue('@token:localhost')}")
     for route, outcomes in access.table().items():

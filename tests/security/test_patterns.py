@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-APPS = ("agents", "botrunner", "chat", "config", "console", "hooks", "lib", "ops", "realm")
+APPS = ("agents", "botrunner", "chat", "config", "console", "webhooks", "lib", "ops", "realm")
 # Each is measured by itself in tests/config/test_scrub.py, from many more beginnings.
 ELSEWHERE = {"config.scrub"}
 # Reads the names of settings, which come from nowhere but the settings.

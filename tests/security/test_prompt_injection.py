@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 from django.conf import settings as configured
 
-from agents import llm, loop, memory, runs, tools, webhooks
+from agents import tools
+from agents.llm import completions, loop
 from agents.models import Run, Step
-from botrunner import replies
+from agents.runs import execution, http_commands, memory
 from botrunner.models import Reply, RoomEvent
+from botrunner.outgoing import replies
 from chat.models import Thread
 from lib import outgoing
 from tests import factories
@@ -25,7 +27,7 @@ HERS, HIS, THEIRS = "canary-of-alice", "canary-of-bob", "canary-of-a-room"
 
 
 def answered(run: Run) -> Run:
-    runs.execute(run.pk)
+    execution.execute(run.pk)
     return Run.objects.select_related("thread", "answer").get(pk=run.pk)
 
 
@@ -48,8 +50,8 @@ class TestWhatTheModelIsSent:
         again = {"thread_id": thread.pk} | extra
         model.script(fake.Cut(4, clean=True))
         broken = factories.ask(f"And {canary}", **again)
-        runs.execute(broken.pk)
-        runs.cancel(Run.objects.get(pk=broken.pk))
+        execution.execute(broken.pk)
+        execution.cancel(Run.objects.get(pk=broken.pk))
         for _ in range(3):
             answered(factories.ask(f"Once more {canary}", **again))
         Thread.objects.filter(pk=thread.pk).update(summary_due_at=thread.created_at)
@@ -200,7 +202,7 @@ class TestTools:
             ("look", {"at": "x", "user": "@admin:localhost"}),
             ("look", {"at": "x", "owner": 1, "thread_id": "theirs"}),
             ("__import__", {"name": "os"}),
-            ("agents.runs.cancel", {}),
+            ("agents.runs.execution.cancel", {}),
         ],
     )
     def test_one_does_no_more_than_it_is_offered_for(
@@ -298,8 +300,8 @@ class TestWhereRequestsGo:
         self, connected: list[Any], settings: Any, url: str
     ) -> None:
         settings.AGENT_WEBHOOK_HOSTS = ["*"]
-        with pytest.raises(llm.LLMError) as caught:
-            webhooks.post(url, {}, key="run_1", control=llm.Control())
+        with pytest.raises(completions.LLMError) as caught:
+            http_commands.post(url, {}, key="run_1", control=completions.Control())
         # A name that none has does not resolve.
         assert caught.value.code in ("webhook_forbidden", "webhook_failed")
         assert not connected
@@ -329,8 +331,10 @@ class TestWhereRequestsGo:
             return [(0, 0, 0, "", (next(told), 443))]
 
         monkeypatch.setattr(socket, "getaddrinfo", rebinding)
-        with pytest.raises(llm.LLMError):
-            webhooks.post("https://hooks.example.org/", {}, key="run_1", control=llm.Control())
+        with pytest.raises(completions.LLMError):
+            http_commands.post(
+                "https://hooks.example.org/", {}, key="run_1", control=completions.Control()
+            )
         assert connected == [("93.184.215.14", 443)]
 
     @pytest.mark.parametrize("host", [".example.org", "a..example.org", f"{'a' * 64}.example.org"])

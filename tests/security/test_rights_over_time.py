@@ -17,9 +17,12 @@ from django.utils import timezone
 from django_otp.plugins.otp_totp.models import TOTPDevice
 from redis import Redis
 
-from agents import live, retention, runs
+from agents import retention
+from agents.events import publisher
 from agents.models import Run
-from chat import rights, streams
+from agents.runs import execution
+from chat import rights
+from chat.api import streams
 from chat.models import Thread
 from lib import revocations
 from realm import tokens
@@ -246,7 +249,7 @@ def test_no_token_is_told_a_second_after_the_loss_without_redis(
 
     async def play() -> None:
         async with opened("run", scene) as response:
-            with live.desk().feed(scene.run.pk, 1, stop=lambda: None) as feed:
+            with publisher.desk().feed(scene.run.pk, 1, stop=lambda: None) as feed:
                 feed.call()
                 feed.tell("step.started", {"step": 0})
                 await in_thread(feed.finish)
@@ -388,7 +391,7 @@ def test_an_outcome_that_was_waited_for_is_not_sent_without_the_right(
             return await response.end(60)
 
     def end(run: Run) -> None:
-        runs.execute(run.pk)
+        execution.execute(run.pk)
 
     go(play())
 

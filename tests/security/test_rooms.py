@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from django.db import transaction
 
-from agents import runs
 from agents.models import Run
+from agents.runs import execution
 from chat.models import Thread
 from console import roles
 from realm.models import User
@@ -52,7 +52,7 @@ def ids() -> dict[str, Any]:
     scenes.let_in(session, ASKER, MEMBER, FORMER)
     scenes.take_in(session, scenes.event("The canary sings", ASKER))
     run = Run.objects.get()
-    runs.cancel(run)
+    execution.cancel(run)
     scenes.let_in(session, LATER)
     scenes.take_in(session, scenes.membership(FORMER, "leave"))
     return {

@@ -16,19 +16,19 @@ from django.db import connection
 from django.test import Client
 from nio.crypto import OlmAccount, OutboundGroupSession
 
-from botrunner import accounts, crosssigning, seeds
-from botrunner.client import Homeserver
-from botrunner.crosssigning import Identity
+from botrunner.matrix import cross_signing, login, seeds
+from botrunner.matrix.client import Homeserver
+from botrunner.matrix.cross_signing import Identity
 from botrunner.models import Session
 from config.checks import secrets_at_rest
-from hooks import sender, signatures
-from hooks.models import Delivery, Subscription
 from lib import secrets
 from lib.secrets import Sealed, Unreadable
 from ops import doctor
 from realm.models import User
 from tests.config.starting import Start
-from tests.hooks import scenes
+from tests.webhooks import scenes
+from webhooks import sender, signatures
+from webhooks.models import Delivery, Subscription
 
 pytestmark = pytest.mark.django_db
 OLD, NEW = "old-" + "0123456789" * 4, "new-" + "9876543210" * 4
@@ -147,7 +147,7 @@ class TestABackup:
     def test_has_them_in_no_session_of_a_browser(self, admin_client: Client) -> None:
         """The page that shows a webhook's secret once reads it from the webhook."""
         form = {"url": scenes.URL, "on_completed": "on"}
-        page = admin_client.post("/admin/hooks/subscription/add/", form)
+        page = admin_client.post("/admin/webhooks/subscription/add/", form)
         made = Subscription.objects.get()
         assert made.secret not in str(dict(admin_client.session.items()))
         assert made.secret in admin_client.get(page["Location"]).text
@@ -195,7 +195,7 @@ class TestPlaces:
         """Or it could be read letter by letter."""
         for page, names in (
             ("botrunner/session", ("access_token", "store_key")),
-            ("hooks/subscription", ("secret", "old_secret")),
+            ("webhooks/subscription", ("secret", "old_secret")),
         ):
             for name in names:
                 response = admin_client.get(f"/admin/{page}/", {f"{name}__{how}": "enc"})
@@ -269,7 +269,7 @@ class TestRotation:
         seal = secrets.seal
 
         def late(plain: str, purpose: str, *place: object) -> Sealed:
-            if purpose == "hooks.subscription.secret":
+            if purpose == "webhooks.subscription.secret":
                 monkeypatch.setattr(secrets, "seal", seal)
                 Subscription.objects.get().rotate()
             return seal(plain, purpose, *place)
@@ -306,7 +306,7 @@ class TestWithoutTheKey:
     @pytest.mark.django_db(transaction=True)
     def test_the_bot_stops_and_keeps_its_device(self, settings: Any) -> None:
         settings.MATRIX_URL, settings.BOT_RUNNER_USERNAME = "http://127.0.0.1:1", "bot"
-        session = accounts.session()
+        session = login.session()
         session.set_login(BOT, DEVICE, TOKEN)
         kept = ("device_id", "access_token", "store_key", "user_id")
         for column_of in ("access_token", "store_key"):
@@ -412,8 +412,8 @@ def test_nothing_shows_them(
     identity(settings)
     kept = [session.access_token, session.own_store_key(), *webhook.secrets]
     shown = [repr(session), str(session), repr(webhook), str(webhook)]
-    pages = (f"botrunner/session/{session.pk}/change", f"hooks/subscription/{webhook.pk}/change")
-    pages += ("botrunner/session", "hooks/subscription", "console/auditentry", "system")
+    pages = (f"botrunner/session/{session.pk}/change", f"webhooks/subscription/{webhook.pk}/change")
+    pages += ("botrunner/session", "webhooks/subscription", "console/auditentry", "system")
     shown += [admin_client.get(f"/admin/{path}/").text for path in pages]
     settings.SECRETS_KEY = [NEW, OLD]
     rotated()
@@ -431,7 +431,7 @@ def test_crosssigning_keeps_its_keys(settings: Any) -> None:
     settings.SECRETS_KEY = [NEW, OLD]
     assert identity(settings).public_keys() == known
     assert secrets.is_current(path.read_text())
-    assert set(json.loads(clear)) == set(crosssigning.USAGES)
+    assert set(json.loads(clear)) == set(cross_signing.USAGES)
 
 
 def test_a_new_secret_is_one_of_standard_webhooks(admin_user: User) -> None:

@@ -19,14 +19,17 @@ from django.db import DatabaseError, OperationalError
 from django.test import Client
 from redis import Redis
 
-from agents import commands, handover, inbox, runs, runtime, stream
+from agents import inbox
+from agents.events import stream
 from agents.models import Run
-from botrunner import accounts, acting, replies
-from botrunner.client import Homeserver, MatrixError
+from agents.runs import commands, execution
+from agents.worker import bootstep, dispatch
+from botrunner.incoming import handling
+from botrunner.matrix import login as accounts
+from botrunner.matrix.client import Homeserver, MatrixError
 from botrunner.models import Reply, Session
+from botrunner.outgoing import replies
 from config.scrub import Scrubber
-from hooks import sender
-from hooks.models import Subscription
 from ops import metrics
 from realm import openid, tokens
 from realm.models import User
@@ -35,9 +38,11 @@ from tests.botrunner import scenes
 from tests.botrunner.test_client import Scripted, server  # noqa: F401
 from tests.fakes.llm import Failure, FakeLLM
 from tests.fakes.receiver import HOST, Receiver
-from tests.hooks import scenes as hooks
 from tests.ops.conftest import Lines, Mailbox, lines, sentry  # noqa: F401
 from tests.realm.homeserver import Homeserver as OpenIDServer
+from tests.webhooks import scenes as hooks
+from webhooks import sender
+from webhooks.models import Subscription
 
 SAID = "canary-words-of-a-person"
 KEY = "sk-canary-0123456789"  # that of the fixture `model`
@@ -119,13 +124,13 @@ class Paths:
         subscription = hooks.subscribe(url=HOOK)
         for status, body in ((200, SAID), (500, SAID), (403, SAID), (200, "")):
             self.receiver.answer = (status, json.dumps({"reply": body}).encode())
-            runs.execute(factories.ask(SAID, command=HOOK, input={"sender": SAID}).pk)
+            execution.execute(factories.ask(SAID, command=HOOK, input={"sender": SAID}).pk)
             hooks.told()
             sender.send_due(subscription.pk)
         with self.monkeypatch.context() as patch:
             error = RuntimeError(f"secret={SIGNING}, token={ACCESS}")
-            patch.setattr("agents.webhooks._headers", _raising(error))
-            runs.execute(factories.ask(SAID, command=HOOK, input={"sender": SAID}).pk)
+            patch.setattr("agents.runs.http_commands._headers", _raising(error))
+            execution.execute(factories.ask(SAID, command=HOOK, input={"sender": SAID}).pk)
 
     def login(self) -> None:
         answers = self.homeserver.answers
@@ -178,7 +183,7 @@ class Paths:
             Failure(500, message=SAID),
         ):
             self.model.script(*filter(None, [failure]))
-            runs.execute(factories.ask(SAID).pk)
+            execution.execute(factories.ask(SAID).pk)
 
     def worker_with_a_defect(self) -> None:
         def explode(*_: Any, **__: Any) -> None:
@@ -187,13 +192,13 @@ class Paths:
 
         with self.monkeypatch.context() as patch:
             patch.setattr(commands, "carry_out", explode)
-            runs.execute(factories.ask(SAID).pk)
+            execution.execute(factories.ask(SAID).pk)
 
     def stream(self) -> None:
         stream.ensure_group()
         raw = json.dumps({"id": SAID, "type": "agent.run.requested"}).encode()
         self.redis.xadd("agent_events", {"event": raw})
-        runtime.Reader("worker-1").handle(stream.read("worker-1"))
+        bootstep.Reader("worker-1").handle(stream.read("worker-1"))
 
     def room(self) -> None:
         scenes.command(prefix="!ask")
@@ -201,7 +206,7 @@ class Paths:
         session.set_login(scenes.ME, "DEVICE", ACCESS)
         scenes.take_in(session, scenes.event(f"!ask {SAID}"), scenes.event(f"!ask {SAID} again"))
         for run in Run.objects.filter(source="matrix"):
-            runs.execute(run.pk)
+            execution.execute(run.pk)
         replies.compose(session)
         for reply in Reply.objects.all():
             url = f"http://hs/_matrix/client/v3/sync?access_token={ACCESS}"
@@ -214,7 +219,7 @@ class Paths:
             raise RuntimeError(f"M_FORBIDDEN for {ACCESS}, password={PASSWORD}")
         except RuntimeError:
             bot.logger.exception("Event %d could not be handled", 7)
-        acting.give_up(7)
+        handling.give_up(7)
 
     def drive(self) -> None:
         for path in (
@@ -283,7 +288,7 @@ def test_not_in_error_reports(paths: Paths, sentry: Mailbox) -> None:
 
 def test_not_in_tasks(paths: Paths, redis: Redis) -> None:
     paths.http()
-    handover.hand_over(Run.objects.values_list("pk", flat=True))
+    dispatch.hand_over(Run.objects.values_list("pk", flat=True))
 
     [message] = redis.lrange("agent_events:celery", 0, -1)
     whole = json.loads(message)

@@ -7,15 +7,15 @@ from typing import Any
 from django.contrib.auth.models import Group
 from django.contrib.contenttypes.models import ContentType
 
-from agents import runs
 from agents.models import Run
+from agents.runs import execution
 from console import roles
-from hooks.models import Subscription
 from realm import tokens
 from realm.models import BotCommand, BotRegistration, User
 from tests import factories
 from tests.console.rows import one_of_each
 from tests.realm.conftest import Client, a_filter
+from webhooks.models import Subscription
 
 ROLES = ("nobody", "token", "user", "viewer", "operator", "admin", "superuser")
 GROUPS = {"viewer": roles.VIEWER, "operator": roles.OPERATOR, "admin": roles.ADMIN}
@@ -103,7 +103,7 @@ def owned_by(user: User | None) -> dict[str, Any]:
 def talk(owner: User | None, **extra: Any) -> Run:
     """A question with its answer."""
     run = factories.ask(**{"content": "Hello", "owner": owner} | extra)
-    runs.execute(run.pk)
+    execution.execute(run.pk)
     return Run.objects.select_related("thread", "message", "answer").get(pk=run.pk)
 
 

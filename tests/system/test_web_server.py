@@ -89,7 +89,7 @@ def web(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Web]:
     # With fewer files than connections, until it asks for more.
     serve = (
         f"ulimit -S -n 200; exec {sys.executable} -m uvicorn config.asgi:application "
-        f"--http config.protocol:BoundedProtocol --host 127.0.0.1 --port {port} --lifespan off "
+        f"--http config.server.protocol:BoundedProtocol --host 127.0.0.1 --port {port} --lifespan off "
         "--ws none --no-access-log --no-proxy-headers --log-level warning"
     )
     with log.open("wb") as out:

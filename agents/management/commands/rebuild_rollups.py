@@ -2,7 +2,7 @@ from typing import Any
 
 from django.core.management import BaseCommand, CommandError, CommandParser
 
-from agents import rollups
+from agents.usage import rollups
 
 
 class Command(BaseCommand):

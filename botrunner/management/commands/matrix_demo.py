@@ -12,7 +12,7 @@ import httpx2
 from django.conf import settings
 from django.core.management.base import BaseCommand, CommandError, CommandParser
 
-from botrunner.said import MARK
+from botrunner.incoming.events import MARK
 
 CLIENT = "/_matrix/client/v3"
 CALL_SECONDS = 30

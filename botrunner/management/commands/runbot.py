@@ -5,8 +5,8 @@ from typing import Any
 
 from django.core.management.base import BaseCommand, CommandError
 
-from botrunner.client import LoginRefused
 from botrunner.leader import Leader
+from botrunner.matrix.client import LoginRefused
 from lib.secrets import Unreadable
 
 logger = logging.getLogger(__name__)

@@ -5,8 +5,9 @@ from django.conf import settings
 from django.core.management import BaseCommand, CommandError, CommandParser
 from redis.exceptions import RedisError
 
-from agents import rollups, stream
+from agents.events import stream
 from agents.models import Run
+from agents.usage import rollups
 from console.demo import FAILING, History
 
 

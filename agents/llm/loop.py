@@ -1,0 +1,173 @@
+"""The model-and-tool loop: call the model, carry out the tools that it asks for, until it answers."""
+
+import logging
+import time
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, Protocol
+
+from django.utils import timezone
+
+from agents import tools
+from agents.llm import completions
+
+logger = logging.getLogger(__name__)
+
+# Of one reply of the model; it may ask for more in the next.
+MAX_TOOL_CALLS = 32
+
+
+@dataclass
+class StepRecord:
+    """One call, in the fields of agents.models.Step."""
+
+    kind: str
+    name: str
+    input: dict[str, Any]
+    output: str = ""
+    error: str = ""
+    usage: completions.Usage = field(default_factory=completions.Usage)
+    duration_ms: int = 0
+    started_at: datetime = field(default_factory=timezone.now)
+
+
+class Watcher(Protocol):
+    def step_started(self, kind: str, name: str) -> None: ...
+
+    def step_finished(self, **data: Any) -> None: ...
+
+
+class Settled(Protocol):
+    def settle(self) -> None: ...
+
+
+@dataclass
+class Transcript:
+    """What happened so far; filled as it happens, so that a failure leaves its steps. Whoever
+    watches is told of each."""
+
+    steps: list[StepRecord] = field(default_factory=list)
+    watcher: Watcher | None = None
+    # What its calls were paid from.
+    purse: Settled | None = None
+
+    def settle(self) -> None:
+        """Put right what was set aside, in the transaction that records the outcome."""
+        if self.purse:
+            self.purse.settle()
+
+    def begin(self, step: StepRecord) -> None:
+        self.steps.append(step)
+        if self.watcher:
+            self.watcher.step_started(step.kind, step.name)
+
+    def end(self, step: StepRecord) -> None:
+        if self.watcher:
+            self.watcher.step_finished(
+                kind=step.kind,
+                name=step.name,
+                error=step.error,
+                promptTokens=step.usage.prompt_tokens,
+                completionTokens=step.usage.completion_tokens,
+                durationMs=step.duration_ms,
+            )
+
+    @property
+    def usage(self) -> completions.Usage:
+        return sum((step.usage for step in self.steps), completions.Usage())
+
+
+def run(
+    messages: list[dict[str, Any]],
+    *,
+    model: str,
+    sent: dict[str, Any],
+    max_iterations: int,
+    control: completions.Control,
+    transcript: Transcript,
+) -> str:
+    """The model's answer to `messages`. `sent` tells in short what they are, for the first step.
+
+    Raises `llm.LLMError`, or `llm.Stopped` when `control` says so.
+    """
+    messages = list(messages)
+    offered = tools.offered()
+    for _ in range(max_iterations):
+        step = StepRecord("model", model, sent)
+        reply = _model_step(step, messages, offered, control, transcript)
+        if not reply.tool_calls and not reply.text.strip():
+            raise completions.LLMError(
+                "The model gave an empty answer.", code="empty", permanent=False
+            )
+        if not reply.tool_calls:
+            return reply.text
+        del reply.tool_calls[MAX_TOOL_CALLS:]
+        messages.append(_as_message(reply))
+        for call in reply.tool_calls:
+            control.check()
+            messages.append(_tool_step(call, transcript))
+        sent = {"toolResults": [call.id for call in reply.tool_calls]}
+    raise completions.LLMError(
+        f"The model used tools {max_iterations} times without coming to an answer.",
+        code="too_many_iterations",
+        permanent=True,
+    )
+
+
+def _model_step(
+    step: StepRecord,
+    messages: list[dict[str, Any]],
+    offered: list[dict[str, Any]],
+    control: completions.Control,
+    transcript: Transcript,
+) -> completions.Reply:
+    transcript.begin(step)
+    started = time.monotonic()
+    reply = completions.Reply()
+    try:
+        return completions.complete(
+            messages, model=step.name, tools=offered, control=control, reply=reply
+        )
+    except completions.LLMError as error:
+        step.error = str(error)
+        raise
+    finally:
+        step.output, step.usage = reply.text, reply.usage
+        step.duration_ms = int((time.monotonic() - started) * 1000)
+        transcript.end(step)
+
+
+def _tool_step(call: completions.ToolCall, transcript: Transcript) -> dict[str, Any]:
+    step = StepRecord("tool", call.name, {"id": call.id, "arguments": call.arguments})
+    transcript.begin(step)
+    started = time.monotonic()
+    try:
+        step.output = completions.storable(tools.call(call.name, call.arguments))
+    except tools.ToolError as error:
+        step.error = str(error)
+    except Exception:
+        # A tool is somebody's plug-in: its failure is for the model to work around.
+        logger.exception("Tool %s failed", call.name)
+        step.error = "The tool failed."
+    step.duration_ms = int((time.monotonic() - started) * 1000)
+    transcript.end(step)
+    return {
+        "role": "tool",
+        "tool_call_id": call.id,
+        "content": step.output or f"Error: {step.error}",
+    }
+
+
+def _as_message(reply: completions.Reply) -> dict[str, Any]:
+    return {
+        "role": "assistant",
+        "content": reply.text or None,
+        "tool_calls": [
+            {
+                "id": call.id,
+                "type": "function",
+                "function": {"name": call.name, "arguments": call.arguments},
+            }
+            for call in reply.tool_calls
+        ],
+    }

@@ -1,0 +1,685 @@
+"""The records of a run. The rules of its life are in agents/lifecycle/states.py."""
+
+import dataclasses
+import time
+import uuid
+from datetime import datetime, timedelta
+from typing import Any
+
+import cuid2
+from django.contrib.auth.models import AnonymousUser
+from django.db import models
+from django.db.models import Exists, F, OuterRef, Q, Subquery
+from django.db.models.expressions import RawSQL
+from django.db.models.functions import Coalesce, Greatest, Now
+from django.utils import timezone
+
+from agents.lifecycle import states
+from agents.lifecycle.conditions import Condition
+from agents.lifecycle.sql import as_q
+from agents.models.limits import MAX_NAME_LENGTH, Limit, Pace, Spending
+from agents.models.usage import Price, Rollup, RollupState, Usage, today
+from chat.models import Message, Thread, visible
+from lib.tracing import MAX_LENGTH as MAX_REQUEST_ID_LENGTH
+from realm.models import User
+
+__all__ = [
+    "CHAT_REPLY",
+    "OVERDUE",
+    "Attempt",
+    "DeletedRun",
+    "Event",
+    "EventQuerySet",
+    "IdempotencyKey",
+    "Limit",
+    "Pace",
+    "Price",
+    "Rollup",
+    "RollupState",
+    "Run",
+    "RunQuerySet",
+    "Spending",
+    "Step",
+    "Summary",
+    "Usage",
+    "Worker",
+    "new_run_id",
+    "today",
+]
+
+CHAT_REPLY = "chat.reply"
+# The error code of a run that had not ended at its `deadline_at`.
+OVERDUE = "deadline_exceeded"
+
+
+def new_run_id() -> str:
+    return f"run_{cuid2.create_id()}"
+
+
+# A worker beats every few seconds; one that is silent for so long is gone or stuck.
+WORKER_PATIENCE = timedelta(seconds=15)
+WORKER_MEMORY = timedelta(hours=1)
+STATE = [field.name for field in dataclasses.fields(states.State)]
+SEARCHED_FOR_OLDEST = 200
+
+
+def cost_field() -> "models.BigIntegerField[int | None, int | None]":
+    """An amount in trillionths (10⁻¹²) of the currency: a price of up to six decimals for a million
+    tokens, times tokens, is a whole number of them. Empty where a price was not known."""
+    return models.BigIntegerField(null=True, blank=True, default=0, editable=False)
+
+
+# As limits.asker_of() names an account. Django takes longer to put this together than to read the run.
+IS_OF_DEACTIVATED = RawSQL(
+    """EXISTS(SELECT 1 FROM realm_user gone WHERE NOT gone.is_active AND (
+        gone.matrix_user_id = agents_run.asker
+        OR (gone.username = agents_run.asker AND gone.matrix_user_id IS NULL)))""",
+    (),
+    output_field=models.BooleanField(),
+)
+
+
+class RunQuerySet(models.QuerySet["Run"]):
+    def that(self, condition: Condition) -> "RunQuerySet":
+        return self.filter(as_q(condition))
+
+    def unfinished(self) -> "RunQuerySet":
+        return self.that(states.UNFINISHED)
+
+    def first_of_thread(self) -> "RunQuerySet":
+        """Runs with no unfinished run before them in their thread: the only ones that may go on."""
+        earlier = Run.objects.unfinished().filter(
+            thread=OuterRef("thread"), position__lt=OuterRef("position")
+        )
+        return self.filter(~Exists(earlier))
+
+    def claimable(self) -> "RunQuerySet":
+        """Those that a worker may take now: `lifecycle.CLAIMABLE`, and `lifecycle.in_turn()`."""
+        later = Run.objects.unfinished().filter(
+            as_q(states.HELD), thread=OuterRef("thread"), position__gt=OuterRef("position")
+        )
+        return self.that(states.CLAIMABLE).first_of_thread().filter(~Exists(later))
+
+    def overdue(self) -> "RunQuerySet":
+        """Those that should have ended by now and that no worker will end."""
+        return self.that(states.OVERDUE)
+
+    def claimable_as_read(self, run: "Run") -> "RunQuerySet":
+        """This run, if nobody has changed its state since it was read, and if it is claimable. Says of
+        `claimable()` what is not known of the run anyway: it is asked for each run."""
+        read = self.as_read(run).that(states.claim_guard(run.state))
+        others = Run.objects.unfinished().filter(thread=run.thread_id)
+        if run.position:
+            read = read.filter(~Exists(others.filter(position__lt=run.position)))
+        if run.retries:
+            # Only then can a later one have been begun.
+            later = others.that(states.HELD).filter(position__gt=run.position)
+            read = read.filter(~Exists(later))
+        return read
+
+    def untold(self) -> "RunQuerySet":
+        """Claimable ones that no worker was told of, or not since the last one was lost."""
+        return self.claimable().that(states.UNTOLD)
+
+    def overlooked(self) -> "RunQuerySet":
+        """Those, and the ones told so long ago that the hand-over must be lost."""
+        return self.claimable().that(states.OVERLOOKED)
+
+    def as_read(self, run: "Run") -> "RunQuerySet":
+        """This run, if nobody has changed its state since it was read."""
+        version = {name: getattr(run, name) for name in states.VERSION}
+        return self.filter(pk=run.pk, **version)
+
+    def seconds_unclaimed(self) -> float:
+        """For how long the run has been left lying that any worker could have claimed; 0 where there
+        is none. It could since it was due, since its worker gave it up, and since it was its turn in
+        the thread, whichever came last."""
+        before = Run.objects.filter(thread=OuterRef("thread"), position__lt=OuterRef("position"))
+        turn = before.order_by("-position").values("finished_at")[:1]
+        since = Greatest(
+            F("due_at"),
+            Coalesce(F("lease_expires_at"), F("due_at")),
+            Coalesce(Subquery(turn), F("due_at")),
+        )
+        lying = self.claimable().annotate(now=Now(), since=since).order_by("due_at")
+        # Not of all: in a long queue the oldest is among these for all that is worth knowing.
+        times = lying.values_list("now", "since")[:SEARCHED_FOR_OLDEST]
+        return max([0.0, *((now - since).total_seconds() for now, since in times)])
+
+    def with_deactivation(self) -> "RunQuerySet":
+        """With `is_of_deactivated`: True where the account that asked was deactivated since. In the
+        same statement, for each run is read before it is begun."""
+        return self.annotate(is_of_deactivated=IS_OF_DEACTIVATED)
+
+    def clocked(self) -> list["Run"]:
+        """Read now, with what the database's clock says."""
+        begun = time.monotonic()
+        runs: list[Run] = [*self.annotate(database_time=Now())]
+        for run in runs:
+            run.read_at, run.read_at_monotonic = vars(run).pop("database_time"), begun
+        return runs
+
+    def held_by(self, worker: str) -> "RunQuerySet":
+        return self.filter(status=Run.Status.PROCESSING, worker=worker)
+
+    def visible_to(self, user: User | AnonymousUser | None) -> "RunQuerySet":
+        """Those in their own threads, and in a room's those asked since they joined it."""
+        return self.filter(visible(user, asked_at="message__created_at"))
+
+
+class Run(models.Model):
+    class Status(models.TextChoices):
+        QUEUED = states.Status.QUEUED.value
+        PROCESSING = states.Status.PROCESSING.value
+        COMPLETED = states.Status.COMPLETED.value
+        FAILED = states.Status.FAILED.value
+        CANCELLED = states.Status.CANCELLED.value
+
+    class Source(models.TextChoices):
+        HTTP = "http"
+        MATRIX = "matrix"
+        STREAM = "stream"  # another program's agent.run.requested
+
+    UNFINISHED = tuple(map(Status, states.OPEN))
+
+    id = models.CharField(primary_key=True, max_length=64, default=new_run_id, editable=False)
+    thread = models.ForeignKey(Thread, models.CASCADE, related_name="runs", db_index=False)
+    message = models.OneToOneField(Message, models.CASCADE, related_name="run")
+    position = models.PositiveIntegerField(help_text="That of the message, which orders the runs.")
+    answer = models.OneToOneField(
+        Message, models.CASCADE, null=True, blank=True, related_name="answered_run"
+    )
+    correlation_id = models.CharField(max_length=200, db_index=True)
+    # The event that asked; each outcome names it. No foreign key: the event needs the run first.
+    request_event_id = models.UUIDField(default=uuid.uuid4, editable=False)
+    source = models.CharField(max_length=6, choices=Source.choices)
+    place = models.CharField(
+        max_length=255,
+        blank=True,
+        help_text="Where it was asked: a room's Matrix id. Empty for HTTP and the stream.",
+    )
+    asker = models.CharField(
+        max_length=MAX_NAME_LENGTH,
+        blank=True,
+        db_default="",  # for what runs as the version before while this one is rolled out
+        help_text="Who asked, as limits and turns name them: a Matrix id, a user's name.",
+    )
+    request_id = models.CharField(
+        max_length=MAX_REQUEST_ID_LENGTH,
+        blank=True,
+        help_text="Of the request, the Matrix event or the stream's event that asked.",
+    )
+    # What is carried out, as agents.runs.commands names it, and what it was fired with.
+    command = models.CharField(max_length=2000, default=CHAT_REPLY)
+    input = models.JSONField(default=dict, blank=True)
+    model = models.CharField(max_length=100)
+    status = models.CharField(max_length=10, choices=Status.choices, default=Status.QUEUED)
+    # Grows with every claim: the fencing number.
+    attempt = models.PositiveSmallIntegerField(default=0)
+    # The number that the present budget of attempts counts from.
+    attempt_base = models.PositiveSmallIntegerField(default=0)
+    # How often somebody asked for it again after it had ended, and when they last did.
+    retries = models.PositiveSmallIntegerField(default=0)
+    retried_at = models.DateTimeField(null=True, blank=True)
+    worker = models.CharField(max_length=200, blank=True, help_text="The last one to claim it.")
+    claimed_at = models.DateTimeField(null=True, blank=True)
+    lease_expires_at = models.DateTimeField(null=True, blank=True)
+    due_at = models.DateTimeField(
+        null=True,
+        blank=True,
+        default=timezone.now,
+        help_text="Not to be started before. Empty once the run has ended.",
+    )
+    handed_at = models.DateTimeField(
+        null=True, blank=True, default=timezone.now, help_text="Last told to the workers."
+    )
+    deadline_at = models.DateTimeField(
+        null=True,
+        blank=True,
+        help_text="When it ends as failed if it has not ended yet, however many attempts are left.",
+    )
+    merged_into = models.ForeignKey(
+        "self",
+        models.SET_NULL,
+        null=True,
+        blank=True,
+        related_name="merged",
+        db_index=False,
+        help_text="The run that answers its question too, for which it was cancelled.",
+    )
+    safe_error = models.TextField(blank=True, help_text="What went wrong, safe to show.")
+    error_code = models.CharField(max_length=40, blank=True)
+    prompt_tokens = models.PositiveIntegerField(default=0)
+    completion_tokens = models.PositiveIntegerField(default=0)
+    cost = cost_field()
+    created_at = models.DateTimeField(default=timezone.now, editable=False)
+    started_at = models.DateTimeField(null=True, blank=True)
+    finished_at = models.DateTimeField(null=True, blank=True)
+    updated_at = models.DateTimeField(default=timezone.now, editable=False)
+
+    objects = RunQuerySet.as_manager()
+
+    class Meta:
+        permissions = [
+            ("cancel_run", "Can cancel runs"),
+            ("retry_run", "Can have a run tried again"),
+            ("requeue_run", "Can put runs that failed back into the queue"),
+        ]
+        indexes = [
+            # overlooked(): the queue, and no finished run. Not by status: SQLite cannot tell that a
+            # status given as a parameter fits the condition of an index.
+            models.Index(
+                fields=["due_at"], name="run_unfinished_due", condition=Q(due_at__isnull=False)
+            ),
+            # first_of_thread(): a claim in a long thread looks at no finished run.
+            models.Index(
+                fields=["thread", "position"],
+                name="run_unfinished_in_thread",
+                condition=Q(due_at__isnull=False),
+            ),
+            # agents.usage.limits, and the share of the slots that one asker may have. (The status
+            # is none of the condition, for the reason above.)
+            models.Index(
+                fields=["asker", "status"],
+                name="run_unfinished_of_asker",
+                condition=Q(due_at__isnull=False),
+            ),
+            # overdue()
+            models.Index(
+                fields=["deadline_at"],
+                name="run_unfinished_deadline",
+                condition=Q(due_at__isnull=False, deadline_at__isnull=False),
+            ),
+            # Deleting a run looks for those that point to it.
+            models.Index(
+                fields=["merged_into"],
+                name="run_merged",
+                condition=Q(merged_into__isnull=False),
+            ),
+            # The admin's list, newest first, whole and by status.
+            models.Index(fields=["-created_at", "id"], name="run_newest"),
+            models.Index(fields=["status", "-created_at"], name="run_by_status"),
+            # Its other filters.
+            models.Index(fields=["source", "-created_at"], name="run_by_source"),
+            models.Index(fields=["model", "-created_at"], name="run_by_model"),
+            models.Index(fields=["error_code", "-created_at"], name="run_by_error"),
+            models.Index(fields=["place", "-created_at"], name="run_by_place"),
+            # botrunner.outgoing.replies.follow_retries(): few of many.
+            models.Index(
+                fields=["retried_at"], name="run_retried", condition=Q(retried_at__isnull=False)
+            ),
+            # The search by the id that stands in a log or an answer.
+            models.Index(fields=["request_id"], name="run_by_request_id"),
+        ]
+        constraints = [
+            models.UniqueConstraint(fields=["thread", "position"], name="run_position_is_unique"),
+            models.CheckConstraint(
+                condition=Q(status__in=["queued", "processing"], due_at__isnull=False)
+                | (~Q(status__in=["queued", "processing"]) & Q(due_at__isnull=True)),
+                name="run_is_due_until_it_ends",
+            ),
+            models.CheckConstraint(
+                condition=Q(status="processing", lease_expires_at__isnull=False)
+                | (~Q(status="processing") & Q(lease_expires_at__isnull=True)),
+                name="run_has_a_lease_while_processing",
+            ),
+            models.CheckConstraint(
+                condition=Q(status="completed", answer__isnull=False) | ~Q(status="completed"),
+                name="run_completed_has_an_answer",
+            ),
+        ]
+
+    def __str__(self) -> str:
+        return self.id
+
+    @property
+    def answers_others(self) -> bool:
+        """Whether a question of another asker was merged into this run, so that they have no answer
+        without it."""
+        run_ids = [self.pk]
+        while run_ids:
+            merged = Run.objects.filter(merged_into__in=run_ids)
+            if merged.exclude(asker=self.asker).exists():
+                return True
+            run_ids = list(merged.values_list("pk", flat=True))
+        return False
+
+    @property
+    def is_finished(self) -> bool:
+        return self.status not in self.UNFINISHED
+
+    @property
+    def turn(self) -> int:
+        return self.position // 2
+
+    def request_payload(self, prompt: str) -> dict[str, str]:
+        """Of the event that asks for it."""
+        return {
+            "runId": self.pk,
+            "threadId": self.thread_id,
+            "prompt": prompt,
+            "model": self.model,
+        }
+
+    @property
+    def may_be_retried(self) -> bool:
+        return not self.why_not_retried
+
+    @property
+    def why_not_retried(self) -> str:
+        """A sentence; empty for a run that may be begun anew."""
+        if states.AskedAgain.guard.holds(self, self.clock()):
+            return ""
+        if not self.is_finished:
+            return f"The run has not ended yet: it is {self.status}."
+        if self.merged_into_id:
+            return f"The run {self.merged_into_id} answers its question too: retry that one."
+        return "The run has been answered."
+
+    # When it was read, by the database's clock and by `time.monotonic()`; see `RunQuerySet.clocked()`.
+    read_at: datetime | None = None
+    read_at_monotonic = 0.0
+    # By with_deactivation()
+    is_of_deactivated = False
+
+    def clock(self) -> datetime:
+        """By the database's clock, which its times are told by: this process's own may be wrong."""
+        if self.read_at is None:
+            return timezone.now()
+        return self.read_at + timedelta(seconds=time.monotonic() - self.read_at_monotonic)
+
+    @property
+    def state(self) -> states.State:
+        return states.State(**{name: getattr(self, name) for name in STATE})
+
+    @property
+    def attempts_spent(self) -> int:
+        return self.state.attempts_spent
+
+
+class DeletedRun(models.Model):
+    """A tombstone: programs choose ids of runs, and one that was used is never used again."""
+
+    id = models.CharField(primary_key=True, max_length=64, editable=False)
+    deleted_at = models.DateTimeField(default=timezone.now, editable=False)
+
+    def __str__(self) -> str:
+        return self.id
+
+
+class Attempt(models.Model):
+    """One claim of a run by a worker, written when it has ended. The one that is going on stands in
+    the run itself."""
+
+    class Result(models.TextChoices):
+        COMPLETED = states.Result.COMPLETED.value
+        FAILED = states.Result.FAILED.value
+        RETRIED = states.Result.RETRIED.value
+        LOST = states.Result.LOST.value
+        RETURNED = states.Result.RETURNED.value
+        CANCELLED = states.Result.CANCELLED.value
+        REQUEUED = states.Result.REQUEUED.value
+
+    run = models.ForeignKey(Run, models.CASCADE, related_name="attempts", db_index=False)
+    number = models.PositiveSmallIntegerField()
+    worker = models.CharField(max_length=200)
+    result = models.CharField(max_length=9, choices=Result.choices)
+    error = models.TextField(blank=True)
+    error_code = models.CharField(max_length=40, blank=True)
+    prompt_tokens = models.PositiveIntegerField(default=0)
+    completion_tokens = models.PositiveIntegerField(default=0)
+    cost = cost_field()
+    model_ms = models.PositiveIntegerField(default=0, help_text="Spent in calls of the model.")
+    started_at = models.DateTimeField()
+    ended_at = models.DateTimeField(default=timezone.now)
+    to_count = models.BooleanField(default=True, help_text="Not in the rollups yet.")
+    fenced_at = models.DateTimeField(
+        null=True,
+        blank=True,
+        help_text="When its worker came with an outcome after all, which was thrown away.",
+    )
+
+    class Meta:
+        ordering = ["run", "number"]
+        indexes = [
+            # rollups.fold()
+            models.Index(fields=["id"], name="attempt_to_count", condition=Q(to_count=True)),
+            # rollups.would_lose(): the oldest.
+            models.Index(fields=["ended_at"], name="attempt_ended"),
+            # ops.metrics: those of which late outcomes were thrown away.
+            models.Index(
+                fields=["fenced_at"], name="attempt_fenced", condition=Q(fenced_at__isnull=False)
+            ),
+        ]
+        constraints = [
+            models.UniqueConstraint(fields=["run", "number"], name="attempt_number_is_unique"),
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.run_id} attempt {self.number}"
+
+
+class Step(models.Model):
+    """One call of a model or a tool, kept whatever became of its attempt."""
+
+    class Kind(models.TextChoices):
+        MODEL = "model"
+        TOOL = "tool"
+
+    run = models.ForeignKey(Run, models.CASCADE, related_name="steps")
+    attempt = models.PositiveSmallIntegerField()
+    kind = models.CharField(max_length=5, choices=Kind.choices)
+    name = models.CharField(max_length=100, help_text="The model or the tool.")
+    # agents.runs.memory.Context.sent for the first model call of an attempt, a tool's arguments for
+    # a tool.
+    input = models.JSONField(default=dict)
+    output = models.TextField(blank=True)
+    error = models.TextField(blank=True)
+    prompt_tokens = models.PositiveIntegerField(default=0)
+    cached_tokens = models.PositiveIntegerField(
+        default=0, help_text="Of the prompt tokens, those that the endpoint had in its cache."
+    )
+    completion_tokens = models.PositiveIntegerField(default=0)
+    cost = cost_field()
+    duration_ms = models.PositiveIntegerField()
+    started_at = models.DateTimeField(null=True, blank=True)
+    created_at = models.DateTimeField(default=timezone.now)
+
+    class Meta:
+        ordering = ["id"]
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.name}"
+
+
+class EventQuerySet(models.QuerySet["Event"]):
+    def unpublished(self) -> "EventQuerySet":
+        return self.filter(published_at=None)
+
+
+class Event(models.Model):
+    """What is told on the stream: written with the change it tells of, added to the stream after the
+    commit, and added again by the relay until a worker has seen it there."""
+
+    class Type(models.TextChoices):
+        REQUESTED = "agent.run.requested"
+        COMPLETED = "agent.run.completed"
+        FAILED = "agent.run.failed"
+        CANCELLED = "agent.run.cancelled"
+
+    id = models.UUIDField(primary_key=True, default=uuid.uuid4, editable=False)
+    type = models.CharField(max_length=30, choices=Type.choices)
+    run = models.ForeignKey(Run, models.CASCADE, related_name="events")
+    correlation_id = models.CharField(max_length=200)
+    payload = models.JSONField()
+    created_at = models.DateTimeField(default=timezone.now)
+    published_at = models.DateTimeField(
+        null=True, blank=True, help_text="When it was seen on the stream."
+    )
+    # Of an end without an attempt that would be counted for it: whether it is not in the rollups yet.
+    # Of all others nothing.
+    to_count = models.BooleanField(null=True, editable=False)
+    # Of an outcome: whether an app to the right has still to tell others of it (agents.events.hooks).
+    to_deliver = models.BooleanField(null=True, editable=False)
+
+    objects = EventQuerySet.as_manager()
+
+    class Meta:
+        ordering = ["created_at"]
+        permissions = [("replay_event", "Can tell an event on the stream again")]
+        indexes = [
+            # The relay's query.
+            models.Index(
+                fields=["created_at"], name="event_unpublished", condition=Q(published_at=None)
+            ),
+            # rollups.fold()
+            models.Index(fields=["id"], name="event_to_count", condition=Q(to_count=True)),
+            # webhooks.deliveries.fan_out()
+            models.Index(
+                fields=["created_at"], name="event_to_deliver", condition=Q(to_deliver=True)
+            ),
+            # The admin's list, newest first, whole and by type.
+            models.Index(fields=["-created_at", "id"], name="event_newest"),
+            models.Index(fields=["type", "-created_at"], name="event_by_type"),
+            # agents.retention: the oldest of those that may go.
+            models.Index(
+                fields=["published_at"],
+                name="event_published",
+                condition=Q(published_at__isnull=False),
+            ),
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.type} {self.run_id}"
+
+    def as_entry(self) -> dict[str, object]:
+        """The event as it stands on the stream: a long text is shortened there, and is whole in the
+        database."""
+        return {
+            "id": str(self.id),
+            "type": self.type,
+            "timestamp": self.created_at.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+            "correlationId": self.correlation_id,
+            "payload": shortened(self.payload),
+        }
+
+
+# Redis keeps each event for a day, and all of them in memory.
+ENTRY_TEXT_BYTES = 16 * 1024
+LONG_TEXTS = ("prompt", "output", "error")
+
+
+def shortened(payload: dict[str, Any]) -> dict[str, Any]:
+    """A payload whose texts have at most so many bytes; one that was longer is marked, as in
+    `promptTruncated`."""
+    short = payload
+    for name in LONG_TEXTS:
+        text = payload.get(name)
+        # No character has more than four bytes: most texts need not be encoded.
+        if isinstance(text, str) and len(text) * 4 > ENTRY_TEXT_BYTES:
+            encoded = text.encode(errors="replace")
+            if len(encoded) > ENTRY_TEXT_BYTES:
+                start = encoded[:ENTRY_TEXT_BYTES].decode(errors="ignore")
+                short = {**short, name: start, f"{name}Truncated": True}
+    return short
+
+
+class Summary(models.Model):
+    """A version of a thread's rolling summary: the one before it, extended by what had left the
+    window since."""
+
+    thread = models.ForeignKey(Thread, models.CASCADE, related_name="summaries", db_index=False)
+    # Positions, both included. The text tells what came before `covers_from` too.
+    covers_from = models.IntegerField()
+    covers_to = models.IntegerField()
+    text = models.TextField()
+    model = models.CharField(max_length=100)
+    prompt_tokens = models.PositiveIntegerField(default=0)
+    completion_tokens = models.PositiveIntegerField(default=0)
+    cost = cost_field()
+    created_at = models.DateTimeField(default=timezone.now)
+    to_count = models.BooleanField(default=True, help_text="Not in the rollups yet.")
+
+    class Meta:
+        ordering = ["thread", "covers_to"]
+        verbose_name_plural = "summaries"
+        indexes = [
+            # rollups.fold()
+            models.Index(fields=["id"], name="summary_to_count", condition=Q(to_count=True)),
+            # The admin's list, newest first.
+            models.Index(fields=["-created_at", "id"], name="summary_newest"),
+        ]
+        constraints = [
+            models.UniqueConstraint(fields=["thread", "covers_from"], name="summary_extends_once"),
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.thread_id} up to {self.covers_to}"
+
+
+class IdempotencyKey(models.Model):
+    """What a caller's key was used for, kept for good: it outlives the run and the thread."""
+
+    caller = models.CharField(max_length=255)
+    key = models.CharField(max_length=255)
+    fingerprint = models.CharField(max_length=64, help_text="SHA-256 of the request.")
+    run_id = models.CharField(max_length=64)
+    thread_id = models.CharField(max_length=64)
+    message_id = models.UUIDField()
+    model = models.CharField(max_length=100)
+    correlation_id = models.CharField(max_length=200)
+    created_at = models.DateTimeField(default=timezone.now)
+
+    class Meta:
+        constraints = [
+            models.UniqueConstraint(fields=["caller", "key"], name="idempotency_key_is_unique"),
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.caller}: {self.key}"
+
+
+class WorkerQuerySet(models.QuerySet["Worker"]):
+    def alive(self) -> "WorkerQuerySet":
+        """Those whose beat is fresh, by the database's clock."""
+        return self.filter(beat_at__gte=Now() - WORKER_PATIENCE)
+
+    def reading(self) -> "WorkerQuerySet":
+        """Those of them that get on: they have read the stream just now."""
+        return self.alive().filter(is_draining=False, read_at__gte=Now() - WORKER_PATIENCE)
+
+    def gone(self) -> "WorkerQuerySet":
+        """Those that were killed long enough ago for nobody to look for them any more."""
+        return self.filter(beat_at__lt=Now() - WORKER_MEMORY)
+
+
+class Worker(models.Model):
+    """A worker process, as it tells of itself every few seconds. The row goes when it stops; one that
+    was killed can be seen for an hour."""
+
+    worker = models.CharField(
+        max_length=200, unique=True, help_text="As runs and attempts name it."
+    )
+    name = models.CharField(max_length=200, help_text="Its name in the consumer group.")
+    host = models.CharField(max_length=255)
+    pid = models.PositiveIntegerField()
+    version = models.CharField(max_length=100)
+    concurrency = models.PositiveIntegerField()
+    started_at = models.DateTimeField()
+    beat_at = models.DateTimeField()
+    read_at = models.DateTimeField(null=True, blank=True, help_text="When it last read the stream.")
+    runs_in_hand = models.PositiveIntegerField(default=0)
+    last_finished_at = models.DateTimeField(
+        null=True, blank=True, help_text="When it last put a run down, however that had ended."
+    )
+    is_draining = models.BooleanField(
+        default=False, help_text="It takes nothing new and ends when its runs have."
+    )
+
+    objects = WorkerQuerySet.as_manager()
+
+    class Meta:
+        ordering = ["host", "started_at"]
+
+    def __str__(self) -> str:
+        return self.name

@@ -1,0 +1,73 @@
+"""What tokens cost, by the price of their model on the day: whole numbers, as agents.models says."""
+
+import time
+from collections.abc import Iterable
+from decimal import Decimal
+
+from agents.llm.completions import Usage
+from agents.models import Price, today
+
+UNITS = 10**12  # of a cost, in one of the currency
+# A new price holds for what is recorded from this much later on.
+REFRESH_SECONDS = 30.0
+
+
+class PriceList:
+    """The prices as this process knows them: read again every half minute, not for every call."""
+
+    def __init__(self) -> None:
+        self._prices: dict[str, list[Price]] = {}
+        self._stale_at = 0.0
+
+    def of(self, model: str) -> Price | None:
+        """The price that holds today."""
+        if time.monotonic() >= self._stale_at:
+            self._read()
+        day = today()
+        return next((each for each in self._prices.get(model, ()) if each.valid_from <= day), None)
+
+    def forget(self) -> None:
+        self._stale_at = 0.0
+
+    def _read(self) -> None:
+        prices: dict[str, list[Price]] = {}
+        for price in Price.objects.order_by("-valid_from"):
+            prices.setdefault(price.model, []).append(price)
+        self._prices, self._stale_at = prices, time.monotonic() + REFRESH_SECONDS
+
+
+price_list = PriceList()
+
+
+def cost(model: str, usage: Usage) -> int | None:
+    """What a call costs. None when its model has no price."""
+    if not usage.prompt_tokens and not usage.completion_tokens:
+        return 0
+    price = price_list.of(model)
+    if price is None:
+        return None
+    cached = price.prompt if price.cached is None else price.cached
+    return int(
+        UNITS
+        // 10**6
+        * (
+            (usage.prompt_tokens - usage.cached_tokens) * price.prompt
+            + usage.cached_tokens * cached
+            + usage.completion_tokens * price.completion
+        )
+    )
+
+
+def total(costs: Iterable[int | None]) -> int | None:
+    """None as soon as one of them is not known: a part of a cost would be taken for all of it."""
+    costs = list(costs)
+    return None if None in costs else sum(each or 0 for each in costs)
+
+
+def amount(cost: int) -> Decimal:
+    """In the currency."""
+    return Decimal(cost) / UNITS
+
+
+def currency() -> str:
+    return Price.objects.values_list("currency", flat=True).first() or "USD"

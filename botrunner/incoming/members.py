@@ -1,0 +1,118 @@
+"""Members of rooms: taken from a sync and kept with its position, so that over HTTP a room's threads
+are open to its members."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from botrunner.incoming.events import is_id, is_own_join
+from botrunner.models import Room, RoomMember
+from lib import revocations
+from realm.models import User
+
+MEMBER = "m.room.member"
+# Rows in one statement.
+BATCH = 1000
+
+
+@dataclass(frozen=True)
+class Change:
+    """A membership event of a timeline, and when it came in."""
+
+    user_id: str
+    event_id: str
+    joins: bool
+    # False for a new name or picture of someone who is in the room.
+    is_new: bool
+    at: datetime
+
+
+def changes(events: Iterable[Any], moments: Mapping[str, datetime]) -> list[Change]:
+    """Joins and leaves among events, in that order."""
+    found = []
+    for event in events:
+        if not isinstance(event, dict) or event.get("type") != MEMBER:
+            continue
+        user_id, event_id = event.get("state_key"), event.get("event_id")
+        if not is_id(user_id) or not is_id(event_id):
+            continue
+        joins, is_new = _joins(event), is_own_join(event, user_id)
+        found.append(Change(user_id, event_id, joins, is_new, moments[event_id]))
+    return found
+
+
+def of_state(events: Iterable[dict[str, Any]]) -> dict[str, str]:
+    """Who is in a room, and the event by which they are."""
+    return {
+        event["state_key"]: event["event_id"]
+        for event in events
+        if event.get("type") == MEMBER
+        and is_id(event.get("state_key"))
+        and is_id(event.get("event_id"))
+        and _joins(event)
+    }
+
+
+def absent(room: dict[str, Any]) -> list[dict[str, Any]]:
+    """What a room's state in a sync has about people who are not in it. About those who are, it is
+    incomplete, and the timeline has it as well."""
+    events = room.get("state", {}).get("events", [])
+    return [event for event in events if event.get("type") == MEMBER and not _joins(event)]
+
+
+def _joins(event: dict[str, Any]) -> bool:
+    content = event.get("content")
+    return isinstance(content, dict) and content.get("membership") == "join"
+
+
+def keep(
+    room: Room, changes: list[Change], found: Mapping[str, str] | None, *, otherwise: datetime
+) -> None:
+    """Write down who is in a room after some `changes`. `found`: who is in it by now, where the
+    homeserver was asked. `otherwise`: since when someone counts as a member whose join was not seen."""
+    if not changes and found is None:
+        return
+    rows = RoomMember.objects.filter(room=room)
+    if found is None:
+        rows = rows.filter(user_id__in={change.user_id for change in changes})
+    before = {row.user_id: (row.event_id, row.joined_at) for row in rows}
+    after = _after(before, changes, otherwise)
+    if found is not None:
+        # By the event that was seen last they are members still, and have not left in between.
+        after = {
+            user_id: after[user_id]
+            if after.get(user_id, ("",))[0] == event_id
+            else (event_id, otherwise)
+            for user_id, event_id in found.items()
+        }
+    changed = [user_id for user_id in before if before[user_id] != after.get(user_id)]
+    for first in range(0, len(changed), BATCH):
+        gone = changed[first : first + BATCH]
+        RoomMember.objects.filter(room=room, user_id__in=gone).delete()
+        # Streams of the room's threads may be open to them.
+        for user in User.objects.filter(matrix_user_id__in=gone).values_list("pk", flat=True):
+            revocations.publish_on_commit(user=user)
+    RoomMember.objects.bulk_create(
+        [
+            RoomMember(room=room, user_id=user_id, event_id=event_id, joined_at=joined_at)
+            for user_id, (event_id, joined_at) in after.items()
+            if before.get(user_id) != (event_id, joined_at)
+        ],
+        batch_size=BATCH,
+    )
+
+
+def _after(
+    before: dict[str, tuple[str, datetime]], changes: list[Change], otherwise: datetime
+) -> dict[str, tuple[str, datetime]]:
+    after = dict(before)
+    for change in changes:
+        if not change.joins:
+            after.pop(change.user_id, None)
+        elif change.is_new:
+            after[change.user_id] = change.event_id, change.at
+        else:
+            _, joined_at = after.get(change.user_id, ("", otherwise))
+            after[change.user_id] = change.event_id, joined_at
+    return after

@@ -1,0 +1,559 @@
+"""The Matrix client: nio for HTTP, parsing and crypto; what it answers is checked here.
+
+nio is never left alone with a failure: by itself it repeats refused requests without end, sleeps
+through rate limits within the call, and sends plain text into encrypted rooms when its keys are not
+loaded.
+"""
+
+import asyncio
+import json
+import logging
+import sqlite3
+from collections.abc import Awaitable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, urlencode
+
+import aiohttp
+import orjson
+from nio import (
+    AsyncClient,
+    AsyncClientConfig,
+    ErrorResponse,
+    Event,
+    KeysUploadResponse,
+    MatrixRoom,
+    MegolmEvent,
+    SyncResponse,
+)
+from nio.exceptions import EncryptionError, LocalProtocolError, OlmUnverifiedDeviceError
+from peewee import OperationalError
+from vodozemac import LibolmPickleException, PickleException
+
+from botrunner.incoming.events import opened
+from botrunner.matrix import responses
+from botrunner.matrix.keystore import Store, writes_of
+from botrunner.models import Session
+from lib.secrets import Unreadable
+
+logger = logging.getLogger(__name__)
+
+API = "/_matrix/client/v3"
+DEVICE_NAME = "Botrealm"
+REQUEST_SECONDS = 30
+MAX_RETRY_AFTER_SECONDS = 15 * 60
+# Many times what a homeserver has to say at once; more is not kept in memory, whoever it comes from.
+MAX_ANSWER_BYTES = 64 * 1024 * 1024
+CHUNK_BYTES = 64 * 1024
+# What nio raises for an event that its sender made up: the checks of it do not cover all.
+UNREADABLE = (AssertionError, AttributeError, KeyError, TypeError, ValueError, RecursionError)
+
+
+class MatrixError(Exception):
+    """The homeserver refused or was not there. `retry_after`: seconds that it asked for."""
+
+    def __init__(
+        self,
+        code: str,
+        message: str = "",
+        *,
+        status: int = 0,
+        retry_after: float | None = None,
+        session: str = "",  # of a call that wants the password as well
+    ) -> None:
+        super().__init__(f"{code}: {message}" if message else code)
+        self.session = session
+        self.code = code
+        self.status = status
+        self.retry_after = retry_after
+
+    @property
+    def permanent(self) -> bool:
+        """Another try cannot succeed."""
+        return 400 <= self.status < 500 and self.status not in (401, 408, 429)
+
+
+class NoAnswer(MatrixError):
+    """The homeserver is there and took the request, and did not answer in time."""
+
+
+class TokenRefused(MatrixError):
+    """The access token is no longer good: log in again."""
+
+
+class TooLong(MatrixError):
+    """The answer has more than `MAX_ANSWER_BYTES`; what follows was not read. So has the next, as far
+    as anybody can tell."""
+
+    @property
+    def permanent(self) -> bool:
+        return True
+
+    def __init__(self, path: str, status: int) -> None:
+        most = MAX_ANSWER_BYTES // 1024**2
+        message = f"The homeserver's answer to {path} is longer than {most} MiB."
+        super().__init__("TOO_LONG", message, status=status)
+
+
+class LoginRefused(MatrixError):
+    """Name or password is wrong, or the account is closed."""
+
+
+class KeysOutdated(Exception):
+    """The homeserver has later keys of the device than the store."""
+
+
+@dataclass(frozen=True)
+class News:
+    """One answer of /sync in its shape (botrunner.matrix.responses), and what nio could decrypt of
+    it, by event id."""
+
+    data: dict[str, Any]
+    decrypted: dict[str, dict[str, Any]]
+
+    @property
+    def next_batch(self) -> str:
+        return str(self.data["next_batch"])
+
+    def rooms(self, membership: str) -> dict[str, Any]:
+        found: dict[str, Any] = self.data["rooms"][membership]
+        return found
+
+    @property
+    def brought_keys(self) -> bool:
+        return bool((self.data.get("to_device") or {}).get("events"))
+
+
+class Client(AsyncClient):
+    """What one event has in it must not stop the bot for good: it would be shown it once more."""
+
+    async def parse_body(self, transport_response: aiohttp.ClientResponse) -> dict[Any, Any]:
+        """What nio is told of an answer; nothing of one that is no JSON. Raises `TooLong`."""
+        try:
+            told: dict[Any, Any] = orjson.loads(await _body(transport_response))
+        except orjson.JSONDecodeError:
+            return {}
+        return told
+
+    def _handle_timeline_event(self, event: Any, room_id: str, *rest: Any) -> Any:
+        try:
+            if isinstance(event, MegolmEvent) and self.olm:
+                event.room_id = room_id
+                # Not into nio's own idea of the room: any member can seal what looks like a join.
+                return self.olm._decrypt_megolm_no_error(event)
+            return super()._handle_timeline_event(event, room_id, *rest)
+        except UNREADABLE as error:
+            event_id = getattr(event, "event_id", "")
+            kind = type(error).__name__
+            logger.warning("nio cannot read event %s in room %s: %s", event_id, room_id, kind)
+            return None
+
+    def _handle_decrypt_to_device(self, to_device_event: Any) -> Any:
+        try:
+            return super()._handle_decrypt_to_device(to_device_event)
+        except UNREADABLE as error:
+            sender, kind = to_device_event.sender, type(error).__name__
+            logger.warning("nio cannot read what %s sent to the device: %s", sender, kind)
+            return None
+
+
+class Homeserver:
+    """The bot's account as it is used: every method raises `MatrixError`."""
+
+    def __init__(self, url: str, username: str, store: Path) -> None:
+        store.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.store = store
+        self.nio = Client(
+            url,
+            username,
+            store_path=str(store),
+            config=AsyncClientConfig(
+                store=Store,
+                encryption_enabled=True,
+                max_limit_exceeded=0,
+                max_timeouts=0,
+                request_timeout=REQUEST_SECONDS,
+            ),
+        )
+        self._checked_plain: set[str] = set()
+        self._key_counts: Any = None  # of one-time keys, as the server said last
+        # Set by any call that was refused for its token, until the next login.
+        self.token_refused = asyncio.Event()
+
+    @property
+    def user_id(self) -> str:
+        return str(self.nio.user_id)
+
+    @property
+    def device_id(self) -> str:
+        return str(self.nio.device_id)
+
+    def unlock_store(self, key: str) -> None:
+        """Have the key store encrypted with `key`; before the first login. nio has one key for all."""
+        self.nio.config = replace(self.nio.config, pickle_key=key)
+
+    async def close(self) -> None:
+        await self.nio.close()
+        if self.nio.store is not None:
+            self.nio.store.database.close()
+
+    async def login(self, password: str, device_id: str) -> None:
+        """A new token, for the same device where there is one."""
+        self.nio.access_token = ""
+        self.nio.device_id = device_id
+        try:
+            await self._call(self.nio.login(password, device_name=DEVICE_NAME))
+            self.token_refused.clear()
+        except MatrixError as error:
+            if error.status in (400, 401, 403):
+                raise LoginRefused(error.code, str(error), status=error.status) from None
+            raise
+
+    def restore(self, session: Session) -> None:
+        try:
+            self.nio.restore_login(session.user_id, session.device_id, session.access_token)
+        except OperationalError as error:
+            raise MatrixError("STORE", f"The key store cannot be opened: {error}") from error
+        except (PickleException, LibolmPickleException):
+            raise Unreadable(
+                f"The key store of device {session.device_id} in BOT_RUNNER_STORE was encrypted with "
+                "another key than the database has. Restore both from the same backup; or leave out "
+                "the store's *.db, and the bot begins as a new device."
+            ) from None
+
+    def has_keys_of(self, session: Session) -> bool:
+        """Whether the keys of the session's device are in the store, and not those of a backup. Without
+        them the device is deaf for good: the server has its latest keys and takes no others."""
+        path = self.store / f"{session.user_id}_{session.device_id}.db"
+        try:
+            writes = writes_of(path)
+        except sqlite3.OperationalError as error:
+            raise MatrixError("STORE", f"The key store cannot be read: {error}") from error
+        return writes is not None and writes >= session.key_writes
+
+    @property
+    def key_writes(self) -> int:
+        return self.nio.store.writes if self.nio.store else 0
+
+    def know_room(self, room_id: str, *, encrypted: bool) -> None:
+        """nio learns rooms only from a sync that brings their state, which a later one does not."""
+        if room_id not in self.nio.rooms:
+            encrypted = encrypted or room_id in self.nio.encrypted_rooms
+            self.nio.rooms[room_id] = MatrixRoom(room_id, self.user_id, encrypted)
+            if encrypted:
+                self.nio.encrypted_rooms.add(room_id)
+
+    def forget_members(self, room_id: str) -> None:
+        """After a gap the known members may be wrong: ask again before the next encryption."""
+        if room := self.nio.rooms.get(room_id):
+            room.members_synced = False
+            self.nio.invalidate_outbound_session(room_id)
+
+    def is_encrypted(self, room_id: str) -> bool:
+        room = self.nio.rooms.get(room_id)
+        return room is not None and bool(room.encrypted)
+
+    async def sync(self, since: str, *, seconds: float, wanted: dict[str, Any]) -> News:
+        """What is new since `since`, of what the filter `wanted` names, within `seconds`."""
+        query = {"timeout": str(int(seconds * 1000)), "filter": orjson.dumps(wanted).decode()}
+        if since:
+            query["since"] = since
+        path = f"{API}/sync?{urlencode(query)}"
+        body = await self.request("GET", path, seconds=seconds + REQUEST_SECONDS)
+        if not isinstance(body.get("next_batch"), str):
+            raise MatrixError("NO_NEXT_BATCH", "The homeserver's answer is not that of /sync.")
+        body = responses.sync(body)
+        of_crypto = self._of_crypto(body)
+        if of_crypto is None:
+            return News(body, {})
+        response = _parsed(of_crypto)
+        if response is None:
+            return News(body, {})
+        # nio ignores an answer that ends where the one before it did, even if that was not kept.
+        self.nio.next_batch = ""
+        # The keys of one answer are kept together or not at all: a crash in between would use
+        # up what a key is sealed with, and the homeserver shows it once more in vain.
+        with self.nio.store.database.atomic():
+            await self.nio.receive_response(response)
+            if response.to_device_events:
+                # nio takes a used one-time key out of the account after it has kept it.
+                self.nio.olm.save_account()
+        self._key_counts = body.get("device_one_time_keys_count")
+        self._refill_keys(response)
+        return News(body, _decrypted(response))
+
+    def _of_crypto(self, body: dict[str, Any]) -> dict[str, Any] | None:
+        """What nio has to see of an answer: the keys, and the rooms that are encrypted; None when that
+        is nothing new. It checks all that it is given against schemas and writes to its store, which
+        costs more than everything else that is done here."""
+        kept = ("next_batch", "to_device", "device_lists", "device_one_time_keys_count")
+        rooms = {
+            room_id: room
+            for room_id, room in body["rooms"]["join"].items()
+            if self.is_encrypted(room_id) or is_about_encryption(room)
+        }
+        counts = body.get("device_one_time_keys_count")
+        is_news = rooms or any(any(body.get(key, {}).values()) for key in kept[1:3])
+        if not is_news and counts == self._key_counts:
+            return None
+        found = {key: body[key] for key in kept if key in body}
+        return found | ({"rooms": {"join": rooms}} if rooms else {})
+
+    def _refill_keys(self, response: SyncResponse) -> None:
+        """nio takes a count of 0 for none given, and would never upload one-time keys again."""
+        if self.nio.olm and response.device_key_count.signed_curve25519 == 0:
+            self.nio.olm.uploaded_key_count = 0
+
+    async def tend_keys(self) -> None:
+        """What crypto needs between syncs: keys to upload, to ask for and to pass on."""
+        nio = self.nio
+        if nio.should_upload_keys:
+            await self._upload_keys()
+        if nio.should_query_keys:
+            await self._call(nio.keys_query())
+        if nio.should_claim_keys:
+            await self._call(nio.keys_claim(nio.get_users_for_key_claiming()))
+        if nio.outgoing_to_device_messages:
+            await nio.send_to_device_messages()
+
+    async def _upload_keys(self) -> None:
+        """As nio does, but kept first: after a crash the server would have one-time keys that nobody
+        can use, and refuse others by the same names for good."""
+        olm = self.nio.olm
+        keys = olm.share_keys()
+        olm.save_account()
+        try:
+            told = await self.request("POST", f"{API}/keys/upload", keys)
+        except MatrixError as error:
+            if error.status == 400 and "already exists" in str(error):
+                raise KeysOutdated(str(error)) from None
+            raise
+        answer = KeysUploadResponse.from_dict(told)
+        if not isinstance(answer, KeysUploadResponse):
+            raise MatrixError("UNREADABLE", "The answer is not that of /keys/upload.")
+        await self.nio.receive_response(answer)
+
+    def decrypt(self, room_id: str, source: dict[str, Any]) -> dict[str, Any] | None:
+        """The event within an encrypted one; None while its key is missing, and where it is none."""
+        try:
+            event = Event.parse_event(json.loads(json.dumps(source)))
+            if not isinstance(event, MegolmEvent):
+                return None
+            event.room_id = room_id
+            return opened(self.nio.decrypt_event(event).source)
+        except (EncryptionError, *UNREADABLE):
+            return None
+
+    async def messages(
+        self, room_id: str, start: str, end: str | None
+    ) -> tuple[list[dict[str, Any]], str]:
+        """Up to a hundred events before `start` (before now where it is empty) and after `end`, newest
+        first, and where the next page begins."""
+        query = {"dir": "b", "limit": "100"}
+        query |= {"from": start} if start else {}
+        query |= {"to": end} if end else {}
+        path = f"{API}/rooms/{quote(room_id, safe='')}/messages?{urlencode(query)}"
+        body = await self.request("GET", path)
+        return responses.events(body.get("chunk")), str(body.get("end") or "")
+
+    async def members(self, room_id: str, at: str, *, seconds: float) -> list[dict[str, Any]]:
+        """The membership events of those who are in the room, as at a sync's position."""
+        query = urlencode({"membership": "join"} | ({"at": at} if at else {}))
+        path = f"{API}/rooms/{quote(room_id, safe='')}/members?{query}"
+        body = await self.request("GET", path, seconds=seconds)
+        if not isinstance(body.get("chunk"), list):
+            raise MatrixError("UNREADABLE", "The answer is not that of /members.")
+        return responses.events(body["chunk"])
+
+    async def state(self, room_id: str, kind: str, *, seconds: float) -> dict[str, Any]:
+        """The event of a room's state that has this type and no key; empty where there is none."""
+        path = f"{API}/rooms/{quote(room_id, safe='')}/state/{kind}/?format=event"
+        try:
+            return await self.request("GET", path, seconds=seconds)
+        except MatrixError as error:
+            if error.code == "M_NOT_FOUND":
+                return {}
+            raise
+
+    async def join(self, room_id: str, *, seconds: float = REQUEST_SECONDS) -> None:
+        """A homeserver goes on with one that it was not waited for."""
+        await self.request("POST", f"{API}/join/{quote(room_id, safe='')}", {}, seconds=seconds)
+
+    async def typing(self, room_id: str, is_typing: bool, seconds: float) -> None:
+        await self._call(self.nio.room_typing(room_id, is_typing, int(seconds * 1000)))
+
+    async def send(self, room_id: str, content: dict[str, Any], transaction: str) -> str:
+        """Send a message, encrypted where the room is; the id of its event. Raises `LeaseLost`."""
+        if self.nio.store:
+            self.nio.store.make_sure()
+        self.know_room(room_id, encrypted=False)
+        if not self.is_encrypted(room_id):
+            await self._make_sure_plain(room_id)
+        if not self.is_encrypted(room_id):
+            return await self._send_plain(room_id, content, transaction)
+        await self._know_members(room_id)
+        response = await self._call(
+            self.nio.room_send(
+                room_id, "m.room.message", content, transaction, ignore_unverified_devices=True
+            )
+        )
+        return str(response.event_id)
+
+    async def _send_plain(self, room_id: str, content: dict[str, Any], transaction: str) -> str:
+        room, transaction = quote(room_id, safe=""), quote(transaction, safe="")
+        path = f"{API}/rooms/{room}/send/m.room.message/{transaction}"
+        answer = await self.request("PUT", path, content)
+        if not isinstance(answer.get("event_id"), str):
+            raise MatrixError("UNREADABLE", "The answer is not that of a message sent.")
+        return str(answer["event_id"])
+
+    def distrust_plain(self) -> None:
+        """Encryption may have been switched on while no sync came through."""
+        self._checked_plain.clear()
+
+    async def _make_sure_plain(self, room_id: str) -> None:
+        if room_id in self._checked_plain:
+            return
+        path = f"{API}/rooms/{quote(room_id, safe='')}/state/m.room.encryption/"
+        try:
+            await self.request("GET", path)
+        except MatrixError as error:
+            if error.code != "M_NOT_FOUND":
+                raise
+            self._checked_plain.add(room_id)
+        else:
+            self.nio.rooms[room_id].encrypted = True
+            self.nio.encrypted_rooms.add(room_id)
+
+    async def _know_members(self, room_id: str) -> None:
+        """Without the members, the keys would go to nobody, and nobody could read the message."""
+        if not self.nio.rooms[room_id].members_synced:
+            await self._call(self.nio.joined_members(room_id))
+        if self.nio.should_query_keys:
+            await self._call(self.nio.keys_query())
+
+    async def request(
+        self, method: str, path: str, body: Any = None, *, seconds: float = REQUEST_SECONDS
+    ) -> dict[str, Any]:
+        """The JSON object that the homeserver answers with; `path` begins with /_matrix."""
+        headers = {"Authorization": f"Bearer {self.nio.access_token}"}
+        data = None
+        if body is not None:
+            data = orjson.dumps(body).decode()
+            headers["Content-Type"] = "application/json"
+        limit = aiohttp.ClientTimeout(total=seconds)
+        try:
+            async with await self.nio.send(method, path, data, headers, timeout=limit) as answer:
+                text = await _body(answer)
+        except aiohttp.ConnectionTimeoutError as error:
+            raise MatrixError("UNREACHABLE", _words(error)) from error
+        except TimeoutError as error:
+            raise NoAnswer("UNREACHABLE", f"No answer within {seconds:g} s.") from error
+        except (aiohttp.ClientError, OSError) as error:
+            raise MatrixError("UNREACHABLE", _words(error)) from error
+        try:
+            told = orjson.loads(text)
+        except orjson.JSONDecodeError:
+            told = None
+        if not isinstance(told, dict):
+            raise MatrixError("UNREADABLE", "The answer is not JSON.", status=answer.status)
+        if answer.status >= 300:
+            raise self._refusal(
+                str(told.get("errcode") or "M_UNKNOWN"),
+                str(told.get("error") or ""),
+                status=answer.status,
+                retry_after_ms=told.get("retry_after_ms"),
+                session=str(told.get("session") or ""),
+            )
+        return told
+
+    async def _call(self, call: Awaitable[Any]) -> Any:
+        """nio's answer, when it is no error."""
+        try:
+            response = await call
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise MatrixError("UNREACHABLE", _words(error)) from error
+        except (EncryptionError, LocalProtocolError, OlmUnverifiedDeviceError) as error:
+            raise MatrixError("CRYPTO", _words(error)) from error
+        if isinstance(response, ErrorResponse):
+            transport = response.transport_response
+            raise self._refusal(
+                str(response.status_code or "M_UNKNOWN"),
+                str(response.message),
+                status=transport.status if transport is not None else 0,
+                retry_after_ms=response.retry_after_ms,
+            )
+        return response
+
+    def _refusal(
+        self, code: str, message: str, *, status: int, retry_after_ms: Any, session: str = ""
+    ) -> MatrixError:
+        wait = None
+        if isinstance(retry_after_ms, int | float):
+            wait = min(max(retry_after_ms / 1000, 0.1), MAX_RETRY_AFTER_SECONDS)
+        if code in ("M_UNKNOWN_TOKEN", "M_MISSING_TOKEN"):
+            self.token_refused.set()
+            return TokenRefused(code, message, status=status, retry_after=wait)
+        return MatrixError(code, message, status=status, retry_after=wait, session=session)
+
+
+async def _body(answer: aiohttp.ClientResponse) -> bytes:
+    """The whole of it, decompressed. Raises `TooLong`."""
+    pieces, size = [], 0
+    async for piece in answer.content.iter_chunked(CHUNK_BYTES):
+        size += len(piece)
+        if size > MAX_ANSWER_BYTES:
+            answer.close()
+            raise TooLong(answer.url.path, answer.status)
+        pieces.append(piece)
+    return b"".join(pieces)
+
+
+def _words(error: BaseException) -> str:
+    return str(error) or type(error).__name__
+
+
+def is_about_encryption(room: dict[str, Any]) -> bool:
+    """Whether the news of a room tell that it is, or becomes, an encrypted one."""
+    return any(
+        event.get("type") in ("m.room.encryption", "m.room.encrypted")
+        for part in ("state", "timeline")
+        for event in room.get(part, {}).get("events", [])
+    )
+
+
+def _parsed(body: dict[str, Any]) -> SyncResponse | None:
+    """nio's view of an answer. What nio cannot parse is left out, room by room: one odd event must
+    not stop the bot for good."""
+    response = _parse(body)
+    if response is not None:
+        return response
+    sound: dict[str, Any] = {}
+    for room_id, room in (body.get("rooms") or {}).get("join", {}).items():
+        if _parse({"next_batch": "x", "rooms": {"join": {room_id: room}}}) is not None:
+            sound[room_id] = room
+        else:
+            logger.warning("nio cannot read what is new in room %s", room_id)
+    response = _parse({**body, "rooms": {"join": sound}})
+    if response is None:
+        logger.error("nio cannot read the homeserver's answer: keys in it are lost")
+    return response
+
+
+def _parse(body: dict[str, Any]) -> SyncResponse | None:
+    try:
+        # nio changes what it parses.
+        response = SyncResponse.from_dict(orjson.loads(orjson.dumps(body)))
+    except UNREADABLE:
+        return None
+    return response if isinstance(response, SyncResponse) else None
+
+
+def _decrypted(response: SyncResponse) -> dict[str, dict[str, Any]]:
+    return {
+        event.event_id: opened(event.source)
+        for room in response.rooms.join.values()
+        for event in room.timeline.events
+        if getattr(event, "decrypted", False) and hasattr(event, "event_id")
+    }

@@ -1,0 +1,141 @@
+"""The bot's account: its row, logging in once and staying logged in, and its filter for /sync."""
+
+import logging
+import secrets
+from typing import Any
+
+from django.conf import settings
+from django.db.models.functions import Now
+from django.utils import timezone
+
+from botrunner.aio import unit
+from botrunner.incoming.events import ENCRYPTED, REDACTION
+from botrunner.matrix import cross_signing
+from botrunner.matrix.client import API, Homeserver, MatrixError, TokenRefused
+from botrunner.models import Room, Session
+from realm import filters
+
+logger = logging.getLogger(__name__)
+
+EVENT_TYPES = [
+    *filters.EVENT_TYPES,
+    ENCRYPTED,
+    REDACTION,
+    "m.room.member",
+    "m.room.encryption",
+]
+# More than the server gives at once is asked for with /messages.
+TIMELINE_LIMIT = 100
+
+
+def session() -> Session:
+    """The row of the account that the settings name."""
+    found, _ = Session.objects.get_or_create(
+        homeserver=settings.MATRIX_URL, username=settings.BOT_RUNNER_USERNAME
+    )
+    return found
+
+
+async def connect(homeserver: Homeserver, session: Session) -> None:
+    """Go on with the stored device and token, or log in. Raises `MatrixError`, `LoginRefused`, and
+    `lib.secrets.Unreadable`: a token or key that cannot be read is no reason to begin a new device."""
+    token = session.access_token
+    homeserver.unlock_store(await unit(session.own_store_key)())
+    if token and homeserver.has_keys_of(session):
+        homeserver.restore(session)
+        try:
+            await _tend_device(homeserver)
+        except TokenRefused:
+            await log_in_again(homeserver, session)
+            await _tend_device(homeserver)
+        return
+    if token:
+        await _give_up_device(homeserver, session)
+    if not session.device_id:
+        # Written down before it is used: a crash in between leaves no device behind.
+        session.device_id = f"BOTREALM{secrets.token_hex(4).upper()}"
+        await unit(session.save)(update_fields=["device_id", "key_writes"])
+    await _log_in(homeserver, session)
+    logger.info("Logged in as %s, device %s", homeserver.user_id, homeserver.device_id)
+    await _tend_device(homeserver)
+
+
+async def _tend_device(homeserver: Homeserver) -> None:
+    if homeserver.nio.should_upload_keys:
+        await homeserver.tend_keys()
+    await cross_signing.sign_own_device(homeserver, settings.BOT_RUNNER_PASSWORD)
+
+
+async def _give_up_device(homeserver: Homeserver, session: Session) -> None:
+    """Its keys are lost, or of the past: it could read nothing any more, and the server takes no others
+    for it."""
+    logger.error(
+        "The keys of device %s are not in BOT_RUNNER_STORE, or those of a backup: a new device takes "
+        "its place, which cannot read what was encrypted for the old one",
+        session.device_id,
+    )
+    await unit(session.note_error)(f"The keys of device {session.device_id} were lost.")
+    # Off the account, so that nobody encrypts for it any more.
+    homeserver.nio.access_token = session.access_token
+    try:
+        await homeserver.request("POST", f"{API}/logout", {})
+    except MatrixError as error:
+        logger.info("The lost device could not be logged out: %s", error)
+    homeserver.nio.access_token = session.device_id = session.access_token = ""
+    session.key_writes = 0
+    homeserver.token_refused.clear()
+
+
+async def log_in_again(homeserver: Homeserver, session: Session) -> None:
+    """The token was revoked: get another for the same device. Raises `MatrixError`."""
+    await _log_in(homeserver, session)
+    logger.info("Logged in again as %s, device %s", homeserver.user_id, homeserver.device_id)
+
+
+async def _log_in(homeserver: Homeserver, session: Session) -> None:
+    await homeserver.login(settings.BOT_RUNNER_PASSWORD, session.device_id)
+    await unit(session.set_login)(
+        homeserver.user_id, homeserver.device_id, homeserver.nio.access_token
+    )
+
+
+def connected(session: Session) -> None:
+    session.connected_since = timezone.now()
+    Session.objects.filter(pk=session.pk).update(connected_since=Now())
+    logger.info("Connected as %s", session.user_id)
+
+
+def rooms(session: Session, homeserver: Homeserver) -> set[str]:
+    """The rooms that the bot is in, made known to the client."""
+    found = dict(
+        Room.objects.filter(session=session, membership=Room.Membership.JOINED).values_list(
+            "room_id", "is_encrypted"
+        )
+    )
+    for room_id, is_encrypted in found.items():
+        homeserver.know_room(room_id, encrypted=is_encrypted)
+    return set(found)
+
+
+def rooms_of_unknown_members(session: Session) -> list[str]:
+    rows = Room.objects.filter(
+        session=session, membership=Room.Membership.JOINED, members_known=False
+    )
+    return list(rows.values_list("room_id", flat=True))
+
+
+def sync_filter(*, is_first: bool) -> dict[str, Any]:
+    """What a sync brings. Own events are among it: the own join tells where a room begins."""
+    return {
+        "presence": {"types": []},
+        "account_data": {"types": []},
+        "room": {
+            "ephemeral": {"types": []},
+            "account_data": {"types": []},
+            "state": {
+                "types": ["m.room.member", "m.room.encryption"],
+                "lazy_load_members": True,
+            },
+            "timeline": {"limit": 0 if is_first else TIMELINE_LIMIT, "types": EVENT_TYPES},
+        },
+    }

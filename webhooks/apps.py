@@ -1,0 +1,14 @@
+from django.apps import AppConfig
+
+
+class HooksConfig(AppConfig):
+    name = "webhooks"
+    verbose_name = "Webhooks"
+
+    def ready(self) -> None:
+        from agents.events import hooks
+        from agents.worker.maintenance import CHORES
+        from webhooks import deliveries, sender
+
+        hooks.wanted = deliveries.wanted
+        CHORES.append((sender.Sender().tick, sender.SECONDS))
