@@ -17,7 +17,7 @@ from openapi.parts import DOCUMENT_RESPONSES, DOCUMENT_SCHEMAS
 SETTINGS = {
     "TITLE": "Botrealm",
     "DESCRIPTION": "Ask agents over HTTP, in plain JSON or JSON:API, and register bots for Matrix "
-    "rooms. docs/api.md tells it with examples.",
+    "rooms. docs/reference/http.md tells it with examples.",
     "ENUM_GENERATE_CHOICE_DESCRIPTION": False,
     "POSTPROCESSING_HOOKS": [],
     "VERSION": settings.VERSION,

@@ -4,7 +4,7 @@
 What may become of a run is told by agents/lifecycle/states.py. Every change here is one conditional
 UPDATE
 that names the state it comes from, so whoever is late changes nothing; of a run that was deleted
-meanwhile, too. The order in which rows are locked is in docs/reliability.md.
+meanwhile, too. The order in which rows are locked is in docs/explanation/reliability.md.
 """
 
 import logging

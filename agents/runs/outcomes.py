@@ -75,7 +75,7 @@ def complete(run: Run, answer: str, transcript: loop.Transcript) -> bool:
         correlation_id=run.correlation_id,
     )
     with transaction.atomic():
-        # First, as it locks the thread: whoever asks locks that before a run (docs/reliability.md).
+        # First, as it locks the thread: the order of locks is in docs/explanation/reliability.md.
         summary_due = memory.note_answer(run)
         won = _finish(
             run,

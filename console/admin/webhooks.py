@@ -42,7 +42,9 @@ class SubscriptionForm(forms.ModelForm):
 
 @admin.register(Subscription)
 class SubscriptionAdmin(Reasoned, ConsoleAdmin):
-    empty = Empty("Add a URL that is to be told how runs end; docs/webhooks.md says what it gets.")
+    empty = Empty(
+        "Add a URL that is to be told how runs end; docs/how-to/receive-webhooks.md says what it gets."
+    )
     form = SubscriptionForm
     list_display = ["host", "state", "owner", "registration", "failing_since", "created_at"]
     list_filter = ["enabled"]

@@ -1,5 +1,5 @@
-"""What must hold after every fault: I1 to I9 of docs/reliability.md, read from the database and from
-the log of the model endpoint, not from the product's own code."""
+"""What must hold after every fault: I1 to I9 of docs/explanation/reliability.md, read from the
+database and from the log of the model endpoint, not from the product's own code."""
 
 from __future__ import annotations
 

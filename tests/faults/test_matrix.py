@@ -1,4 +1,4 @@
-"""docs/reliability.md names no test that is not there, and leaves out no row."""
+"""docs/explanation/reliability.md names no test that is not there, and leaves out no row."""
 
 import re
 from pathlib import Path
@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LINE = re.compile(r"^\| (\d+)(?:-(\d+))? \| .* \| (.*) \|$", re.MULTILINE)
 ROWS = {
     number: proof
-    for first, last, proof in LINE.findall((ROOT / "docs/reliability.md").read_text())
+    for first, last, proof in LINE.findall((ROOT / "docs/explanation/reliability.md").read_text())
     for number in range(int(first), int(last or first) + 1)
 }
 

@@ -1,4 +1,4 @@
-"""docs/api.md is run as it stands, and what it shows is what is answered."""
+"""docs/reference/http.md is run as it stands, and what it shows is what is answered."""
 
 import asyncio
 import json
@@ -25,7 +25,7 @@ USER = "@you:localhost"
 
 def commands() -> Iterator[tuple[str, Any]]:
     """Each block of commands, and the answer that is shown right after it."""
-    blocks = [*BLOCK.findall((ROOT / "docs/api.md").read_text()), ("sh", "")]
+    blocks = [*BLOCK.findall((ROOT / "docs/reference/http.md").read_text()), ("sh", "")]
     for (kind, text), (next_kind, next_text) in pairwise(blocks):
         if kind == "sh":
             yield text, json.loads(next_text) if next_kind == "json" else None

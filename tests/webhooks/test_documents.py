@@ -1,4 +1,4 @@
-"""What docs/webhooks.md says to receivers holds."""
+"""What docs/how-to/receive-webhooks.md says to receivers holds."""
 
 import re
 import shutil
@@ -11,7 +11,7 @@ import pytest
 
 from webhooks import signatures
 
-DOCUMENT = (Path(__file__).resolve().parents[2] / "docs/webhooks.md").read_text()
+DOCUMENT = (Path(__file__).resolve().parents[2] / "docs/how-to/receive-webhooks.md").read_text()
 BODY = '{"type":"run.completed","data":{"output":"Grüße"}}'.encode()
 ID = "3901cc45-3424-47b8-aecd-a9be5a6ab1ec"
 
