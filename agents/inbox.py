@@ -22,7 +22,7 @@ from agents.models import CHAT_REPLY, DeletedRun, Event, IdempotencyKey, Run, ne
 from agents.runs import execution
 from agents.usage import limits, refusals
 from chat.models import CHOSEN_ID, DeletedThread, Message, Thread, ThreadQuerySet, new_thread_id
-from lib import tracing, transactions
+from lib import db, tracing
 from realm.models import User
 
 MAX_MODEL_LENGTH = 100
@@ -119,7 +119,7 @@ class Idempotency:
             )
 
 
-@transactions.repeated
+@db.retry_on_conflict
 def ask(
     *,
     content: str,
@@ -220,7 +220,7 @@ def ask(
     return replace(asked, began_thread=began_thread)
 
 
-@transactions.repeated
+@db.retry_on_conflict
 def ask_again(run: Run) -> bool:
     """Have a run begun anew that failed or was cancelled, as whoever asked it wants: it counts as a
     question. False when it is in no such state, or gone. Raises `Limited`."""
@@ -241,7 +241,7 @@ def ask_again(run: Run) -> bool:
     return True
 
 
-@transactions.repeated
+@db.retry_on_conflict
 def amend(run_id: str, *, content: str) -> bool:
     """Put other words to a question whose run has not begun. False when it has: then it answers the
     words that it began with. Raises `Invalid`."""

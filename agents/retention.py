@@ -31,7 +31,7 @@ from agents.models import Attempt, Event, Run, Step, Summary
 from agents.runs import execution
 from agents.usage import rollups
 from chat.models import Thread
-from lib import transactions
+from lib import db
 from realm.models import User
 
 BATCH = 500
@@ -200,7 +200,7 @@ def _delete_threads(thread_ids: list[str], cutoff: datetime) -> Iterator[dict[st
     yield _delete_quiet(quiet)
 
 
-@transactions.repeated
+@db.retry_on_conflict
 def _delete_quiet(quiet: QuerySet[Thread]) -> dict[str, int]:
     with transaction.atomic():
         # A question that comes now waits, and then begins the thread anew.
@@ -211,8 +211,8 @@ def _delete_quiet(quiet: QuerySet[Thread]) -> dict[str, int]:
 
 def _lock(threads: QuerySet[Thread]) -> list[str]:
     """Lock threads, then their runs. The keys of the threads."""
-    locked = transactions.lock(threads)
-    transactions.lock(Run.objects.filter(thread__in=locked), "thread", "position")
+    locked = db.lock(threads)
+    db.lock(Run.objects.filter(thread__in=locked), "thread", "position")
     return locked
 
 
@@ -238,7 +238,7 @@ def delete_thread(thread: Thread) -> None:
     _delete_threads_now(Thread.objects.filter(pk=thread.pk))
 
 
-@transactions.repeated
+@db.retry_on_conflict
 def _delete_threads_now(threads: QuerySet[Thread]) -> None:
     with transaction.atomic():
         # A question that comes now waits, and then begins the thread anew; and so does a worker that
@@ -252,7 +252,7 @@ def _delete_threads_now(threads: QuerySet[Thread]) -> None:
 def _delete_locked(thread_ids: list[str]) -> dict[str, int]:
     # After the rollups' own row (agents.usage.rollups), which is locked before the events that it
     # counts.
-    transactions.lock(Event.objects.filter(run__thread__in=thread_ids))
+    db.lock(Event.objects.filter(run__thread__in=thread_ids))
     return delete(Thread.objects.filter(pk__in=thread_ids))
 
 
@@ -260,7 +260,7 @@ def delete_threads_of(user: User) -> None:
     """Delete what a user owns, in the transaction that deletes the user: Django alone would lock the
     rows in an order of its own, and know nothing of workers."""
     # A thread that is begun meanwhile waits for this transaction, and finds its owner gone.
-    transactions.lock(User.objects.filter(pk=user.pk))
+    db.lock(User.objects.filter(pk=user.pk))
     _delete_threads_now(Thread.objects.filter(owner=user))
 
 
@@ -270,10 +270,10 @@ def _close(thread_id: str) -> None:
     rollups.fold_thread(thread_id)
 
 
-@transactions.repeated
+@db.retry_on_conflict
 def _delete_rows(rows: QuerySet[Any]) -> dict[str, int]:
     with transaction.atomic():
-        transactions.lock(rows)
+        db.lock(rows)
         return delete(rows)
 
 

@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from django.conf import settings
-from django.db import DatabaseError, DataError, IntegrityError, InterfaceError
+from django.db import DataError, IntegrityError
 from redis.exceptions import RedisError
 
 from agents.events import stream
@@ -31,6 +31,7 @@ from botrunner.matrix.client import (
 )
 from botrunner.models import Session
 from botrunner.outgoing.replies import Sender
+from lib.db import DATABASE_ERRORS, SERVICE_ERRORS
 
 if TYPE_CHECKING:
     from botrunner.outgoing.drafts import Drafts
@@ -44,7 +45,7 @@ PROGRESS_SECONDS = 5.0
 PRUNE_SECONDS = 600.0
 MAX_PAUSE_SECONDS = 30.0
 # Trouble that passes: whatever was being done is done again.
-PASSING = (MatrixError, DatabaseError, InterfaceError, RedisError, OSError)
+PASSING = (MatrixError, *SERVICE_ERRORS)
 # Of the database's errors, what would come again for ever.
 REFUSED = (DataError, IntegrityError)
 
@@ -289,7 +290,7 @@ class Bot:
                 logger.warning("Could not log in again: %s", refusal)
 
     async def _note(self, error: Exception) -> None:
-        with contextlib.suppress(DatabaseError, InterfaceError):
+        with contextlib.suppress(*DATABASE_ERRORS):
             await unit(self.session.note_error)(str(error))
 
 

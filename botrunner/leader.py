@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 from django.conf import settings
-from django.db import DatabaseError, InterfaceError, connection
+from django.db import connection
 
 from botrunner.aio import pause, unit
 from botrunner.bot import Bot
@@ -21,6 +21,7 @@ from botrunner.incoming.recording import LeaseLost
 from botrunner.matrix import login
 from botrunner.matrix.client import KeysOutdated
 from botrunner.models import Session
+from lib.db import DATABASE_ERRORS
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +59,7 @@ class Leader:
                 self._tell(
                     "The homeserver has later keys of the device than BOT_RUNNER_STORE", error
                 )
-            except (DatabaseError, InterfaceError) as error:
+            except DATABASE_ERRORS as error:
                 self._tell("The database is away", error)
             await pause(STANDBY_SECONDS, self.stopping)
 
@@ -77,7 +78,7 @@ class Leader:
             for task in tasks:
                 task.cancel()
             ends = await asyncio.gather(*tasks, return_exceptions=True)
-            with contextlib.suppress(DatabaseError, InterfaceError):
+            with contextlib.suppress(*DATABASE_ERRORS):
                 await unit(session.release)(self.holder)
         for end in ends:
             if isinstance(end, Exception):
@@ -97,7 +98,7 @@ class Leader:
                     raise LeaseLost
                 good_until = asked + settings.BOT_RUNNER_LEASE_SECONDS
                 failures = 0
-            except (DatabaseError, InterfaceError) as error:
+            except DATABASE_ERRORS as error:
                 if not failures:
                     logger.warning("The lease was not renewed: %s", error)
                 failures += 1
@@ -107,7 +108,7 @@ class Leader:
     def _renew(self, session: Session) -> bool:
         try:
             return session.acquire(self.holder, _duration())
-        except (DatabaseError, InterfaceError):
+        except DATABASE_ERRORS:
             connection.close()
             raise
 

@@ -22,7 +22,7 @@ from weakref import WeakKeyDictionary
 from django.db.models import IntegerField, Value
 
 from chat.models import DeletedThread, Thread, ThreadQuerySet
-from lib.db import AWAY
+from lib.db import TRANSIENT_ERRORS
 from realm import access
 from realm.access import Access, Reason
 from realm.models import User
@@ -298,7 +298,7 @@ class Watch:
         }
         try:
             answers = await self._look_up(questions)
-        except AWAY as error:
+        except TRANSIENT_ERRORS as error:
             logger.warning("The rights of open streams cannot be looked up: %s", error)
             return False
         except Exception:

@@ -15,7 +15,7 @@ from typing import Any
 
 from django.contrib.auth import get_user_model
 from django.core.exceptions import EmptyResultSet
-from django.db import InterfaceError, InternalError, OperationalError, connection, transaction
+from django.db import connection, transaction
 from django.db.models import Count, F, Model, QuerySet
 from django.db.models.functions import Coalesce, Now
 from django.http import HttpRequest
@@ -23,6 +23,7 @@ from django.utils import timezone
 
 from console import audit
 from console.models import BulkItem, BulkJob
+from lib.db import TRANSIENT_ERRORS
 
 logger = logging.getLogger(__name__)
 
@@ -224,8 +225,8 @@ def _do(job: BulkJob, deed: Deed, item: BulkItem) -> str:
             entry.name = job.name
             entry.save(force_insert=True)
             return BulkItem.Outcome.DONE.value
-    except (OperationalError, InterfaceError, InternalError):
-        raise  # the database is away: the sweep has the job carried on
+    except TRANSIENT_ERRORS:
+        raise  # the database is unavailable: the sweep continues the job
     except Exception as error:
         # Whatever is wrong with one row, the others are not to suffer from it.
         logger.exception("Bulk job %d fails at %s", job.pk, item.object_id)

@@ -10,14 +10,13 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Generic, NoReturn, TypeVar
 
-from django.db import DatabaseError, InterfaceError, connection
-from redis.exceptions import RedisError
+from django.db import connection
+
+from lib.db import SERVICE_ERRORS
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-# The name is told, the text is not: it may hold an address or a row.
-TROUBLE = (DatabaseError, InterfaceError, RedisError, OSError)
 
 
 class NoAnswer(Exception):
@@ -41,7 +40,8 @@ class Bounded(Generic[T]):
         def work() -> None:
             try:
                 answers.append(self.ask())
-            except TROUBLE as error:
+            except SERVICE_ERRORS as error:
+                # The text may hold an address or a row.
                 failures.append(type(error).__name__)
             except Exception as error:
                 logger.exception("A check broke")
@@ -61,7 +61,7 @@ class Bounded(Generic[T]):
     def _end(self) -> None:
         try:
             connection.close()
-        except TROUBLE:
+        except SERVICE_ERRORS:
             pass  # it was lost already
         finally:
             self._asking.release()

@@ -40,7 +40,7 @@ OWN_SQL = (
     "console/test_paging.py",
     "console/test_system.py",
     "ops/test_doctor.py",
-    "realm/test_connections.py",
+    "lib/test_db.py",
 )
 # Files that run on the stack of tests/system/conftest.py: all that they kill is started again.
 SHARED_STACK = ("tests/system/test_chat.py", "tests/system/test_streams.py")

@@ -20,7 +20,7 @@ from django.db.models.expressions import RawSQL
 
 from agents.models import Event, Run
 from botrunner.models import Reply, Room, RoomMember, RoomMemberQuerySet
-from lib import transactions
+from lib import db
 from realm.models import User
 from webhooks.models import (
     EVENTS,
@@ -131,7 +131,7 @@ class _Pending:
         self._outcomes, self._deliveries, self._done = {}, [], []
 
 
-@transactions.repeated
+@db.retry_on_conflict
 def _write(
     outcomes: dict[UUID, Outcome], deliveries: list[Delivery], event_ids: list[UUID]
 ) -> None:
@@ -139,12 +139,12 @@ def _write(
         if deliveries:
             # Before the events, as a deletion of the thread does; nothing is sent of what is gone.
             of_these = Run.objects.filter(pk__in={each.run_id for each in deliveries})
-            there = set(transactions.lock(of_these, "thread", "position"))
+            there = set(db.lock(of_these, "thread", "position"))
             kept = [each for each in deliveries if each.run_id in there]
             bodies = [each for each in outcomes.values() if each.run_id in there]
             Outcome.objects.bulk_create(bodies, ignore_conflicts=True)
             Delivery.objects.bulk_create(kept, ignore_conflicts=True)
-        transactions.in_order(Event.objects.filter(pk__in=event_ids)).update(to_deliver=None)
+        db.in_order(Event.objects.filter(pk__in=event_ids)).update(to_deliver=None)
 
 
 def may_be_told(delivery: Delivery) -> bool:

@@ -20,7 +20,7 @@ from uuid import UUID
 
 import structlog
 from django.conf import settings
-from django.db import DatabaseError, InterfaceError, connection, transaction
+from django.db import connection, transaction
 from django.utils import timezone
 
 from lib import db, outgoing
@@ -108,7 +108,7 @@ class Sender:
     def _lane(self, subscription_id: UUID, is_failing: bool) -> None:
         try:
             send_due(subscription_id)
-        except (DatabaseError, InterfaceError) as error:
+        except db.DATABASE_ERRORS as error:
             logger.warning("Webhooks have to wait: %s", error)
         except Exception:
             # Of this subscription; what it was at is tried again when its lease is over.
@@ -158,7 +158,7 @@ def send_due(subscription_id: UUID) -> int:
         if not may_be_told(delivery):
             delivery.note_dead("Its owner may not read this any more.")
             continue
-        db.give_back()
+        db.release_connection()
         with _memory.room_for(delivery.event.size) as is_room:
             if not is_room:
                 delivery.put_back()
@@ -219,7 +219,7 @@ def send(delivery: Delivery) -> bool:
 def _post(delivery: Delivery) -> tuple[int | None, str, float]:
     """The status of the answer, what is wrong with it, and in how many seconds it wants another."""
     subscription, body = delivery.subscription, _body(delivery)
-    db.give_back()
+    db.release_connection()
     headers = {"Content-Type": "application/json"}
     try:
         headers |= signatures.headers(str(delivery.event_id), body, subscription.secrets)

@@ -78,7 +78,7 @@ def carry_out(run: Run, *, control: completions.Control, transcript: loop.Transc
 def chat_reply(call: Call) -> str:
     """The agent answers, with the thread as its memory."""
     context = memory.context(call.run)
-    db.give_back()
+    db.release_connection()
     return loop.run(
         context.messages,
         model=call.run.model,
@@ -101,7 +101,7 @@ def chat_summarize(call: Call) -> str:
     if not untold and not run.thread.summary:
         return "Nothing has been said here yet."
     prompt = memory.summary_prompt(run.thread.summary, untold)
-    db.give_back()
+    db.release_connection()
     return loop.run(
         [{"role": "user", "content": prompt}],
         model=settings.CHAT_SUMMARY_MODEL or run.model,
@@ -126,7 +126,7 @@ def _post(call: Call) -> str:
         "correlationId": run.correlation_id,
         "input": run.input,
     }
-    db.give_back()
+    db.release_connection()
     step = loop.StepRecord("tool", run.command[:100], body)
     call.transcript.begin(step)
     started = time.monotonic()

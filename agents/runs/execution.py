@@ -30,8 +30,8 @@ from agents.models import (
 from agents.runs import commands, fairness, leases, outcomes
 from agents.usage import limits
 from chat.models import Thread
-from lib import transactions
-from lib.db import AWAY
+from lib import db
+from lib.db import TRANSIENT_ERRORS
 from lib.tracing import tagged
 
 logger = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ def _unfinished(run_id: str) -> Run | None:
     return None if run is None or run.is_finished else run
 
 
-@transactions.repeated
+@db.retry_on_conflict
 def _claim(run: Run) -> bool:
     change = outcomes.change_of(run, states.Claimed())
     worker, now = leases.worker_name(), timezone.now()
@@ -141,7 +141,7 @@ def _attempt(run: Run, lease: leases.Lease, feed: publisher.Feed) -> bool:
         feed.finish()
         outcomes.persist(partial(outcomes.fail_or_retry, run, error, transcript))
         return False
-    except AWAY:
+    except TRANSIENT_ERRORS:
         raise  # the lease lapses, and another attempt finds the database back
     except Exception as error:
         # A defect of ours: the run still gets an outcome, and the traceback goes to the log.
@@ -157,13 +157,13 @@ def _attempt(run: Run, lease: leases.Lease, feed: publisher.Feed) -> bool:
         return False
     finally:
         # Where somebody else has the run, or has ended it.
-        with suppress(*AWAY):
+        with suppress(*TRANSIENT_ERRORS):
             purse.settle()
 
 
 def hand_back() -> int:
     """Put the runs that this process carries out back into the queue: it has to stop, and another
-    worker may take them at once. How many. Raises `lib.db.AWAY`."""
+    worker may take them at once. How many. Raises `lib.db.TRANSIENT_ERRORS`."""
     returned = 0
     for run in Run.objects.held_by(leases.worker_name()):
         with transaction.atomic():
@@ -181,7 +181,7 @@ def _deadline(run: Run) -> float:
     return time.monotonic() + left.total_seconds()
 
 
-@transactions.repeated
+@db.retry_on_conflict
 def cancel(run: Run) -> bool:
     """End a run that has not ended. Its worker, if it has one, finds the lease gone and gives up;
     what it brings back is refused. False when the run had ended before, or is gone."""
@@ -227,7 +227,7 @@ def end_overdue() -> int:
     return sum(_fail_overdue(run) for run in overdue[:OVERDUE_BATCH])
 
 
-@transactions.repeated
+@db.retry_on_conflict
 def _fail_overdue(run: Run) -> bool:
     error = outcomes.overdue()
     return _end(
@@ -263,7 +263,7 @@ def _end(
     return True
 
 
-@transactions.repeated
+@db.retry_on_conflict
 def retry(run: Run) -> bool:
     """Begin a run anew that failed or was cancelled: now, with a fresh budget of attempts and time.
     False when it is in no such state (any more), so of two who ask at once one is told True, or when
@@ -277,7 +277,7 @@ def retry(run: Run) -> bool:
         return False
     with transaction.atomic():
         # It changes other runs of the thread as well, which are its neighbours' too.
-        transactions.lock(Thread.objects.filter(pk=run.thread_id))
+        db.lock(Thread.objects.filter(pk=run.thread_id))
         ended = Run.objects.as_read(run).that(states.AskedAgain.guard)
         if not ended.update(
             request_event_id=uuid.uuid4(),
@@ -295,7 +295,7 @@ def retry(run: Run) -> bool:
     return True
 
 
-@transactions.repeated
+@db.retry_on_conflict
 def requeue(run: Run) -> bool:
     """Have an unfinished run begun anew at once, whoever holds it: its worker, if it has one, loses
     the run, and what it brings back is refused. False when the run has ended, changed hands just now,
@@ -323,7 +323,7 @@ def _hold_back_later(run: Run) -> None:
     """
     event = states.HeldBack()
     later = Run.objects.filter(thread_id=run.thread_id, position__gt=run.position)
-    held_back = transactions.in_order(later.that(event.guard), "position")
+    held_back = db.in_order(later.that(event.guard), "position")
     held_back.update(**as_columns(outcomes.change_of(run, event)))
 
 
@@ -339,11 +339,11 @@ def _announce_request(run: Run) -> None:
     transaction.on_commit(partial(stream.publish, [event.as_entry()]), robust=True)
 
 
-@transactions.repeated
+@db.retry_on_conflict
 def tell_again(events: EventQuerySet) -> int:
     """Add events to the stream once more; readers know them by their ids. How many."""
     entries = [event.as_entry() for event in events]
     # Until a worker has seen them there, the relay sees to it.
-    transactions.in_order(events).update(published_at=None)
+    db.in_order(events).update(published_at=None)
     transaction.on_commit(partial(stream.publish, entries), robust=True)
     return len(entries)

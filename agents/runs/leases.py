@@ -22,7 +22,7 @@ from django.utils import timezone
 
 from agents.lifecycle import states
 from agents.models import Run
-from lib import transactions
+from lib import db
 
 logger = logging.getLogger(__name__)
 
@@ -132,7 +132,7 @@ class Heartbeat:
                 return
         held = Run.objects.held_by(worker_name()).filter(pk__in={lease.run_id for lease in leases})
         with transaction.atomic():
-            in_order = transactions.in_order(held, "thread", "position")
+            in_order = db.in_order(held, "thread", "position")
             renewed = in_order.update(lease_expires_at=Now() + rules().lease)
         if renewed < len(leases):
             still = set(held.values_list("pk", "attempt"))

@@ -212,7 +212,7 @@ def summarise(thread_id: str) -> Summary | None:
         return None
     model = settings.CHAT_SUMMARY_MODEL or _model_of(thread)
     prompt = summary_prompt(thread.summary, left)
-    db.give_back()
+    db.release_connection()
     purse = _purse_of(thread)
     deadline = time.monotonic() + SUMMARY_LEASE.total_seconds() - 30
     control = completions.Control(deadline=deadline, purse=purse)

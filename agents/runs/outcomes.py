@@ -25,7 +25,7 @@ from agents.models import OVERDUE, Attempt, Event, Run, Step
 from agents.runs import leases, memory
 from agents.usage import prices
 from chat.models import Message, Thread
-from lib.db import AWAY
+from lib.db import TRANSIENT_ERRORS
 
 logger = logging.getLogger(__name__)
 lines = structlog.get_logger(__name__)
@@ -56,7 +56,7 @@ def persist(record: Callable[[], bool]) -> bool:
     while True:
         try:
             return record()
-        except AWAY as error:
+        except TRANSIENT_ERRORS as error:
             if time.monotonic() + pause > give_up or connection.in_atomic_block:
                 raise
             logger.warning("The outcome was not recorded, trying again: %s", error)

@@ -27,7 +27,7 @@ from agents.llm import completions
 from agents.models import Run, today
 from agents.models.limits import Kind, Limit, Pace, Spending
 from agents.usage import prices
-from lib import db, transactions
+from lib import db
 from realm.models import User
 
 ANONYMOUS = "(anonymous)"
@@ -344,7 +344,7 @@ class Purse:
 
     def reserve(self, model: str, size: int) -> None:
         """Set aside what a call with so many bytes to read may take. Raises `llm.LLMError` where that
-        is not there, and `lib.db.AWAY`."""
+        is not there, and `lib.db.TRANSIENT_ERRORS`."""
         scopes = [scope for scope in scopes_of(*self._who) if scope.has_budget]
         if not scopes:
             self._call = None
@@ -361,7 +361,7 @@ class Purse:
                 str(reached), code="budget_exhausted", permanent=True
             ) from None
         finally:
-            db.give_back()
+            db.release_connection()
         self._call = Call(model, size // BYTES_PER_TOKEN + 1, tokens, cost)
 
     def note(self, reply: completions.Reply, *, refused: bool) -> None:
@@ -459,5 +459,5 @@ def forget() -> None:
     with transaction.atomic():
         # Where the rate has no limit, only the day tells who has asked lately.
         left = Pace.objects.filter(free_at__lt=long_ago, bytes_on__lt=long_ago // DAY)
-        transactions.in_order(left).delete()
+        db.in_order(left).delete()
         Spending.objects.filter(day__lt=today() - SPENDING_MEMORY).delete()

@@ -20,7 +20,7 @@ from django.db.models.functions import Now
 from django.utils import timezone
 
 from agents.models import OVERDUE, Attempt, Event, Rollup, RollupState, Run, Summary, Usage
-from lib import transactions
+from lib import db
 
 BATCH = 1000
 # A fold in a worker takes no more than this many batches; the rest is for the next.
@@ -196,7 +196,7 @@ def _fold(source: Source, batch: int) -> int:
     with transaction.atomic():
         _lock()
         marked = source.model.objects.filter(pk__in=[row["pk"] for row in rows], to_count=True)
-        if transactions.in_order(marked).update(to_count=False) != len(rows):
+        if db.in_order(marked).update(to_count=False) != len(rows):
             # Another process has counted some of them since.
             transaction.set_rollback(True)
             return 0

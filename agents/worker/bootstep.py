@@ -25,10 +25,8 @@ from celery import bootsteps, signals
 from celery.worker import state
 from django.conf import settings
 from django.db import (
-    DatabaseError,
     DataError,
     IntegrityError,
-    InterfaceError,
     close_old_connections,
     connection,
     transaction,
@@ -49,7 +47,7 @@ from agents.usage import limits, rollups
 from agents.worker import dispatch, presence
 from agents.worker.maintenance import CHORES
 from chat.models import Thread
-from lib import transactions
+from lib import db
 from lib.tracing import tagged
 
 logger = logging.getLogger(__name__)
@@ -68,8 +66,7 @@ PRUNE_SECONDS = 15.0
 # The keeper does its chores in turn, and has more pressing ones than old rows.
 PRUNE_AT_ONCE_SECONDS = 0.5
 # What passes by itself, when whoever is away comes back.
-DATABASE_TROUBLE = (DatabaseError, InterfaceError)
-TROUBLE = (RedisError, BrokerError, *DATABASE_TROUBLE, OSError)
+TROUBLE = (BrokerError, *db.SERVICE_ERRORS)
 # An event that no worker has seen on the stream for this long is added again.
 RELAY_PATIENCE = timedelta(seconds=5)
 # An entry that a worker took and did not acknowledge for this long is taken over.
@@ -123,7 +120,7 @@ class Reader:
         if seen:
             with transaction.atomic():
                 unpublished = Event.objects.unpublished().filter(pk__in=seen)
-                transactions.in_order(unpublished).update(published_at=Now())
+                db.in_order(unpublished).update(published_at=Now())
 
     def _following(self, threads: set[str]) -> list[str]:
         """The next run of each of these threads. Whether it may be claimed is for the claim to tell."""
@@ -351,7 +348,7 @@ class Leaving(threading.Thread):
         try:
             if returned := execution.hand_back():
                 logger.info("Handed back %d runs that took longer than the grace", returned)
-        except DATABASE_TROUBLE:
+        except db.DATABASE_ERRORS:
             logger.exception("The runs were not handed back: they wait for their leases to lapse")
         # Threads that get a chunk now notice, and the process ends as Celery would have it.
         time.sleep(LAST_SECONDS)

@@ -20,7 +20,7 @@ from agents import tasks
 from agents.events import stream
 from agents.models import Run, RunQuerySet
 from agents.runs import fairness
-from lib import transactions
+from lib import db
 
 # The part of the time that a reader spends on looking for whose turn it is.
 LOOKING = 0.25
@@ -77,7 +77,7 @@ class Turns:
         if run_ids:
             with transaction.atomic():
                 asked = Run.objects.filter(pk__in=run_ids, status=Run.Status.QUEUED)
-                transactions.in_order(asked, *ORDER).update(handed_at=None)
+                db.in_order(asked, *ORDER).update(handed_at=None)
             fairness.left.set()
         ran_empty = self._found_enough and not waiting
         is_short = waiting <= max(least(), self._ahead) // 2
@@ -123,11 +123,11 @@ def _mark_and_hand_over(run_ids: list[str]) -> None:
         return
     marked = Run.objects.filter(pk__in=run_ids)
     with transaction.atomic():
-        transactions.in_order(marked, *ORDER).update(handed_at=Now())
+        db.in_order(marked, *ORDER).update(handed_at=Now())
     try:
         hand_over(run_ids)
     except BrokerError:
         with transaction.atomic():
             queued = marked.filter(status=Run.Status.QUEUED)
-            transactions.in_order(queued, *ORDER).update(handed_at=None)
+            db.in_order(queued, *ORDER).update(handed_at=None)
         raise

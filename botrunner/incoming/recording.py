@@ -18,7 +18,7 @@ from botrunner.incoming.events import ENCRYPTED, MARK, REDACTION, Said, server_o
 from botrunner.incoming.matching import FORGET, Listener, Listeners, at, matches_any, order_of
 from botrunner.incoming.verdicts import stored
 from botrunner.models import MAX_TYPE_LENGTH, Room, RoomEvent, Session
-from lib.db import AWAY
+from lib.db import TRANSIENT_ERRORS
 from realm.filters import EVENT_TYPES, Filter
 from realm.models import User
 
@@ -307,7 +307,7 @@ def _keep_and_ask(kept: list[Kept], pending: list[Kept], ask: Callable[[Kept], N
             RoomEvent.objects.bulk_create([each.row for each in kept])
             for each in pending:
                 ask(each)
-    except AWAY:
+    except TRANSIENT_ERRORS:
         raise  # the database is away, and the batch comes again
     except Exception as error:
         logger.debug("Not asked at once: %s", error)

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import orjson
-from django.db import DatabaseError, InterfaceError
 
 from agents.events.subscriber import Gap, Hub, Place, Told
 from agents.models import Run
@@ -25,6 +24,7 @@ from botrunner.incoming.recording import LeaseLost
 from botrunner.matrix.client import Homeserver, MatrixError
 from botrunner.models import Reply, Room, Session
 from botrunner.outgoing.replies import MAX_CONTENT_BYTES, edit_of, parts_of
+from lib.db import DATABASE_ERRORS
 
 logger = logging.getLogger(__name__)
 
@@ -186,7 +186,7 @@ class Drafts:
                         continue
                     for told in await listener.take(wait):
                         draft.hear(told)
-        except (DatabaseError, InterfaceError) as error:
+        except DATABASE_ERRORS as error:
             logger.info("The answer of run %s is not shown while it is written: %s", run_id, error)
         except LeaseLost:
             draft.over = True  # another process goes on with it

@@ -18,7 +18,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, cast
 
 import structlog
-from django.db import DatabaseError, IntegrityError, InterfaceError
+from django.db import IntegrityError
 from django.db.models import Exists, F, OuterRef, Q
 from django.utils import timezone
 
@@ -29,6 +29,7 @@ from botrunner.incoming.recording import LeaseLost
 from botrunner.matrix.client import Homeserver, KeysOutdated, MatrixError, TokenRefused
 from botrunner.models import Reply, Room, Session
 from chat.markdown import in_order, to_html
+from lib.db import DATABASE_ERRORS
 from lib.tracing import tagged
 
 if TYPE_CHECKING:
@@ -572,7 +573,7 @@ class Sender:
                     after = await unit(self._change)(part_sent, reply, sent)
             except MatrixError as error:
                 after = await unit(self._change)(not_sent, reply, error)
-            except (LeaseLost, KeysOutdated, DatabaseError, InterfaceError):
+            except (LeaseLost, KeysOutdated, *DATABASE_ERRORS):
                 raise
             except Exception as error:
                 # One reply that cannot be sent must not keep all the others waiting.

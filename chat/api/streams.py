@@ -28,7 +28,7 @@ from chat import rights
 from chat.api.serializers import message_json, run_json
 from chat.models import fitting, read_contents
 from chat.rights import Caller
-from lib.db import AWAY
+from lib.db import TRANSIENT_ERRORS
 from realm.access import Reason
 
 logger = logging.getLogger(__name__)
@@ -220,7 +220,7 @@ async def _end_if_ended(listener: subscriber.Listener) -> None:
             if await _which_ended([listener.run_id]):
                 listener.end()
             return
-        except AWAY as error:
+        except TRANSIENT_ERRORS as error:
             logger.warning("A listener cannot look whether its run has ended: %s", error)
             await asyncio.sleep(2)
 

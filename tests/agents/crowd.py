@@ -22,7 +22,7 @@ from agents.usage import rollups
 from agents.worker import dispatch
 from chat.models import Thread
 from console import bulk
-from lib import transactions
+from lib import db
 from realm.models import User
 from webhooks import deliveries
 
@@ -219,7 +219,7 @@ class Member:
         user = self.luck.choice(self.crowd.people)
         quiet = Thread.objects.filter(pk=self.thread_id(user))
         quiet.exclude(runs__in=Run.objects.unfinished()).update(updated_at=old)
-        told = transactions.in_order(Event.objects.filter(run__thread__in=quiet))
+        told = db.in_order(Event.objects.filter(run__thread__in=quiet))
         with transaction.atomic():
             told.update(published_at=old)
         retention.prune()

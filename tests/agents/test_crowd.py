@@ -9,7 +9,7 @@ from django.db import OperationalError, connection, transaction
 
 from agents.models import Run
 from chat.models import Message, Thread
-from lib import transactions
+from lib import db
 from realm.models import User
 from tests.agents.conftest import Broker
 from tests.agents.crowd import Crowd
@@ -91,7 +91,7 @@ def crossing() -> Any:
 
 
 def test_what_is_ended_for_a_deadlock_is_carried_out_again(crossing: Any) -> None:
-    assert crossing(transactions.repeated) == []
+    assert crossing(db.retry_on_conflict) == []
 
     assert sorted(crossing.tries.values()) == [1, 2]
 
@@ -100,11 +100,11 @@ def test_only_whole_transactions_are_carried_out_again(crossing: Any) -> None:
     def inside_another(change: Any) -> Any:
         def work(one: str, other: str) -> None:
             with transaction.atomic():
-                transactions.repeated(change)(one, other)
+                db.retry_on_conflict(change)(one, other)
 
         return work
 
     (failure,) = crossing(inside_another)
 
-    assert transactions.is_conflict(failure)
+    assert db.is_conflict(failure)
     assert list(crossing.tries.values()) == [1, 1]

@@ -3,7 +3,7 @@ import time
 import pytest
 from django.db import DatabaseError, connection, transaction
 
-from lib.db import AWAY
+from lib.db import TRANSIENT_ERRORS
 from tests.factories import user
 
 
@@ -14,7 +14,7 @@ def test_a_transaction_with_which_nobody_goes_on_is_ended_and_counts_as_a_lost_c
         cursor.execute("SHOW idle_in_transaction_session_timeout")
         assert cursor.fetchone() == ("10s",)
 
-    with pytest.raises(AWAY) as raised:
+    with pytest.raises(TRANSIENT_ERRORS) as raised:
         _go_away_in_a_transaction()
     assert isinstance(raised.value, DatabaseError)
 
