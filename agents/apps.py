@@ -1,3 +1,4 @@
+from importlib import import_module
 from typing import Any
 
 from django.apps import AppConfig
@@ -13,7 +14,8 @@ class AgentsConfig(AppConfig):
         from agents import deletions
 
         deletions.connect()
-        # What the commands.py of each app adds to the table of agents.runs.commands.
+        import_module("agents.runs.commands")
+        # The commands.py of an app adds to the table.
         autodiscover_modules("commands")
         pre_delete.connect(_delete_threads, sender=settings.AUTH_USER_MODEL)
 

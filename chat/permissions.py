@@ -14,9 +14,8 @@ from agents import inbox
 from agents.models import Run
 from chat.models import Thread, ThreadQuerySet
 from chat.rights import Caller
-from console.audit import client_ip
+from lib.clients import client_ip, network
 from realm.models import User
-from realm.throttles import network
 
 READ_ONLY = (
     "The thread belongs to a Matrix room, and over HTTP its members may only read it. Ask, cancel and "

@@ -127,7 +127,7 @@ AXES_HANDLER = "axes.handlers.database.AxesDatabaseHandler"
 AXES_RESET_ON_SUCCESS = True
 # Whoever goes on trying does not keep the owner out for longer.
 AXES_RESET_COOL_OFF_ON_FAILURE_DURING_LOCKOUT = False
-AXES_CLIENT_IP_CALLABLE = "console.audit.client_ip"
+AXES_CLIENT_IP_CALLABLE = "lib.clients.client_ip"
 AXES_LOCKOUT_CALLABLE = "console.login.locked_out"
 # The audit trail of the console has it.
 AXES_DISABLE_ACCESS_LOG = True

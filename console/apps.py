@@ -10,10 +10,12 @@ class ConsoleConfig(AppConfig):
     def ready(self) -> None:
         from axes.signals import user_locked_out
 
+        import realm.audit
         from agents.worker.maintenance import CHORES
-        from console import bulk, export, login, rights, roles
+        from console import audit, bulk, export, login, rights, roles
 
         export.guard = rights.guard
+        realm.audit.record = audit.record_change
         CHORES.append((bulk.sweep, bulk.SWEEP_SECONDS))
         post_migrate.connect(roles.grant, dispatch_uid="console.roles")
         user_logged_in.connect(login.note_login, dispatch_uid="console.login")

@@ -1,15 +1,14 @@
 """The door to the audit trail: who did what, and whose words they read."""
 
 from datetime import timedelta
-from ipaddress import ip_address
 from typing import Any
 
-from django.conf import settings
 from django.db import transaction
 from django.db.models import Model
 from django.http import HttpRequest
 
 from console.models import AuditEntry
+from lib.clients import client_ip
 
 Action = AuditEntry.Action
 # A page that updates itself is one reading.
@@ -79,14 +78,8 @@ def _save(entry: AuditEntry) -> None:
         entry.save(force_insert=True)
 
 
-def client_ip(request: HttpRequest) -> str | None:
-    """Where a request comes from. With `TRUSTED_PROXIES` proxies in front, each of which appends whom
-    it heard from, that many entries of X-Forwarded-For can be believed."""
-    address = request.META.get("REMOTE_ADDR", "")
-    if settings.TRUSTED_PROXIES:
-        heard = request.META.get("HTTP_X_FORWARDED_FOR", "").split(",")
-        address = heard[-min(settings.TRUSTED_PROXIES, len(heard))].strip() or address
-    try:
-        return str(ip_address(address))
-    except ValueError:
-        return None  # a Unix socket
+def record_change(row: Model, result: str, program: str) -> None:
+    """Record a change that a program has made without a request; see `realm.audit`."""
+    entry = entry_of(None, Action.CHANGE, row, result=result)
+    entry.name = program
+    entry.save()

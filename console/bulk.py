@@ -23,6 +23,7 @@ from django.utils import timezone
 
 from console import audit
 from console.models import BulkItem, BulkJob
+from lib.clients import client_ip
 from lib.db import TRANSIENT_ERRORS
 
 logger = logging.getLogger(__name__)
@@ -72,7 +73,7 @@ def start(request: HttpRequest, deed: Deed, rows: QuerySet[Any], *, reason: str 
             reason=reason,
             who=user,
             name=user.get_username(),
-            ip=audit.client_ip(request),
+            ip=client_ip(request),
         )
         job.total = _settle(job, rows.order_by(deed.order))
         job.save(update_fields=["total"])

@@ -27,6 +27,7 @@ from unfold.widgets import BASE_INPUT_CLASSES
 
 from console import audit
 from console.models import AuditEntry
+from lib.clients import client_ip, network
 from realm import throttles
 
 Action = AuditEntry.Action
@@ -150,12 +151,12 @@ class LoginTries:
         match, most = request.resolver_match, settings.LOGIN_TRIES_PER_MINUTE
         if request.method != "POST" or match is None or match.view_name not in self.VIEWS:
             return None
-        address = throttles.network(audit.client_ip(request))
-        if not most or throttles.tries(f"login:{address}") <= most:
+        address = network(client_ip(request))
+        if not most or throttles.count_attempt(f"login:{address}") <= most:
             return None
         context = {**admin.site.each_context(request), "title": "Too many tries", "most": most}
         page = render(request, "console/too_many_tries.html", context, status=429)
-        page["Retry-After"] = str(throttles.seconds_left())
+        page["Retry-After"] = str(throttles.seconds_until_reset())
         return page
 
 
@@ -234,7 +235,7 @@ def locked_out(request: HttpRequest, *_: Any) -> HttpResponse:
     """Says for how long; django-axes calls it."""
     cool_off = get_cool_off(request) or timedelta()
     attempt = AccessAttempt.objects.filter(
-        username=request.POST.get("username", ""), ip_address=audit.client_ip(request)
+        username=request.POST.get("username", ""), ip_address=client_ip(request)
     ).first()
     left = cool_off
     if attempt is not None:
@@ -254,7 +255,7 @@ def note_login(sender: Any, request: HttpRequest | None, user: Any, **_: Any) ->
     if request is not None:
         if user.is_staff:
             request.session.set_expiry(int(STAFF_SESSION.total_seconds()))
-        audit.entry_of(user, Action.LOGIN, user, ip=audit.client_ip(request)).save()
+        audit.entry_of(user, Action.LOGIN, user, ip=client_ip(request)).save()
 
 
 def note_lockout(

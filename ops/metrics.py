@@ -45,8 +45,9 @@ from prometheus_client.registry import Collector
 
 from agents.events import stream
 from agents.models import Attempt, Rollup, Run
-from agents.usage import prices, refusals, rollups
+from agents.usage import refusals, rollups
 from botrunner.models import Reply
+from lib import formats
 from lib.timeouts import Bounded, NoAnswer, ask_all
 from ops import health
 from webhooks.models import Delivery
@@ -202,7 +203,7 @@ def _outcome_metrics(found: Outcomes) -> Iterator[Metric]:
         "botrealm_cost",
         "What they cost, in the currency of the prices.",
         ["model"],
-        {model: float(prices.amount(cost)) for model, cost in found.costs.items()},
+        {model: float(formats.amount(cost)) for model, cost in found.costs.items()},
     )
     yield _counters(
         "botrealm_unpriced",

@@ -9,9 +9,8 @@ from django.db.models import QuerySet
 from rest_framework.fields import Field, UUIDField
 from rest_framework_json_api import serializers
 
-from agents.runs import commands
 from lib.jsonapi import Forbidden, Missing, StringField
-from realm import models, openid, tokens
+from realm import commands, models, openid, tokens
 from realm.filters import Filter, InvalidFilter
 from realm.models import BotCommand, BotRegistration, User
 

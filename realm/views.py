@@ -49,7 +49,7 @@ class ServerSessionView(JSONAPIView):
     # Whoever comes for a new token may still send the one that has expired.
     authentication_classes = []
     permission_classes = []
-    throttle_classes = [throttles.ServerSessions]
+    throttle_classes = [throttles.ServerSessionThrottle]
     refusals = {
         openid.TokenRefused: exceptions.AuthenticationFailed,
         openid.HomeserverAway: Unavailable,

@@ -208,7 +208,7 @@ def _fresh_heartbeat() -> Iterator[None]:
     yield
     leases.heartbeat.cache_clear()
     publisher.desk.cache_clear()
-    throttles._alone.forget()
+    throttles.local_counter.reset()
 
 
 @pytest.fixture(autouse=True)

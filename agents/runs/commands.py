@@ -16,10 +16,7 @@ from agents.models import CHAT_REPLY, Run
 from agents.runs import http_commands, memory
 from chat.models import Message
 from lib import db
-
-
-class UnknownCommand(Exception):
-    """There is no such command; the message lists the known ones and is safe to show."""
+from realm.commands import COMMANDS, is_allowed_url
 
 
 @dataclass(frozen=True)
@@ -33,7 +30,6 @@ class Call:
 
 # The answer of a call, as Markdown. Raises `llm.LLMError`.
 Function = Callable[[Call], str]
-COMMANDS: dict[str, Function] = {}
 
 
 def command(name: str) -> Callable[[Function], Function]:
@@ -46,26 +42,12 @@ def command(name: str) -> Callable[[Function], Function]:
     return register
 
 
-def known() -> list[str]:
-    """The names that a bot command may fire; `https://HOST/...` where webhooks are allowed."""
-    hosts = [f"https://{host}/..." for host in settings.AGENT_WEBHOOK_HOSTS]
-    return [*sorted(COMMANDS), *hosts]
-
-
-def check(command: str) -> None:
-    """Raises `UnknownCommand` for what could not be carried out."""
-    if command not in COMMANDS and not http_commands.allowed(command):
-        raise UnknownCommand(
-            f"There is no command {command[:200]!r}. Known commands: {', '.join(known())}."
-        )
-
-
 def carry_out(run: Run, *, control: completions.Control, transcript: loop.Transcript) -> str:
     """The answer of a run's command. Raises `llm.LLMError`, or `llm.Stopped` when `control` says so."""
     call = Call(run, control, transcript)
     if function := COMMANDS.get(run.command):
         return function(call)
-    if http_commands.allowed(run.command):
+    if is_allowed_url(run.command):
         return _post(call)
     raise completions.LLMError(
         f"There is no command {run.command[:200]!r} any more.",

@@ -24,11 +24,6 @@ MAX_ANSWER_BYTES = 256 * 1024
 ANSWER_KEYS = ("reply", "output", "text", "content")
 
 
-def allowed(url: str) -> bool:
-    """Whether `url` may be called at all, as far as its text tells."""
-    return outgoing.allowed(url, settings.AGENT_WEBHOOK_HOSTS)
-
-
 def post(url: str, event: dict[str, Any], *, key: str, control: completions.Control) -> str:
     """The text of the answer. `key` lets the receiver know a repetition. Raises `llm.LLMError`, or
     `llm.Stopped` when `control` says so."""

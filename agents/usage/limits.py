@@ -27,7 +27,7 @@ from agents.llm import completions
 from agents.models import Run, today
 from agents.models.limits import Kind, Limit, Pace, Spending
 from agents.usage import prices
-from lib import db
+from lib import db, formats
 from realm.models import User
 
 ANONYMOUS = "(anonymous)"
@@ -134,7 +134,7 @@ def limits_of(kind: Kind, own: Limit | None = None) -> Limits:
         messages=either(own and own.messages_per_minute, "MESSAGES_PER_MINUTE"),
         waiting=either(own and own.runs_waiting, "RUNS_WAITING"),
         tokens=either(own and own.tokens_per_day, "TOKENS_PER_DAY"),
-        cost=int(prices.UNITS * Decimal(either(own and own.cost_per_day, "COST_PER_DAY"))),
+        cost=int(formats.COST_UNITS * Decimal(either(own and own.cost_per_day, "COST_PER_DAY"))),
         bytes=either(own and own.bytes_per_day, "BYTES_PER_DAY"),
     )
 
@@ -301,8 +301,8 @@ def _exhausted(scope: Scope, spent: Spending) -> Reached:
         what, name = f"{limits.tokens:,} tokens", "TOKENS_PER_DAY"
         rest = f"{max(0, limits.tokens - spent.tokens):,} tokens"
     else:
-        what, name = f"{prices.amount(limits.cost):.2f} {prices.currency()}", "COST_PER_DAY"
-        rest = f"{max(Decimal(), prices.amount(limits.cost - spent.cost)):.4f}"
+        what, name = f"{formats.amount(limits.cost):.2f} {prices.currency()}", "COST_PER_DAY"
+        rest = f"{max(Decimal(), formats.amount(limits.cost - spent.cost)):.4f}"
     if limits.tokens and limits.cost:
         what = f"{limits.tokens:,} tokens and {what}"
         rest = f"{max(0, limits.tokens - spent.tokens):,} tokens and {rest}"

@@ -2,12 +2,11 @@
 
 import time
 from collections.abc import Iterable
-from decimal import Decimal
 
 from agents.llm.completions import Usage
 from agents.models import Price, today
+from lib.formats import COST_UNITS
 
-UNITS = 10**12  # of a cost, in one of the currency
 # A new price holds for what is recorded from this much later on.
 REFRESH_SECONDS = 30.0
 
@@ -48,7 +47,7 @@ def cost(model: str, usage: Usage) -> int | None:
         return None
     cached = price.prompt if price.cached is None else price.cached
     return int(
-        UNITS
+        COST_UNITS
         // 10**6
         * (
             (usage.prompt_tokens - usage.cached_tokens) * price.prompt
@@ -62,11 +61,6 @@ def total(costs: Iterable[int | None]) -> int | None:
     """None as soon as one of them is not known: a part of a cost would be taken for all of it."""
     costs = list(costs)
     return None if None in costs else sum(each or 0 for each in costs)
-
-
-def amount(cost: int) -> Decimal:
-    """In the currency."""
-    return Decimal(cost) / UNITS
 
 
 def currency() -> str:

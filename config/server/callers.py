@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from django.conf import settings
 
-from realm.throttles import network
+from lib.clients import UNKNOWN_NETWORK, forwarded_address, network
 
 LONGEST_CREDENTIAL = 4096
 
@@ -20,7 +20,7 @@ class Caller(NamedTuple):
     credential: bytes = b""
 
 
-NOBODY = Caller("unknown")
+NOBODY = Caller(UNKNOWN_NETWORK)
 
 
 def caller_of(client: tuple[str, int] | None, headers: Iterable[tuple[bytes, bytes]]) -> Caller:
@@ -33,10 +33,8 @@ def caller_of(client: tuple[str, int] | None, headers: Iterable[tuple[bytes, byt
         elif name == b"x-forwarded-for":
             forwarded = forwarded + b"," + value if forwarded else value
     address = client[0] if client else ""
-    if settings.TRUSTED_PROXIES and forwarded:
-        heard = forwarded.split(b",")
-        nearest = heard[-min(settings.TRUSTED_PROXIES, len(heard))]
-        address = nearest.decode("latin-1").strip() or address
+    if forwarded:
+        address = forwarded_address(address, forwarded.decode("latin-1"))
     return Caller(_network(address[:100]), credential[:LONGEST_CREDENTIAL])
 
 

@@ -16,11 +16,10 @@ from unfold.decorators import action
 from unfold.enums import ActionVariant
 from unfold.forms import AdminPasswordChangeForm, UserChangeForm, UserCreationForm
 
-from agents.runs import commands
 from chat.models import Thread
 from console import audit, refused
 from console.base import ConsoleAdmin, Empty, Inline, Reasoned, dialog, may_read
-from realm import authority
+from realm import authority, commands
 from realm.models import BotCommand, BotRegistration, User
 
 admin.site.unregister(Group)

@@ -11,7 +11,6 @@ from django.utils import timezone
 from django.utils.html import format_html
 from django.utils.safestring import SafeString, mark_safe
 
-from agents.usage import prices
 from chat import rendering
 
 # Not the functions of `base`: the theme asks for all libraries of tags while that is being loaded.
@@ -57,7 +56,7 @@ def state(value: str) -> SafeString:
 def money(cost: int | None) -> str:
     if cost is None:
         return "no price"
-    return f"{prices.amount(cost):.6f}".rstrip("0").rstrip(".")
+    return f"{formats.amount(cost):.6f}".rstrip("0").rstrip(".")
 
 
 @register.filter

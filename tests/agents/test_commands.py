@@ -10,7 +10,8 @@ import pytest
 from agents import inbox
 from agents.llm import completions
 from agents.models import Run
-from agents.runs import commands, execution, http_commands
+from agents.runs import execution, http_commands
+from realm import commands
 from tests.factories import ask, conversation
 from tests.fakes.receiver import Receiver
 

@@ -1,5 +1,6 @@
 """What a run costs, by the prices that admins keep."""
 
+from decimal import Decimal
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from agents.models import Attempt, Price, Run, Step, today
 from agents.runs import execution, memory
 from agents.usage import prices
 from chat.models import Thread
+from lib import formats
 from tests import factories
 from tests.fakes.llm import FakeLLM
 
@@ -27,8 +29,8 @@ def test_a_run_its_attempt_and_its_step_have_the_same_cost(model: FakeLLM) -> No
     assert expected > 0
     assert run.cost == expected
     assert Attempt.objects.get().cost == Step.objects.get().cost == expected
-    assert prices.amount(expected) * 10**6 == run.prompt_tokens * prices.Decimal("0.15") + (
-        run.completion_tokens * prices.Decimal("0.60")
+    assert formats.amount(expected) * 10**6 == run.prompt_tokens * Decimal("0.15") + (
+        run.completion_tokens * Decimal("0.60")
     )
 
 
@@ -55,7 +57,7 @@ def test_the_price_of_the_day_holds() -> None:
     factories.price(valid_from=today(), prompt="2")
     factories.price(valid_from="2999-01-01", prompt="3")
 
-    assert prices.cost("gpt-4o-mini", Usage(prompt_tokens=1_000_000)) == 2 * prices.UNITS
+    assert prices.cost("gpt-4o-mini", Usage(prompt_tokens=1_000_000)) == 2 * formats.COST_UNITS
 
 
 @pytest.mark.parametrize(("cached", "expected"), [("0.25", 775_000), (None, 1_000_000)])

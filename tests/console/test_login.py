@@ -66,7 +66,7 @@ def test_an_address_may_try_so_often_whatever_the_names(
         request.getfixturevalue("redis")
     # In the middle of a minute, which does not end.
     monkeypatch.setattr(throttles, "time", SimpleNamespace(time=lambda: 1_800_000_020.5))
-    monkeypatch.setattr(throttles, "_alone", throttles.Alone())
+    monkeypatch.setattr(throttles, "local_counter", throttles.LocalCounter())
     throttles.redis.cache_clear()
     request.addfinalizer(throttles.redis.cache_clear)
 

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 from django.db import IntegrityError, transaction
 
-from agents.runs import commands
+from realm import commands
 from realm.filters import Filter
 from realm.models import BotCommand, BotRegistration, User
 from tests.realm.conftest import Client, a_filter, client_of, command_of, only_error

@@ -4,8 +4,7 @@ from django.conf import settings
 from django.core.management.base import BaseCommand, CommandError, CommandParser
 from django.db import transaction
 
-from console import audit
-from realm import tokens
+from realm import audit, tokens
 from realm.models import MATRIX_USER_ID, MAX_MATRIX_ID_LENGTH, NameTaken, User
 
 
@@ -57,11 +56,7 @@ class Command(BaseCommand):
             raise CommandError(f"{name} is not known here: no token of theirs is good.")
         with transaction.atomic():
             user.revoke_tokens()
-            entry = audit.entry_of(
-                None, audit.Action.CHANGE, user, result="All API tokens revoked."
-            )
-            entry.name = "manage.py realm_token"
-            entry.save()
+            audit.record(user, "All API tokens revoked.", "manage.py realm_token")
         self.stdout.write(
             f"All tokens of {name} are revoked. The same without --revoke prints a new one."
         )
