@@ -1,5 +1,5 @@
-"""A thread as its owner reads it on the chat page: questions, answers, and what became of each run. A
-page of it costs the same number of queries however long the thread is."""
+"""Conversations as the chat page shows them: turns with messages, answers and run states. A page takes
+the same number of queries however long the thread is."""
 
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -19,26 +19,25 @@ PAGE = 20
 
 
 @dataclass
-class Turn:
-    """A question, its run and what came of it, as far as they are there."""
+class ConversationTurn:
+    """The messages of a turn, its run and its answer, as far as they exist."""
 
     number: int
-    questions: list[Message] = field(default_factory=list)
+    prompts: list[Message] = field(default_factory=list)
     answer: Message | None = None
     run: Run | None = None
     steps: list[Step] = field(default_factory=list)
-    # What a run had said when it was stopped.
+    # The output of a cancelled run up to its cancellation.
     partial: str = ""
     state: str = ""
 
     @property
-    def going(self) -> bool:
+    def active(self) -> bool:
         return self.run is not None and not self.run.is_finished
 
     @property
-    def heard(self) -> str:
-        """The id of the last event that is of no interest any more: what an attempt has told that has
-        ended. Empty where there was none."""
+    def last_event_id(self) -> str:
+        """The id of the last event of the last ended attempt, for `after`. Empty if there is none."""
         if self.run is None:
             return ""
         ended = self.run.attempt - (self.run.status == Run.Status.PROCESSING)
@@ -50,7 +49,7 @@ class Turn:
 
     @property
     def took(self) -> timedelta | None:
-        """Since it was last asked for."""
+        """The time from the message, or from the last retry, to the end of the run."""
         run = self.run
         if run is None or run.finished_at is None:
             return None
@@ -58,15 +57,13 @@ class Turn:
 
 
 @dataclass
-class Part:
-    """What a page shows of a thread."""
-
-    turns: list[Turn]
-    earlier: int | None  # the first turn shown, where there are more before it
+class ConversationPage:
+    turns: list[ConversationTurn]
+    earlier: int | None  # the first turn shown, if there are more before it
 
     @property
     def prose(self) -> list[str]:
-        """What models wrote, the latest first."""
+        """Model output, latest first."""
         texts = (turn.answer.content if turn.answer else turn.partial for turn in self.turns)
         return [text for text in texts if text][::-1]
 
@@ -75,18 +72,20 @@ class Part:
         return next((turn.run.model for turn in reversed(self.turns) if turn.run), "")
 
 
-def part(thread: Thread, reader: User | None, *, before: int | None = None) -> Part:
-    """The turns before the turn `before`; the latest ones by default. Of a room's thread, those that
-    the reader has been in the room for."""
+def load_page(
+    thread: Thread, reader: User | None, *, before: int | None = None
+) -> ConversationPage:
+    """Return the turns before the turn `before`, by default the latest ones. In a room's thread, only
+    those since the reader joined."""
     end = thread.turns if before is None else min(before, thread.turns)
     first = _first_visible(thread, reader) if thread.room_id else 0
     start = _start(thread, end, first)
     turns = _turns(thread, start, end)
-    return Part(turns=turns, earlier=start if start > first else None)
+    return ConversationPage(turns=turns, earlier=start if start > first else None)
 
 
 def _first_visible(thread: Thread, reader: User | None) -> int:
-    """The turn after the last one that is hidden from the reader."""
+    """Return the turn after the last one that is hidden from the reader."""
     visible = Run.objects.visible_to(reader)
     hidden = Run.objects.filter(thread=thread).exclude(pk__in=visible.values("pk"))
     last = hidden.order_by("-position").values_list("position", flat=True).first()
@@ -94,11 +93,11 @@ def _first_visible(thread: Thread, reader: User | None) -> int:
 
 
 def _start(thread: Thread, end: int, first: int) -> int:
-    """Where a part begins that ends before `end`: PAGE turns earlier, fewer where they are long, and
-    not before the turn `first`."""
+    """Return the first turn of the page that ends before `end`: PAGE turns earlier, later if they are
+    long, and not before the turn `first`."""
     start = min(max(end - PAGE, first), end)
-    said = Message.objects.filter(thread=thread, position__gte=2 * start, position__lt=2 * end)
-    sizes = dict(said.values_list("position", Length("content")))
+    messages = Message.objects.filter(thread=thread, position__gte=2 * start, position__lt=2 * end)
+    sizes = dict(messages.values_list("position", Length("content")))
     unanswered = [2 * turn for turn in range(start, end) if 2 * turn + 1 not in sizes]
     if unanswered:
         partial = Step.objects.filter(
@@ -110,64 +109,65 @@ def _start(thread: Thread, end: int, first: int) -> int:
     return max(start, end - fitting(reversed(of_turns)))
 
 
-def turn_of(run: Run) -> Turn:
+def load_turn(run: Run) -> ConversationTurn:
     return _turns(run.thread, run.turn, run.turn + 1)[0]
 
 
-def _turns(thread: Thread, start: int, end: int) -> list[Turn]:
+def _turns(thread: Thread, start: int, end: int) -> list[ConversationTurn]:
     span = {"position__gte": 2 * start, "position__lt": 2 * end}
-    turns: dict[int, Turn] = {}
+    turns: dict[int, ConversationTurn] = {}
     for message in Message.objects.filter(thread=thread, **span).order_by("position"):
-        turn = turns.setdefault(message.position // 2, Turn(message.position // 2))
+        number = message.position // 2
+        turn = turns.setdefault(number, ConversationTurn(number))
         if message.role == Message.Role.ASSISTANT:
             turn.answer = message
         else:
-            turn.questions.append(message)
+            turn.prompts.append(message)
     runs = {run.pk: run for run in Run.objects.filter(thread=thread, **span)}
     of_run = {run.pk: turns[run.turn] for run in runs.values() if run.turn in turns}
     for run_id, turn in of_run.items():
         turn.run = runs[run_id]
     for step in Step.objects.filter(run__in=of_run).defer("input", "output").order_by("id"):
         of_run[step.run_id].steps.append(step)
-    _tell_partial_answers(of_run)
-    _tell_states(thread, list(of_run.values()))
+    _load_partial_answers(of_run)
+    _set_states(thread, list(of_run.values()))
     return list(turns.values())
 
 
-def _tell_partial_answers(of_run: dict[str, Turn]) -> None:
+def _load_partial_answers(of_run: dict[str, ConversationTurn]) -> None:
     last = [
         turn.steps[-1].pk
         for turn in of_run.values()
         if turn.run and turn.run.status == Run.Status.CANCELLED and turn.steps
     ]
-    said = Step.objects.filter(pk__in=last, kind=Step.Kind.MODEL, attempt=F("run__attempt"))
-    for run_id, output in said.values_list("run_id", "output"):
+    steps = Step.objects.filter(pk__in=last, kind=Step.Kind.MODEL, attempt=F("run__attempt"))
+    for run_id, output in steps.values_list("run_id", "output"):
         of_run[run_id].partial = output
 
 
-def _tell_states(thread: Thread, turns: list[Turn]) -> None:
-    """In words, what each run waits for that has not ended."""
-    going = [turn for turn in turns if turn.going]
-    if not going:
+def _set_states(thread: Thread, turns: list[ConversationTurn]) -> None:
+    """Describe what each active run waits for."""
+    active = [turn for turn in turns if turn.active]
+    if not active:
         return
     first = Run.objects.unfinished().filter(thread=thread).order_by("position").first()
-    for turn in going:
+    for turn in active:
         if turn.run and first and turn.run.pk == first.pk:
             turn.state = _state(turn.run)
         else:
-            turn.state = "Waiting for the answer before it."
+            turn.state = "Queued behind the previous message."
 
 
 def _state(run: Run) -> str:
     now = timezone.now()
     if run.status == Run.Status.PROCESSING:
         if run.lease_expires_at and run.lease_expires_at < now:
-            return "Its worker does not answer any more. Another one takes over."
+            return "The worker stopped responding. Another worker will take over."
         return "Answering."
-    if not _redis_answers():
-        return "Redis is away. The question is kept, and answered when Redis is back."
+    if not _queue_is_available():
+        return "The queue is unavailable. Your message is saved and will be answered."
     if not Worker.objects.reading().exists():
-        return "No worker is running. The question is kept, and answered when there is one."
+        return "No worker is running. Your message is saved and will be answered."
     return _between_attempts(run) if run.attempts_spent else "Waiting for a worker."
 
 
@@ -177,11 +177,11 @@ def _between_attempts(run: Run) -> str:
         return "Waiting for a worker."
     wait = (run.due_at - timezone.now()).total_seconds() if run.due_at else 0
     when = f"in {wait:.0f} s" if wait >= 1 else "now"
-    spent, most = run.attempts_spent, settings.AGENT_MAX_ATTEMPTS
-    return f"The model did not answer (attempt {spent} of {most}). It is asked again {when}."
+    spent, limit = run.attempts_spent, settings.AGENT_MAX_ATTEMPTS
+    return f"The model did not answer (attempt {spent} of {limit}). Retrying {when}."
 
 
-def _redis_answers() -> bool:
+def _queue_is_available() -> bool:
     try:
         stream.observer().ping()
     except RedisError:

@@ -1,4 +1,4 @@
-"""Markdown as models write it, as HTML that is safe to show: in a room and on the chat page."""
+"""Convert a model's Markdown to safe HTML, for rooms and the chat page."""
 
 import functools
 import html
@@ -14,52 +14,52 @@ from markdown_it.rules_inline import StateInline
 from markdown_it.token import Token
 
 # https://spec.matrix.org/v1.11/client-server-api/#mroommessage-msgtypes, without images: an answer
-# must not make its readers load what somebody else has chosen.
+# must not make its readers load resources from third parties.
 TAGS = {
     *("del", "h1", "h2", "h3", "h4", "h5", "h6", "blockquote", "p", "a", "ul", "ol", "sup", "sub"),
     *("li", "b", "i", "u", "strong", "em", "s", "code", "hr", "br", "div", "table", "thead"),
     *("tbody", "tr", "th", "td", "caption", "pre", "span", "details", "summary"),
 }
 ATTRIBUTES = {"*": set(), "a": {"href"}, "ol": {"start"}, "code": {"class"}}
-# What nests deeper is left out.
+# Deeper nesting is left out.
 MAX_NESTING = 20
-# A longer text is shown as it was written, and so is one that takes more steps: a line, a token or a
-# look at a character that may mean something is one. Each takes some 10 microseconds.
+# Longer text, or text that takes more steps, is shown as plain text. A line, a token and the test of a
+# special character are a step each, of some 10 microseconds.
 MAX_LENGTH = 50_000
 MAX_STEPS = 20_000
-# A row of a table is filled up to as many cells as its head has, so short ones can make many. What
-# would have more is shown as the lines that were written; one that is written in full never has half
-# as many as characters.
+# A table row is padded to the number of columns in its header, so short rows can make many cells. A
+# larger table is shown as plain lines; a table written in full has less than half as many cells as
+# characters.
 MAX_CELLS = 2_000
-FEW_CELLS = 50
-# A text whose tags and addresses would be this much longer than itself is shown as it was written: a
-# definition can be referred to again and again.
+MIN_CELLS = 50
+# Text whose HTML would be this many times longer is shown as plain text: a link definition can be used
+# again and again.
 MAX_GROWTH = 8
-SMALL = 1_000
-# What is added to a link that opens a page of its own.
-LINK = len(' target="_blank" rel="noopener noreferrer nofollow"')
-# Between these, text is shown in another order than it is written in: "exe.txt" could be "txt.exe".
-ORDERS = re.compile("[\u202a-\u202e\u2066-\u2069]")
-# One class, or the reader's page could be made to look like another: "```x&#32;fixed&#32;inset-0".
+GROWTH_ALLOWANCE = 1_000
+# The attributes added to a link that opens in a new tab.
+LINK_LENGTH = len(' target="_blank" rel="noopener noreferrer nofollow"')
+# Bidirectional controls, which reorder the displayed text: "exe.txt" could be shown as "txt.exe".
+BIDI_CONTROLS = re.compile("[\u202a-\u202e\u2066-\u2069]")
+# One class only, so that an answer cannot restyle the page: "```x&#32;fixed&#32;inset-0".
 LANGUAGE = re.compile(r"language-[\w+#.-]{1,40}", re.ASCII)
 SCHEMES = {"https", "http", "ftp", "mailto", "magnet"}
 
 
-class TooMuch(Exception):
-    """The text takes more steps than it may."""
+class TooManySteps(Exception):
+    pass
 
 
 @dataclass
 class Steps:
-    """How many a text, or all those of a page, may still take."""
+    """The steps that a text, or all texts of a page, may still take."""
 
-    left: int = MAX_STEPS
+    remaining: int = MAX_STEPS
 
     def take(self, count: int) -> None:
-        """Raises `TooMuch`."""
-        self.left -= count
-        if self.left < 0:
-            raise TooMuch
+        """Use `count` steps. Raises `TooManySteps`."""
+        self.remaining -= count
+        if self.remaining < 0:
+            raise TooManySteps
 
 
 @functools.cache
@@ -85,16 +85,16 @@ def _at_character(state: StateInline, silent: bool) -> bool:
 
 
 def _table(state: StateBlock, line: int, end: int, silent: bool) -> bool:
-    """The rule of the library, for tables that are not too large."""
+    """Apply the library's table rule, unless the table is too large."""
     if silent or not table(state, line, end, True):
         return silent and table(state, line, end, True)
     columns = sum(map(bool, map(str.strip, getLine(state, line + 1).split("|"))))
-    most = state.env["cells"] // columns
-    # What follows without an empty line are rows, nearly always.
+    limit = state.env["cells"] // columns
+    # The lines up to the next empty one are rows, nearly always.
     rows = 0
-    while rows <= most and line + rows < end and not _ends_a_table(state, line + rows):
+    while rows <= limit and line + rows < end and not _ends_a_table(state, line + rows):
         rows += 1
-    if rows > most:
+    if rows > limit:
         state.env["steps"].take(rows)
         return False
     state.env["cells"] -= rows * columns
@@ -105,66 +105,66 @@ def _ends_a_table(state: StateBlock, line: int) -> bool:
     return state.isEmpty(line) or state.sCount[line] < state.blkIndent
 
 
-def to_html(text: str, *, apart: bool = False, steps: Steps | None = None) -> str:
-    """`apart`: links open a page of their own, which is told nothing of ours. Rooms have no use for
-    that: a client opens links as it likes. `steps`: those that the page has left."""
+def to_html(text: str, *, new_tab: bool = False, steps: Steps | None = None) -> str:
+    """Return sanitised HTML. `new_tab`: links open in a new tab, without a referrer; a Matrix client
+    decides that itself. `steps`: the steps that the page may still take."""
     steps = steps or Steps()
     parsed = _parsed(text, steps) if len(text) <= MAX_LENGTH else None
-    return as_written(text) if parsed is None else _rendered(*parsed, apart=apart)
+    return as_plain_text(text) if parsed is None else _rendered(*parsed, new_tab=new_tab)
 
 
-def as_written(text: str) -> str:
-    return in_order(f"<pre>{html.escape(text)}</pre>")
+def as_plain_text(text: str) -> str:
+    return strip_bidi_controls(f"<pre>{html.escape(text)}</pre>")
 
 
 def _parsed(text: str, steps: Steps) -> tuple[list[Token], dict[str, Any]] | None:
-    """None for what takes too many steps, or would grow too long."""
-    mine = Steps(min(MAX_STEPS, steps.left))
-    had = mine.left
-    most = min(MAX_CELLS, FEW_CELLS + len(text) // 2)
-    env: dict[str, Any] = {"steps": mine, "tokens": 0, "cells": most}
+    """Return None if the text takes too many steps or its HTML would be too long."""
+    budget = Steps(min(MAX_STEPS, steps.remaining))
+    available = budget.remaining
+    cells = min(MAX_CELLS, MIN_CELLS + len(text) // 2)
+    env: dict[str, Any] = {"steps": budget, "tokens": 0, "cells": cells}
     try:
-        mine.take(text.count("\n"))
+        budget.take(text.count("\n"))
         tokens = _parser().parse(text, env)
-    except TooMuch:
+    except TooManySteps:
         return None
     finally:
-        steps.left -= had - max(mine.left, 0)
-    grown = sum(map(_weight, tokens))
-    return (tokens, env) if grown <= MAX_GROWTH * len(text) + SMALL else None
+        steps.remaining -= available - max(budget.remaining, 0)
+    length = sum(map(_html_length, tokens))
+    return (tokens, env) if length <= MAX_GROWTH * len(text) + GROWTH_ALLOWANCE else None
 
 
-def _weight(token: Token) -> int:
-    """About how long its HTML is."""
-    within = sum(map(_weight, token.children)) if token.children else len(token.content)
+def _html_length(token: Token) -> int:
+    """Estimate the length of the token's HTML."""
+    within = sum(map(_html_length, token.children)) if token.children else len(token.content)
     if token.type == "link_open":
-        within += LINK
+        within += LINK_LENGTH
     return within + len(token.tag) + 3 + sum(len(str(value)) for value in token.attrs.values())
 
 
-def _rendered(tokens: list[Token], env: dict[str, Any], *, apart: bool) -> str:
+def _rendered(tokens: list[Token], env: dict[str, Any], *, new_tab: bool) -> str:
     parser = _parser()
     cleaned = nh3.clean(
         parser.renderer.render(tokens, parser.options, env),
         tags=TAGS,
         attributes=ATTRIBUTES,
         url_schemes=SCHEMES,
-        link_rel="noopener noreferrer nofollow" if apart else None,
-        set_tag_attribute_values={"a": {"target": "_blank"}} if apart else None,
+        link_rel="noopener noreferrer nofollow" if new_tab else None,
+        set_tag_attribute_values={"a": {"target": "_blank"}} if new_tab else None,
         attribute_filter=_attribute,
     )
-    # After it: they may be written as entities.
-    return in_order(cleaned).strip()
+    # After sanitising, since the controls may be written as entities.
+    return strip_bidi_controls(cleaned).strip()
 
 
-def in_order(text: str) -> str:
-    """The text without what would have it shown in another order than it is written in."""
-    return ORDERS.sub("", text)
+def strip_bidi_controls(text: str) -> str:
+    """Remove the characters that change the order in which text is displayed."""
+    return BIDI_CONTROLS.sub("", text)
 
 
 def _attribute(tag: str, name: str, value: str) -> str | None:
     if (tag, name) == ("code", "class"):
         return value if LANGUAGE.fullmatch(value) else None
     if name == "href" and value.partition(":")[0].lower() not in SCHEMES:
-        return None  # a link to a place of ours, which no answer has any business with
+        return None  # no relative links into this site
     return value

@@ -1,4 +1,4 @@
-"""The chat page: HTML that is whole without a script, and the parts that its script fetches."""
+"""The chat page: HTML that works without JavaScript, and the fragments its script fetches."""
 
 import secrets
 from collections.abc import Iterator
@@ -28,16 +28,16 @@ from realm.models import User
 
 THREADS = 30
 HEADERS = {
-    # What a model says may end up in a page; whatever it contrives, it runs and loads nothing.
+    # A page shows model output; nothing in it may run or load anything.
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
     "connect-src 'self'; img-src 'self'; form-action 'self'; base-uri 'none'; "
     "frame-ancestors 'none'",
-    # Nor are the names in its links looked up before somebody follows one.
+    # No DNS look-up of a link before a user follows it.
     "X-DNS-Prefetch-Control": "off",
 }
 
 
-class Guarded(View):
+class SecureView(View):
     def dispatch(self, request: HttpRequest, *args: Any, **kwargs: Any) -> HttpResponseBase:
         response = super().dispatch(request, *args, **kwargs)
         for name, value in HEADERS.items():
@@ -46,28 +46,28 @@ class Guarded(View):
         return response
 
 
-class SignIn(Guarded, auth.LoginView):
+class LoginPage(SecureView, auth.LoginView):
     template_name = "chat/login.html"
     redirect_authenticated_user = True
     next_page = "chat"
 
     def get_redirect_url(self) -> str:  # type: ignore[override]
-        # Not in a circle, which Django would break with an exception.
+        # Redirecting to the login page itself would raise an exception in Django.
         url = super().get_redirect_url()
         return "" if url == self.request.path else url
 
 
-class ChatPage(Guarded):
-    """For whoever has signed in, and anybody where CHAT_ALLOW_ANONYMOUS is on."""
+class ChatPage(SecureView):
+    """A page for signed-in users, and for everyone if CHAT_ALLOW_ANONYMOUS is set."""
 
     def dispatch(self, request: HttpRequest, *args: Any, **kwargs: Any) -> HttpResponseBase:
         if settings.CHAT_ALLOW_ANONYMOUS or request.user.is_authenticated:
             return super().dispatch(request, *args, **kwargs)
-        there = request.get_full_path()
-        if not hasattr(self, "get"):  # a form's address cannot be looked at
+        url = request.get_full_path()
+        if not hasattr(self, "get"):  # the URL of a form accepts no GET
             thread = kwargs.get("thread_id")
-            there = reverse("chat_thread", args=[thread]) if thread else reverse("chat")
-        return redirect_to_login(there, reverse("chat_login"))
+            url = reverse("chat_thread", args=[thread]) if thread else reverse("chat")
+        return redirect_to_login(url, reverse("chat_login"))
 
     @property
     def caller(self) -> User | None:
@@ -79,9 +79,9 @@ class ChatPage(Guarded):
     def thread(self, thread_id: str) -> Thread:
         return get_object_or_404(self.threads().with_preview(), pk=thread_id)
 
-    def thread_to_change(self, thread_id: str) -> Thread:
+    def writable_thread(self, thread_id: str) -> Thread:
         thread = self.thread(thread_id)
-        with _refusals():
+        with _as_django_error():
             check_may_write(thread)
         return thread
 
@@ -89,35 +89,38 @@ class ChatPage(Guarded):
         visible = Run.objects.visible_to(self.caller)
         return get_object_or_404(visible.select_related("thread"), pk=run_id)
 
-    def run_to_steer(self, run_id: str) -> Run:
+    def controllable_run(self, run_id: str) -> Run:
         run = self.run(run_id)
-        with _refusals():
+        with _as_django_error():
             check_may_steer(run, self.caller)
         return run
 
-    def page(self, thread: Thread | None = None, *, status: int = 200, **more: Any) -> HttpResponse:
-        part = (
-            conversation.part(thread, self.caller, before=self._turn("before")) if thread else None
-        )
-        if part:
-            rendering.page_of(self.request).prepare(part.prose)
-        context = {
-            **self._listed(),
-            **self._models(part.last_model if part else ""),
+    def page(
+        self, thread: Thread | None = None, *, status: int = 200, **context: Any
+    ) -> HttpResponse:
+        before = self._turn("before")
+        shown = conversation.load_page(thread, self.caller, before=before) if thread else None
+        if shown:
+            rendering.budget_of(self.request).prepare(shown.prose)
+        data = {
+            **self._thread_list(),
+            **self._models(shown.last_model if shown else ""),
             "thread": thread,
-            "part": part,
+            "page": shown,
             "key": secrets.token_hex(16),
-            **more,
+            **context,
         }
-        return render(self.request, "chat/page.html", context, status=status)
+        return render(self.request, "chat/page.html", data, status=status)
 
-    def ask(self, thread: Thread | None) -> HttpResponse:
-        """Take the question of a form: once, and only of the one for whom it was made."""
+    def submit(self, thread: Thread | None) -> HttpResponse:
+        """Submit the message of a form: once, and only for the user who loaded the form."""
         asker, key = self.request.POST.get("asker"), self.request.POST.get("key")
         try:
             if asker and asker != str(self.request.user.pk):
-                raise inbox.Refused("You are not signed in as before. Send it again if you like.")
-            asked = inbox.ask(
+                raise inbox.Refused(
+                    "You are signed in as another user now. Send the message again to use this account."
+                )
+            accepted = inbox.ask(
                 content=self.request.POST.get("content", ""),
                 model=self.request.POST.get("model") or None,
                 thread_id=thread.pk if thread else None,
@@ -129,16 +132,18 @@ class ChatPage(Guarded):
         except inbox.Refused as error:
             draft = self.request.POST.get("content", "")
             if isinstance(error, inbox.Limited):
-                return self.turned_away(thread, error, draft=draft)
+                return self.rate_limited(thread, error, draft=draft)
             return self.page(thread, status=400, error=str(error), draft=draft)
-        return _shown(asked.thread_id, asked.run_id)
+        return _redirect_to(accepted.thread_id, accepted.run_id)
 
-    def turned_away(self, thread: Thread | None, error: inbox.Limited, **more: Any) -> HttpResponse:
-        page = self.page(thread, status=429, error=str(error), **more)
+    def rate_limited(
+        self, thread: Thread | None, error: inbox.Limited, **context: Any
+    ) -> HttpResponse:
+        page = self.page(thread, status=429, error=str(error), **context)
         page["Retry-After"] = str(error.retry_after)
         return page
 
-    def _listed(self) -> dict[str, Any]:
+    def _thread_list(self) -> dict[str, Any]:
         archived = "archived" in self.request.GET
         threads = Thread.objects.listed_for(self.caller).with_preview()
         threads = threads.exclude(archived_at=None) if archived else threads.active()
@@ -176,7 +181,7 @@ class HomePage(ChatPage):
         return self.page()
 
     def post(self, request: HttpRequest) -> HttpResponse:
-        return self.ask(None)
+        return self.submit(None)
 
 
 class ThreadPage(ChatPage):
@@ -184,14 +189,14 @@ class ThreadPage(ChatPage):
         return self.page(self.thread(thread_id))
 
     def post(self, request: HttpRequest, thread_id: str) -> HttpResponse:
-        return self.ask(self.thread_to_change(thread_id))
+        return self.submit(self.writable_thread(thread_id))
 
 
 class ChangeForm(ChatPage):
     def post(self, request: HttpRequest, thread_id: str) -> HttpResponse:
-        """Rename the thread, or move it into the archive and out of it."""
+        """Rename, archive or unarchive the thread."""
         title, archived = request.POST.get("title"), request.POST.get("archived")
-        self.thread_to_change(thread_id).change(
+        self.writable_thread(thread_id).change(
             title=None if title is None else _clean_title(title),
             archived=None if archived is None else archived == "true",
         )
@@ -200,44 +205,44 @@ class ChangeForm(ChatPage):
 
 class DeleteForm(ChatPage):
     def post(self, request: HttpRequest, thread_id: str) -> HttpResponse:
-        retention.delete_thread(self.thread_to_change(thread_id))
+        retention.delete_thread(self.writable_thread(thread_id))
         return redirect("chat")
 
 
-class TurnPart(ChatPage):
+class TurnFragment(ChatPage):
     def get(self, request: HttpRequest, run_id: str) -> HttpResponse:
-        """A question with what has come of it so far, as the page of its thread shows it."""
+        """Return the turn of a run as the page of its thread shows it."""
         run = self.run(run_id)
-        context = {"turn": conversation.turn_of(run), "thread": run.thread}
+        context = {"turn": conversation.load_turn(run), "thread": run.thread}
         return render(request, "chat/turn.html", context)
 
 
 class CancelForm(ChatPage):
     def post(self, request: HttpRequest, run_id: str) -> HttpResponse:
-        run = self.run_to_steer(run_id)
+        run = self.controllable_run(run_id)
         execution.cancel(run)
-        return _shown(run.thread_id, run.pk)
+        return _redirect_to(run.thread_id, run.pk)
 
 
 class RetryForm(ChatPage):
     def post(self, request: HttpRequest, run_id: str) -> HttpResponse:
-        run = self.run_to_steer(run_id)
+        run = self.controllable_run(run_id)
         try:
             inbox.ask_again(run)
         except inbox.Limited as error:
-            return self.turned_away(self.thread(run.thread_id), error)
-        return _shown(run.thread_id, run.pk)
+            return self.rate_limited(self.thread(run.thread_id), error)
+        return _redirect_to(run.thread_id, run.pk)
 
 
 @contextmanager
-def _refusals() -> Iterator[None]:
+def _as_django_error() -> Iterator[None]:
     try:
         yield
     except exceptions.PermissionDenied as error:
         raise PermissionDenied(str(error.detail)) from None
 
 
-def _shown(thread_id: str, run_id: str) -> HttpResponse:
+def _redirect_to(thread_id: str, run_id: str) -> HttpResponse:
     return redirect(f"{reverse('chat_thread', args=[thread_id])}#{run_id}")
 
 

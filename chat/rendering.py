@@ -1,7 +1,7 @@
-"""Markdown on a page: each page renders so much and no more, and what was rendered lately is kept.
+"""Markdown on a page, within a budget per page and with a cache.
 
-What there are no steps left for is shown as it was written. The next time that the page is looked at,
-what was rendered before costs nothing, so more of it is.
+Text beyond the budget is shown as plain text. Cached text costs nothing, so the next view of the same
+page renders more of it.
 """
 
 import hashlib
@@ -13,78 +13,78 @@ from weakref import WeakKeyDictionary
 
 from django.http import HttpRequest
 
-from chat.markdown import MAX_STEPS, Steps, as_written, to_html
+from chat.markdown import MAX_STEPS, Steps, as_plain_text, to_html
 
-# About a second of work, and all the HTML that a page has of texts.
+# About a second of work, and the total HTML of the texts on a page.
 PAGE_STEPS = 60_000
 PAGE_CHARACTERS = 4_000_000
 CACHE_CHARACTERS = 8_000_000
 
 
-class Cache:
-    """The HTML of texts by their digest, for all threads; the least recently used one goes first."""
+class HtmlCache:
+    """HTML by the digest of its Markdown, for all threads; evicts the least recently used entry."""
 
-    def __init__(self, most: int = CACHE_CHARACTERS) -> None:
-        self._most = most
+    def __init__(self, limit: int = CACHE_CHARACTERS) -> None:
+        self._limit = limit
         self._size = 0
-        self._kept: OrderedDict[bytes, str] = OrderedDict()
+        self._entries: OrderedDict[bytes, str] = OrderedDict()
         self._lock = threading.Lock()
 
     def get(self, key: bytes) -> str | None:
         with self._lock:
-            if key in self._kept:
-                self._kept.move_to_end(key)
-            return self._kept.get(key)
+            if key in self._entries:
+                self._entries.move_to_end(key)
+            return self._entries.get(key)
 
-    def keep(self, key: bytes, html: str) -> None:
-        if len(html) > self._most // 10:
+    def put(self, key: bytes, html: str) -> None:
+        if len(html) > self._limit // 10:
             return
         with self._lock:
-            self._size += len(html) - len(self._kept.pop(key, ""))
-            self._kept[key] = html
-            while self._size > self._most:
-                _, oldest = self._kept.popitem(last=False)
+            self._size += len(html) - len(self._entries.pop(key, ""))
+            self._entries[key] = html
+            while self._size > self._limit:
+                _, oldest = self._entries.popitem(last=False)
                 self._size -= len(oldest)
 
 
-_cache = Cache()
+_cache = HtmlCache()
 
 
 @dataclass
-class Page:
-    """What a page may still render."""
+class RenderBudget:
+    """The Markdown steps and HTML characters that a page may still use."""
 
     steps: Steps = field(default_factory=lambda: Steps(PAGE_STEPS))
     characters: int = PAGE_CHARACTERS
 
     def prepare(self, texts: Iterable[str]) -> None:
-        """Render some first: those that matter most, should there not be enough for all."""
+        """Render these texts first, in case the budget does not suffice for all."""
         for text in texts:
             self._rendered(text)
 
     def html(self, text: str) -> str:
         shown = self._rendered(text)
         if shown is None or len(shown) > self.characters:
-            return as_written(text)
+            return as_plain_text(text)
         self.characters -= len(shown)
         return shown
 
     def _rendered(self, text: str) -> str | None:
-        """None where there are no steps left for it, which is no reason to keep it like that."""
+        """Return None, and cache nothing, if the remaining steps do not suffice."""
         key = hashlib.sha256(text.encode(errors="surrogatepass")).digest()
-        if (kept := _cache.get(key)) is not None:
-            return kept
-        had = self.steps.left
-        shown = to_html(text, apart=True, steps=self.steps)
-        if had < MAX_STEPS and self.steps.left <= 0:
+        if (cached := _cache.get(key)) is not None:
+            return cached
+        available = self.steps.remaining
+        shown = to_html(text, new_tab=True, steps=self.steps)
+        if available < MAX_STEPS and self.steps.remaining <= 0:
             return None
-        _cache.keep(key, shown)
+        _cache.put(key, shown)
         return shown
 
 
-_pages: WeakKeyDictionary[HttpRequest, Page] = WeakKeyDictionary()
+_budgets: WeakKeyDictionary[HttpRequest, RenderBudget] = WeakKeyDictionary()
 
 
-def page_of(request: HttpRequest) -> Page:
-    """The page that answers a request."""
-    return _pages.setdefault(request, Page())
+def budget_of(request: HttpRequest) -> RenderBudget:
+    """Return the budget of the page that a request renders."""
+    return _budgets.setdefault(request, RenderBudget())

@@ -52,7 +52,7 @@ urlpatterns = [
     path("threads/<id:thread_id>", pages.ThreadPage.as_view(), name="chat_thread"),
     path("threads/<id:thread_id>/change", pages.ChangeForm.as_view(), name="chat_change"),
     path("threads/<id:thread_id>/delete", pages.DeleteForm.as_view(), name="chat_delete"),
-    path("runs/<id:run_id>", pages.TurnPart.as_view(), name="chat_run"),
+    path("runs/<id:run_id>", pages.TurnFragment.as_view(), name="chat_run"),
     path("runs/<id:run_id>/cancel", pages.CancelForm.as_view(), name="chat_cancel"),
     path("runs/<id:run_id>/retry", pages.RetryForm.as_view(), name="chat_retry"),
     path("api", views.ApiRootView.as_view()),

@@ -8,7 +8,7 @@ from console.login import ChatLoginForm
 admin.autodiscover()
 
 urlpatterns = [
-    path("login", pages.SignIn.as_view(authentication_form=ChatLoginForm), name="chat_login"),
+    path("login", pages.LoginPage.as_view(authentication_form=ChatLoginForm), name="chat_login"),
     path("api/schema", description.schema),
     path("api/docs", description.page),
     path("", include("chat.urls")),

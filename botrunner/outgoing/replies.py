@@ -28,7 +28,7 @@ from botrunner.incoming.events import MARK, Said
 from botrunner.incoming.recording import LeaseLost
 from botrunner.matrix.client import Homeserver, KeysOutdated, MatrixError, TokenRefused
 from botrunner.models import Reply, Room, Session
-from chat.markdown import in_order, to_html
+from chat.markdown import strip_bidi_controls, to_html
 from lib.db import DATABASE_ERRORS
 from lib.tracing import tagged
 
@@ -283,7 +283,7 @@ def _message(text: str, msgtype: str) -> dict[str, Any]:
 
 
 def _plain_message(text: str, msgtype: str) -> dict[str, Any]:
-    return {"msgtype": msgtype, "body": in_order(text)}
+    return {"msgtype": msgtype, "body": strip_bidi_controls(text)}
 
 
 def split(text: str, limit: int) -> list[str]:

@@ -97,4 +97,4 @@ def formatted(context: dict[str, Any], text: str) -> str:
     """The same, as the Markdown that models write."""
     if not base.may_read(context["request"], context["owner"]):
         return base.body(context["request"], text, context["owner"])
-    return mark_safe(rendering.page_of(context["request"]).html(text))  # noqa: S308 (it has been through the sanitiser)
+    return mark_safe(rendering.budget_of(context["request"]).html(text))  # noqa: S308 (it has been through the sanitiser)

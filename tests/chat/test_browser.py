@@ -90,8 +90,8 @@ def window(browser: Browser, **options: Any) -> Iterator[Page]:
 
 
 def ask(page: Page, content: str) -> None:
-    page.fill("#question", content)
-    page.press("#question", "Enter")
+    page.fill("#message", content)
+    page.press("#message", "Enter")
 
 
 def turn(page: Page, status: str) -> Any:
@@ -121,17 +121,17 @@ def test_an_answer_streams_as_text_and_ends_as_what_it_means(page: Page, llm: Fa
     expect(answered.locator(".steps .tokens").last).to_contain_text("out")
     expect(answered).not_to_have_attribute("aria-busy", "true")
     expect(page.locator("#stop")).to_be_hidden()
-    expect(page.locator("#question")).to_be_focused()
+    expect(page.locator("#message")).to_be_focused()
 
 
 def test_the_keyboard_is_enough(page: Page, llm: FakeLLM) -> None:
     words = ("So far,", " so", " good,", " and more")
     llm.script(Hang(3, Reply(words)), Reply("Done now."))
-    page.fill("#question", "One")
-    page.press("#question", "Shift+Enter")
+    page.fill("#message", "One")
+    page.press("#message", "Shift+Enter")
     page.keyboard.type("Two")
     page.keyboard.press("Enter")
-    expect(page.locator(".question p")).to_have_text(re.compile("^One\nTwo$"))
+    expect(page.locator(".prompt p")).to_have_text(re.compile("^One\nTwo$"))
     said = "So far, so good,"
     expect(page.locator(".draft")).to_have_text(said)
 
@@ -140,7 +140,7 @@ def test_the_keyboard_is_enough(page: Page, llm: FakeLLM) -> None:
     stopped = turn(page, "cancelled")
     expect(stopped.locator(".prose")).to_have_text(said)
     expect(stopped.locator(".state")).to_have_text("Stopped.")
-    stopped.get_by_role("button", name="Try again").press("Enter")
+    stopped.get_by_role("button", name="Retry").press("Enter")
     expect(turn(page, "completed").locator(".prose")).to_have_text("Done now.")
 
 
@@ -150,7 +150,7 @@ def test_a_failure_is_told_and_can_be_tried_again(page: Page, llm: FakeLLM) -> N
     failed = turn(page, "failed")
     expect(failed.locator(".state")).to_have_text("The model refused the request.")
     assert "internal detail" not in page.content()
-    failed.get_by_role("button", name="Try again").click()
+    failed.get_by_role("button", name="Retry").click()
     expect(turn(page, "completed").locator(".prose")).to_have_text("Better.")
 
 
@@ -169,7 +169,7 @@ def test_questions_that_wait_are_answered_one_after_the_other(page: Page, llm: F
     expect(page.locator(".draft")).not_to_be_empty()
     ask(page, "Second")
     expect(page.locator(".turn")).to_have_count(2)
-    expect(page.locator(".turn .state").last).to_have_text("Waiting for the answer before it.")
+    expect(page.locator(".turn .state").last).to_have_text("Queued behind the previous message.")
     may_end.set()
     turn(page, "completed")
     expect(page.locator(".turn[data-status=completed]")).to_have_count(2)
@@ -181,14 +181,14 @@ def test_it_comes_back_by_itself(page: Page, llm: FakeLLM, stack: Stack) -> None
     expect(page.locator(".draft")).to_contain_text("word3")
     with stack.without("web"):
         expect(page.locator("#notice")).to_have_text("Reconnecting…")
-        page.fill("#question", "Meanwhile")
-        page.press("#question", "Enter")
-        expect(page.locator("#question")).to_have_value("Meanwhile")
+        page.fill("#message", "Meanwhile")
+        page.press("#message", "Enter")
+        expect(page.locator("#message")).to_have_value("Meanwhile")
     stack.wait_ready()
 
     expect(page.locator(".turn").first.locator(".prose em")).to_have_count(40)
     expect(page.locator("#notice")).to_have_text("")
-    page.press("#question", "Enter")
+    page.press("#message", "Enter")
     expect(page.locator(".turn")).to_have_count(2)
     turn(page, "completed")
 
@@ -197,7 +197,7 @@ def test_it_says_that_redis_is_away(page: Page, llm: FakeLLM, stack: Stack) -> N
     redis = stack.kill("redis", signal.SIGSTOP)
     try:
         ask(page, "Hello")
-        expect(page.locator(".turn .state")).to_contain_text("Redis is away.")
+        expect(page.locator(".turn .state")).to_contain_text("The queue is unavailable.")
     finally:
         os.kill(redis, signal.SIGCONT)
     turn(page, "completed")
@@ -212,7 +212,7 @@ def test_what_is_asked_in_another_window_appears(
         other.goto(page.url)
         ask(other, "From elsewhere")
         turn(other, "completed")
-    expect(turn(page, "completed").locator(".question")).to_contain_text("From elsewhere")
+    expect(turn(page, "completed").locator(".prompt")).to_contain_text("From elsewhere")
 
 
 def test_whoever_is_signed_out_meanwhile_loses_nothing(page: Page, stack: Stack) -> None:
@@ -221,11 +221,11 @@ def test_whoever_is_signed_out_meanwhile_loses_nothing(page: Page, stack: Stack)
     page.context.clear_cookies()
     ask(page, "And?")
     expect(page.locator("#notice")).to_contain_text("signed out")
-    expect(page.locator("#question")).to_have_value("And?")
+    expect(page.locator("#message")).to_have_value("And?")
 
     sign_in(page.context.new_page(), stack)
 
-    page.press("#question", "Enter")
+    page.press("#message", "Enter")
     expect(page.locator(".turn")).to_have_count(2)
     turn(page, "completed")
     expect(page.locator("#notice")).to_have_text("")
@@ -347,8 +347,8 @@ def test_it_fits_a_phone(
     phone = {"viewport": {"width": 360, "height": 640}, "has_touch": True, "is_mobile": True}
     with window(browser, storage_state=session, color_scheme=scheme, **phone) as page:
         page.goto(stack.url)
-        page.fill("#question", wide)
-        page.press("#question", "Enter")  # begins a line
+        page.fill("#message", wide)
+        page.press("#message", "Enter")  # begins a line
         page.get_by_role("button", name="Send").tap()
         turn(page, "completed")
         assert page.evaluate("document.documentElement.scrollWidth") == 360
@@ -370,12 +370,12 @@ def test_it_is_whole_without_a_script(
     llm.script(Reply("It is **so**.", latency=1))
     with window(browser, storage_state=session, java_script_enabled=False) as page:
         page.goto(stack.url)
-        page.fill("#question", "Is it?")
+        page.fill("#message", "Is it?")
         page.get_by_role("button", name="Send").click()
         page.wait_for_url(f"{stack.url}/threads/**")
         looks = 0
         while page.locator(".turn").get_attribute("data-status") != "completed":
-            page.get_by_role("link", name="Look again").click()
+            page.get_by_role("link", name="Refresh").click()
             looks += 1
             assert looks < 1000
         expect(page.locator(".prose strong")).to_have_text("so")
@@ -386,7 +386,7 @@ def test_it_is_whole_without_a_script(
         expect(page.locator("h1")).to_have_text("Of being so")
         page.locator("[popovertarget=menu]").click()
         page.get_by_text("Delete…").click()
-        page.get_by_role("button", name="Delete for good").click()
+        page.get_by_role("button", name="Delete permanently").click()
         page.wait_for_url(f"{stack.url}/")
         expect(page.locator("#thread-list")).not_to_contain_text("Of being so")
 
@@ -404,14 +404,14 @@ def test_a_screen_reader_is_told(page: Page, llm: FakeLLM) -> None:
         - main:
           - heading "How are you?" [level=1]
           - button "Rename, archive or delete this conversation"
-          - log "Questions and answers":
+          - log "Messages and answers":
             - article:
-              - heading "Question" [level=2]
+              - heading "Message" [level=2]
               - paragraph: How are you?
               - heading "Answer" [level=2]
               - paragraph: Fine.
           - status
-          - textbox "Your question"
+          - textbox "Your message"
           - combobox "Model"
           - button "Send"
         """

@@ -265,7 +265,7 @@ class TestAConversation:
         assert browser.post(f"/runs/{run.pk}/cancel")["Location"].endswith(f"#{run.pk}")
         page = browser.get(f"/runs/{run.pk}")
         assert "Stopped." in text_of(page)
-        assert "Try again" in text_of(page)
+        assert "Retry" in text_of(page)
         assert browser.post(f"/runs/{run.pk}/cancel").status_code == 302
 
     def test_what_a_stopped_answer_had_said_is_shown(self, browser: Client, alice: User) -> None:
@@ -291,7 +291,7 @@ class TestWaiting:
         Worker.objects.create(worker="w", name="w", host="h", pid=1, version="v", **columns)
 
     def test_redis_is_away(self, browser: Client, alice: User) -> None:
-        assert self.state(browser, ask("Hi", owner=alice)).startswith("Redis is away.")
+        assert self.state(browser, ask("Hi", owner=alice)).startswith("The queue is unavailable.")
 
     def test_no_worker_is_there(self, browser: Client, alice: User, redis: Redis) -> None:
         assert self.state(browser, ask("Hi", owner=alice)).startswith("No worker is running.")
@@ -301,7 +301,7 @@ class TestWaiting:
         first = ask("Hi", owner=alice)
         second = ask("And?", owner=alice, thread_id=first.thread_id)
         assert self.state(browser, first) == "Waiting for a worker."
-        assert self.state(browser, second) == "Waiting for the answer before it."
+        assert self.state(browser, second) == "Queued behind the previous message."
         execution.claim(first.pk)
         assert self.state(browser, first) == "Answering."
 
@@ -374,7 +374,7 @@ class TestForms:
     def test_an_echo_is_called_one(self, browser: Client, model: FakeLLM, settings: Any) -> None:
         assert "echo" not in browser.get("/").text
         settings.OPENAI_API_KEY = settings.OPENAI_BASE_URL = ""
-        assert "every answer is an echo" in browser.get("/").text
+        assert "every answer echoes your message" in browser.get("/").text
 
     def test_a_thread_is_renamed_put_away_and_taken_out_again(
         self, browser: Client, alice: User
@@ -444,7 +444,7 @@ class TestSafety:
         assert not re.search(r"<style|\sstyle=|\son\w+=|<script(?! type=\"module\" src)", page.text)
 
     def test_links_open_apart(self) -> None:
-        html = to_html("[x](https://e.org)", apart=True)
+        html = to_html("[x](https://e.org)", new_tab=True)
         assert 'target="_blank"' in html
         assert 'rel="noopener noreferrer nofollow"' in html
 

@@ -12,7 +12,7 @@ from agents.runs import execution
 from chat import rendering
 from chat.markdown import MAX_CELLS, MAX_STEPS, Steps, to_html
 from chat.models import Message
-from chat.rendering import Cache, Page, page_of
+from chat.rendering import HtmlCache, RenderBudget, budget_of
 from realm.models import User
 from tests import factories
 
@@ -90,7 +90,7 @@ def test_twice_as_long_a_text_takes_no_more_than_some_times_as_long(
         best = float("inf")
         for _ in range(2):
             began = time.process_time()
-            to_html(written, apart=True)
+            to_html(written, new_tab=True)
             best = min(best, time.process_time() - began)
         return best
 
@@ -105,7 +105,7 @@ def test_twice_as_long_a_text_takes_no_more_than_some_times_as_long(
 def test_what_is_made_of_a_text_is_not_many_times_as_long(text: Callable[[int], str]) -> None:
     for size in SIZES:
         written = text(size)
-        assert len(to_html(written, apart=True)) <= 10 * len(written) + 1_000
+        assert len(to_html(written, new_tab=True)) <= 10 * len(written) + 1_000
 
 
 def test_a_table_that_is_too_large_is_shown_as_text_and_the_rest_as_ever() -> None:
@@ -135,46 +135,46 @@ def test_an_address_is_referred_to_as_often_as_in_any_text() -> None:
 
 @pytest.fixture
 def _empty(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rendering, "_cache", Cache())
+    monkeypatch.setattr(rendering, "_cache", HtmlCache())
 
 
 @pytest.mark.usefixtures("_empty")
 class TestPages:
-    def test_what_a_page_has_no_steps_left_for_is_shown_as_it_was_written(self) -> None:
+    def test_what_a_page_has_no_steps_left_for_is_shown_as_plain_text(self) -> None:
         long = "*a* " * 3_000
-        page = Page(Steps(MAX_STEPS))
+        page = RenderBudget(Steps(MAX_STEPS))
         shown = [page.html(f"{number} {long}") for number in range(3)]
         assert ["<em>" in each for each in shown] == [True, False, False]
-        assert page.steps.left >= 0
+        assert page.steps.remaining >= 0
 
         # What was rendered takes no steps any more.
-        page = Page(Steps(MAX_STEPS))
+        page = RenderBudget(Steps(MAX_STEPS))
         assert ["<em>" in page.html(f"{n} {long}") for n in range(3)] == [True, True, False]
 
     def test_what_matters_most_can_be_rendered_first(self) -> None:
         texts = [f"{number} " + "*a* " * 3_000 for number in range(3)]
-        page = Page(Steps(MAX_STEPS))
+        page = RenderBudget(Steps(MAX_STEPS))
         page.prepare(reversed(texts))
         assert ["<em>" in page.html(text) for text in texts] == [False, False, True]
 
     def test_a_page_has_only_so_much_html(self) -> None:
-        page = Page(characters=100)
+        page = RenderBudget(characters=100)
         assert [page.html(f"**{n}**")[:3] for n in range(6)] == ["<p>"] * 4 + ["<pr"] * 2
 
     def test_what_was_rendered_is_kept_up_to_a_size(self) -> None:
-        cache = Cache(100)
+        cache = HtmlCache(100)
         for number in range(20):
-            cache.keep(bytes([number]), "x" * 10)
+            cache.put(bytes([number]), "x" * 10)
             cache.get(b"\0")
         kept = [number for number in range(20) if cache.get(bytes([number]))]
         assert kept == [0, *range(11, 20)]
-        cache.keep(b"long", "x" * 11)
+        cache.put(b"long", "x" * 11)
         assert cache.get(b"long") is None
 
     def test_each_request_has_a_page_of_its_own(self) -> None:
         one, other = HttpRequest(), HttpRequest()
-        assert page_of(one) is page_of(one)
-        assert page_of(one) is not page_of(other)
+        assert budget_of(one) is budget_of(one)
+        assert budget_of(one) is not budget_of(other)
 
 
 @pytest.fixture

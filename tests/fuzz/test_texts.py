@@ -35,7 +35,7 @@ MARKED = st.lists(st.sampled_from([*PIECES, *HOSTILE[:12]]) | words, max_size=25
 
 @tried(150, text=MARKED)
 def test_markdown(text: str) -> None:
-    html = to_html(completions.storable(text), apart=True)
+    html = to_html(completions.storable(text), new_tab=True)
     assert Parsed(html).tags <= TAGS
     assert not faults(html)
 

@@ -137,8 +137,8 @@ def of_the_chat_page(browser: Browser, names: list[str]) -> None:
 
 
 def ask(tab: Tab, question: str, *, until: str = ".turn:last-child[data-status=completed]") -> None:
-    tab.fill("#question", question)
-    tab.press("#question", "Enter")
+    tab.fill("#message", question)
+    tab.press("#message", "Enter")
     tab.locator(f".turn:last-child:has-text({json.dumps(question[:40])})").wait_for()
     tab.locator(until).wait_for()
 

@@ -41,7 +41,7 @@ class TestMarkdown:
     def test_what_is_made_of_it_has_harmless_tags_attributes_and_addresses(
         self, said: str, apart: bool
     ) -> None:
-        html = to_html(said, apart=apart)
+        html = to_html(said, new_tab=apart)
         parsed = Parsed(html)
 
         assert parsed.tags <= TAGS
@@ -119,7 +119,7 @@ def test_the_chat_page_shows_it_and_does_none_of_it(answers: list[Run]) -> None:
     assert len([each for each in prose if each.tag == "a"]) > 3
 
     part = looked_at(browser, f"/runs/{answers[0].pk}")
-    assert part.within("question")
+    assert part.within("prompt")
 
 
 def test_pages_of_the_console_show_it_and_do_none_of_it(
@@ -218,8 +218,8 @@ def test_nothing_is_marked_safe_but_what_was_sanitised() -> None:
     }
 
     assert marked == {
-        ("chat/templatetags/chat.py", "page_of(context['request']).html(text)"),
-        ("console/templatetags/pages.py", "rendering.page_of(context['request']).html(text)"),
+        ("chat/templatetags/chat.py", "budget_of(context['request']).html(text)"),
+        ("console/templatetags/pages.py", "rendering.budget_of(context['request']).html(text)"),
         # The picture of a second factor's address.
         ("console/login.py", "svg[svg.index('<svg'):]"),
     }

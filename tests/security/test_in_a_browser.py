@@ -92,7 +92,7 @@ def test_what_streams_in_is_text_and_nothing_else() -> None:
         assert window.title() != "run"
         assert window.evaluate("refused") == []
         assert draft.locator("*").count() == 0
-        for inside in (".steps li *", ".question p *"):
+        for inside in (".steps li *", ".prompt p *"):
             assert window.locator(f"{inside}:is(script, img, a, style, iframe)").count() == 0
         shown = draft.text_content() or ""
     for text in TOLD[:-1]:

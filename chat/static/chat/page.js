@@ -1,35 +1,36 @@
-// The chat page, made live. Without this file it works as well: its forms post, its links lead on.
-// All HTML comes from the server, which has sanitised what a model said; what streams in is text.
+// Make the chat page live. Without this file its forms and links still work.
+// All HTML comes from the server, which sanitises model output; streamed content is inserted as text.
 
-const PATIENCE = 5000; // of silence, until the server is asked what a run waits for
+const PATIENCE = 5000; // milliseconds without an event before the state of a run is fetched
 
 const body = document.body;
 const threadId = body.dataset.thread;
 const turns = document.getElementById("turns");
 const notice = document.getElementById("notice");
 const composer = document.getElementById("composer");
-const question = document.getElementById("question");
-const stopNow = document.getElementById("stop");
+const input = document.getElementById("message");
+const stopButton = document.getElementById("stop");
 const earlier = new URLSearchParams(location.search).has("before");
 const stepTemplate = document.getElementById("step");
 
-class Refused extends Error {}
+// A response that a retry will not change.
+class RequestError extends Error {}
 
-let stream = null; // what is listened to: of a run, or of the thread
-let key = null; // of the question in the composer, so that sending it again cannot ask it twice
+let stream = null; // of the active run, or of the thread
+let key = null; // the idempotency key of the message in the composer
 
 document.documentElement.classList.add("js");
 
-// Talking to the server
+// Requests
 
 const pause = (milliseconds) => new Promise((done) => setTimeout(done, milliseconds));
 
-function say(text, kind = "") {
+function showNotice(text, kind = "") {
   if (notice.textContent !== text) notice.textContent = text;
   notice.className = kind;
 }
 
-async function ask(url, options = {}) {
+async function request(url, options = {}) {
   let response;
   try {
     response = await fetch(url, options);
@@ -37,18 +38,18 @@ async function ask(url, options = {}) {
     throw new Error("The server cannot be reached.");
   }
   if (response.status >= 500) throw new Error("The server has a problem.");
-  // Whoever is not signed in any more is sent to the door.
+  // A signed-out user is redirected to the login page.
   if (response.status === 401 || response.redirected) {
-    throw new Refused("You are signed out. Sign in again, in another tab: what you wrote stays here.");
+    throw new RequestError("You are signed out. Sign in again in another tab; your draft stays here.");
   }
   return response;
 }
 
 function post(url, data, headers = {}) {
-  // That of now: whoever signs in again, in another tab, gets a new one.
+  // From the cookie, since signing in again in another tab renews it.
   const cookie = document.cookie.match(/(?:^|; )csrftoken=([^;]+)/);
   const token = cookie?.[1] ?? document.querySelector("[name=csrfmiddlewaretoken]").value;
-  return ask(url, {
+  return request(url, {
     method: "POST",
     headers: {
       "Content-Type": "application/json",
@@ -60,14 +61,14 @@ function post(url, data, headers = {}) {
   });
 }
 
-async function why(response) {
-  const told = await response.json().catch(() => ({}));
-  return told.error || "The server refused it.";
+async function errorOf(response) {
+  const body = await response.json().catch(() => ({}));
+  return body.error || "The server rejected the request.";
 }
 
 async function documentAt(url) {
-  const response = await ask(url);
-  if (!response.ok) throw new Refused("This is not here any more.");
+  const response = await request(url);
+  if (!response.ok) throw new RequestError("This page no longer exists.");
   return new DOMParser().parseFromString(await response.text(), "text/html");
 }
 
@@ -75,22 +76,22 @@ async function documentAt(url) {
 
 async function turnOf(runId) {
   const turn = (await documentAt(`/runs/${runId}`)).querySelector(".turn");
-  dress(turn);
+  decorate(turn);
   return turn;
 }
 
-// Put the turn where it stands in the conversation, in place of an earlier state of it.
+// Insert the turn at its position in the conversation, or replace its earlier state.
 function put(turn) {
   const old = document.getElementById(turn.id);
-  // Told by the thread as well, and listened to already.
+  // The thread's stream reports it as well; its run is already subscribed to.
   if (old?.hasAttribute("aria-busy") && turn.hasAttribute("aria-busy")) return;
   const open = old?.querySelector(".steps")?.open;
-  keepingTheEnd(() => {
+  keepScrolledToEnd(() => {
     if (old) {
       turn.querySelector(".steps").open = open;
       const focused = old.contains(document.activeElement);
       old.replaceWith(turn);
-      if (focused) question.focus({ preventScroll: true });
+      if (focused) input.focus({ preventScroll: true });
     } else {
       const number = (each) => Number(each.dataset.turn);
       const next = [...turns.children].find((each) => number(each) > number(turn));
@@ -99,7 +100,7 @@ function put(turn) {
   });
 }
 
-function dress(root) {
+function decorate(root) {
   for (const pre of root.querySelectorAll(".prose pre")) {
     if (!navigator.clipboard) break;
     const button = document.createElement("button");
@@ -122,37 +123,37 @@ function dress(root) {
   }
 }
 
-function keepingTheEnd(change) {
+function keepScrolledToEnd(change) {
   const page = document.scrollingElement;
-  const atTheEnd = page.scrollHeight - page.scrollTop - page.clientHeight < 80;
+  const isAtEnd = page.scrollHeight - page.scrollTop - page.clientHeight < 80;
   change();
-  if (atTheEnd) page.scrollTop = page.scrollHeight;
+  if (isAtEnd) page.scrollTop = page.scrollHeight;
 }
 
-const going = () => turns.querySelector(".turn[aria-busy]");
-const listensToARun = () => stream instanceof RunStream && !stream.closed;
+const activeTurn = () => turns.querySelector(".turn[aria-busy]");
+const isStreamingRun = () => stream instanceof RunStream && !stream.closed;
 
-// Listening
+// Streams
 
-function follow() {
+function subscribe() {
   stream?.close();
   stream = null;
-  const turn = going();
-  stopNow.hidden = !turn;
+  const turn = activeTurn();
+  stopButton.hidden = !turn;
   if (turn) {
-    stopNow.setAttribute("form", `stop-${turn.dataset.run}`);
+    stopButton.setAttribute("form", `stop-${turn.dataset.run}`);
     stream = new RunStream(turn);
   } else if (threadId && !document.hidden && !earlier) {
     stream = new ThreadStream();
   }
 }
 
-// A stream that is begun again, where it broke off, until it is closed. The browser does so by
-// itself unless a proxy or the server has answered with an error.
+// A stream that reconnects after its last event until it is closed. The browser reconnects by
+// itself unless a proxy or the server responds with an error.
 class Stream {
-  constructor(address, kinds, last) {
-    this.address = address;
-    this.kinds = kinds;
+  constructor(url, handlers, last) {
+    this.url = url;
+    this.handlers = handlers;
     this.last = last;
     this.failures = 0;
     this.closed = false;
@@ -160,39 +161,39 @@ class Stream {
   }
 
   open() {
-    this.source = new EventSource(this.last ? `${this.address}?after=${this.last}` : this.address);
+    this.source = new EventSource(this.last ? `${this.url}?after=${this.last}` : this.url);
     this.source.onopen = () => {
       this.failures = 0;
-      if (notice.classList.contains("away")) say("");
+      if (notice.classList.contains("reconnecting")) showNotice("");
     };
-    this.source.onerror = () => this.broken();
-    for (const [kind, heed] of Object.entries(this.kinds)) {
+    this.source.onerror = () => this.failed();
+    for (const [kind, handle] of Object.entries(this.handlers)) {
       this.source.addEventListener(kind, (event) => {
         this.last = event.lastEventId || this.last;
-        heed(JSON.parse(event.data));
+        handle(JSON.parse(event.data));
       });
     }
-    this.source.addEventListener("stream.closed", () => this.refused());
+    this.source.addEventListener("stream.closed", () => this.revoked());
   }
 
-  // The server has ended it, for the right to it is lost. It may have been renewed in another tab.
-  async refused() {
+  // The server closes a stream when access is lost; it may have been renewed in another tab.
+  async revoked() {
     this.source.close();
     await pause(1000);
-    if (!this.closed && (await this.stillThere())) this.open();
+    if (!this.closed && (await this.exists())) this.open();
   }
 
-  async broken() {
+  async failed() {
     if (this.closed) return;
-    say("Reconnecting…", "away");
+    showNotice("Reconnecting…", "reconnecting");
     if (this.source.readyState !== EventSource.CLOSED) return;
     this.failures += 1;
     await pause(Math.min(15000, 500 * 2 ** this.failures));
-    if (!this.closed && (await this.stillThere())) this.open();
+    if (!this.closed && (await this.exists())) this.open();
   }
 
-  // Whether there is anything to listen to, as far as one can tell.
-  async stillThere() {
+  // True while the resource of the stream exists, as far as is known.
+  async exists() {
     return true;
   }
 
@@ -205,19 +206,19 @@ class Stream {
 class RunStream extends Stream {
   constructor(turn) {
     super(`/api/chat/runs/${turn.dataset.run}/events`, {
-      "run.status": (told) => this.status(told),
-      "message.delta": (told) => this.text(told),
-      "step.started": (told) => this.step(told),
-      "step.finished": (told) => this.step(told),
+      "run.status": (data) => this.status(data),
+      "message.delta": (data) => this.text(data),
+      "step.started": (data) => this.step(data),
+      "step.finished": (data) => this.step(data),
       gap: () => this.write(" […] "),
       "run.completed": () => this.end(),
       "run.failed": () => this.end(),
       "run.cancelled": () => this.end(),
       "run.deleted": () => this.end(),
-    }, turn.dataset.heard);
+    }, turn.dataset.after);
     this.turn = turn;
     this.attempt = 0;
-    this.speaking = 0;
+    this.modelStep = 0;
     this.watch();
   }
 
@@ -225,84 +226,83 @@ class RunStream extends Stream {
     return this.turn.querySelector(".draft");
   }
 
-  heard() {
-    this.heardAt = Date.now();
+  touch() {
+    this.lastEventAt = Date.now();
   }
 
   status({ attempt }) {
     if (attempt === this.attempt) return;
-    // What an earlier attempt has said counts for nothing.
+    // A new attempt discards the output of the previous one.
     this.attempt = attempt;
     this.draft.textContent = "";
     this.turn.querySelector(".steps ol").replaceChildren();
-    if (attempt) this.tell("Answering.");
-    this.heard();
+    if (attempt) this.showState("Answering.");
+    this.touch();
   }
 
   text({ step, text }) {
-    // The answer is what the last call of the model says.
-    if (step !== this.speaking) this.draft.textContent = "";
-    this.speaking = step;
+    // The answer is the output of the last model call.
+    if (step !== this.modelStep) this.draft.textContent = "";
+    this.modelStep = step;
     this.write(text);
   }
 
   write(text) {
-    this.heard();
-    // What shows words in another order than they were written in stays out (chat/markdown.py).
-    keepingTheEnd(() => this.draft.append(text.replace(/[\u202a-\u202e\u2066-\u2069]/g, "")));
-    this.turn.classList.add("speaks");
+    this.touch();
+    // Strip bidirectional control characters (chat/markdown.py).
+    keepScrolledToEnd(() => this.draft.append(text.replace(/[\u202a-\u202e\u2066-\u2069]/g, "")));
   }
 
-  step(told) {
-    this.heard();
+  step(data) {
+    this.touch();
     const list = this.turn.querySelector(".steps ol");
-    let row = list.querySelector(`[data-step="${Number(told.step)}"]`);
+    let row = list.querySelector(`[data-step="${Number(data.step)}"]`);
     if (!row) {
       row = stepTemplate.content.firstElementChild.cloneNode(true);
-      row.dataset.step = told.step;
+      row.dataset.step = data.step;
       list.append(row);
     }
-    const put = (name, text) => (row.querySelector(`.${name}`).textContent = text);
-    put("kind", told.kind);
-    put("name", told.name);
-    const ended = told.durationMs !== undefined;
-    const ms = told.durationMs;
-    put("time", !ended ? "…" : ms < 1000 ? `${ms} ms` : `${(ms / 1000).toFixed(ms < 10000 ? 1 : 0)} s`);
-    if (told.promptTokens || told.completionTokens) {
-      put("tokens", `${told.promptTokens} in, ${told.completionTokens} out`);
+    const fill = (name, text) => (row.querySelector(`.${name}`).textContent = text);
+    fill("kind", data.kind);
+    fill("name", data.name);
+    const ended = data.durationMs !== undefined;
+    const ms = data.durationMs;
+    fill("time", !ended ? "…" : ms < 1000 ? `${ms} ms` : `${(ms / 1000).toFixed(ms < 10000 ? 1 : 0)} s`);
+    if (data.promptTokens || data.completionTokens) {
+      fill("tokens", `${data.promptTokens} in, ${data.completionTokens} out`);
     }
-    put("problem", told.error ?? "");
-    if (told.kind === "tool") this.tell(ended ? "Answering." : `Using ${told.name}.`);
+    fill("problem", data.error ?? "");
+    if (data.kind === "tool") this.showState(ended ? "Answering." : `Using ${data.name}.`);
   }
 
-  tell(text) {
+  showState(text) {
     const state = this.turn.querySelector(".state");
     if (state && state.textContent !== text) state.textContent = text;
   }
 
-  // In the silence, say what the run waits for: the server knows.
+  // After a while without events, fetch what the run waits for.
   async watch() {
-    this.heard();
+    this.touch();
     while (!this.closed) {
       await pause(PATIENCE / 5);
-      if (this.closed || Date.now() - this.heardAt < PATIENCE) continue;
-      this.heard();
+      if (this.closed || Date.now() - this.lastEventAt < PATIENCE) continue;
+      this.touch();
       const turn = await turnOf(this.turn.dataset.run).catch(() => null);
       if (this.closed || !turn) continue;
-      if (turn.hasAttribute("aria-busy")) this.tell(turn.querySelector(".state").textContent);
+      if (turn.hasAttribute("aria-busy")) this.showState(turn.querySelector(".state").textContent);
       else this.settle(turn);
     }
   }
 
-  async stillThere() {
+  async exists() {
     try {
       const turn = await turnOf(this.turn.dataset.run);
       if (turn.hasAttribute("aria-busy")) return true;
       this.settle(turn);
     } catch (error) {
-      if (!(error instanceof Refused)) return true;
+      if (!(error instanceof RequestError)) return true;
       this.close();
-      say(error.message, "problem");
+      showNotice(error.message, "problem");
     }
     return false;
   }
@@ -313,8 +313,8 @@ class RunStream extends Stream {
       try {
         return this.settle(await turnOf(this.turn.dataset.run));
       } catch (error) {
-        if (error instanceof Refused) return say(error.message, "problem");
-        say("Reconnecting…", "away");
+        if (error instanceof RequestError) return showNotice(error.message, "problem");
+        showNotice("Reconnecting…", "reconnecting");
         await pause(2000);
       }
     }
@@ -322,94 +322,93 @@ class RunStream extends Stream {
 
   settle(turn) {
     this.close();
-    if (notice.classList.contains("away")) say("");
-    const said = this.draft?.textContent;
+    if (notice.classList.contains("reconnecting")) showNotice("");
+    const partial = this.draft?.textContent;
     put(turn);
-    // What a stopped run had said is written down when its worker has let go of it.
-    if (said && turn.dataset.status === "cancelled" && !turn.querySelector(".prose")) {
+    // The partial output of a cancelled run is saved when its worker releases it.
+    if (partial && turn.dataset.status === "cancelled" && !turn.querySelector(".prose")) {
       pause(1500).then(() => turnOf(turn.dataset.run)).then(put, () => {});
     }
-    follow();
+    subscribe();
   }
 }
 
 class ThreadStream extends Stream {
   constructor() {
-    // Its events are numbered, each question and each outcome: those of what is shown are not told.
-    // Up to the first one that is missing here.
+    // Events are numbered by message and outcome. Subscribe after the last turn shown without a gap.
     let last = turns.firstElementChild;
     const number = (turn) => Number(turn.dataset.turn);
     for (let next; (next = last?.nextElementSibling) && number(next) === number(last) + 1; ) last = next;
     super(`/api/chat/threads/${threadId}/events`, {
-      "message.created": ({ runId }) => this.asked(runId),
+      "message.created": ({ runId }) => this.messageCreated(runId),
     }, last ? 2 * Number(last.dataset.turn) + 2 : 0);
   }
 
-  async stillThere() {
+  async exists() {
     try {
-      if ((await ask(`/api/chat/threads/${threadId}`)).ok) return true;
-      say("This conversation is not here any more.", "problem");
+      if ((await request(`/api/chat/threads/${threadId}`)).ok) return true;
+      showNotice("This conversation no longer exists.", "problem");
     } catch (error) {
-      if (!(error instanceof Refused)) return true;
-      say(error.message, "problem");
+      if (!(error instanceof RequestError)) return true;
+      showNotice(error.message, "problem");
     }
     this.close();
     return false;
   }
 
-  // In another window, or by another program.
-  async asked(runId) {
+  // A message sent from another window or client.
+  async messageCreated(runId) {
     if (document.getElementById(runId)) return;
     try {
       put(await turnOf(runId));
     } catch (error) {
-      if (error instanceof Refused) return;
+      if (error instanceof RequestError) return;
       await pause(2000);
-      if (stream === this) follow();
+      if (stream === this) subscribe();
       return;
     }
-    if (!this.closed && going()) follow();
+    if (!this.closed && activeTurn()) subscribe();
   }
 }
 
-// What one does
+// User actions
 
 composer.addEventListener("submit", async (event) => {
   event.preventDefault();
-  const content = question.value.trim();
+  const content = input.value.trim();
   if (!content || composer.hasAttribute("aria-busy")) return;
-  const asked = { content, model: composer.elements.model.value || null };
-  if (threadId) asked.threadId = threadId;
+  const payload = { content, model: composer.elements.model.value || null };
+  if (threadId) payload.threadId = threadId;
   key ??= Array.from(crypto.getRandomValues(new Uint8Array(16)), (byte) => byte.toString(16)).join("-");
   composer.setAttribute("aria-busy", "true");
-  question.readOnly = true; // what is written meanwhile would be lost
-  say("");
+  input.readOnly = true; // edits made meanwhile would be lost
+  showNotice("");
   try {
-    const response = await post("/api/chat/messages", asked, { "Idempotency-Key": key });
-    if (!response.ok) throw new Refused(await why(response));
+    const response = await post("/api/chat/messages", payload, { "Idempotency-Key": key });
+    if (!response.ok) throw new RequestError(await errorOf(response));
     const accepted = await response.json();
-    forget();
+    clearDraft();
     if (!threadId || earlier) return location.assign(`/threads/${accepted.threadId}`);
     document.scrollingElement.scrollTop = document.scrollingElement.scrollHeight;
     const turn = await turnOf(accepted.runId).catch(() => null);
     if (turn) put(turn);
-    else say("Your question was taken. Reload the page to see it.", "problem");
-    if (!listensToARun()) follow();
+    else showNotice("Your message was sent. Reload the page to see it.", "problem");
+    if (!isStreamingRun()) subscribe();
     const current = document.querySelector("#thread-list [aria-current]")?.parentElement;
     current?.parentElement.prepend(current);
   } catch (error) {
-    if (error instanceof Refused) key = null;
-    const hint = error instanceof Refused ? "" : " Send it again when you like.";
-    say(error.message + hint, "problem");
+    if (error instanceof RequestError) key = null;
+    const hint = error instanceof RequestError ? "" : " Try sending it again.";
+    showNotice(error.message + hint, "problem");
   } finally {
-    question.readOnly = false;
+    input.readOnly = false;
     composer.removeAttribute("aria-busy");
   }
 });
 
-function forget() {
+function clearDraft() {
   key = null;
-  question.value = "";
+  input.value = "";
   sessionStorage.removeItem(draftName);
 }
 
@@ -420,12 +419,12 @@ document.addEventListener("submit", async (event) => {
   const runId = event.target.closest(".turn").dataset.run;
   try {
     const response = await post(url, {});
-    // 409: it has come to an end, or somebody else was first. The turn shows which.
-    if (!response.ok && response.status !== 409) throw new Refused(await why(response));
+    // 409: the run has finished, or another client acted first. The turn shows which.
+    if (!response.ok && response.status !== 409) throw new RequestError(await errorOf(response));
     put(await turnOf(runId));
-    follow();
+    subscribe();
   } catch (error) {
-    say(error.message, "problem");
+    showNotice(error.message, "problem");
   }
 });
 
@@ -436,65 +435,65 @@ document.addEventListener("click", async (event) => {
   try {
     const page = await documentAt(link.href);
     const list = document.getElementById(link.dataset.more);
-    const found = [...page.getElementById(link.dataset.more).children];
-    const first = found[0]?.querySelector("a, summary");
+    const items = [...page.getElementById(link.dataset.more).children];
+    const first = items[0]?.querySelector("a, summary");
     if (link.id === "earlier") {
-      found.forEach(dress);
-      // Whoever has it read out waits for the answer, not for all that was said before.
+      items.forEach(decorate);
+      // A screen reader announces new answers, not the messages before them.
       const log = list.closest("[aria-live]");
       log.setAttribute("aria-live", "off");
       pause(1000).then(() => log.setAttribute("aria-live", "polite"));
       const below = document.scrollingElement.scrollHeight - scrollY;
-      list.prepend(...found);
+      list.prepend(...items);
       scrollTo(0, document.scrollingElement.scrollHeight - below);
     } else {
-      list.append(...found);
+      list.append(...items);
     }
     const next = page.getElementById(link.id);
     if (next) link.href = next.getAttribute("href");
     else link.remove();
     first?.focus({ preventScroll: true });
   } catch (error) {
-    say(error.message, "problem");
+    showNotice(error.message, "problem");
   }
 });
 
-// What unfolds at the end of the page would hide behind the composer.
+// An expanded element at the end of the page would be hidden by the composer.
 document.addEventListener("toggle", (event) => {
   if (event.target.open) event.target.scrollIntoView({ block: "nearest" });
 }, true);
 
-// Where there is no Shift, Enter begins a line.
+// On devices without a Shift key, Enter starts a new line.
 const hasKeys = !matchMedia("(pointer: coarse)").matches;
-question.addEventListener("keydown", (event) => {
+input.addEventListener("keydown", (event) => {
   if (event.key !== "Enter" || event.shiftKey || event.isComposing || !hasKeys) return;
   event.preventDefault();
   composer.requestSubmit();
 });
 
 document.addEventListener("keydown", (event) => {
-  if (event.key !== "Escape" || event.isComposing || stopNow.hidden) return;
+  if (event.key !== "Escape" || event.isComposing || stopButton.hidden) return;
   if (document.querySelector(":popover-open")) return;
-  stopNow.click();
+  stopButton.click();
 });
 
-// What is written and not sent outlives a reload.
+// Keep the draft across reloads.
 const draftName = `draft ${threadId ?? ""}`;
 composer.addEventListener("input", () => {
   key = null;
-  sessionStorage.setItem(draftName, question.value);
+  sessionStorage.setItem(draftName, input.value);
 });
-// Whoever signs in next in this window finds nothing of it.
+// Signing out removes drafts for the next user of this window.
 document.querySelector('form[action$="/logout"]')?.addEventListener("submit", () => sessionStorage.clear());
-question.value ||= sessionStorage.getItem(draftName) ?? "";
+input.value ||= sessionStorage.getItem(draftName) ?? "";
 
 document.addEventListener("visibilitychange", () => {
-  if (!listensToARun()) follow();
+  if (!isStreamingRun()) subscribe();
 });
 
-dress(document);
+decorate(document);
 if (threadId && !location.hash) {
   document.scrollingElement.scrollTop = document.scrollingElement.scrollHeight;
 }
-if (hasKeys && document.activeElement === body) question.focus({ preventScroll: true });
-follow();
+if (hasKeys && document.activeElement === body) input.focus({ preventScroll: true });
+subscribe();
