@@ -34,6 +34,7 @@ from config.wsgi import application as wsgi
 from config.server import refusals
 from config.server.callers import Caller, Held, caller_of
 from config.server.pool import Full, Left, Pool
+from lib import process
 
 THREADS = 8
 # For callers of whom nothing is worked on.
@@ -88,7 +89,7 @@ class Threads:
         return self.web
 
 
-@functools.cache
+@process.once
 def _threads() -> Threads:
     """Made in the process that serves, as are those that database work of streams is done in."""
     loop = asyncio.get_running_loop()

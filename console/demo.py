@@ -146,7 +146,7 @@ class History:
                 valid_from=self.begin.date() - timedelta(days=1),
                 defaults={"prompt": prompt, "completion": completion, "cached": cached},
             )
-        prices.price_list.forget()
+        prices.price_list.reset()
         members = [user.matrix_user_id or "" for user in self.users]
         self._listeners = Listeners(members, session.user_id)
         last = RoomEvent.objects.order_by("-pk").values_list("pk", flat=True).first()

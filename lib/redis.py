@@ -8,6 +8,7 @@ import functools
 import os
 import re
 import ssl
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -314,6 +315,24 @@ def why(error: redis.RedisError) -> str:
     if isinstance(error, denied) or text.startswith(("WRONGPASS", "NOAUTH", "NOPERM")):
         return "REDIS_URL: Redis refuses the user or the password, or the user may not do this."
     return f"It does not answer at REDIS_URL ({type(error).__name__})."
+
+
+class Breaker:
+    """Stops calls for some seconds after a failure: a Redis that swallows packets costs one request a
+    time-out, not every request."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._open_until = 0.0
+
+    def open(self) -> bool:
+        return time.monotonic() < self._open_until
+
+    def reset(self) -> None:
+        self._open_until = 0.0
+
+    def trip(self) -> None:
+        self._open_until = time.monotonic() + self._seconds
 
 
 class CacheConnections(ConnectionFactory):

@@ -5,7 +5,6 @@ every user whose token has expired, during an outage that the rest of the server
 is still bounded, by the limit times the number of processes.
 """
 
-import functools
 import threading
 import time
 from collections import Counter
@@ -17,6 +16,7 @@ from rest_framework.request import Request
 from rest_framework.throttling import BaseThrottle
 from rest_framework.views import APIView
 
+from lib import process
 from lib.clients import client_ip, network
 from lib.redis import client
 
@@ -55,7 +55,7 @@ def _count(key: str) -> int:
         return int(pipeline.execute()[0])
 
 
-@functools.cache
+@process.once
 def redis() -> Redis:
     """Return a client that gives up soon, and never counts twice by repeating a command."""
     return client(timeout=REDIS_SECONDS)
@@ -80,4 +80,4 @@ class LocalCounter:
             return self._attempts[name]
 
 
-local_counter = LocalCounter()
+local_counter = process.shared(LocalCounter())

@@ -14,9 +14,7 @@ from xdist.scheduler import LoadFileScheduling
 
 from agents.events import publisher, stream
 from agents.llm import transport
-from agents.runs import fairness, leases
-from agents.usage import limits, prices, refusals
-from lib import revocations
+from lib import process, revocations
 from ops import health, metrics
 from realm import throttles
 from tests.config.starting import Start, Starter
@@ -183,42 +181,19 @@ def _started_redis(folder: Path, port: int) -> subprocess.Popen[bytes] | None:
 def redis(redis_server: str, settings: Any) -> Iterator[redis_client.Redis]:
     """An empty Redis, in use by the code under test."""
     settings.REDIS_URL = redis_server
-    _forget_clients()
+    process.reset()
     client = redis_client.Redis.from_url(redis_server)
     client.flushall()
-    # Of another test, which had no Redis to tell.
-    refusals._untold.clear()
     yield client
-    _forget_clients()
+    process.reset()
     client.close()
 
 
-def _forget_clients() -> None:
-    of_streams = (stream._publisher, stream.consumer, stream.observer)
-    for cached in (*of_streams, publisher._teller, publisher._hearer, throttles.redis):
-        if cached.cache_info().currsize:
-            cached().close()
-        cached.cache_clear()
-    stream._breaker.reset()
-    stream._gauge.forget()
-
-
 @pytest.fixture(autouse=True)
-def _fresh_heartbeat() -> Iterator[None]:
+def _fresh_process() -> Iterator[None]:
+    process.reset()
     yield
-    leases.heartbeat.cache_clear()
-    publisher.desk.cache_clear()
-    throttles.local_counter.reset()
-
-
-@pytest.fixture(autouse=True)
-def _nothing_of_another_test() -> None:
-    prices.price_list.forget()
-    limits.limit_list.forget()
-    fairness.slots.forget()
-    fairness.left.clear()
-    stream._breaker.reset()
-    revocations.forget()
+    process.reset()
 
 
 @pytest.fixture(autouse=True)

@@ -24,7 +24,7 @@ def price(model: str = "gpt-4o-mini", **columns: Any) -> Price:
         **{"model": model, "valid_from": "2026-01-01", "prompt": "0.15", "completion": "0.60"}
         | columns
     )
-    prices.price_list.forget()
+    prices.price_list.reset()
     return made
 
 

@@ -9,7 +9,6 @@ The id of an event is `<attempt>-<n>`; n counts from 1 in each attempt, so a rea
 missed, and Redis itself refuses what a worker tells that has lost the run to a later attempt.
 """
 
-import functools
 import logging
 import threading
 import time
@@ -25,7 +24,8 @@ from redis.client import PubSub
 from redis.exceptions import RedisError
 
 from agents.events import stream
-from lib.redis import brief, client
+from lib import process
+from lib.redis import Breaker, brief, client
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ def stream_of(run_id: str) -> str:
     return f"{settings.REDIS_STREAM_KEY}:live:{run_id}"
 
 
-@functools.cache
+@process.once
 def _teller() -> Redis:
     """Tells again by itself where a connection turns out to be dead: ids make that harmless."""
     return client(timeout=TELL_SECONDS, connect_timeout=stream.REQUEST_SECONDS, retries=1)
@@ -158,7 +158,7 @@ class Desk:
         self._changed = threading.Condition()
         self._sending = threading.Lock()
         self._thread: threading.Thread | None = None
-        self._breaker = stream.Breaker()
+        self._breaker = Breaker(stream.BREAK_SECONDS)
         self._pubsub: PubSub | None = None
 
     @contextmanager
@@ -284,11 +284,11 @@ def tick_seconds(feeds: int) -> float:
     return min(max(TICK_SECONDS, feeds * TICK_SECONDS_EACH), MOST_TICK_SECONDS)
 
 
-@functools.cache
+@process.once
 def _hearer() -> Redis:
     return client(timeout=stream.BLOCK_SECONDS + 4, connect_timeout=2)
 
 
-@functools.cache
+@process.once
 def desk() -> Desk:
     return Desk()

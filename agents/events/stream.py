@@ -4,7 +4,6 @@ Redis may forget all of it at any moment. Whatever matters is in the database, a
 here is added again (agents.worker.bootstep).
 """
 
-import functools
 import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,7 +18,8 @@ from redis import Redis
 from redis.client import PubSub
 from redis.exceptions import RedisError, ResponseError
 
-from lib.redis import brief, client
+from lib import process
+from lib.redis import Breaker, brief, client
 
 logger = logging.getLogger(__name__)
 
@@ -50,33 +50,16 @@ class Entry:
     raw: bytes | None
 
 
-class Breaker:
-    """After a failure, nothing is tried for a while: a Redis that swallows packets costs one request
-    a time-out, not every request."""
-
-    def __init__(self) -> None:
-        self._open_until = 0.0
-
-    def open(self) -> bool:
-        return time.monotonic() < self._open_until
-
-    def reset(self) -> None:
-        self._open_until = 0.0
-
-    def trip(self) -> None:
-        self._open_until = time.monotonic() + BREAK_SECONDS
-
-
-_breaker = Breaker()
+_breaker = process.shared(Breaker(BREAK_SECONDS))
 
 
 class Gauge:
     """Whether the stream has reached REDIS_STREAM_MAX_BYTES, looked at now and then."""
 
     def __init__(self) -> None:
-        self.forget()
+        self.reset()
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         self._look_at = 0.0
         self._is_full = False
 
@@ -97,23 +80,23 @@ class Gauge:
         return bool(most) and self._is_full
 
 
-_gauge = Gauge()
+_gauge = process.shared(Gauge())
 
 
-@functools.cache
+@process.once
 def _publisher() -> Redis:
     """For use within a request: gives up soon, and never repeats a command by itself, which might add
     an entry twice."""
     return client(timeout=REQUEST_SECONDS, max_connections=1000)
 
 
-@functools.cache
+@process.once
 def consumer() -> Redis:
     """For the loops of a worker, which may wait."""
     return client(timeout=BLOCK_SECONDS + 4, connect_timeout=2)
 
 
-@functools.cache
+@process.once
 def observer() -> Redis:
     """For who only looks: gives up after a second."""
     return client(timeout=1)

@@ -2,8 +2,6 @@
 somebody else's question finds one free."""
 
 import threading
-import time
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,10 +9,14 @@ from django.conf import settings
 from django.db.models import Count, Sum
 
 from agents.models import Run, Worker
+from lib import process
+from lib.cache import TimedCache
+from lib.limiter import Limiter, LimitReached
 
 SLOTS_SECONDS = 5.0
 # Set while runs may be waiting in the database that could not be handed over when they were due.
 left = threading.Event()
+process.on_reset(left.clear)
 
 
 def of(slots: int) -> int:
@@ -26,47 +28,35 @@ class Seats:
     """Who has how many of the slots of this process."""
 
     def __init__(self) -> None:
-        self._taken: Counter[str] = Counter()
-        self._lock = threading.Lock()
+        self._limiter = Limiter()
         self.slots = 0  # 0: as the settings say
 
     @contextmanager
     def one(self, asker: str) -> Iterator[bool]:
         """Whether the asker may have one meanwhile."""
-        with self._lock:
-            free = self._taken[asker] < of(self.slots or settings.CELERY_WORKER_CONCURRENCY)
-            self._taken[asker] += free
+        share = of(self.slots or settings.CELERY_WORKER_CONCURRENCY)
         try:
-            yield free
+            self._limiter.acquire(asker, limit=share)
+            is_free = True
+        except LimitReached:
+            is_free = False
+        try:
+            yield is_free
         finally:
-            with self._lock:
-                self._taken[asker] -= free
-                if not self._taken[asker]:
-                    del self._taken[asker]
+            if is_free:
+                self._limiter.release(asker)
 
 
 seats = Seats()
 
 
-class Slots:
-    """How many there are in all, read again every few seconds."""
-
-    def __init__(self) -> None:
-        self._slots = 0
-        self._stale_at = 0.0
-
-    def count(self) -> int:
-        if time.monotonic() >= self._stale_at:
-            told = Worker.objects.reading().aggregate(slots=Sum("concurrency"))["slots"]
-            self._slots = told or settings.CELERY_WORKER_CONCURRENCY
-            self._stale_at = time.monotonic() + SLOTS_SECONDS
-        return self._slots
-
-    def forget(self) -> None:
-        self._stale_at = 0.0
+def _count_slots() -> int:
+    slots = Worker.objects.reading().aggregate(slots=Sum("concurrency"))["slots"]
+    return slots or settings.CELERY_WORKER_CONCURRENCY
 
 
-slots = Slots()
+# Of all workers together.
+slots = process.shared(TimedCache(_count_slots, SLOTS_SECONDS))
 
 
 def taken() -> dict[str, int]:

@@ -5,7 +5,6 @@ held (somebody else claimed it, or it was cancelled) is marked, and its thread g
 chunk of the answer.
 """
 
-import functools
 import logging
 import os
 import secrets
@@ -22,7 +21,7 @@ from django.utils import timezone
 
 from agents.lifecycle import states
 from agents.models import Run
-from lib import db
+from lib import db, process
 
 logger = logging.getLogger(__name__)
 
@@ -142,6 +141,6 @@ class Heartbeat:
         connection.close_if_unusable_or_obsolete()
 
 
-@functools.cache
+@process.once
 def heartbeat() -> Heartbeat:
     return Heartbeat()

@@ -8,7 +8,6 @@ whoever dies in between leaves its estimate counted. Nothing is asked of the dat
 limit.
 """
 
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
@@ -27,7 +26,8 @@ from agents.llm import completions
 from agents.models import Run, today
 from agents.models.limits import Kind, Limit, Pace, Spending
 from agents.usage import prices
-from lib import db, formats
+from lib import db, formats, process
+from lib.cache import TimedCache
 from realm.models import User
 
 ANONYMOUS = "(anonymous)"
@@ -108,22 +108,20 @@ class LimitList:
     read again every few seconds, not for every question."""
 
     def __init__(self) -> None:
-        self._own: dict[tuple[str, str], Limit] = {}
-        self._stale_at = 0.0
+        self._own = TimedCache(_own_limits, REFRESH_SECONDS)
+        self.reset = self._own.reset
 
     def of(self, kind: Kind, name: str) -> Limits:
-        if time.monotonic() >= self._stale_at:
-            self._own = {(each.kind, each.name): each for each in Limit.objects.all()}
-            self._stale_at = time.monotonic() + REFRESH_SECONDS
-        own = self._own.get((kind.value, name))
+        own = self._own.get().get((kind.value, name))
         # The settings are for people. A program's request that has to wait stands in Redis alone.
         return NONE if own is None and name == PROGRAMS else limits_of(kind, own)
 
-    def forget(self) -> None:
-        self._stale_at = 0.0
+
+def _own_limits() -> dict[tuple[str, str], Limit]:
+    return {(limit.kind, limit.name): limit for limit in Limit.objects.all()}
 
 
-limit_list = LimitList()
+limit_list = process.shared(LimitList())
 
 
 def limits_of(kind: Kind, own: Limit | None = None) -> Limits:

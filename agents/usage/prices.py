@@ -1,10 +1,11 @@
 """What tokens cost, by the price of their model on the day: whole numbers, as agents.models says."""
 
-import time
 from collections.abc import Iterable
 
 from agents.llm.completions import Usage
 from agents.models import Price, today
+from lib import process
+from lib.cache import TimedCache
 from lib.formats import COST_UNITS
 
 # A new price holds for what is recorded from this much later on.
@@ -15,27 +16,24 @@ class PriceList:
     """The prices as this process knows them: read again every half minute, not for every call."""
 
     def __init__(self) -> None:
-        self._prices: dict[str, list[Price]] = {}
-        self._stale_at = 0.0
+        self._prices = TimedCache(_by_model, REFRESH_SECONDS)
+        self.reset = self._prices.reset
 
     def of(self, model: str) -> Price | None:
         """The price that holds today."""
-        if time.monotonic() >= self._stale_at:
-            self._read()
         day = today()
-        return next((each for each in self._prices.get(model, ()) if each.valid_from <= day), None)
-
-    def forget(self) -> None:
-        self._stale_at = 0.0
-
-    def _read(self) -> None:
-        prices: dict[str, list[Price]] = {}
-        for price in Price.objects.order_by("-valid_from"):
-            prices.setdefault(price.model, []).append(price)
-        self._prices, self._stale_at = prices, time.monotonic() + REFRESH_SECONDS
+        prices = self._prices.get().get(model, ())
+        return next((price for price in prices if price.valid_from <= day), None)
 
 
-price_list = PriceList()
+def _by_model() -> dict[str, list[Price]]:
+    prices: dict[str, list[Price]] = {}
+    for price in Price.objects.order_by("-valid_from"):
+        prices.setdefault(price.model, []).append(price)
+    return prices
+
+
+price_list = process.shared(PriceList())
 
 
 def cost(model: str, usage: Usage) -> int | None:

@@ -10,12 +10,14 @@ from collections import Counter
 from django.conf import settings
 
 from agents.events import stream
+from lib import process
 
 # As `agents.usage.limits.Reached` has them.
 CODES = ("rate_limited", "too_many_waiting", "bytes_exhausted", "budget_exhausted")
 
 _lock = threading.Lock()
 _untold: Counter[str] = Counter()
+process.on_reset(_untold.clear)
 
 
 def count(source: str, code: str) -> None:

@@ -105,7 +105,7 @@ def hand_over_fairly(runs: RunQuerySet, free: int) -> int:
     rows = list(numbered.values_list("pk", "asker", "number")[:CANDIDATES])
     if not rows:
         return 0
-    taken, most = fairness.taken(), fairness.of(fairness.slots.count())
+    taken, most = fairness.taken(), fairness.of(fairness.slots.get())
     bounded = settings.AGENT_USER_SHARE < 100
     ranked = [(taken.get(asker, 0) + number, pk) for pk, asker, number in rows]
     # What came first goes first where two have the same number in hand: sorting keeps the order.

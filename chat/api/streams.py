@@ -4,9 +4,7 @@ asked in threads, a unit at a time."""
 import asyncio
 import logging
 import re
-import threading
 import weakref
-from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing
 from functools import partial
@@ -28,7 +26,9 @@ from chat import rights
 from chat.api.serializers import message_json, run_json
 from chat.models import fitting, read_contents
 from chat.rights import Caller
+from lib import limiter
 from lib.db import TRANSIENT_ERRORS
+from lib.limiter import Limiter
 from realm.access import Reason
 
 logger = logging.getLogger(__name__)
@@ -63,35 +63,8 @@ class TooManyOfOne(TooManyStreams):
     """One caller has as many of them as they may."""
 
 
-class Seats:
-    """Who has how many streams in this process, those that have yet to begin included."""
-
-    def __init__(self) -> None:
-        # Seats are given back by the garbage collector too, in whatever it interrupts.
-        self._lock = threading.RLock()
-        self.taken: Counter[str] = Counter()
-
-    def take(self, caller: str) -> None:
-        """Raises `TooManyStreams`."""
-        most = settings.CHAT_MAX_STREAMS_PER_USER
-        with self._lock:
-            if self.taken.total() >= settings.CHAT_MAX_STREAMS:
-                raise Full("Too many streams are open here. Try again, or ask for the run itself.")
-            if most and self.taken[caller] >= most:
-                raise TooManyOfOne(
-                    f"You have {most} streams open here, and no more may be. Close one, or ask for the "
-                    "run itself. An operator can raise it: CHAT_MAX_STREAMS_PER_USER."
-                )
-            self.taken[caller] += 1
-
-    def give_back(self, caller: str) -> None:
-        with self._lock:
-            self.taken[caller] -= 1
-            if not self.taken[caller]:
-                del self.taken[caller]
-
-
-seats = Seats()
+# The streams of this process, those that have yet to begin included.
+open_streams = Limiter()
 
 
 class Seat:
@@ -99,8 +72,19 @@ class Seat:
     first frame. Raises `TooManyStreams`."""
 
     def __init__(self, caller: str) -> None:
-        seats.take(caller)
-        self.leave = weakref.finalize(self, seats.give_back, caller)
+        limit = settings.CHAT_MAX_STREAMS_PER_USER
+        try:
+            open_streams.acquire(caller, limit=limit or None, total=settings.CHAT_MAX_STREAMS)
+        except limiter.TotalReached:
+            raise Full(
+                "Too many streams are open here. Try again, or ask for the run itself."
+            ) from None
+        except limiter.HolderReached:
+            raise TooManyOfOne(
+                f"You have {limit} streams open here, and no more may be. Close one, or ask for the "
+                "run itself. An operator can raise it: CHAT_MAX_STREAMS_PER_USER."
+            ) from None
+        self.leave = weakref.finalize(self, open_streams.release, caller)
 
 
 class EventStream(StreamingHttpResponse):

@@ -196,7 +196,7 @@ class TestMoney:
         factories.price(prompt="10", completion="20")
         settings.LIMIT_USER_COST_PER_DAY = 0.01
         Limit.objects.create(kind="user", name="@alice:localhost", cost_per_day="1.5")
-        limits.limit_list.forget()
+        limits.limit_list.reset()
         factories.ask(owner=factories.user("alice"))
         with pytest.raises(inbox.Limited):
             factories.ask(owner=factories.user("bob"))

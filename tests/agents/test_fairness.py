@@ -108,10 +108,10 @@ def test_all_of_a_flood_is_handed_over_in_the_end(
 
 class TestShare:
     @pytest.fixture(autouse=True)
-    def _half(self, settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def _half(self, settings: Any) -> None:
         settings.AGENT_USER_SHARE = 50
         settings.CELERY_WORKER_CONCURRENCY = 4
-        monkeypatch.setattr(fairness, "slots", fairness.Slots())
+        fairness.slots.reset()
 
     def test_nobody_gets_more_than_that_of_the_slots(self, model: FakeLLM) -> None:
         model.default = Hang(after=1)

@@ -198,7 +198,7 @@ def test_many_at_once_stay_within_what_is_left(settings: Any) -> None:
 class TestOverrides:
     def override(self, **columns: Any) -> None:
         Limit.objects.create(**columns)
-        limits.limit_list.forget()
+        limits.limit_list.reset()
 
     def test_an_admins_word_holds_in_the_place_of_the_setting(self, settings: Any) -> None:
         settings.LIMIT_USER_MESSAGES_PER_MINUTE = 1

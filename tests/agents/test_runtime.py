@@ -137,14 +137,14 @@ class TestReader:
         assert Run.objects.count() == 3
 
         Limit.objects.create(kind="user", name=limits.PROGRAMS, messages_per_minute=1)
-        limits.limit_list.forget()
+        limits.limit_list.reset()
         for number in range(3, 5):
             add(redis, request(runId=f"run-{number}"))
         reader.read()
         assert (Run.objects.count(), pending(redis)) == (4, 1)
 
         Limit.objects.all().delete()
-        limits.limit_list.forget()
+        limits.limit_list.reset()
         reader.handle(stream.claim_stale("worker-1", idle=timedelta()))
         assert (Run.objects.count(), pending(redis)) == (5, 0)
 
@@ -609,14 +609,14 @@ class TestSize:
     ) -> None:
         settings.REDIS_STREAM_MAX_BYTES = 1_000_000
         self.fill(redis, 120)
-        stream._gauge.forget()
+        stream._gauge.reset()
         run = factories.ask("while it is full")
         assert redis.xlen("agent_events") == 120
 
         reader.read()
         while stream.trim_bytes():
             pass
-        stream._gauge.forget()
+        stream._gauge.reset()
         Event.objects.update(created_at=timezone.now() - timedelta(minutes=1))
         assert bootstep.relay() == 1
         assert entries(redis)[-1]["payload"]["runId"] == run.pk

@@ -146,6 +146,6 @@ def go(scene: Coroutine[Any, Any, None]) -> None:
     try:
         asyncio.run(whole())
     finally:
-        asgi._threads.cache_clear()
+        asgi._threads.reset()
         for number, handler in handlers.items():
             signal.signal(number, handler)

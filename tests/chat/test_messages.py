@@ -375,15 +375,13 @@ class TestBlackHole:
             thread.start()
             settings.REDIS_URL = f"redis://127.0.0.1:{listening.getsockname()[1]}"
             monkeypatch.setattr(stream, "REQUEST_SECONDS", 0.3)
-            stream._publisher.cache_clear()
+            stream._publisher.reset()
             yield taken
             listening.shutdown(socket.SHUT_RDWR)
             thread.join(60)
         for each in taken:
             each.close()
-        if stream._publisher.cache_info().currsize:
-            stream._publisher().close()
-        stream._publisher.cache_clear()
+        stream._publisher.reset()
 
     @pytest.mark.parametrize("prefer", ["", "wait=30"])
     def test_it_costs_one_request_a_time_out_and_no_other(

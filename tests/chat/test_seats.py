@@ -13,6 +13,7 @@ from redis import Redis
 
 from agents.models import Run
 from chat.api import streams
+from lib.limiter import Limiter
 from realm import tokens
 from tests.chat.listening import go, request
 from tests.factories import ask, user
@@ -27,10 +28,10 @@ def bearer(name: str) -> dict[str, str]:
 @pytest.fixture(autouse=True)
 def _nobody_is_seated(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     # Of other tests somebody may hold a response still.
-    monkeypatch.setattr(streams, "seats", streams.Seats())
+    monkeypatch.setattr(streams, "open_streams", Limiter())
     yield
     gc.collect()
-    assert not streams.seats.taken
+    assert not streams.open_streams.taken
 
 
 def test_one_user_cannot_take_the_streams_of_all(settings: Any) -> None:
@@ -64,7 +65,7 @@ def test_one_user_cannot_take_the_streams_of_all(settings: Any) -> None:
                 async with request(of_run, **others) as other:
                     await other.event()
                     assert other.status == 200
-        await until(lambda: not streams.seats.taken)
+        await until(lambda: not streams.open_streams.taken)
         async with request(of_run, **alice) as again:
             await again.event()
             assert again.status == 200
@@ -109,7 +110,7 @@ def test_a_hundred_at_once_are_no_more_than_one_after_the_other(settings: Any) -
 def test_zero_is_no_limit(settings: Any) -> None:
     settings.CHAT_MAX_STREAMS_PER_USER = 0
     seated = [streams.Seat("user:1") for _ in range(200)]
-    assert streams.seats.taken["user:1"] == len(seated)
+    assert streams.open_streams.taken["user:1"] == len(seated)
 
 
 def test_a_stream_that_nobody_reads_keeps_no_seat() -> None:
@@ -122,7 +123,7 @@ def test_a_stream_that_nobody_reads_keeps_no_seat() -> None:
 
     go(scene())
     gc.collect()
-    assert not streams.seats.taken
+    assert not streams.open_streams.taken
 
 
 def test_beyond_it_streams_are_refused_and_nothing_is_asked(settings: Any) -> None:
@@ -142,7 +143,7 @@ def test_beyond_it_streams_are_refused_and_nothing_is_asked(settings: Any) -> No
             async with request("/api/chat/messages", "POST", question, **accept) as asked:
                 await asked.begun()
                 assert asked.status == 503
-        await until(lambda: not streams.seats.taken)
+        await until(lambda: not streams.open_streams.taken)
         async with request(f"/api/chat/runs/{run.pk}/events") as again:
             await again.event()
             assert again.status == 200

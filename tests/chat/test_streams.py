@@ -561,7 +561,7 @@ def test_a_number_that_is_none_is_refused(value: str) -> None:
 def test_the_breaker_spares_a_run_a_redis_that_is_away(model: FakeLLM, settings: Any) -> None:
     run = ask("Hi")
     model.script(Reply(tuple("many words " * 20), delta_latency=0.005))
-    publisher._teller.cache_clear()
+    publisher._teller.reset()
     settings.REDIS_URL = "redis://127.0.0.1:1"
     publisher.desk().heed({"called": [run.pk]})
     execution.execute(run.pk)

@@ -35,7 +35,7 @@ def test_an_admin_gives_a_user_a_limit_and_takes_it_away(settings: Any) -> None:
     assert limit.name == "@alice:localhost"
     assert AuditEntry.objects.filter(object_id=str(limit.pk)).exists()
 
-    limits.limit_list.forget()
+    limits.limit_list.reset()
     factories.ask(asker="@alice:localhost")
     with pytest.raises(inbox.Limited):
         factories.ask(asker="@alice:localhost")

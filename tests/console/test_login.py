@@ -67,8 +67,8 @@ def test_an_address_may_try_so_often_whatever_the_names(
     # In the middle of a minute, which does not end.
     monkeypatch.setattr(throttles, "time", SimpleNamespace(time=lambda: 1_800_000_020.5))
     monkeypatch.setattr(throttles, "local_counter", throttles.LocalCounter())
-    throttles.redis.cache_clear()
-    request.addfinalizer(throttles.redis.cache_clear)
+    throttles.redis.reset()
+    request.addfinalizer(throttles.redis.reset)
 
     def attempt(number: int, ip: str) -> Any:
         form = {"username": f"name-{number}", "password": "wrong"}

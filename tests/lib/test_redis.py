@@ -16,6 +16,7 @@ from kombu.exceptions import OperationalError
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 from agents.events import publisher, stream, subscriber
+from lib import process
 from lib import redis as connections
 from ops import doctor
 from realm import throttles
@@ -69,27 +70,15 @@ KINDS: dict[str, Callable[[], Any]] = {
     "broker": broker,
     "control": control,
 }
-CACHED = (
-    stream._publisher,
-    stream.consumer,
-    stream.observer,
-    publisher._teller,
-    publisher._hearer,
-    throttles.redis,
-)
 
 
 def forget_clients() -> None:
-    for made in CACHED:
-        if made.cache_info().currsize:
-            made().close()
-        made.cache_clear()
+    process.reset()
     for pool in ConnectionFactory._pools.values():
         pool.disconnect()
     ConnectionFactory._pools.clear()
     if hasattr(caches["default"], "_client"):
         caches["default"]._client = None
-    stream._breaker.reset()
 
 
 @pytest.fixture

@@ -21,10 +21,11 @@ from agents import inbox
 from agents.events import stream
 from agents.models import Attempt, Event, Limit, Rollup, Run, Summary
 from agents.runs import execution, outcomes
-from agents.usage import limits, refusals, rollups
+from agents.usage import limits, rollups
 from agents.worker import presence as workers
 from botrunner.models import Session
 from chat.models import Message, Thread
+from lib import process
 from ops import metrics
 from tests import factories
 from tests.botrunner import scenes as rooms
@@ -414,7 +415,7 @@ class TestRefusals:
         """Counted by another process, which ends."""
         rooms.command()
         rooms.take_in(rooms.session(), *[rooms.event("Hello") for _ in range(3)])
-        refusals._untold.clear()
+        process.reset()
         told = scrape()
         assert told.value("botrealm_refusals_total", source="matrix", code="rate_limited") == 2
 
@@ -447,10 +448,10 @@ class TestRefusals:
         there = settings.REDIS_URL
         self.ask(client)
         settings.REDIS_URL = "redis://127.0.0.1:1"
-        stream._publisher.cache_clear()
+        stream._publisher.reset()
         assert [self.ask(client) for _ in range(2)] == [429, 429]
         settings.REDIS_URL = there
-        stream._publisher.cache_clear()
+        stream._publisher.reset()
         stream._breaker.reset()
         assert self.ask(client) == 429
         told = scrape()

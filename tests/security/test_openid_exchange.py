@@ -422,10 +422,10 @@ class TestHowOften:
         settings.SERVER_SESSIONS_PER_MINUTE = 3
         # In the middle of a minute, which does not end.
         monkeypatch.setattr(throttles, "time", SimpleNamespace(time=lambda: 1_800_000_020.5))
-        throttles.redis.cache_clear()
+        throttles.redis.reset()
         throttles.local_counter.reset()
         yield
-        throttles.redis.cache_clear()
+        throttles.redis.reset()
 
     def test_an_address_has_a_few_tries_a_minute(
         self, homeserver: Homeserver, redis: Any, monkeypatch: pytest.MonkeyPatch
