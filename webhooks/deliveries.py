@@ -20,6 +20,7 @@ from django.db.models.expressions import RawSQL
 
 from agents.models import Event, Run
 from botrunner.models import Reply, Room, RoomMember, RoomMemberQuerySet
+from chat.representation import outcome_json
 from lib import db
 from realm.models import User
 from webhooks.models import (
@@ -236,31 +237,12 @@ def _outcome(type: str, event: Event) -> Outcome:
 
 
 def _body(type: str, event: Event) -> bytes:
-    """Frozen, so that whatever is sent later under this id is the same. `data` has the keys of
-    `GET /api/chat/runs/<id>`."""
-    run, at = event.run, event.as_entry()["timestamp"]
-    data: dict[str, Any] = {
-        "id": run.pk,
-        "threadId": run.thread_id,
-        "correlationId": event.correlation_id,
-        "status": event.type.rpartition(".")[2],
-        "model": run.model,
-        "usage": {
-            "promptTokens": run.prompt_tokens,
-            "completionTokens": run.completion_tokens,
-            "totalTokens": run.prompt_tokens + run.completion_tokens,
-        },
-        "createdAt": run.created_at,
-        "updatedAt": at,
-    }
-    for told, key in (("output", "output"), ("error", "safeError"), ("mergedInto", "mergedInto")):
-        if told in event.payload:
-            data[key] = event.payload[told]
+    """Return the payload, frozen: each delivery of an event sends the same bytes. `data` has the fields
+    of `GET /api/chat/runs/<id>`."""
+    timestamp = event.as_entry()["timestamp"]
+    data: dict[str, Any] = {**outcome_json(event), "updatedAt": timestamp}
     if len(output := data.get("output", "").encode()) > MAX_OUTPUT_BYTES:
         data["output"] = output[:MAX_OUTPUT_BYTES].decode(errors="ignore")
         data["outputTruncated"] = True
-    if "error" in event.payload:
-        data["errorCode"] = run.error_code
-    if run.deadline_at:
-        data["deadlineAt"] = run.deadline_at
-    return orjson.dumps({"type": type, "timestamp": at, "data": data}, option=orjson.OPT_UTC_Z)
+    body = {"type": type, "timestamp": timestamp, "data": data}
+    return orjson.dumps(body, option=orjson.OPT_UTC_Z)

@@ -1,16 +1,15 @@
-"""The plain JSON of the chat server: what comes in, and what is told."""
+"""Request bodies of the chat API (plain JSON)."""
 
 from typing import Any
 
 from rest_framework import serializers
 
-from agents.inbox import Accepted, WhenBusy
-from agents.models import Run
-from chat.models import MAX_TITLE_LENGTH, Message, Thread
+from agents.inbox import WhenBusy
+from chat.models import MAX_TITLE_LENGTH
 
 
-class StringField(serializers.CharField):
-    """A JSON string and nothing that merely could be one."""
+class JSONStringField(serializers.CharField):
+    """A JSON string; other types are not converted."""
 
     def to_internal_value(self, data: Any) -> str:
         if not isinstance(data, str):
@@ -18,7 +17,7 @@ class StringField(serializers.CharField):
         return super().to_internal_value(data)
 
 
-class PolicyField(StringField):
+class PolicyField(JSONStringField):
     default_error_messages = {"invalid_choice": f"Not one of {', '.join(WhenBusy)}."}
 
     def to_internal_value(self, data: Any) -> WhenBusy:
@@ -28,8 +27,8 @@ class PolicyField(StringField):
             self.fail("invalid_choice")
 
 
-class WholeField(serializers.IntegerField):
-    """A JSON number without a fraction: 60.0 is 60."""
+class WholeNumberField(serializers.IntegerField):
+    """A whole JSON number, 60.0 included."""
 
     def to_internal_value(self, data: Any) -> int:
         whole = isinstance(data, int) or (isinstance(data, float) and data.is_integer())
@@ -39,7 +38,7 @@ class WholeField(serializers.IntegerField):
 
 
 class FlagField(serializers.BooleanField):
-    """`true` or `false`, and nothing that merely could be one."""
+    """`true` or `false`; other types are not converted."""
 
     def to_internal_value(self, data: Any) -> bool:
         if not isinstance(data, bool):
@@ -47,91 +46,23 @@ class FlagField(serializers.BooleanField):
         return data
 
 
-class AskSerializer(serializers.Serializer[Any]):
-    """Only the shape; agents.inbox has the rules."""
+class MessageRequestSerializer(serializers.Serializer[Any]):
+    """The shape of a submitted message; agents.inbox enforces the rules."""
 
-    content = StringField(error_messages={"blank": "Write at least 1 character."})
-    model = StringField(required=False, allow_null=True, max_length=100)
-    threadId = StringField(required=False, allow_null=True, source="thread_id")  # noqa: N815
-    correlationId = StringField(  # noqa: N815
+    content = JSONStringField(error_messages={"blank": "Write at least 1 character."})
+    model = JSONStringField(required=False, allow_null=True, max_length=100)
+    threadId = JSONStringField(required=False, allow_null=True, source="thread_id")  # noqa: N815
+    correlationId = JSONStringField(  # noqa: N815
         required=False, allow_null=True, source="correlation_id"
     )
     whenBusy = PolicyField(  # noqa: N815
         required=False, allow_null=True, source="when_busy"
     )
-    deadlineSeconds = WholeField(  # noqa: N815
+    deadlineSeconds = WholeNumberField(  # noqa: N815
         required=False, allow_null=True, source="deadline_seconds"
     )
 
 
-class ThreadSerializer(serializers.Serializer[Any]):
-    """What its owner may change."""
-
-    title = StringField(required=False, allow_blank=True, max_length=MAX_TITLE_LENGTH)
+class ThreadChangeSerializer(serializers.Serializer[Any]):
+    title = JSONStringField(required=False, allow_blank=True, max_length=MAX_TITLE_LENGTH)
     archived = FlagField(required=False)
-
-
-def accepted_json(accepted: Accepted) -> dict[str, Any]:
-    return {
-        "ok": True,
-        "status": "accepted",
-        "runId": accepted.run_id,
-        "threadId": accepted.thread_id,
-        "messageId": accepted.message_id,
-        "model": accepted.model,
-        "correlationId": accepted.correlation_id,
-    }
-
-
-def thread_json(thread: Thread) -> dict[str, Any]:
-    """A thread of `ThreadQuerySet.with_preview()`."""
-    return {
-        "id": thread.pk,
-        "title": thread.title,
-        "preview": thread.preview,  # type: ignore[attr-defined]
-        "archived": thread.archived_at is not None,
-        "createdAt": thread.created_at,
-        "updatedAt": thread.updated_at,
-    }
-
-
-def message_json(message: Message) -> dict[str, Any]:
-    return {
-        "id": message.pk,
-        "threadId": message.thread_id,
-        "role": message.role,
-        "content": message.content,
-        "correlationId": message.correlation_id,
-        "createdAt": message.created_at,
-    }
-
-
-def usage_json(run: Run) -> dict[str, int]:
-    return {
-        "promptTokens": run.prompt_tokens,
-        "completionTokens": run.completion_tokens,
-        "totalTokens": run.prompt_tokens + run.completion_tokens,
-    }
-
-
-def run_json(run: Run) -> dict[str, Any]:
-    """A run with `answer` loaded."""
-    told = {
-        "id": run.pk,
-        "threadId": run.thread_id,
-        "correlationId": run.correlation_id,
-        "status": run.status,
-        "model": run.model,
-        "usage": usage_json(run),
-        "createdAt": run.created_at,
-        "updatedAt": run.updated_at,
-    }
-    if run.deadline_at:
-        told["deadlineAt"] = run.deadline_at
-    if run.merged_into_id:
-        told["mergedInto"] = run.merged_into_id
-    if run.answer:
-        told["output"] = run.answer.content
-    if run.safe_error:
-        told |= {"safeError": run.safe_error, "errorCode": run.error_code}
-    return told

@@ -5,7 +5,7 @@ import asyncio
 import logging
 import re
 import weakref
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from contextlib import aclosing
 from functools import partial
 from typing import Any, ParamSpec, TypeVar
@@ -23,8 +23,8 @@ from agents.events import subscriber
 from agents.events.subscriber import Gap, Place, Told
 from agents.models import Run
 from chat import rights
-from chat.api.serializers import message_json, run_json
 from chat.models import fitting, read_contents
+from chat.representation import AcceptedJSON, message_json, run_json
 from chat.rights import Caller
 from lib import limiter
 from lib.db import TRANSIENT_ERRORS
@@ -152,7 +152,7 @@ def _after(request: Request) -> str:
 
 
 async def run_events(
-    run: Run, after: Place | None, caller: Caller, accepted: dict[str, Any] | None = None
+    run: Run, after: Place | None, caller: Caller, accepted: AcceptedJSON | None = None
 ) -> AsyncGenerator[bytes]:
     """The events of a run from after `after` on, up to its outcome, for as long as `caller` has the
     right to them. `accepted`: what is told first."""
@@ -384,7 +384,7 @@ def _gap(first: str, last: str) -> bytes:
     return _frame(last, "gap", {"from": first, "to": last})
 
 
-def _frame(id: str, kind: str, data: dict[str, Any]) -> bytes:
+def _frame(id: str, kind: str, data: Mapping[str, Any]) -> bytes:
     return (
         f"id: {id}\nevent: {kind}\ndata: ".encode()
         + orjson.dumps(data, option=orjson.OPT_UTC_Z)

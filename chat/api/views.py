@@ -21,16 +21,16 @@ from agents.llm import completions
 from agents.models import Run
 from agents.runs import execution
 from chat.api import streams
-from chat.api.serializers import (
-    AskSerializer,
-    ThreadSerializer,
+from chat.api.serializers import MessageRequestSerializer, ThreadChangeSerializer
+from chat.models import Message, Thread, page_of
+from chat.permissions import CallersView, check_may_steer, check_may_write, name_of
+from chat.representation import (
     accepted_json,
+    finished_json,
     message_json,
     run_json,
     thread_json,
 )
-from chat.models import Message, Thread, page_of
-from chat.permissions import CallersView, check_may_steer, check_may_write, name_of
 from lib.plainjson import PlainAPIView
 from realm.access import Access
 
@@ -83,7 +83,7 @@ class MessagesView(ChatView):
     def post(self, request: Request) -> HttpResponseBase:
         """Accept a question: 202, or 200 with its outcome when `Prefer: wait=N` brings it in time, or
         with its stream where that is what the client accepts."""
-        question = AskSerializer(data=request.data)
+        question = MessageRequestSerializer(data=request.data)
         question.is_valid(raise_exception=True)
         # Before anything is accepted.
         seat = streams.Seat(name_of(request)) if streams.wants_stream(request) else None
@@ -95,12 +95,10 @@ class MessagesView(ChatView):
             return self._stream(accepted, seat, headers)
         seconds = _seconds_to_wait(request)
         run = self._outcome(accepted.run_id, seconds) if seconds else None
-        told = accepted_json(accepted)
         if run:
             headers["Preference-Applied"] = f"wait={seconds}"
-            told |= {"status": run.status, "run": run_json(run)}
-            return Response(told, headers=headers)
-        return Response(told, status=202, headers=headers)
+            return Response(finished_json(accepted, run), headers=headers)
+        return Response(accepted_json(accepted), status=202, headers=headers)
 
     def _stream(
         self, accepted: inbox.Accepted, seat: streams.Seat, headers: dict[str, str]
@@ -154,7 +152,7 @@ class ThreadView(ChatView):
     def patch(self, request: Request, thread_id: str) -> Response:
         thread = self.thread(thread_id)
         check_may_write(thread)
-        change = ThreadSerializer(data=request.data)
+        change = ThreadChangeSerializer(data=request.data)
         change.is_valid(raise_exception=True)
         thread.change(**change.validated_data)
         return self.get(request, thread_id)

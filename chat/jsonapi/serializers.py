@@ -17,9 +17,10 @@ from rest_framework_json_api.utils import format_field_name, get_serializer_fiel
 
 from agents import inbox
 from agents.models import Run
-from chat.api.serializers import PolicyField, WholeField, usage_json
+from chat.api.serializers import PolicyField, WholeNumberField
 from chat.jsonapi.pagination import Order
 from chat.models import CHOSEN_ID, Message, Thread, ThreadQuerySet, fitting, read_contents
+from chat.representation import UsageJSON, usage_json
 from lib.jsonapi import Conflict, JSONAPIRenderer, Malformed, StringField
 from realm.models import User
 
@@ -357,7 +358,7 @@ class RunSerializer(ResourceSerializer):
         size = Coalesce(Length("answer__content"), 0)
         return runs.select_related("answer").annotate(size=size).defer("answer__content")
 
-    def get_usage(self, run: Run) -> dict[str, int]:
+    def get_usage(self, run: Run) -> UsageJSON:
         return usage_json(run)
 
     def get_safe_error(self, run: Run) -> str | None:
@@ -394,7 +395,7 @@ class QuestionSerializer(serializers.Serializer):
     model = StringField(required=False, allow_null=True, max_length=100)
     correlation_id = StringField(required=False, allow_null=True)
     when_busy = PolicyField(required=False, allow_null=True)
-    deadline_seconds = WholeField(required=False, allow_null=True)
+    deadline_seconds = WholeNumberField(required=False, allow_null=True)
     thread = ThreadLink(required=False, allow_null=True, source="thread_id")
 
     class Meta:

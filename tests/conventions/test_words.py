@@ -23,7 +23,6 @@ ALLOWED_LINES: dict[tuple[str, str], str] = {}
 ALLOWED_NAMES: dict[str, str] = {
     "Command": "Django's name for a management command",
     "MessagesView": "the messages of a thread, in plain JSON and in JSON:API",
-    "ThreadSerializer": "a thread, in plain JSON and in JSON:API",
     "UnknownPathView": "the answer to an unknown path, in plain JSON and in JSON:API",
 }
 
