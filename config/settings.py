@@ -1,4 +1,7 @@
-"""All settings, from the environment alone. README.md has the table; `.env` is read where it exists."""
+"""Django's settings, from environment variables; docs/reference/settings.md has the table.
+
+A file `.env` is read where it exists.
+"""
 
 import os
 import sys

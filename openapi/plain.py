@@ -69,7 +69,7 @@ SCHEMAS = {
         "id",
         "retry",
         id=text(description="What `Last-Event-ID` may name to go on after it."),
-        event=text(description="Its type; README.md has the table."),
+        event=text(description="Its type; docs/reference/http.md has the table."),
         data=text(contentMediaType="application/json"),
         retry={"type": "integer"},
     ),

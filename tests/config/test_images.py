@@ -18,7 +18,7 @@ from django.utils.module_loading import import_string
 
 from deploy import pin_images
 from ops.middleware import PROBES
-from tests.config.test_documents import ROOT, read_by_settings
+from tests.docs.test_settings import ROOT, read_by_settings
 
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 COMPOSE = yaml.safe_load((ROOT / "compose.yaml").read_text())

@@ -18,7 +18,7 @@ from agents.models import Worker
 from botrunner.models import Session
 from console import system
 from ops import doctor, health
-from tests.config.test_documents import read_by_settings
+from tests.docs.test_settings import read_by_settings
 
 SignIn = Callable[..., Client]
 pytestmark = pytest.mark.django_db
