@@ -88,7 +88,7 @@ MIDDLEWARE = [
     "config.middleware.PermissionsPolicy",
     "config.middleware.ContentPolicy",
     "whitenoise.middleware.WhiteNoiseMiddleware",
-    "console.methods.AdminMethods",
+    "console.middleware.AdminMethodsMiddleware",
     "django.contrib.sessions.middleware.SessionMiddleware",
     "django.middleware.common.CommonMiddleware",
     "django.middleware.csrf.CsrfViewMiddleware",
@@ -96,8 +96,8 @@ MIDDLEWARE = [
     "django_otp.middleware.OTPMiddleware",
     "django.contrib.messages.middleware.MessageMiddleware",
     "django.middleware.clickjacking.XFrameOptionsMiddleware",
-    "console.login.SecondFactor",
-    "console.login.LoginTries",
+    "console.middleware.SecondFactorMiddleware",
+    "console.middleware.LoginThrottleMiddleware",
     "axes.middleware.AxesMiddleware",
 ]
 ROOT_URLCONF = "config.urls"

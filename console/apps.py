@@ -16,7 +16,7 @@ class ConsoleConfig(AppConfig):
 
         export.guard = rights.guard
         realm.audit.record = audit.record_change
-        CHORES.append((bulk.sweep, bulk.SWEEP_SECONDS))
+        CHORES.append((bulk.dispatch_abandoned, bulk.SWEEP_SECONDS))
         post_migrate.connect(roles.grant, dispatch_uid="console.roles")
         user_logged_in.connect(login.note_login, dispatch_uid="console.login")
         user_locked_out.connect(login.note_lockout, dispatch_uid="console.lockout")

@@ -1,10 +1,10 @@
-"""What every page of the admin is made of. The theme is known here and nowhere else."""
+"""Building blocks of the admin pages. No other module depends on the theme."""
 
 import json
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from django import forms
 from django.contrib import messages
@@ -21,48 +21,47 @@ from django.shortcuts import redirect
 from django.template.response import TemplateResponse
 from django.urls import reverse
 from django.utils.text import Truncator
-from unfold.admin import ModelAdmin, StackedInline, TabularInline
+from unfold.admin import ModelAdmin, TabularInline
+from unfold.decorators import action
+from unfold.enums import ActionVariant
 from unfold.forms import BaseDialogForm
 from unfold.widgets import UnfoldAdminTextInputWidget
 
 from console import audit, bulk, export
-from console.paging import Paged, Period
+from console.paging import PagedMixin, PeriodFilter
 
 __all__ = [
-    "ASK",
-    "Bodies",
-    "BodiesInline",
+    "POST_MESSAGE",
     "ConsoleAdmin",
-    "Empty",
+    "DetailPageMixin",
+    "EmptyState",
     "Inline",
-    "Page",
-    "Period",
-    "ReadOnly",
+    "MaskedBodiesMixin",
+    "PeriodFilter",
     "ReadOnlyAdmin",
-    "ReadOnlyInline",
-    "Reasoned",
-    "StackedInline",
-    "back_to",
+    "ReasonMixin",
+    "SwitchMixin",
     "body",
     "dialog",
     "may_read",
+    "redirect_to",
+    "switch_action",
 ]
-BEGINNING = 80
+PREVIEW_LENGTH = 80
 
 
 def may_read(request: HttpRequest, owner: Any) -> bool:
-    """Whether whoever sends `request` may read what was said to and by `owner`: a user, the id of
-    one, or None for nobody."""
+    """Return whether the caller may read the messages of `owner`: a user, a user's id or None."""
     owner = getattr(owner, "pk", owner)
-    return _is(request, owner) or request.user.has_perm("chat.read_messages")
+    return _is_caller(request, owner) or request.user.has_perm("chat.read_messages")
 
 
-def _is(request: HttpRequest, owner: Any) -> bool:
+def _is_caller(request: HttpRequest, owner: Any) -> bool:
     return owner is not None and owner == request.user.pk
 
 
 def body(request: HttpRequest, text: Any, owner: Any) -> str:
-    """What was said, or how much that was for those who may not read it."""
+    """Return a text, or only its length if the caller may not read it."""
     text = _text(text)
     return text if may_read(request, owner) else masked(text)
 
@@ -82,32 +81,34 @@ def _text(value: Any) -> str:
 
 
 def _follow(obj: Any, path: str) -> Any:
-    """`message.content` of a run."""
+    """Return the attribute at a dotted path, such as `message.content` of a run."""
     for name in path.split("."):
         obj = getattr(obj, name, None)
     return obj
 
 
 @dataclass(frozen=True)
-class _Shown:
-    """A column or a field that holds a body, for one request. Equal ones must be equal: Django asks
-    for the fields of a form and for those to be left out of it one after the other."""
+class _MaskedField:
+    """A column or form field that holds a body, for one request. Compared by value: Django reads the
+    fields of a form and its excluded fields in two calls."""
 
     request: HttpRequest
     name: str
     path: str
-    # Whose words they are, or the admin that can tell of each row.
+    # The owner of the text, or the admin that returns the owner of each row.
     owner: Any
     limit: int | None = None
 
     def __call__(self, row: Any) -> str:
-        owner = self.owner.owner_of(row) if isinstance(self.owner, Bodies) else self.owner
+        owner = (
+            self.owner.owner_of(row) if isinstance(self.owner, MaskedBodiesMixin) else self.owner
+        )
         allowed = may_read(self.request, owner)
         if self.limit and hasattr(row, f"size_of_{self.name}"):
-            # As `beginnings` has read it.
+            # Annotated by `with_previews`.
             if not allowed:
                 return _masked(getattr(row, f"size_of_{self.name}") or 0)
-            text = getattr(row, f"beginning_of_{self.name}") or ""
+            text = getattr(row, f"preview_of_{self.name}") or ""
         else:
             text = _text(_follow(row, self.path))
         if not allowed:
@@ -123,49 +124,51 @@ class _Shown:
         return self.name.replace("_", " ")
 
 
-def _replaced(names: Any, shown: dict[str, Any]) -> list[Any]:
-    return [shown.get(name, name) if isinstance(name, str) else name for name in names]
+def _replaced(names: Any, fields: dict[str, Any]) -> list[Any]:
+    return [fields.get(name, name) if isinstance(name, str) else name for name in names]
 
 
-def beginnings(
+def with_previews(
     rows: QuerySet[Any], bodies: dict[str, str], shown: Collection[Any], *, whole: bool
 ) -> QuerySet[Any]:
-    """The rows of a list, of whose bodies no more is read than it shows: a page has a hundred rows, and
-    each may have a megabyte. `whole`: an export, which has all of those shown."""
+    """Read only the beginning of the bodies that a list shows: a page has a hundred rows, each of up to
+    a megabyte. `whole`: read the shown bodies completely, for an export."""
     columns = {name: path.replace(".", "__") for name, path in bodies.items()}
     needed = {columns[name] for name in columns if name in shown}
     rows = rows.defer(*({*columns.values()} - needed if whole else columns.values()))
     for name, column in columns.items():
         if name in shown and not whole:
-            beginning = Substr(column, 1, 4 * BEGINNING)
-            read = {f"beginning_of_{name}": beginning, f"size_of_{name}": Length(column)}
-            rows = rows.annotate(**read)
+            preview = Substr(column, 1, 4 * PREVIEW_LENGTH)
+            rows = rows.annotate(
+                **{f"preview_of_{name}": preview, f"size_of_{name}": Length(column)}
+            )
     return rows
 
 
-class Bodies:
-    """A page that shows what people said and were told: masked for those without
-    `chat.read_messages`, in the list and on the page; reading it leaves an audit entry."""
+class MaskedBodiesMixin:
+    """An admin whose rows hold people's messages. Lists and pages mask them for users without
+    `chat.read_messages`; reading them leaves an audit entry."""
 
-    # A column's or field's name, and where its text is: {"question": "message.content"}
+    # The name of a column or field and the path of its text: {"question": "message.content"}
     bodies: dict[str, str] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         for name in cls.bodies:
-            # Django's checks look for each column; it is replaced before it is shown.
+            # Django's checks require an attribute; `get_list_display` replaces it.
             setattr(cls, name, None)
 
     def thread_of(self, obj: Any) -> Any:
-        """What is read, as the audit trail names it."""
+        """Return the object that the audit entry of a reading refers to."""
         return obj.thread
 
     def owner_of(self, obj: Any) -> Any:
-        """The id of whose words they are. Lists ask it of each row: see to `list_select_related`."""
+        """Return the id of the messages' owner. Called for each row of a list: set
+        `list_select_related`."""
         return getattr(self.thread_of(obj), "owner_id", None)
 
     def lookup_allowed(self, lookup: str, value: Any, request: HttpRequest) -> bool:
-        """Not by a body: whoever may ask how a text begins can read it letter by letter."""
+        """Refuse filters on bodies: they would reveal a text letter by letter."""
         if lookup.partition("__")[0] in self.bodies.values():
             return False
         allowed: bool = super().lookup_allowed(lookup, value, request)  # type: ignore[misc]
@@ -178,14 +181,14 @@ class Bodies:
         if not is_list:
             return rows
         shown: Any = self.list_display  # type: ignore[attr-defined]
-        return beginnings(rows, self.bodies, shown, whole=request.method == "POST")
+        return with_previews(rows, self.bodies, shown, whole=request.method == "POST")
 
     def get_list_display(self, request: HttpRequest) -> list[Any]:
         names: Any = super().get_list_display(request)  # type: ignore[misc]
         return _replaced(
             names,
             {
-                name: _Shown(request, name, path, self, BEGINNING)
+                name: _MaskedField(request, name, path, self, PREVIEW_LENGTH)
                 for name, path in self.bodies.items()
             },
         )
@@ -193,17 +196,19 @@ class Bodies:
     def get_fields(self, request: HttpRequest, obj: Any = None) -> list[Any]:
         return _replaced(
             super().get_fields(request, obj),  # type: ignore[misc]
-            self._shown_of(request, obj),
+            self._masked_fields(request, obj),
         )
 
     def get_readonly_fields(self, request: HttpRequest, obj: Any = None) -> list[Any]:
-        shown = self._shown_of(request, obj)
+        fields = self._masked_fields(request, obj)
         names: Any = super().get_readonly_fields(request, obj)  # type: ignore[misc]
-        return [*_replaced(names, shown), *(row for row in shown.values() if row not in names)]
+        return [*_replaced(names, fields), *(each for each in fields.values() if each not in names)]
 
-    def _shown_of(self, request: HttpRequest, obj: Any) -> dict[str, Any]:
+    def _masked_fields(self, request: HttpRequest, obj: Any) -> dict[str, Any]:
         owner = self.owner_of(obj) if obj is not None else None
-        return {name: _Shown(request, name, path, owner) for name, path in self.bodies.items()}
+        return {
+            name: _MaskedField(request, name, path, owner) for name, path in self.bodies.items()
+        }
 
     def changelist_view(self, request: HttpRequest, extra_context: Any = None) -> HttpResponse:
         response: HttpResponse = super().changelist_view(request, extra_context)  # type: ignore[misc]
@@ -216,41 +221,21 @@ class Bodies:
         self, request: HttpRequest, context: Any, *args: Any, obj: Any = None, **kwargs: Any
     ) -> HttpResponse:
         if obj is not None:
-            self.read(request, obj)
+            self.note_reading(request, obj)
         page: HttpResponse = super().render_change_form(  # type: ignore[misc]
             request, context, *args, obj=obj, **kwargs
         )
         return page
 
-    def read(self, request: HttpRequest, obj: Any) -> None:
-        """Note it where somebody reads the words of others; for pages of one's own, too."""
+    def note_reading(self, request: HttpRequest, obj: Any) -> None:
+        """Write an audit entry if the caller reads another user's messages."""
         owner = self.owner_of(obj)
-        if may_read(request, owner) and not _is(request, owner):
+        if may_read(request, owner) and not _is_caller(request, owner):
             audit.reading(request, self.thread_of(obj))
 
 
-class BodiesInline:
-    """The same for rows on the page of an admin with `Bodies`, whose owner is theirs."""
-
-    bodies: dict[str, str] = {}
-
-    def get_fields(self, request: HttpRequest, obj: Any = None) -> list[Any]:
-        names: Any = super().get_fields(request, obj)  # type: ignore[misc]
-        return _replaced(names, self._shown_of(request, obj))
-
-    def get_readonly_fields(self, request: HttpRequest, obj: Any = None) -> list[Any]:
-        shown = self._shown_of(request, obj)
-        names: Any = super().get_readonly_fields(request, obj)  # type: ignore[misc]
-        return _replaced(names, shown)
-
-    def _shown_of(self, request: HttpRequest, obj: Any) -> dict[str, Any]:
-        admin = self.admin_site.get_model_admin(self.parent_model)  # type: ignore[attr-defined]
-        owner = admin.owner_of(obj) if obj is not None else None
-        return {name: _Shown(request, name, path, owner) for name, path in self.bodies.items()}
-
-
-class ReadOnly:
-    """What the system writes, nobody edits."""
+class ReadOnlyMixin:
+    """An admin of rows that only the system writes."""
 
     def has_add_permission(self, request: HttpRequest, obj: Any = None) -> bool:
         return False
@@ -262,23 +247,23 @@ class ReadOnly:
         return False
 
     def get_readonly_fields(self, request: HttpRequest, obj: Any = None) -> list[Any]:
-        # Django builds a form even where nothing may be changed, and cannot put every field in one.
+        # Django builds a form even for a read-only page, and has no form field for some columns.
         return list(getattr(self, "fields", None) or ())
 
 
 @dataclass(frozen=True)
-class Empty:
-    """What a list without rows tells to do next."""
+class EmptyState:
+    """The hint that a list without rows shows: the next step, and a command for it."""
 
     text: str
     command: str = ""
 
 
-ASK = """curl localhost:3000/api/chat/messages -d '{"content": "Hello"}'"""
+POST_MESSAGE = """curl localhost:3000/api/chat/messages -d '{"content": "Hello"}'"""
 
 
-class ConsoleAdmin(Paged, ModelAdmin):
-    empty = Empty("There is nothing to see yet.")
+class ConsoleAdmin(PagedMixin, ModelAdmin):
+    empty = EmptyState("Nothing here yet.")
     list_per_page = 50
     list_fullwidth = True
     list_filter_submit = False
@@ -288,9 +273,9 @@ class ConsoleAdmin(Paged, ModelAdmin):
         actions: dict[str, Any] = super().get_actions(request)
         if self.actions is None or IS_POPUP_VAR in request.GET:
             return actions
-        for deed in bulk.deeds_for(request, self.model):
-            name = deed.name.partition(".")[2]
-            actions[name] = (partial(_confirm, deed=deed), name, deed.title)
+        for bulk_action in bulk.actions_for(request, self.model):
+            name = bulk_action.name.partition(".")[2]
+            actions[name] = (partial(_confirm, bulk_action=bulk_action), name, bulk_action.title)
         if request.user.has_perm(export.PERMISSION):
             actions["export_csv"] = (_export, "export_csv", "Export as CSV")
         return actions
@@ -313,18 +298,22 @@ class ConsoleAdmin(Paged, ModelAdmin):
 
 
 def _confirm(
-    admin: ConsoleAdmin, request: HttpRequest, rows: QuerySet[Any], *, deed: bulk.Deed
+    admin: ConsoleAdmin,
+    request: HttpRequest,
+    rows: QuerySet[Any],
+    *,
+    bulk_action: bulk.BulkAction,
 ) -> HttpResponse:
-    """Ask whether a deed is to be done to all these rows, and why; then have it done."""
+    """Show a confirmation page that asks for a reason; once there is one, start the bulk job."""
     reason = request.POST.get("reason", "").strip()
     if reason:
-        job = bulk.start(request, deed, rows, reason=reason)
+        job = bulk.start(request, bulk_action, rows, reason=reason)
         return redirect("admin:console_bulkjob_change", job.pk)
     context = {
         **admin.admin_site.each_context(request),
-        "title": f"{deed.title}: are you sure?",
+        "title": f"{bulk_action.title}: are you sure?",
         "opts": admin.opts,
-        "deed": deed,
+        "bulk_action": bulk_action,
         "number": rows.count(),
         "action": request.POST["action"],
         "select_across": request.POST.get("select_across", "0"),
@@ -336,7 +325,7 @@ def _confirm(
 
 def _export(admin: ConsoleAdmin, request: HttpRequest, rows: QuerySet[Any]) -> Any:
     columns = [
-        replace(column, limit=None) if isinstance(column, _Shown) else column
+        replace(column, limit=None) if isinstance(column, _MaskedField) else column
         for column in admin.get_list_display(request)
         if column != "action_checkbox"
     ]
@@ -348,32 +337,28 @@ class Inline(TabularInline):
     tab = False
 
 
-class ReadOnlyAdmin(ReadOnly, ConsoleAdmin):
+class ReadOnlyAdmin(ReadOnlyMixin, ConsoleAdmin):
     def get_sortable_by(self, request: HttpRequest) -> list[str]:
-        """By what there is an index for, which is what the list is ordered by."""
+        """Return the column that the list is ordered by: only this one has an index."""
         if self.sortable_by is not None:
             return list(self.sortable_by)
         return [name.removeprefix("-") for name in (self.ordering or ())[:1]]
 
 
-class ReadOnlyInline(ReadOnly, Inline):
-    max_num = 0
-
-
-class Page:
-    """A page of its own in place of Django's form, for a row that nobody edits. With `?live` it is
-    the part that updates itself."""
+class DetailPageMixin:
+    """A detail page in place of Django's form, for a read-only row. `?live` returns the part that
+    refreshes itself."""
 
     page_template = ""
     live_template = ""
     page_related: Sequence[str] = ()
 
     def page(self, request: HttpRequest, obj: Any) -> dict[str, Any]:
-        """What the templates are given beside the row and its actions."""
+        """Return the templates' context, without the row and its actions."""
         raise NotImplementedError
 
     def offered(self, obj: Any) -> Collection[str]:
-        """Those of `actions_detail` that the state of the row allows."""
+        """Return those of `actions_detail` that the state of the row allows."""
         return self.actions_detail  # type: ignore[attr-defined]
 
     def get_object(self, request: HttpRequest, object_id: str, from_field: Any = None) -> Any:
@@ -382,7 +367,7 @@ class Page:
             pk = queryset.model._meta.pk.to_python(object_id)
         except ValidationError:
             return None
-        if "\0" in object_id:  # PostgreSQL's driver takes none
+        if "\0" in object_id:  # PostgreSQL's driver refuses it
             return None
         return queryset.select_related(*self.page_related).filter(pk=pk).first()
 
@@ -404,8 +389,8 @@ class Page:
             return missing
         if not admin.has_view_permission(request, obj):
             raise PermissionDenied
-        if isinstance(self, Bodies):
-            self.read(request, obj)
+        if isinstance(self, MaskedBodiesMixin):
+            self.note_reading(request, obj)
         is_live = "live" in request.GET
         context = {
             **({} if is_live else admin.admin_site.each_context(request)),
@@ -413,7 +398,7 @@ class Page:
             "opts": admin.opts,
             "original": obj,
             "title": str(obj),
-            "owner": self.owner_of(obj) if isinstance(self, Bodies) else None,
+            "owner": self.owner_of(obj) if isinstance(self, MaskedBodiesMixin) else None,
             "page_actions": self._actions(request, obj),
             **self.page(request, obj),
         }
@@ -425,46 +410,87 @@ class Page:
         admin: Any = self
         offered = [name for name in admin.actions_detail if name in self.offered(obj)]
         allowed = admin.get_actions_detail(request, obj.pk)
-        found: list[Any] = admin._get_actions_navigation(offered, allowed, quote(obj.pk))
-        return found
+        actions: list[Any] = admin._get_actions_navigation(offered, allowed, quote(obj.pk))
+        return actions
 
 
 class ReasonForm(BaseDialogForm):
-    """Asks why, before something is done that the audit trail keeps."""
+    """Asks for the reason that the audit trail records."""
 
     reason = forms.CharField(
-        max_length=500, widget=UnfoldAdminTextInputWidget, help_text="Kept in the audit trail."
+        max_length=500, widget=UnfoldAdminTextInputWidget, help_text="Recorded in the audit trail."
     )
 
 
-class Reasoned:
-    """Actions on the page of a row that ask for a reason and leave it in the audit trail."""
+class ReasonMixin:
+    """Actions on the page of a row that ask for a reason and record it in the audit trail."""
 
-    def do(
+    def perform(
         self,
         request: HttpRequest,
         form: Any,
         object_id: str,
         name: str,
-        deed: Callable[[Any], bool],
+        change: Callable[[Any], bool],
         *,
-        done_text: str = "done",
+        result: str = "done",
     ) -> HttpResponse:
-        """Have `deed` done to the row, which tells whether it changed anything, and go back to it.
-        `done_text`: what was done, where `name` does not say it."""
+        """Apply `change` to the row and redirect to its page. `change` returns whether it changed
+        anything; `result` is the text for a row that did."""
         admin: Any = self
         row = admin.get_object(request, unquote(object_id))
         if row is None or not admin.has_view_permission(request, row):
             raise Http404
         with transaction.atomic():
-            done = deed(row)
-            result = done_text if done else "there was nothing to do"
-            audit.note(request, name, row, form.cleaned_data["reason"], result)
-        level = messages.SUCCESS if done else messages.WARNING
-        admin.message_user(request, f"{name.capitalize()} of {row}: {result}.", level)
+            changed = change(row)
+            text = result if changed else "there was nothing to do"
+            audit.note(request, name, row, form.cleaned_data["reason"], text)
+        level = messages.SUCCESS if changed else messages.WARNING
+        admin.message_user(request, f"{name.capitalize()} of {row}: {text}.", level)
         meta = admin.opts
         page = reverse(f"admin:{meta.app_label}_{meta.model_name}_change", args=[quote(row.pk)])
-        return back_to(request, page)
+        return redirect_to(request, page)
+
+
+class SwitchMixin(ReasonMixin):
+    """The permission and the choice of the actions `enable` and `disable` (`switch_action`)."""
+
+    def get_actions_detail(self, request: HttpRequest, object_id: Any) -> list[Any]:
+        admin: Any = self
+        row = admin.model._default_manager.filter(pk=unquote(str(object_id))).first()
+        unavailable = "enable" if row is None or row.enabled else "disable"
+        actions: list[Any] = super().get_actions_detail(request, object_id)  # type: ignore[misc]
+        return [each for each in actions if not each.action_name.endswith(f"_{unavailable}")]
+
+    def has_switch_permission(self, request: HttpRequest, object_id: str = "") -> bool:
+        meta = self.opts  # type: ignore[attr-defined]
+        return request.user.has_perm(f"{meta.app_label}.switch_{meta.model_name}")
+
+
+def switch_action(name: Literal["enable", "disable"], title: str, description: str) -> Any:
+    """Make one of the two actions of a `SwitchMixin`, for rows whose query set has `enable()` and
+    `disable(reason)`."""
+    enables = name == "enable"
+
+    def perform(self: Any, request: HttpRequest, form: Any, object_id: str) -> HttpResponse:
+        reason = form.cleaned_data["reason"]
+
+        def change(row: Any) -> bool:
+            rows = self.model._default_manager.filter(pk=row.pk)
+            return bool(rows.enable() if enables else rows.disable(reason))
+
+        response: HttpResponse = self.perform(request, form, object_id, name, change)
+        return response
+
+    perform.__name__ = name
+    return action(
+        description=name.capitalize(),
+        permissions=["switch"],
+        variant=ActionVariant.PRIMARY if enables else ActionVariant.DANGER,
+        icon="play_circle" if enables else "pause_circle",
+        url_path=name,
+        dialog=dialog(title, description, name.capitalize()),
+    )(perform)
 
 
 def dialog(title: str, description: str, submit: str) -> Any:
@@ -476,8 +502,8 @@ def dialog(title: str, description: str, submit: str) -> Any:
     }
 
 
-def back_to(request: HttpRequest, url: str) -> HttpResponse:
-    """Where a dialog leads: htmx must be told to leave the page."""
+def redirect_to(request: HttpRequest, url: str) -> HttpResponse:
+    """Redirect after a dialog; htmx needs a header of its own to leave the page."""
     if request.headers.get("HX-Request"):
         return HttpResponse(headers={"HX-Redirect": url})
     return HttpResponseRedirect(url)

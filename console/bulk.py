@@ -1,8 +1,7 @@
-"""Do one thing to many rows: in a worker, one row at a time, to be watched and stopped.
+"""Bulk jobs: a worker applies an action to many rows, one at a time; users can watch and stop it.
 
-Which rows is settled when it is asked for, as rows of their own. What is done to a row and the note
-that it was done are one transaction, so a worker that dies leaves nothing half done, and whoever
-carries on does nothing twice.
+The rows are chosen when the job starts and stored as items. The change of a row and the result of its
+item are one transaction: a worker that dies leaves no row half done, and the next one repeats none.
 """
 
 import logging
@@ -13,6 +12,7 @@ from datetime import timedelta
 from functools import partial
 from typing import Any
 
+from celery import shared_task
 from django.contrib.auth import get_user_model
 from django.core.exceptions import EmptyResultSet
 from django.db import connection, transaction
@@ -29,61 +29,65 @@ from lib.db import TRANSIENT_ERRORS
 logger = logging.getLogger(__name__)
 
 BATCH = 20
-# Longer than a batch takes. Two workers at once do no harm.
+# Longer than a batch takes. Two workers on one job are harmless.
 LEASE = timedelta(seconds=10)
 SWEEP_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
-class Deed:
-    """What can be done to the rows of a model: `do` takes one and tells whether it changed anything.
-    It must be safe against whatever else happens to the row, and be done when it returns."""
+class BulkAction:
+    """An action on the rows of a model. `perform` takes a row and returns whether it changed anything.
+    It must be safe under concurrent changes of the row, and complete when it returns."""
 
-    name: str  # also the permission that it takes
+    name: str  # also the required permission
     model: type[Model]
     title: str
     action: str  # in the audit trail
-    do: Callable[[Any], bool]
+    perform: Callable[[Any], bool]
     explanation: str = ""
     order: str = "pk"
 
 
-DEEDS: dict[str, Deed] = {}
+ACTIONS: dict[str, BulkAction] = {}
 
 
-def register(deed: Deed) -> None:
-    DEEDS[deed.name] = deed
+def register(action: BulkAction) -> None:
+    ACTIONS[action.name] = action
 
 
-def deeds_for(request: HttpRequest, model: type[Model]) -> list[Deed]:
+def actions_for(request: HttpRequest, model: type[Model]) -> list[BulkAction]:
     return [
-        deed for deed in DEEDS.values() if deed.model is model and request.user.has_perm(deed.name)
+        action
+        for action in ACTIONS.values()
+        if action.model is model and request.user.has_perm(action.name)
     ]
 
 
-def start(request: HttpRequest, deed: Deed, rows: QuerySet[Any], *, reason: str = "") -> BulkJob:
-    """Have `deed` done to all of `rows`."""
+def start(
+    request: HttpRequest, action: BulkAction, rows: QuerySet[Any], *, reason: str = ""
+) -> BulkJob:
+    """Create a job that applies `action` to all of `rows`, and dispatch it."""
     user: Any = request.user
     with transaction.atomic():
         job = BulkJob.objects.create(
-            deed=deed.name,
-            title=deed.title,
-            kind=deed.model._meta.label_lower,
+            action=action.name,
+            title=action.title,
+            kind=action.model._meta.label_lower,
             filter=request.GET.urlencode(),
             reason=reason,
             who=user,
             name=user.get_username(),
             ip=client_ip(request),
         )
-        job.total = _settle(job, rows.order_by(deed.order))
+        job.total = _add_items(job, rows.order_by(action.order))
         job.save(update_fields=["total"])
-        audit.note(request, audit.Action.BULK, job, reason, f"{deed.title}: {job.total} rows")
-        transaction.on_commit(partial(wake, job.pk), robust=True)
+        audit.note(request, audit.Action.BULK, job, reason, f"{action.title}: {job.total} rows")
+        transaction.on_commit(partial(dispatch, job.pk), robust=True)
     return job
 
 
-def _settle(job: BulkJob, rows: QuerySet[Any]) -> int:
-    """Write down the ids of `rows`, in one statement: there may be a million. How many."""
+def _add_items(job: BulkJob, rows: QuerySet[Any]) -> int:
+    """Store the ids of `rows` in one statement, as there may be a million. Return their number."""
     pk = rows.model._meta.pk
     try:
         sql, params = rows.values(pk.name).query.sql_with_params()
@@ -93,66 +97,64 @@ def _settle(job: BulkJob, rows: QuerySet[Any]) -> int:
     with connection.cursor() as cursor:
         cursor.execute(
             f"INSERT INTO {table} (job_id, object_id, outcome, error) "  # noqa: S608
-            f"SELECT %s, CAST(found.{column} AS varchar(255)), '', '' FROM ({sql}) found",
+            f"SELECT %s, CAST(chosen.{column} AS varchar(255)), '', '' FROM ({sql}) chosen",
             [job.pk, *params],
         )
         return int(cursor.rowcount)
 
 
-def wake(job_id: int) -> None:
-    """Tell a worker. Where the broker is away the sweep does it later."""
-    from console.tasks import carry_on as task  # it imports this module
-
-    task.apply_async((job_id,), retry=False)
+def dispatch(job_id: int) -> None:
+    """Queue a job. If the broker is unavailable, `dispatch_abandoned` queues it later."""
+    run.apply_async((job_id,), retry=False)
 
 
-def sweep() -> None:
-    """Tell a worker of the jobs that nobody works on."""
+def dispatch_abandoned() -> None:
+    """Queue the jobs that no worker runs."""
     for job_id in BulkJob.objects.abandoned().values_list("pk", flat=True):
-        wake(job_id)
+        dispatch(job_id)
 
 
 def stop(request: HttpRequest, job: BulkJob) -> bool:
-    """Let the rest of a job be. False when it had ended."""
-    wanted = BulkJob.objects.unfinished().filter(pk=job.pk).update(stop_wanted=True)
-    if wanted:
+    """Stop a job before its remaining rows. Return False if it had already ended."""
+    stopped = BulkJob.objects.unfinished().filter(pk=job.pk).update(stop_requested=True)
+    if stopped:
         audit.note(request, audit.Action.STOP, job, result=job.title)
-    return bool(wanted)
+    return bool(stopped)
 
 
-def carry_on(job_id: int) -> None:
-    """Do what is left of a job, unless somebody else is at it."""
+@shared_task
+def run(job_id: int) -> None:
+    """Process the remaining items of a job, unless another worker does."""
     if not _claim(job_id):
         return
     job = BulkJob.objects.select_related("who").get(pk=job_id)
-    deed = DEEDS.get(job.deed)
-    if deed is None:
-        logger.error("There is no bulk action %s any more", job.deed)
+    action = ACTIONS.get(job.action)
+    if action is None:
+        logger.error("Bulk job %d stopped: there is no bulk action %s", job.pk, job.action)
         _end(job, BulkJob.Status.STOPPED)
         return
-    _recount(job)  # whoever had it before has not counted its last batch
+    _recount(job)  # a worker that died has not counted its last batch
     while _renew(job):
-        left = job.items.filter(outcome="").order_by("id")[:BATCH]
-        items = list(left)
-        if items and not _may_go_on(job):
-            logger.warning("Bulk job %d stops: %s may not do this any more", job.pk, job.name)
+        items = list(job.items.filter(outcome="").order_by("id")[:BATCH])
+        if items and not _is_permitted(job):
+            logger.warning("Bulk job %d stopped: %s lost the permission", job.pk, job.name)
             _end(job, BulkJob.Status.STOPPED)
             return
         if not items:
             _end(job, BulkJob.Status.DONE)
             return
-        _do_batch(job, deed, items)
+        _process_batch(job, action, items)
     job.refresh_from_db()
-    if job.stop_wanted:
+    if job.stop_requested:
         _end(job, BulkJob.Status.STOPPED)
 
 
-def _may_go_on(job: BulkJob) -> bool:
-    """False once the account that asked for it is deactivated, deleted or without the permission."""
+def _is_permitted(job: BulkJob) -> bool:
+    """Return False once the job's user is deactivated, deleted or without the permission."""
     if job.who_id is None:
         return False
-    who = get_user_model()._default_manager.filter(pk=job.who_id).first()
-    return who is not None and who.has_perm(job.deed)
+    user = get_user_model()._default_manager.filter(pk=job.who_id).first()
+    return user is not None and user.has_perm(job.action)
 
 
 def _claim(job_id: int) -> bool:
@@ -169,7 +171,7 @@ def _claim(job_id: int) -> bool:
 def _renew(job: BulkJob) -> bool:
     return bool(
         BulkJob.objects.unfinished()
-        .filter(pk=job.pk, stop_wanted=False)
+        .filter(pk=job.pk, stop_requested=False)
         .update(lease_expires_at=Now() + LEASE)
     )
 
@@ -196,11 +198,11 @@ def _end(job: BulkJob, status: BulkJob.Status) -> None:
         )
 
 
-def _do_batch(job: BulkJob, deed: Deed, items: list[BulkItem]) -> None:
+def _process_batch(job: BulkJob, action: BulkAction, items: list[BulkItem]) -> None:
     counts: Counter[str] = Counter()
     try:
         for item in items:
-            if outcome := _do(job, deed, item):
+            if outcome := _process(job, action, item):
                 counts[outcome] += 1
     finally:
         if counts:
@@ -209,32 +211,32 @@ def _do_batch(job: BulkJob, deed: Deed, items: list[BulkItem]) -> None:
             )
 
 
-def _do(job: BulkJob, deed: Deed, item: BulkItem) -> str:
-    """What became of an item; nothing when another worker has seen to it."""
+def _process(job: BulkJob, action: BulkAction, item: BulkItem) -> str:
+    """Return the outcome of an item; an empty string if another worker has processed it."""
     try:
         with transaction.atomic():
-            # First of all, so that another worker waits here and then finds it done.
+            # First, so that another worker waits here and then skips the item.
             if not _conclude(item, BulkItem.Outcome.DONE):
                 return ""
-            row = deed.model._default_manager.filter(pk=item.object_id).first()
-            if row is None or not deed.do(row):
+            row = action.model._default_manager.filter(pk=item.object_id).first()
+            if row is None or not action.perform(row):
                 BulkItem.objects.filter(pk=item.pk).update(outcome=BulkItem.Outcome.SKIPPED)
                 return BulkItem.Outcome.SKIPPED.value
             entry = audit.entry_of(
-                job.who, deed.action, row, job.reason, f"bulk job {job.pk}", ip=job.ip
+                job.who, action.action, row, job.reason, f"bulk job {job.pk}", ip=job.ip
             )
             entry.name = job.name
             entry.save(force_insert=True)
             return BulkItem.Outcome.DONE.value
     except TRANSIENT_ERRORS:
-        raise  # the database is unavailable: the sweep continues the job
+        raise  # the database is unavailable: `dispatch_abandoned` resumes the job
     except Exception as error:
-        # Whatever is wrong with one row, the others are not to suffer from it.
-        logger.exception("Bulk job %d fails at %s", job.pk, item.object_id)
+        # A failure of one row must not stop the others.
+        logger.exception("Bulk job %d failed at %s", job.pk, item.object_id)
         _conclude(item, BulkItem.Outcome.FAILED, error=f"{type(error).__name__}: {error}"[:500])
         return BulkItem.Outcome.FAILED.value
 
 
 def _conclude(item: BulkItem, outcome: BulkItem.Outcome, error: str = "") -> bool:
-    left = BulkItem.objects.filter(pk=item.pk, outcome="")
-    return bool(left.update(outcome=outcome, error=error))
+    pending = BulkItem.objects.filter(pk=item.pk, outcome="")
+    return bool(pending.update(outcome=outcome, error=error))

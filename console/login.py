@@ -1,9 +1,7 @@
-"""Signing in to the admin: throttled by django-axes, with a second factor (TOTP) by django-otp."""
+"""Login to the admin: lockout by django-axes, second factor (TOTP) by django-otp."""
 
 import io
-from collections.abc import Callable
 from datetime import timedelta
-from functools import partial
 from typing import Any
 
 import django_otp
@@ -17,9 +15,7 @@ from django.contrib.auth.models import AnonymousUser
 from django.core.exceptions import ValidationError
 from django.http import HttpRequest, HttpResponse
 from django.shortcuts import redirect, render
-from django.urls import reverse
 from django.utils import timezone
-from django.utils.functional import SimpleLazyObject
 from django.utils.safestring import mark_safe
 from django_otp.plugins.otp_totp.models import TOTPDevice
 from unfold.forms import AuthenticationForm
@@ -27,11 +23,10 @@ from unfold.widgets import BASE_INPUT_CLASSES
 
 from console import audit
 from console.models import AuditEntry
-from lib.clients import client_ip, network
-from realm import throttles
+from lib.clients import client_ip
 
 Action = AuditEntry.Action
-# Of those who may look at what others said: after a day's work they sign in again.
+# Staff may read other users' messages: they sign in again after a working day.
 STAFF_SESSION = timedelta(hours=8)
 
 
@@ -50,33 +45,33 @@ class CodeField(forms.CharField):
         )
 
     def to_python(self, value: Any) -> str:
-        # Apps show "123 456".
+        # Authenticator apps show "123 456".
         return "".join((super().to_python(value) or "").split())
 
 
-class AsksForCode(forms.Form):
-    code = CodeField(required=False, label="Code of your authenticator app, if you use one")
+class CodeLoginForm(forms.Form):
+    code = CodeField(required=False, label="Authenticator code, if you use one")
 
     def confirm_login_allowed(self, user: Any) -> None:
         super().confirm_login_allowed(user)  # type: ignore[misc]
         device = device_of(user)
         if device is None:
             return
-        # Fields are cleaned before this is called.
+        # Fields are cleaned before Django calls this.
         check(device, self.cleaned_data.get("code", ""))
-        user.otp_device = device  # django_otp notes it in the session once it is there
+        user.otp_device = device  # django_otp stores it in the session after login
 
 
-class LoginForm(AsksForCode, AuthenticationForm):
-    """To the admin, for staff."""
+class LoginForm(CodeLoginForm, AuthenticationForm):
+    """The admin's login form, for staff."""
 
 
-class ChatLoginForm(AsksForCode, auth_forms.AuthenticationForm):
-    """To the chat page, for everybody with a password."""
+class ChatLoginForm(CodeLoginForm, auth_forms.AuthenticationForm):
+    """The chat page's login form, for every user with a password."""
 
 
 class CodeForm(forms.Form):
-    code = CodeField(label="Code that the app shows")
+    code = CodeField(label="Code")
 
     def __init__(self, *args: Any, device: TOTPDevice, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -94,85 +89,30 @@ def device_of(user: Any) -> TOTPDevice | None:
 
 
 def check(device: TOTPDevice, code: str) -> None:
-    """Raises `ValidationError` unless the code is the one of now, and has not been used. After a
-    wrong one the device takes none for a while, each time for longer."""
+    """Raise `ValidationError` unless the code is current and unused. After a wrong code the device
+    refuses all codes for a while, longer each time."""
     if not code:
-        raise ValidationError("Enter the code that your authenticator app shows.")
+        raise ValidationError("Enter the code from your authenticator app.")
     if not device.verify_is_allowed()[0]:
-        raise ValidationError("Too many wrong codes: wait a little, then try again.")
+        raise ValidationError("Too many wrong codes. Wait a moment, then try again.")
     if not device.verify_token(code):
-        raise ValidationError("This is not the code of now. Each code is taken once.")
+        raise ValidationError("Invalid code. Each code works once, for about 30 seconds.")
 
 
-class SecondFactor:
-    """Nobody gets in with a password alone who has a second factor, nor to the admin who must have one.
-
-    At each request and not only at the login: for the sessions that were there before the device. In
-    the admin such a one is asked for a code; elsewhere it is nobody's, who is asked to sign in.
-    """
-
-    def __init__(self, get_response: Callable[[HttpRequest], HttpResponse]) -> None:
-        self.get_response = get_response
-
-    def __call__(self, request: HttpRequest) -> HttpResponse:
-        if request.path_info.startswith(reverse("admin:index")):
-            if self._stops(request):
-                return redirect("console_totp")
-        else:
-            # Looked up only where somebody asks who it is.
-            user: Any = SimpleLazyObject(partial(_unless_owed, request.user))
-            request.user = user
-        return self.get_response(request)
-
-    def _stops(self, request: HttpRequest) -> bool:
-        if request.path_info in {
-            reverse("admin:login"),
-            reverse("admin:logout"),
-            reverse("admin:jsi18n"),
-            reverse("console_totp"),
-        }:
-            return False
-        return _owes_code(request.user, must_have=settings.ADMIN_REQUIRE_TOTP)
-
-
-class LoginTries:
-    """So many tries to sign in a minute from one address, whatever the names: django-axes counts the
-    wrong ones of each name, and each try costs a password's hash. With IPv6, of one /64."""
-
-    VIEWS = frozenset({"admin:login", "chat_login"})
-
-    def __init__(self, get_response: Callable[[HttpRequest], HttpResponse]) -> None:
-        self.get_response = get_response
-
-    def __call__(self, request: HttpRequest) -> HttpResponse:
-        return self.get_response(request)
-
-    def process_view(self, request: HttpRequest, *_: Any) -> HttpResponse | None:
-        match, most = request.resolver_match, settings.LOGIN_TRIES_PER_MINUTE
-        if request.method != "POST" or match is None or match.view_name not in self.VIEWS:
-            return None
-        address = network(client_ip(request))
-        if not most or throttles.count_attempt(f"login:{address}") <= most:
-            return None
-        context = {**admin.site.each_context(request), "title": "Too many tries", "most": most}
-        page = render(request, "console/too_many_tries.html", context, status=429)
-        page["Retry-After"] = str(throttles.seconds_until_reset())
-        return page
-
-
-def _owes_code(user: Any, *, must_have: bool = False) -> bool:
-    """Whether whoever has signed in has yet to show that they have their second factor."""
+def owes_code(user: Any, *, must_have: bool = False) -> bool:
+    """Return whether a signed-in user still has to enter the code of their second factor."""
     if not user.is_authenticated or user.is_verified():
         return False
     return must_have or device_of(user) is not None
 
 
-def _unless_owed(user: Any) -> Any:
-    return AnonymousUser() if _owes_code(user) else user
+def unless_owed(user: Any) -> Any:
+    """Return the user, or an anonymous one while a code is owed."""
+    return AnonymousUser() if owes_code(user) else user
 
 
 def totp(request: HttpRequest) -> HttpResponse:
-    """One's own second factor: set it up, show one's code, take it away."""
+    """Set up, verify or remove the caller's second factor."""
     user: Any = request.user
     device = device_of(user)
     setting_up = device is None
@@ -182,7 +122,7 @@ def totp(request: HttpRequest) -> HttpResponse:
         )
     form = CodeForm(request.POST or None, device=device)
     if request.method == "POST" and form.is_valid():
-        return _done(request, device, setting_up=setting_up)
+        return _accept(request, device, setting_up=setting_up)
     context = {
         **admin.site.each_context(request),
         "title": "Second factor",
@@ -196,35 +136,37 @@ def totp(request: HttpRequest) -> HttpResponse:
     return render(request, "console/totp.html", context)
 
 
-def _done(request: HttpRequest, device: TOTPDevice, *, setting_up: bool) -> HttpResponse:
-    """A code was right."""
+def _accept(request: HttpRequest, device: TOTPDevice, *, setting_up: bool) -> HttpResponse:
+    """Apply the action of a form whose code was right."""
     user: Any = request.user
     if setting_up:
         TOTPDevice.objects.filter(pk=device.pk).update(confirmed=True)
         audit.note(request, Action.CHANGE, user, result="Second factor set up.")
-        messages.success(request, "From now on you are asked for a code when you log in.")
+        messages.success(
+            request, "Second factor set up. You need a code from now on when you log in."
+        )
     elif user.is_verified() and "remove" in request.POST:
         device.delete()
-        audit.note(request, Action.CHANGE, user, result="Second factor taken away.")
-        messages.success(request, "You log in with your password alone now.")
+        audit.note(request, Action.CHANGE, user, result="Second factor removed.")
+        messages.success(request, "Second factor removed. You log in with your password only.")
         return redirect("admin:index")
     django_otp.login(request, device)
     return redirect("admin:index")
 
 
 def _qr_code(text: str) -> str:
-    # Here, because every process loads this module, and these bring 8 MB that none but this needs.
+    # Imported here: every process loads this module, and only this page needs these 8 MB.
     import qrcode
     from qrcode.image.svg import SvgPathFillImage
 
     out = io.BytesIO()
     qrcode.make(text, image_factory=SvgPathFillImage, box_size=8).save(out)
     svg = out.getvalue().decode()
-    return mark_safe(svg[svg.index("<svg") :])  # noqa: S308  (made here, of a URL that is in no markup)
+    return mark_safe(svg[svg.index("<svg") :])  # noqa: S308  (generated above; the markup contains no text)
 
 
 def _secret(device: TOTPDevice) -> str:
-    """To be typed where no camera is at hand."""
+    """Return the key to type without a camera."""
     from base64 import b32encode
 
     text = b32encode(device.bin_key).decode()
@@ -232,15 +174,15 @@ def _secret(device: TOTPDevice) -> str:
 
 
 def locked_out(request: HttpRequest, *_: Any) -> HttpResponse:
-    """Says for how long; django-axes calls it."""
+    """Show how long the lockout lasts. Called by django-axes."""
     cool_off = get_cool_off(request) or timedelta()
     attempt = AccessAttempt.objects.filter(
         username=request.POST.get("username", ""), ip_address=client_ip(request)
     ).first()
-    left = cool_off
+    remaining = cool_off
     if attempt is not None:
-        left = max(attempt.attempt_time + cool_off - timezone.now(), timedelta())
-    seconds = int(left.total_seconds()) + 1
+        remaining = max(attempt.attempt_time + cool_off - timezone.now(), timedelta())
+    seconds = int(remaining.total_seconds()) + 1
     page = render(
         request,
         "console/locked_out.html",
@@ -263,12 +205,12 @@ def note_lockout(
 ) -> None:
     entry = audit.entry_of(None, Action.LOCKOUT, result="Too many wrong passwords.", ip=ip_address)
     entry.name = username[:255]
-    # Each attempt while it is locked is told as a new lock.
-    told = AuditEntry.objects.filter(
+    # django-axes signals a lockout again on each attempt while the account is locked.
+    entries = AuditEntry.objects.filter(
         action=Action.LOCKOUT,
         name=entry.name,
         ip=ip_address,
         at__gt=entry.at - (get_cool_off(request) or timedelta()),
     )
-    if not told.exists():
+    if not entries.exists():
         entry.save()

@@ -100,7 +100,7 @@ class BulkJob(models.Model):
         DONE = "done"
         STOPPED = "stopped"
 
-    deed = models.CharField(max_length=100, help_text="Such as agents.cancel_run.")
+    action = models.CharField(max_length=100, help_text="Such as agents.cancel_run.")
     title = models.CharField(max_length=200)
     kind = models.CharField(max_length=100)
     filter = models.TextField(blank=True, help_text="How the list was filtered.")
@@ -115,7 +115,7 @@ class BulkJob(models.Model):
     done = models.PositiveIntegerField(default=0)
     skipped = models.PositiveIntegerField(default=0, help_text="There was nothing to do any more.")
     failed = models.PositiveIntegerField(default=0)
-    stop_wanted = models.BooleanField(default=False)
+    stop_requested = models.BooleanField(default=False)
     lease_expires_at = models.DateTimeField(null=True, blank=True)
     created_at = models.DateTimeField(default=timezone.now, editable=False)
     started_at = models.DateTimeField(null=True, blank=True)
@@ -127,7 +127,7 @@ class BulkJob(models.Model):
         indexes = [
             # The list, newest first.
             models.Index(fields=["-created_at", "id"], name="bulk_job_newest"),
-            # abandoned(): the sweep.
+            # abandoned(): console.bulk.dispatch_abandoned().
             models.Index(
                 fields=["lease_expires_at"],
                 name="bulk_job_unfinished",

@@ -1,4 +1,4 @@
-"""Lists of a million rows: what a page of one costs does not grow with the table."""
+"""Paging, period filter and search of lists whose cost per page does not grow with the table."""
 
 import uuid
 from datetime import timedelta
@@ -20,32 +20,32 @@ MAX_FOUND = 1000
 
 
 class AtLeast(int):
-    """A number of which it is only known that there are more."""
+    """A lower bound of a count, displayed as "10,000+"."""
 
     def __str__(self) -> str:
         return f"{int(self):,}+"
 
 
 class CappedPaginator(Paginator):
-    """Counts no further than people look, and skips no further either: an OFFSET reads all that it
-    leaves out."""
+    """A paginator with a bounded count and a bounded offset: a database reads every row that an OFFSET
+    skips."""
 
     @cached_property
     def count(self) -> int:
         rows: Any = self.object_list
-        # By their keys: what a list tells beside each row would be made of every row that is counted.
-        counted = rows.order_by().values("pk")[: MAX_COUNT + 1].count()
-        return AtLeast(MAX_COUNT) if counted > MAX_COUNT else counted
+        # Keys only: the list's annotations would be computed for every counted row.
+        count = rows.order_by().values("pk")[: MAX_COUNT + 1].count()
+        return AtLeast(MAX_COUNT) if count > MAX_COUNT else count
 
     @cached_property
     def num_pages(self) -> int:
         return min(super().num_pages, MAX_PAGES)
 
 
-class Period(SimpleListFilter):
-    """The last hour, day, week or month; the last day where nothing else is asked for. Name it last
-    in `list_filter`: what filters before it have not taken is a link to something certain, which is
-    to be found however old it is."""
+class PeriodFilter(SimpleListFilter):
+    """Filters by the last hour, day, week or month; by default the last day. A search, or a link
+    parameter that no filter has claimed, switches the default off: such rows must be found at any age.
+    Keep it last in `list_filter`, after the filters that claim parameters."""
 
     title = "when"
     parameter_name = "period"
@@ -61,7 +61,7 @@ class Period(SimpleListFilter):
 
     def __init__(self, request: HttpRequest, params: Any, model: Any, model_admin: Any) -> None:
         others = set(params) - {self.parameter_name}
-        self.is_certain = bool(others or request.GET.get(SEARCH_VAR))
+        self.is_specific = bool(others or request.GET.get(SEARCH_VAR))
         super().__init__(request, params, model, model_admin)
 
     def lookups(self, request: HttpRequest, model_admin: Any) -> list[tuple[str, str]]:
@@ -71,7 +71,7 @@ class Period(SimpleListFilter):
         chosen = self.value()
         if chosen in self.LENGTHS:
             return self._since(queryset, chosen)
-        if chosen is None and not self.is_certain:
+        if chosen is None and not self.is_specific:
             recent = self._since(queryset, self.DEFAULT)
             if recent.exists():
                 self.used_parameters[self.parameter_name] = self.DEFAULT
@@ -83,7 +83,7 @@ class Period(SimpleListFilter):
         yield {
             "selected": chosen not in self.LENGTHS,
             "query_string": changelist.get_query_string({self.parameter_name: "all"}),
-            "display": "Whenever",
+            "display": "Any time",
         }
         for key, title in self.lookup_choices:
             yield {
@@ -96,11 +96,11 @@ class Period(SimpleListFilter):
         return queryset.filter(**{f"{self.column}__gte": timezone.now() - self.LENGTHS[key][1]})
 
 
-class Paged:
-    """An admin's list with those rules."""
+class PagedMixin:
+    """An admin list with bounded paging and search by index."""
 
     paginator: type[Paginator] = CappedPaginator
-    # Numbers beside each filter are a count of all rows each.
+    # Facets would count all rows once per choice of a filter.
     show_facets = ShowFacets.NEVER
     show_full_result_count = False
 
@@ -109,8 +109,8 @@ class Paged:
         if page.isdecimal() and int(page) > MAX_PAGES:
             messages.warning(
                 request,
-                f"Only the first {MAX_PAGES} pages can be turned to. To come to what lies deeper, "
-                "choose a time or another filter, or search for an id.",
+                f"Only the first {MAX_PAGES} pages are available. Choose a period or another filter, "
+                "or search for an ID.",
             )
             rest = request.GET.copy()
             del rest[PAGE_VAR]
@@ -121,14 +121,14 @@ class Paged:
     def get_search_results(
         self, request: HttpRequest, queryset: QuerySet[Any], search_term: str
     ) -> tuple[QuerySet[Any], bool]:
-        """Rows that have exactly what is searched for in one of the fields. Each is looked up by its
-        own index: an OR over several tables reads all rows."""
+        """Return the rows where one of the fields equals the term. One query per field uses its index;
+        an OR over several tables would read all rows."""
         fields: list[str] = list(self.get_search_fields(request))  # type: ignore[attr-defined]
         if not search_term or not all(name.startswith("=") for name in fields):
-            found: tuple[QuerySet[Any], bool] = super().get_search_results(  # type: ignore[misc]
+            result: tuple[QuerySet[Any], bool] = super().get_search_results(  # type: ignore[misc]
                 request, queryset, search_term
             )
-            return found
+            return result
         model: type[Model] = queryset.model
         lookups = [
             model._default_manager.order_by().filter(**{path: search_term.strip()}).values("pk")
@@ -143,7 +143,7 @@ class Paged:
 
 
 def _fits(model: type[Model], path: str, term: str) -> bool:
-    """Whether the field could have this value at all."""
+    """Return whether the value is valid for the field."""
     field: Any = None
     for name in path.split("__"):
         field = model._meta.get_field(name)

@@ -65,6 +65,16 @@ class SubscriptionQuerySet(models.QuerySet["Subscription"]):
         due = Delivery.objects.filter(subscription=OuterRef("pk"), next_try_at__lte=Now())
         return self.enabled().filter(Exists(due))
 
+    def enable(self) -> int:
+        """Send pending and new deliveries again. Return the number of rows that were disabled."""
+        return self.filter(enabled=False).update(
+            enabled=True, disabled_reason="", failing_since=None
+        )
+
+    def disable(self, reason: str) -> int:
+        """Stop sending, and create no new deliveries. Return the number of rows that were enabled."""
+        return self.filter(enabled=True).update(enabled=False, disabled_reason=reason)
+
 
 class Subscription(models.Model):
     """A URL that outcomes of runs are posted to. Of which runs, `reach` says."""
@@ -214,19 +224,6 @@ class Subscription(models.Model):
             self.old_secret, self.old_secret_until = "", None
         self.secret = new_secret()
         self.save(update_fields=["secret", "old_secret", "old_secret_until"])
-
-    def enable(self) -> bool:
-        """What waits is sent, and what comes from now on. False when it was enabled."""
-        return bool(
-            Subscription.objects.filter(pk=self.pk, enabled=False).update(
-                enabled=True, disabled_reason="", failing_since=None
-            )
-        )
-
-    def disable(self, reason: str) -> bool:
-        """Nothing is sent, and nothing new waits to be. False when it was disabled."""
-        enabled = Subscription.objects.filter(pk=self.pk, enabled=True)
-        return bool(enabled.update(enabled=False, disabled_reason=reason))
 
     def note(self, *, works: bool) -> None:
         """Keep whether it answers as it should; one statement where that changes."""

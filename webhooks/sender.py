@@ -197,7 +197,8 @@ def send(delivery: Delivery) -> bool:
             delivery.note_sent(code)
         elif code == GONE:
             delivery.note_dead(error, status_code=code)
-            subscription.disable("The receiver answered 410: it wants no more.")
+            rows = Subscription.objects.filter(pk=subscription.pk)
+            rows.disable("The receiver answered 410 Gone.")
         else:
             delivery.note_failure(error, status_code=code, retry_after=retry_after)
         subscription.note(works=works)

@@ -11,23 +11,17 @@ from django.utils.html import format_html
 from django.views.decorators.http import require_POST
 from django_otp.plugins.otp_totp.models import TOTPDevice
 
-from console import (
-    bulk,
-    pages,  # noqa: F401 (it registers its own)
-)
-from console.base import Empty, ReadOnlyAdmin
+from console import bulk
+from console.base import EmptyState, ReadOnlyAdmin
 from console.models import AuditEntry, BulkItem, BulkJob
-from console.usage import UsageAdmin
 
-__all__ = ["AuditEntryAdmin", "UsageAdmin"]
-
-# It shows the keys, and whoever may change a device can sign in as its owner.
+# Its pages show the keys: a user who may change a device could sign in as its owner.
 admin.site.unregister(TOTPDevice)
 
 
 @admin.register(AuditEntry)
 class AuditEntryAdmin(ReadOnlyAdmin):
-    empty = Empty("What people do in the admin, and whose words they read, is written down here.")
+    empty = EmptyState("Actions in the admin and readings of other users' messages appear here.")
     list_display = ["at", "name", "action", "object_link", "reason", "result", "ip"]
     list_filter = ["action"]
     search_fields = ["=name", "=object_id"]
@@ -49,13 +43,13 @@ class AuditEntryAdmin(ReadOnlyAdmin):
         return format_html('<a href="{}">{}</a>', url, text)
 
     def has_view_permission(self, request: HttpRequest, obj: AuditEntry | None = None) -> bool:
-        # Not implied by any other permission.
+        # No other permission implies it.
         return request.user.has_perm("console.view_auditentry")
 
 
 @admin.register(BulkJob)
 class BulkJobAdmin(ReadOnlyAdmin):
-    empty = Empty("Choose rows of a list, such as the failed runs, and an action for all of them.")
+    empty = EmptyState("Select rows of a list, such as failed runs, and an action for all of them.")
     list_display = [
         "__str__",
         "status",
@@ -76,11 +70,11 @@ class BulkJobAdmin(ReadOnlyAdmin):
         return f"{job.percent} %"
 
     def get_urls(self) -> list[Any]:
-        def url(way: str, view: Any) -> Any:
+        def url(name: str, view: Any) -> Any:
             return path(
-                f"<int:pk>/{way}/",
+                f"<int:pk>/{name}/",
                 self.admin_site.admin_view(view),
-                name=f"console_bulkjob_{way}",
+                name=f"console_bulkjob_{name}",
             )
 
         return [
@@ -96,20 +90,20 @@ class BulkJobAdmin(ReadOnlyAdmin):
             "title": str(job),
             "opts": self.opts,
             "original": job,
-            **self._state_of(request, job),
+            **self._progress_context(request, job),
         }
         return TemplateResponse(request, "console/bulk_job.html", context)
 
     def progress_view(self, request: HttpRequest, pk: int) -> HttpResponse:
         job = self._job(request, pk)
-        return render(request, "console/bulk_progress.html", self._state_of(request, job))
+        return render(request, "console/bulk_progress.html", self._progress_context(request, job))
 
     def stop_view(self, request: HttpRequest, pk: int) -> HttpResponse:
         job = self._job(request, pk)
-        if not request.user.has_perm(job.deed):
+        if not request.user.has_perm(job.action):
             raise PermissionDenied
         if not bulk.stop(request, job):
-            self.message_user(request, "It had ended before.", messages.WARNING)
+            self.message_user(request, "The job had already finished.", messages.WARNING)
         return redirect("admin:console_bulkjob_change", pk)
 
     def _job(self, request: HttpRequest, pk: Any) -> BulkJob:
@@ -120,9 +114,9 @@ class BulkJobAdmin(ReadOnlyAdmin):
             raise Http404
         return job
 
-    def _state_of(self, request: HttpRequest, job: BulkJob) -> dict[str, Any]:
+    def _progress_context(self, request: HttpRequest, job: BulkJob) -> dict[str, Any]:
         return {
             "job": job,
-            "may_stop": request.user.has_perm(job.deed),
+            "may_stop": request.user.has_perm(job.action),
             "failures": job.items.filter(outcome=BulkItem.Outcome.FAILED).order_by("id")[:50],
         }

@@ -12,22 +12,33 @@ from django.db.models.functions import Coalesce
 from django.http import HttpRequest, HttpResponse
 from django.urls import reverse
 from django.utils.html import format_html
-from unfold.decorators import action
+from unfold.decorators import action, display
 from unfold.enums import ActionVariant
 from unfold.forms import AdminPasswordChangeForm, UserChangeForm, UserCreationForm
 
+from botrunner.activity import with_activity
 from chat.models import Thread
-from console import audit, refused
-from console.base import ConsoleAdmin, Empty, Inline, Reasoned, dialog, may_read
+from console import audit, matrix, refusals
+from console.base import (
+    ConsoleAdmin,
+    EmptyState,
+    Inline,
+    ReasonMixin,
+    SwitchMixin,
+    dialog,
+    may_read,
+    switch_action,
+)
 from realm import authority, commands
+from realm.filters import InvalidFilter
 from realm.models import BotCommand, BotRegistration, User
 
 admin.site.unregister(Group)
 
 
-class Ranked:
-    """An admin of users or groups: refuses to change what has more rights than the sender of a request
-    (realm/authority.py), on every page and in every action."""
+class RankMixin:
+    """An admin of users or groups. On every page and in every action it refuses to change a row that
+    has more rights than the caller (realm/authority.py)."""
 
     # The field that grants rights.
     grants = ""
@@ -36,13 +47,13 @@ class Ranked:
         raise NotImplementedError
 
     def grantable(self, request: HttpRequest) -> QuerySet[Any]:
-        """The rows that `grants` may name."""
+        """Return the rows that `grants` may refer to."""
         raise NotImplementedError
 
     def _may_touch(self, request: HttpRequest, obj: Any) -> bool:
-        if obj is None or not (why_not := self.objection(request, obj)):
+        if obj is None or not (reason := self.objection(request, obj)):
             return True
-        refused.note(request, obj, why_not)
+        refusals.note(request, obj, reason)
         return False
 
     def has_change_permission(self, request: HttpRequest, obj: Any = None) -> bool:
@@ -66,14 +77,14 @@ class Ranked:
         form_url: str = "",
         extra_context: dict[str, Any] | None = None,
     ) -> HttpResponse:
-        asked = request.POST.getlist(self.grants)
-        if asked and authority.not_grantable(self.grantable(request), asked):
+        granted = request.POST.getlist(self.grants)
+        if granted and authority.not_grantable(self.grantable(request), granted):
             obj = self.get_object(request, unquote(object_id)) if object_id else None  # type: ignore[attr-defined]
             if self._may_touch(request, obj):
-                refused.note(
+                refusals.note(
                     request,
                     obj or self.model,  # type: ignore[attr-defined]
-                    f"You can grant only {self.grants} of which you hold every permission yourself.",
+                    f"You can only grant {self.grants} whose permissions you all hold yourself.",
                 )
             raise PermissionDenied
         page: HttpResponse = super().changeform_view(request, object_id, form_url, extra_context)  # type: ignore[misc]
@@ -81,8 +92,8 @@ class Ranked:
 
 
 @admin.register(Group)
-class RealmGroupAdmin(Ranked, GroupAdmin, ConsoleAdmin):
-    empty = Empty("Viewer, Operator and Admin are made by:", "python manage.py migrate")
+class RealmGroupAdmin(RankMixin, GroupAdmin, ConsoleAdmin):
+    empty = EmptyState("Create the groups Viewer, Operator and Admin:", "python manage.py migrate")
     grants = "permissions"
 
     def objection(self, request: HttpRequest, obj: Any) -> str:
@@ -96,16 +107,16 @@ def _actor(request: HttpRequest) -> User:
     return cast(User, request.user)
 
 
-def _of_own(model: type[Model], owner: str, figure: Any) -> Subquery:
-    """What the rows of `model` that belong to a row of a list come to. By a subquery, which is carried
-    out for the rows of a page alone; an aggregate of the list itself is for all that are counted."""
-    mine = model._default_manager.filter(**{owner: OuterRef("pk")}).order_by().values(owner)
-    return Subquery(mine.annotate(figure=figure).values("figure"))
+def _aggregate(model: type[Model], owner: str, figure: Any) -> Subquery:
+    """Aggregate the rows of `model` that belong to a row of a list. The database runs a subquery only
+    for the rows of a page; it would compute a joined aggregate for every counted row."""
+    rows = model._default_manager.filter(**{owner: OuterRef("pk")}).order_by().values(owner)
+    return Subquery(rows.annotate(figure=figure).values("figure"))
 
 
 @admin.register(User)
-class RealmUserAdmin(Reasoned, Ranked, UserAdmin, ConsoleAdmin):
-    empty = Empty("Make the first one:", "python manage.py createsuperuser")
+class RealmUserAdmin(ReasonMixin, RankMixin, UserAdmin, ConsoleAdmin):
+    empty = EmptyState("Create the first user:", "python manage.py createsuperuser")
     form = UserChangeForm
     add_form = UserCreationForm
     change_password_form = AdminPasswordChangeForm
@@ -113,8 +124,8 @@ class RealmUserAdmin(Reasoned, Ranked, UserAdmin, ConsoleAdmin):
         "username",
         "matrix_user_id",
         "roles",
-        "questions",
-        "last_asked",
+        "messages",
+        "last_active",
         "registrations",
         "last_login",
         "date_joined",
@@ -135,11 +146,11 @@ class RealmUserAdmin(Reasoned, Ranked, UserAdmin, ConsoleAdmin):
         return authority.grantable_groups(_actor(request))
 
     def get_readonly_fields(self, request: HttpRequest, obj: Any = None) -> Any:
-        """Whoever may manage users shall not be able to become more than that."""
+        """Keep user managers from raising their own rights."""
         fields = [*super().get_readonly_fields(request, obj), "tokens_valid_from"]
         if request.user.is_superuser:
             return fields
-        # With a Matrix id comes what that person may read: the rooms they are in.
+        # A Matrix id gives access to the rooms of that person.
         return [*fields, "is_superuser", "user_permissions", "matrix_user_id"]
 
     def get_queryset(self, request: HttpRequest) -> QuerySet[User]:
@@ -148,14 +159,15 @@ class RealmUserAdmin(Reasoned, Ranked, UserAdmin, ConsoleAdmin):
             .get_queryset(request)
             .prefetch_related("groups")
             .annotate(
-                asked=_of_own(Thread, "owner", Sum("turns")),
-                asked_at=_of_own(Thread, "owner", Max("updated_at")),
-                bots=_of_own(BotRegistration, "user", Count("pk")),
+                turn_count=_aggregate(Thread, "owner", Sum("turns")),
+                active_at=_aggregate(Thread, "owner", Max("updated_at")),
+                bot_count=_aggregate(BotRegistration, "user", Count("pk")),
             )
         )
 
     def save_model(self, request: HttpRequest, obj: Any, form: Any, change: bool) -> None:
-        """The tokens of a Matrix id were issued to the account that had it before."""
+        """Save the account, and revoke its tokens if its Matrix id changed: they were issued to the
+        previous holder of that id."""
         super().save_model(request, obj, form, change)
         if "matrix_user_id" in form.changed_data:
             obj.revoke_tokens()
@@ -165,33 +177,36 @@ class RealmUserAdmin(Reasoned, Ranked, UserAdmin, ConsoleAdmin):
         names = [group.name for group in user.groups.all()]
         return ", ".join(["superuser"] * user.is_superuser + names)
 
-    @admin.display(description="questions")
-    def questions(self, user: Any) -> int:
-        return user.asked or 0
+    @admin.display
+    def messages(self, user: Any) -> int:
+        return user.turn_count or 0
 
-    @admin.display(description="last seen")
-    def last_asked(self, user: Any) -> Any:
-        return user.asked_at
+    @admin.display
+    def last_active(self, user: Any) -> Any:
+        return user.active_at
 
     @admin.display
     def registrations(self, user: Any) -> str:
-        if not user.bots:
+        if not user.bot_count:
             return ""
         url = reverse("admin:realm_botregistration_changelist")
-        return format_html('<a href="{}?user__id__exact={}">{}</a>', url, user.pk, user.bots)
+        return format_html('<a href="{}?user__id__exact={}">{}</a>', url, user.pk, user.bot_count)
 
-    actions = ["let_in"]
+    actions = ["unlock_login"]
 
-    @admin.action(description="Let log in again", permissions=["change"])
-    def let_in(self, request: HttpRequest, users: QuerySet[User]) -> None:
-        """After too many wrong passwords. Of anybody: it changes no account, and is the remedy where
-        others have locked one out."""
+    @admin.action(description="Unlock login", permissions=["change"])
+    def unlock_login(self, request: HttpRequest, users: QuerySet[User]) -> None:
+        """Unlock accounts after too many wrong passwords. Allowed for every account: it changes none,
+        and others may have locked it."""
         for user in users:
-            forgotten = axes_reset(username=user.username)
+            removed = axes_reset(username=user.username)
             audit.note(
-                request, audit.Action.CHANGE, user, result=f"Let log in again ({forgotten} locks)."
+                request,
+                audit.Action.CHANGE,
+                user,
+                result=f"Login unlocked ({removed} locks removed).",
             )
-        self.message_user(request, "They may log in again.")
+        self.message_user(request, "Login unlocked.")
 
     def has_revoke_permission(self, request: HttpRequest, object_id: Any = "") -> bool:
         user = self.get_object(request, unquote(str(object_id)))
@@ -205,18 +220,18 @@ class RealmUserAdmin(Reasoned, Ranked, UserAdmin, ConsoleAdmin):
         url_path="revoke-tokens",
         dialog=dialog(
             "Revoke all API tokens of this user?",
-            "Every token that was issued until now is refused, wherever it is; new ones can be had. "
-            "Sessions in a browser stay: a new password ends them.",
+            "Every token issued until now stops working; new ones can be issued. Browser sessions "
+            "stay valid until the password changes.",
             "Revoke",
         ),
     )
     def revoke_tokens(self, request: HttpRequest, form: Any, object_id: str) -> HttpResponse:
-        def deed(user: User) -> bool:
+        def revoke(user: User) -> bool:
             user.revoke_tokens()
             return True
 
-        return self.do(
-            request, form, object_id, audit.Action.CHANGE, deed, done_text="all API tokens revoked"
+        return self.perform(
+            request, form, object_id, audit.Action.CHANGE, revoke, result="all API tokens revoked"
         )
 
 
@@ -224,23 +239,23 @@ class BotRegistrationForm(forms.ModelForm):
     def clean_user(self) -> User:
         user: User = self.cleaned_data["user"]
         if not user.matrix_user_id:
-            raise forms.ValidationError("This user has no Matrix id.")
+            raise forms.ValidationError("This user has no Matrix user ID.")
         return user
 
 
 class BotCommandForm(forms.ModelForm):
-    # Whether the sender of the form may read what others say.
+    # Set by the admin: the permission to read other users' messages.
     may_read = False
 
     def clean(self) -> dict[str, Any] | None:
-        """What is changed of a command that posts to a URL takes the same right as a webhook's URL:
-        words of others go there."""
+        """Require for a command that posts to a URL the same permission as for a webhook's URL: both
+        send other people's messages there."""
         cleaned: dict[str, Any] | None = super().clean()
-        given = {self.initial.get("command"), self.cleaned_data.get("command")} - {None}
-        if not self.may_read and self.has_changed() and given - commands.COMMANDS.keys():
+        names = {self.initial.get("command"), self.cleaned_data.get("command")} - {None}
+        if not self.may_read and self.has_changed() and names - commands.COMMANDS.keys():
             raise forms.ValidationError(
-                "This command sends what people say to a URL. That takes the permission to read what "
-                "others said; ask somebody who has it."
+                "This command sends messages to a URL, which requires the permission to read messages "
+                "of others. Ask an admin who has it."
             )
         return cleaned
 
@@ -256,18 +271,31 @@ class BotCommandForm(forms.ModelForm):
 class BotCommandInline(Inline):
     model = BotCommand
     form = BotCommandForm
-    fields = ["command", "filter", "id", "created_at"]
-    readonly_fields = ["id", "created_at"]
+    fields = ["command", "in_words", "filter", "created_at"]
+    readonly_fields = ["in_words", "created_at"]
 
     def get_formset(self, request: HttpRequest, obj: Any = None, **kwargs: Any) -> Any:
         formset: Any = super().get_formset(request, obj, **kwargs)
         formset.form.may_read = may_read(request, None)
         return formset
 
+    def formfield_for_dbfield(self, db_field: Any, request: HttpRequest, **kwargs: Any) -> Any:
+        field = super().formfield_for_dbfield(db_field, request, **kwargs)
+        if db_field.name == "filter":
+            field.widget.attrs["rows"] = 4
+        return field
 
-class FiresFilter(admin.SimpleListFilter):
-    """Those with a command. By a subquery: a join would have to be made distinct, which takes all that
-    a list tells of each row, and of those that are only counted too."""
+    @admin.display(description="fires on")
+    def in_words(self, command: BotCommand) -> str:
+        try:
+            return command.when.in_words()
+        except InvalidFilter as error:
+            return f"never: {error}"
+
+
+class CommandFilter(admin.SimpleListFilter):
+    """Registrations that have a command. Uses a subquery: a join would need DISTINCT, which computes
+    the annotations of every counted row."""
 
     title = "command"
     parameter_name = "commands__command"
@@ -284,38 +312,96 @@ class FiresFilter(admin.SimpleListFilter):
 
 
 @admin.register(BotRegistration)
-class BotRegistrationAdmin(ConsoleAdmin):
-    empty = Empty("Register a bot here, or from a shell:", "scripts/register-bot.sh")
+class BotRegistrationAdmin(SwitchMixin, ConsoleAdmin):
+    empty = EmptyState("Register a bot here, or from a shell:", "scripts/register-bot.sh")
     form = BotRegistrationForm
-    list_display = ["id", "username", "enabled", "command_count", "created_at"]
-    list_filter = ["created_at", FiresFilter]
-    search_fields = ["=id", "=username"]
+    list_display = [
+        "username",
+        "state",
+        "command_count",
+        "rooms_lately",
+        "runs_lately",
+        "failures_lately",
+        "last_fired_at",
+        "created_at",
+    ]
+    list_filter = ["enabled", "created_at", CommandFilter]
+    search_fields = ["=id", "=username", "=user__username"]
     ordering = ["-created_at"]
     fields = ["user", "username", "id", "created_at"]
     autocomplete_fields = ["user"]
     inlines = [BotCommandInline]
+    actions_detail = ("enable", "disable")
+    change_form_outer_before_template = "console/registration_state.html"
+    change_form_outer_after_template = "console/registration_events.html"
 
     def get_readonly_fields(self, request: HttpRequest, obj: Any = None) -> list[str]:
-        """A bot does not change hands."""
+        """A bot keeps its owner."""
         return ["username", "id", "created_at", *(["user"] if obj else [])]
 
     def get_queryset(self, request: HttpRequest) -> QuerySet[BotRegistration]:
-        counted = _of_own(BotCommand, "registration", Count("pk"))
-        return super().get_queryset(request).annotate(command_count=Coalesce(counted, 0))
+        command_count = _aggregate(BotCommand, "registration", Count("pk"))
+        rows = super().get_queryset(request).annotate(command_count=Coalesce(command_count, 0))
+        return with_activity(rows)
 
     def save_model(self, request: HttpRequest, obj: Any, form: Any, change: bool) -> None:
         if not change:
             obj.username = obj.user.matrix_user_id
         super().save_model(request, obj, form, change)
 
+    def changeform_view(
+        self,
+        request: HttpRequest,
+        object_id: str | None = None,
+        form_url: str = "",
+        extra_context: dict[str, Any] | None = None,
+    ) -> Any:
+        extra: dict[str, Any] = {}
+        registration = self.get_object(request, unquote(object_id)) if object_id else None
+        if registration:
+            extra = {"registration": registration, "events": matrix.recent_events(registration)}
+        return super().changeform_view(
+            request, object_id, form_url, {**(extra_context or {}), **extra}
+        )
+
+    @display(description="state", label={"enabled": "success", "disabled": "danger"})
+    def state(self, registration: BotRegistration) -> str:
+        return "enabled" if registration.enabled else "disabled"
+
     @admin.display(description="commands", ordering="command_count")
     def command_count(self, registration: Any) -> int:
         return registration.command_count
 
+    @admin.display(description="rooms (24 h)")
+    def rooms_lately(self, registration: Any) -> int:
+        return int(registration.rooms_lately)
+
+    @admin.display(description="runs (24 h)", ordering="runs_lately")
+    def runs_lately(self, registration: Any) -> int:
+        return int(registration.runs_lately)
+
+    @admin.display(description="failures (24 h)", ordering="failures_lately")
+    def failures_lately(self, registration: Any) -> int:
+        return int(registration.failures_lately)
+
+    @admin.display(description="last fired", ordering="last_fired_at", empty_value="never")
+    def last_fired_at(self, registration: Any) -> Any:
+        return registration.last_fired_at
+
+    enable = switch_action(
+        "enable", "Enable this registration?", "New messages trigger its commands again."
+    )
+    disable = switch_action(
+        "disable",
+        "Disable this registration?",
+        "Its commands trigger nothing until it is enabled again; the API shows this to its owner. "
+        "Runs that were already submitted continue.",
+    )
+
 
 @admin.register(BotCommand)
 class BotCommandAdmin(ConsoleAdmin):
-    empty = Empty("Without commands a bot answers nothing. Add one to a registration.")
+    empty = EmptyState("A bot without commands never answers. Add a command to a registration.")
     form = BotCommandForm
     list_display = ["id", "command", "in_words", "registration", "created_at"]
     list_filter = ["created_at", "command"]

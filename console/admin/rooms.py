@@ -2,11 +2,19 @@ from typing import Any
 
 from django.contrib import admin
 from django.db.models import Func, OuterRef, QuerySet, Subquery
-from django.http import HttpRequest
+from django.http import HttpRequest, HttpResponse
+from unfold.decorators import action
 
-from botrunner.models import Conversation, Reply, Room, RoomEvent, Session
-from console import audit, bulk
-from console.base import Bodies, Empty, ReadOnlyAdmin, ReadOnlyInline
+from botrunner.models import Reply, Room, RoomEvent, Session
+from console import audit, bulk, matrix
+from console.base import (
+    DetailPageMixin,
+    EmptyState,
+    MaskedBodiesMixin,
+    ReadOnlyAdmin,
+    ReasonMixin,
+    dialog,
+)
 
 
 def _count(rows: QuerySet[Any]) -> Subquery:
@@ -14,8 +22,10 @@ def _count(rows: QuerySet[Any]) -> Subquery:
 
 
 @admin.register(Session)
-class SessionAdmin(ReadOnlyAdmin):
-    empty = Empty("The bot has never logged in. Start it:", "python manage.py runbot")
+class SessionAdmin(ReasonMixin, DetailPageMixin, ReadOnlyAdmin):
+    empty = EmptyState("The bot has never logged in. Start it:", "python manage.py runbot")
+    page_template = "console/bot.html"
+    live_template = "console/bot_live.html"
     list_display = [
         "__str__",
         "homeserver",
@@ -28,7 +38,7 @@ class SessionAdmin(ReadOnlyAdmin):
         "last_error",
         "last_error_at",
     ]
-    # Never the access token.
+    # The access token is never shown.
     fields = [
         "homeserver",
         "username",
@@ -42,15 +52,16 @@ class SessionAdmin(ReadOnlyAdmin):
         "last_error",
         "last_error_at",
     ]
+    actions_detail = ("try_now",)
 
     def lookup_allowed(self, lookup: str, value: Any, request: HttpRequest) -> bool:
-        """Nor is it to be guessed letter by letter."""
+        """Refuse filters on the access token: they would reveal it letter by letter."""
         if lookup.partition("__")[0] == "access_token":
             return False
         return bool(super().lookup_allowed(lookup, value, request))
 
     def get_queryset(self, request: HttpRequest) -> QuerySet[Session]:
-        # Each counted by itself: joined, replies times events would be counted.
+        # Separate subqueries: a join would count the product of replies and events.
         joined = Room.objects.filter(membership=Room.Membership.JOINED)
         pending = Reply.objects.filter(status__in=[Reply.Status.WAITING, Reply.Status.READY])
         sealed = RoomEvent.objects.filter(kind=RoomEvent.Kind.SEALED, state="pending")
@@ -66,7 +77,7 @@ class SessionAdmin(ReadOnlyAdmin):
 
     @admin.display(boolean=True)
     def works(self, session: Session) -> bool:
-        """Whether a process has the lease, by the database's clock."""
+        """Return whether a process holds the lease, by the database's clock."""
         return Session.objects.held_by(session.holder).filter(pk=session.pk).exists()
 
     @admin.display(description="rooms", ordering="joined")
@@ -81,48 +92,66 @@ class SessionAdmin(ReadOnlyAdmin):
     def events_sealed(self, session: Session) -> int:
         return int(getattr(session, "sealed", 0))
 
+    def page(self, request: HttpRequest, obj: Session) -> dict[str, Any]:
+        return {"bot": obj, **matrix.bot_context(obj)}
 
-class ConversationInline(ReadOnlyInline):
-    model = Conversation
-    fields = ["root", "thread"]
+    def has_resend_permission(self, request: HttpRequest, object_id: str = "") -> bool:
+        return request.user.has_perm("botrunner.resend_reply")
+
+    @action(
+        description="Retry now",
+        permissions=["resend"],
+        icon="bolt",
+        url_path="try-now",
+        dialog=dialog(
+            "Retry failed replies and joins now?",
+            "Undelivered replies and failed joins are retried at once, without their delay.",
+            "Retry now",
+        ),
+    )
+    def try_now(self, request: HttpRequest, form: Any, object_id: str) -> HttpResponse:
+        return self.perform(request, form, object_id, audit.Action.RESEND, Session.try_now)
 
 
 @admin.register(Room)
-class RoomAdmin(ReadOnlyAdmin):
-    empty = Empty("Invite the bot to a room; its Matrix id stands on the page Bot.")
+class RoomAdmin(DetailPageMixin, ReadOnlyAdmin):
+    empty = EmptyState("Invite the bot to a room; its Matrix user ID is on the Bot page.")
+    page_template = "console/room.html"
+    page_related = ("session",)
     list_display = ["room_id", "membership", "inviter", "is_encrypted", "error", "updated_at"]
     list_filter = ["membership", "is_encrypted"]
     search_fields = ["=room_id", "=inviter"]
     ordering = ["-updated_at"]
-    inlines = [ConversationInline]
 
-
-class ReplyInline(ReadOnlyInline):
-    model = Reply
-    fields = ["run", "registration", "status", "attempts", "due_at", "error", "sent_at"]
+    def page(self, request: HttpRequest, obj: Room) -> dict[str, Any]:
+        return {"room": obj, **matrix.room_context(obj)}
 
 
 @admin.register(RoomEvent)
-class RoomEventAdmin(Bodies, ReadOnlyAdmin):
-    empty = Empty(
-        "What is said in rooms stands here, once the bot is in one and a command is registered."
+class RoomEventAdmin(DetailPageMixin, MaskedBodiesMixin, ReadOnlyAdmin):
+    empty = EmptyState(
+        "Room messages appear here once the bot has joined a room and a command is registered."
     )
+    page_template = "console/room_event.html"
+    page_related = ("room",)
     bodies = {"source": "source"}
     list_display = ["event_id", "kind", "state", "sender", "room", "said_at", "note"]
     list_filter = ["state", "kind"]
     list_select_related = ["room"]
     search_fields = ["=event_id", "=sender", "=room__room_id"]
     ordering = ["-id"]
-    inlines = [ReplyInline]
+
+    def page(self, request: HttpRequest, obj: RoomEvent) -> dict[str, Any]:
+        return {"event": obj, **matrix.event_context(obj)}
 
     def thread_of(self, event: RoomEvent) -> RoomEvent:
-        """A room's words are nobody's in particular."""
+        """Return the event itself: a room's messages have no owner."""
         return event
 
 
 @admin.register(Reply)
-class ReplyAdmin(Bodies, ReadOnlyAdmin):
-    empty = Empty("Say in a room what a registered command listens to, such as: !ask Hello")
+class ReplyAdmin(MaskedBodiesMixin, ReadOnlyAdmin):
+    empty = EmptyState("Send a message that triggers a command, such as: !ask Hello")
     bodies = {"parts": "parts"}
     list_display = ["key", "status", "room", "run", "attempts", "due_at", "error", "sent_at"]
     list_filter = ["status"]
@@ -135,13 +164,13 @@ class ReplyAdmin(Bodies, ReadOnlyAdmin):
 
 
 bulk.register(
-    bulk.Deed(
+    bulk.BulkAction(
         name="botrunner.resend_reply",
         model=Reply,
-        title="Try to send now",
+        title="Retry now",
         action=audit.Action.RESEND,
-        do=Reply.try_now,
-        explanation="Replies that wait after a failure are tried within seconds. Others are left as "
-        "they are.",
+        perform=Reply.try_now,
+        explanation="Replies waiting after a failure are retried within seconds. Other replies stay "
+        "unchanged.",
     )
 )

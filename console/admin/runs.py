@@ -1,64 +1,45 @@
+import json
+from collections.abc import Collection
+from functools import partial
 from typing import Any
 
 from django.contrib import admin
 from django.db.models import QuerySet
-from django.http import HttpRequest
+from django.http import HttpRequest, HttpResponse
+from django.urls import path
 from django.utils import timezone
+from unfold.decorators import action, display
+from unfold.enums import ActionVariant
 
-from agents.models import Attempt, Event, Limit, Price, Rollup, Run, Step, Summary
+from agents.models import Event, Limit, Price, Rollup, Run, Summary
 from agents.runs import execution
+from agents.usage import prices
 from chat.models import Thread
-from console import audit, bulk
+from console import audit, bulk, dead_letters, trace
 from console.base import (
-    ASK,
-    Bodies,
-    BodiesInline,
+    POST_MESSAGE,
     ConsoleAdmin,
-    Empty,
-    Period,
+    DetailPageMixin,
+    EmptyState,
+    MaskedBodiesMixin,
+    PeriodFilter,
     ReadOnlyAdmin,
-    ReadOnlyInline,
+    ReasonMixin,
+    body,
+    dialog,
 )
 
-
-class AttemptInline(ReadOnlyInline):
-    model = Attempt
-    fields = [
-        "number",
-        "worker",
-        "result",
-        "error",
-        "prompt_tokens",
-        "completion_tokens",
-        "started_at",
-        "ended_at",
-    ]
+RUN_LABELS = {
+    "completed": "success",
+    "failed": "danger",
+    "processing": "info",
+    "cancelled": "warning",
+}
 
 
-class StepInline(BodiesInline, ReadOnlyInline):
-    model = Step
-    bodies = {"input": "input", "output": "output"}
-    fields = [
-        "attempt",
-        "kind",
-        "name",
-        "input",
-        "output",
-        "error",
-        "prompt_tokens",
-        "completion_tokens",
-        "duration_ms",
-    ]
-
-
-class EventInline(BodiesInline, ReadOnlyInline):
-    model = Event
-    bodies = {"payload": "payload"}
-    fields = ["type", "id", "payload", "created_at", "published_at"]
-
-
-class _Known(admin.SimpleListFilter):
-    """One of the values that the rollups know: those of all runs cannot be had without reading all."""
+class _RollupValueFilter(admin.SimpleListFilter):
+    """Filters by a value that the rollups contain: a list of the values of all runs would read every
+    run."""
 
     template = "admin/filter.html"
     parameter_name: str
@@ -72,56 +53,183 @@ class _Known(admin.SimpleListFilter):
         return queryset.filter(**{self.parameter_name: self.value()}) if self.value() else queryset
 
 
-class ModelFilter(_Known):
+class ModelFilter(_RollupValueFilter):
     title = "model"
     parameter_name = "model"
 
 
-class CauseFilter(_Known):
+class CauseFilter(_RollupValueFilter):
     title = "cause of failure"
     parameter_name = "error_code"
 
 
 @admin.register(Run)
-class RunAdmin(Bodies, ReadOnlyAdmin):
-    empty = Empty("Ask something, over HTTP or in a room that the bot is in:", ASK)
+class RunAdmin(ReasonMixin, DetailPageMixin, MaskedBodiesMixin, ReadOnlyAdmin):
+    empty = EmptyState("Send a message over HTTP, or in a room with the bot:", POST_MESSAGE)
+    page_template = "console/run.html"
+    live_template = "console/run_live.html"
+    page_related = ("thread__owner", "message", "answer")
     bodies = {"question": "message.content", "input": "input"}
-    list_display = ["id", "status", "question", "model", "attempt", "took", "source", "created_at"]
-    list_filter = ["status", "source", ModelFilter, CauseFilter, Period]
+    list_display = [
+        "id",
+        "state",
+        "cause",
+        "created_at",
+        "question",
+        "took",
+        "model",
+        "attempt",
+        "source",
+    ]
+    list_filter = ["status", "source", ModelFilter, CauseFilter, PeriodFilter]
     list_select_related = ["message", "thread"]
     search_fields = ["=id", "=thread__id", "=message__id", "=correlation_id"]
     ordering = ["-created_at", "id"]
-    inlines = [AttemptInline, StepInline, EventInline]
+    actions_detail = ("cancel", "retry", "requeue")
 
     def lookup_allowed(self, lookup: str, value: Any, request: HttpRequest) -> bool:
-        # The page of usage links to a user's runs.
+        # The usage page links to a user's runs.
         return lookup == "thread__owner__username" or super().lookup_allowed(lookup, value, request)
+
+    def page(self, request: HttpRequest, obj: Run) -> dict[str, Any]:
+        run_trace = trace.of(obj)
+        context = {"trace": run_trace, "run": obj, "currency": prices.currency()}
+        if request.GET.get("tab") == "json":
+            mask = partial(body, request, owner=obj.thread.owner_id)
+            context["raw"] = json.dumps(trace.raw(run_trace, mask), indent=2, default=str)
+        return context
+
+    @display(description="status", label=RUN_LABELS)
+    def state(self, run: Run) -> str:
+        return run.status
+
+    @admin.display(description="cause")
+    def cause(self, run: Run) -> str:
+        return run.error_code
 
     @admin.display
     def took(self, run: Run) -> str:
         return f"{((run.finished_at or timezone.now()) - run.created_at).total_seconds():.2f} s"
 
+    def has_cancel_permission(self, request: HttpRequest, object_id: str = "") -> bool:
+        return request.user.has_perm("agents.cancel_run")
+
+    def has_retry_permission(self, request: HttpRequest, object_id: str = "") -> bool:
+        return request.user.has_perm("agents.retry_run")
+
+    def has_requeue_permission(self, request: HttpRequest, object_id: str = "") -> bool:
+        return request.user.has_perm("agents.requeue_run")
+
+    def offered(self, obj: Run) -> Collection[str]:
+        if not obj.is_finished:
+            return ("cancel", "requeue")
+        return ("retry",) if obj.may_be_retried else ()
+
+    @action(
+        description="Cancel",
+        permissions=["cancel"],
+        variant=ActionVariant.DANGER,
+        icon="cancel",
+        url_path="cancel",
+        dialog=dialog(
+            "Cancel this run?",
+            "It ends now, and its user is notified. A worker still running it discards the result.",
+            "Cancel the run",
+        ),
+    )
+    def cancel(self, request: HttpRequest, form: Any, object_id: str) -> HttpResponse:
+        return self.perform(request, form, object_id, audit.Action.CANCEL, execution.cancel)
+
+    @action(
+        description="Retry",
+        permissions=["retry"],
+        variant=ActionVariant.PRIMARY,
+        icon="replay",
+        url_path="retry",
+        dialog=dialog(
+            "Retry this run?",
+            "It starts over with all its attempts, at its place in the thread. The answer goes to the "
+            "same room or client.",
+            "Retry",
+        ),
+    )
+    def retry(self, request: HttpRequest, form: Any, object_id: str) -> HttpResponse:
+        return self.perform(request, form, object_id, audit.Action.RETRY, execution.retry)
+
+    @action(
+        description="Requeue",
+        permissions=["requeue"],
+        icon="low_priority",
+        url_path="requeue",
+        dialog=dialog(
+            "Requeue this run?",
+            "For a stuck run: it becomes due at once and is dispatched again. A worker still running "
+            "it loses its lease.",
+            "Requeue",
+        ),
+    )
+    def requeue(self, request: HttpRequest, form: Any, object_id: str) -> HttpResponse:
+        return self.perform(request, form, object_id, audit.Action.REQUEUE, execution.requeue)
+
 
 @admin.register(Event)
-class EventAdmin(Bodies, ReadOnlyAdmin):
-    empty = Empty("What happens to a run is told in events. Ask something:", ASK)
+class EventAdmin(ReasonMixin, MaskedBodiesMixin, ReadOnlyAdmin):
+    empty = EmptyState("Every step of a run is recorded as an event. Send a message:", POST_MESSAGE)
     bodies = {"payload": "payload"}
     list_display = ["id", "type", "run", "created_at", "published_at"]
-    list_filter = ["type", ("published_at", admin.EmptyFieldListFilter), Period]
+    list_filter = ["type", ("published_at", admin.EmptyFieldListFilter), PeriodFilter]
     list_select_related = ["run"]
     search_fields = ["=id", "=run__id", "=run__correlation_id"]
     ordering = ["-created_at", "id"]
+    list_before_template = "console/outbox.html"
+    actions_detail = ("replay",)
 
     def thread_of(self, event: Event) -> Thread:
         return event.run.thread
 
+    def changelist_view(self, request: HttpRequest, extra_context: Any = None) -> HttpResponse:
+        return super().changelist_view(
+            request, {**(extra_context or {}), "outbox": dead_letters.outbox()}
+        )
+
+    def get_urls(self) -> list[Any]:
+        view = self.admin_site.admin_view
+        return [
+            path("outbox/", view(dead_letters.redirect_to_outbox), name="outbox"),
+            path("dead/", view(partial(dead_letters.listing, self)), name="dead_letters"),
+            path("dead/<str:dead_id>/", view(partial(dead_letters.act, self)), name="dead_letter"),
+            *super().get_urls(),
+        ]
+
+    def has_replay_permission(self, request: HttpRequest, object_id: str = "") -> bool:
+        return request.user.has_perm("agents.replay_event")
+
+    @action(
+        description="Replay",
+        permissions=["replay"],
+        icon="replay",
+        url_path="replay",
+        dialog=dialog(
+            "Replay this event?",
+            "It is added to the stream again with the same ID, so consumers can recognise it.",
+            "Replay",
+        ),
+    )
+    def replay(self, request: HttpRequest, form: Any, object_id: str) -> HttpResponse:
+        def replay(event: Event) -> bool:
+            return bool(execution.tell_again(Event.objects.filter(pk=event.pk)))
+
+        return self.perform(request, form, object_id, audit.Action.REPLAY, replay)
+
 
 @admin.register(Summary)
-class SummaryAdmin(Bodies, ReadOnlyAdmin):
-    empty = Empty("A thread gets one once it has more messages than CHAT_MEMORY_RECENT_MESSAGES.")
+class SummaryAdmin(MaskedBodiesMixin, ReadOnlyAdmin):
+    empty = EmptyState(
+        "A thread gets a summary once it has more than CHAT_MEMORY_RECENT_MESSAGES messages."
+    )
     bodies = {"text": "text"}
     list_display = ["thread", "covers_from", "covers_to", "model", "created_at"]
-    list_filter = [Period]
+    list_filter = [PeriodFilter]
     list_select_related = ["thread"]
     search_fields = ["=thread__id"]
     ordering = ["-created_at", "id"]
@@ -129,7 +237,7 @@ class SummaryAdmin(Bodies, ReadOnlyAdmin):
 
 @admin.register(Price)
 class PriceAdmin(ConsoleAdmin):
-    empty = Empty("Without prices, runs have no cost. Add what a model takes for a million tokens.")
+    empty = EmptyState("Runs have no cost without prices. Add a model's price per million tokens.")
     list_display = ["model", "valid_from", "prompt", "completion", "cached", "currency"]
     list_filter = ["model"]
     search_fields = ["^model"]
@@ -138,8 +246,8 @@ class PriceAdmin(ConsoleAdmin):
 
 @admin.register(Limit)
 class LimitAdmin(ConsoleAdmin):
-    empty = Empty(
-        "The settings LIMIT_... hold for everybody. Add what holds for one user or room instead."
+    empty = EmptyState(
+        "The LIMIT_... settings apply to every user and room. Add limits for a single one here."
     )
     list_display = [
         "kind",
@@ -156,35 +264,35 @@ class LimitAdmin(ConsoleAdmin):
     ordering = ["kind", "name"]
 
 
-for deed in (
-    bulk.Deed(
+for bulk_action in (
+    bulk.BulkAction(
         name="agents.cancel_run",
         model=Run,
         title="Cancel",
         action=audit.Action.CANCEL,
-        do=execution.cancel,
-        explanation="Runs that have ended are left as they are.",
+        perform=execution.cancel,
+        explanation="Finished runs stay unchanged.",
         order="created_at",
     ),
-    bulk.Deed(
+    bulk.BulkAction(
         name="agents.retry_run",
         model=Run,
-        title="Try again",
+        title="Retry",
         action=audit.Action.RETRY,
-        do=execution.retry,
-        explanation="Runs that failed or were cancelled begin anew, each in its place in its thread. "
-        "Others are left as they are.",
+        perform=execution.retry,
+        explanation="Failed and cancelled runs start over, each at its place in its thread. Other runs "
+        "stay unchanged.",
         order="created_at",
     ),
-    bulk.Deed(
+    bulk.BulkAction(
         name="agents.requeue_run",
         model=Run,
-        title="Put back into the queue",
+        title="Requeue",
         action=audit.Action.REQUEUE,
-        do=execution.requeue,
-        explanation="Runs that wait or are being worked on begin anew at once; a worker that has one "
-        "loses it. Runs that have ended are left as they are.",
+        perform=execution.requeue,
+        explanation="Queued and active runs start over at once; a worker still running one loses its "
+        "lease. Finished runs stay unchanged.",
         order="created_at",
     ),
 ):
-    bulk.register(deed)
+    bulk.register(bulk_action)

@@ -8,31 +8,32 @@ from django.shortcuts import redirect
 from django.urls import reverse
 from django.utils.html import format_html
 from unfold.decorators import action, display
-from unfold.enums import ActionVariant
 
 from chat.models import Thread
 from console import audit, bulk
 from console.base import (
-    Bodies,
     ConsoleAdmin,
-    Empty,
-    Period,
+    EmptyState,
+    MaskedBodiesMixin,
+    PeriodFilter,
     ReadOnlyAdmin,
-    Reasoned,
+    ReasonMixin,
+    SwitchMixin,
     dialog,
     may_read,
+    switch_action,
 )
 from realm.models import User
 from webhooks.models import Delivery, Subscription
 
-# Where a session keeps which webhook has a new secret, until the page that shows it. Not the secret:
-# sessions are kept unencrypted.
+# Session key with the id of the webhook whose new secret the next page shows. The secret itself stays
+# out of the session, which is stored unencrypted.
 NEW_SECRET = "webhooks.new_secret"  # noqa: S105
 LABELS = {"sent": "success", "sending": "info", "failed": "warning", "dead": "danger"}
 
 
 class SubscriptionForm(forms.ModelForm):
-    # Whose it is, or will be: its rules depend on that.
+    # Set by the admin: validation depends on the owner.
     owner: User
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -41,9 +42,9 @@ class SubscriptionForm(forms.ModelForm):
 
 
 @admin.register(Subscription)
-class SubscriptionAdmin(Reasoned, ConsoleAdmin):
-    empty = Empty(
-        "Add a URL that is to be told how runs end; docs/how-to/receive-webhooks.md says what it gets."
+class SubscriptionAdmin(SwitchMixin, ConsoleAdmin):
+    empty = EmptyState(
+        "Add a URL that receives the results of runs. See docs/how-to/receive-webhooks.md."
     )
     form = SubscriptionForm
     list_display = ["host", "state", "owner", "registration", "failing_since", "created_at"]
@@ -51,8 +52,8 @@ class SubscriptionAdmin(Reasoned, ConsoleAdmin):
     list_select_related = ["owner", "registration"]
     search_fields = ["=id", "=owner__username", "=registration__id"]
     ordering = ["-created_at"]
-    asked = ["url", "registration", "on_completed", "on_failed", "on_cancelled"]
-    told = [
+    editable = ["url", "registration", "on_completed", "on_failed", "on_cancelled"]
+    read_only = [
         "owner",
         "signing_secret",
         "enabled",
@@ -67,27 +68,28 @@ class SubscriptionAdmin(Reasoned, ConsoleAdmin):
     change_form_outer_before_template = "webhooks/new_secret.html"
 
     def lookup_allowed(self, lookup: str, value: Any, request: HttpRequest) -> bool:
-        """No secret is to be guessed letter by letter, nor a URL, which may hold one."""
+        """Refuse filters on secrets and URLs, which may hold one: they would reveal it letter by
+        letter."""
         if lookup.partition("__")[0] in ("secret", "old_secret", "url"):
             return False
         return bool(super().lookup_allowed(lookup, value, request))
 
     def has_change_permission(self, request: HttpRequest, obj: Subscription | None = None) -> bool:
-        """Whoever says where the words of others go must be allowed to read them."""
+        """Require the permission to read the messages that a webhook sends."""
         may_change = super().has_change_permission(request, obj)
         return may_change and (obj is None or may_read(request, obj.owner_id))
 
     def get_fields(self, request: HttpRequest, obj: Subscription | None = None) -> list[str]:
         if obj is None:
-            return self.asked
+            return self.editable
         may_change = self.has_change_permission(request, obj)
-        return ["url" if may_change else "host", *self.asked[1:], *self.told]
+        return ["url" if may_change else "host", *self.editable[1:], *self.read_only]
 
     def get_readonly_fields(self, request: HttpRequest, obj: Any = None) -> list[str]:
-        return ["host", *self.told]
+        return ["host", *self.read_only]
 
     def get_deleted_objects(self, objs: Any, request: HttpRequest) -> Any:
-        """With how many deliveries, and not each by its name: there may be a million."""
+        """Return the number of deliveries instead of their names: there may be a million."""
         webhooks = list(objs)
         deliveries = Delivery.objects.filter(subscription__in=webhooks).count()
         counts = {"webhooks": len(webhooks), "deliveries": deliveries}
@@ -99,7 +101,7 @@ class SubscriptionAdmin(Reasoned, ConsoleAdmin):
         return form
 
     def response_add(self, request: HttpRequest, obj: Any, post_url_continue: Any = None) -> Any:
-        """To its page, which shows the secret."""
+        """Redirect to the webhook's page, which shows the secret."""
         _show_once(request, obj)
         return redirect("admin:webhooks_subscription_change", obj.pk)
 
@@ -111,21 +113,12 @@ class SubscriptionAdmin(Reasoned, ConsoleAdmin):
         extra_context: dict[str, Any] | None = None,
     ) -> Any:
         extra = dict(extra_context or {})
-        kept = request.session.get(NEW_SECRET, {})
-        if request.method == "GET" and object_id and kept.get("id") == unquote(object_id):
+        new = request.session.get(NEW_SECRET, {})
+        if request.method == "GET" and object_id and new.get("id") == unquote(object_id):
             del request.session[NEW_SECRET]
-            if made := Subscription.objects.filter(pk=kept["id"]).first():
-                extra["new_secret"] = made.secret
+            if subscription := Subscription.objects.filter(pk=new["id"]).first():
+                extra["new_secret"] = subscription.secret
         return super().changeform_view(request, object_id, form_url, extra)
-
-    def get_actions_detail(self, request: HttpRequest, object_id: Any) -> list[Any]:
-        subscription = Subscription.objects.filter(pk=unquote(str(object_id))).first()
-        idle = "enable" if subscription is None or subscription.enabled else "disable"
-        return [
-            each
-            for each in super().get_actions_detail(request, object_id)
-            if not each.action_name.endswith(f"_{idle}")
-        ]
 
     @admin.display(description="receiver", ordering="url")
     def host(self, subscription: Subscription) -> str:
@@ -138,53 +131,28 @@ class SubscriptionAdmin(Reasoned, ConsoleAdmin):
     @admin.display
     def signing_secret(self, subscription: Subscription) -> str:
         until = subscription.old_secret_until
-        old = f", and the one before it until {until:%Y-%m-%d %H:%M} UTC" if until else ""
+        old = f", and the previous one until {until:%Y-%m-%d %H:%M} UTC" if until else ""
         return f"whsec_••••{old if subscription.is_rotating else ''}"
 
     @admin.display(description="deliveries")
     def delivered(self, subscription: Subscription) -> str:
         deliveries = reverse("admin:webhooks_delivery_changelist")
         url = f"{deliveries}?subscription__id__exact={subscription.pk}"
-        return format_html('<a href="{}">All of them</a>', url)
-
-    def has_switch_permission(self, request: HttpRequest, object_id: str = "") -> bool:
-        return request.user.has_perm("webhooks.switch_subscription")
+        return format_html('<a href="{}">All deliveries</a>', url)
 
     def has_rotate_permission(self, request: HttpRequest, object_id: str = "") -> bool:
-        found = Subscription.objects.filter(pk=unquote(str(object_id))).first()
-        return found is not None and self.has_change_permission(request, found)
+        row = Subscription.objects.filter(pk=unquote(str(object_id))).first()
+        return row is not None and self.has_change_permission(request, row)
 
-    @action(
-        description="Disable",
-        permissions=["switch"],
-        variant=ActionVariant.DANGER,
-        icon="pause_circle",
-        url_path="disable",
-        dialog=dialog(
-            "Disable this webhook?",
-            "Nothing is sent until it is enabled again. What waits then goes on; outcomes of the time "
-            "in between are not told.",
-            "Disable",
-        ),
+    enable = switch_action(
+        "enable", "Enable this webhook?", "Pending and new deliveries are sent again."
     )
-    def disable(self, request: HttpRequest, form: Any, object_id: str) -> HttpResponse:
-        reason = form.cleaned_data["reason"]
-
-        def deed(subscription: Subscription) -> bool:
-            return subscription.disable(reason)
-
-        return self.do(request, form, object_id, audit.Action.DISABLE, deed)
-
-    @action(
-        description="Enable",
-        permissions=["switch"],
-        variant=ActionVariant.PRIMARY,
-        icon="play_circle",
-        url_path="enable",
-        dialog=dialog("Enable this webhook?", "What waits is sent, and what comes.", "Enable"),
+    disable = switch_action(
+        "disable",
+        "Disable this webhook?",
+        "Nothing is sent until it is enabled again; pending deliveries continue then. Results of the "
+        "time in between are not delivered.",
     )
-    def enable(self, request: HttpRequest, form: Any, object_id: str) -> HttpResponse:
-        return self.do(request, form, object_id, audit.Action.ENABLE, Subscription.enable)
 
     @action(
         description="Rotate the secret",
@@ -192,28 +160,28 @@ class SubscriptionAdmin(Reasoned, ConsoleAdmin):
         icon="key",
         url_path="rotate",
         dialog=dialog(
-            "Make a new secret?",
-            "It is shown once. For a day both the new and the present one sign each delivery.",
+            "Rotate the signing secret?",
+            "The new secret is shown once. Both secrets sign each delivery for one day.",
             "Rotate",
         ),
     )
     def rotate(self, request: HttpRequest, form: Any, object_id: str) -> HttpResponse:
-        def deed(subscription: Subscription) -> bool:
+        def rotate(subscription: Subscription) -> bool:
             subscription.rotate()
             _show_once(request, subscription)
             return True
 
-        return self.do(request, form, object_id, audit.Action.ROTATE, deed)
+        return self.perform(request, form, object_id, audit.Action.ROTATE, rotate)
 
 
 def _show_once(request: HttpRequest, subscription: Subscription) -> None:
-    """On the next page of it that whoever asked for it sees."""
+    """Show the secret on the caller's next visit to the webhook's page."""
     request.session[NEW_SECRET] = {"id": str(subscription.pk)}
 
 
 @admin.register(Delivery)
-class DeliveryAdmin(Reasoned, Bodies, ReadOnlyAdmin):
-    empty = Empty("Each outcome that a webhook is told of stands here. Add a webhook first.")
+class DeliveryAdmin(ReasonMixin, MaskedBodiesMixin, ReadOnlyAdmin):
+    empty = EmptyState("Each result sent to a webhook appears here. Add a webhook first.")
     bodies = {"body": "event.body"}
     list_display = [
         "type",
@@ -226,7 +194,7 @@ class DeliveryAdmin(Reasoned, Bodies, ReadOnlyAdmin):
         "next_try_at",
         "created_at",
     ]
-    list_filter = ["status", Period]
+    list_filter = ["status", PeriodFilter]
     list_select_related = ["subscription", "run__thread"]
     search_fields = ["=event__id", "=run__id"]
     ordering = ["-created_at", "id"]
@@ -249,11 +217,11 @@ class DeliveryAdmin(Reasoned, Bodies, ReadOnlyAdmin):
 
     def lookup_allowed(self, lookup: str, value: Any, request: HttpRequest) -> bool:
         # The page of a subscription links to its deliveries.
-        of_one = lookup == "subscription__id__exact"
-        return of_one or super().lookup_allowed(lookup, value, request)
+        is_link = lookup == "subscription__id__exact"
+        return is_link or super().lookup_allowed(lookup, value, request)
 
     def has_delete_permission(self, request: HttpRequest, obj: Delivery | None = None) -> bool:
-        """With whatever it belongs to, but not by itself."""
+        """Allow deletion with its webhook or thread, but not from its own pages."""
         page = request.resolver_match
         is_own = page is None or (page.url_name or "").startswith("webhooks_delivery_")
         return not is_own and request.user.has_perm("webhooks.delete_subscription")
@@ -278,24 +246,25 @@ class DeliveryAdmin(Reasoned, Bodies, ReadOnlyAdmin):
         icon="replay",
         url_path="resend",
         dialog=dialog(
-            "Send this once more?",
-            "At once, under the same id, by which the receiver knows it; with all its tries.",
+            "Send this delivery again?",
+            "It is sent at once with the same ID, so the receiver can recognise it, and with all its "
+            "attempts.",
             "Send again",
         ),
     )
     def resend(self, request: HttpRequest, form: Any, object_id: str) -> HttpResponse:
-        return self.do(request, form, object_id, audit.Action.RESEND, Delivery.resend)
+        return self.perform(request, form, object_id, audit.Action.RESEND, Delivery.resend)
 
 
 bulk.register(
-    bulk.Deed(
+    bulk.BulkAction(
         name="webhooks.resend_delivery",
         model=Delivery,
         title="Send again",
         action=audit.Action.RESEND,
-        do=Delivery.resend,
-        explanation="Each goes out once more, under its id, with all its tries. What is about to be "
-        "sent, and what a disabled webhook is owed, is left as it is.",
+        perform=Delivery.resend,
+        explanation="Each delivery is sent again with its ID and all its attempts. Deliveries already "
+        "due and those of disabled webhooks stay unchanged.",
         order="created_at",
     )
 )

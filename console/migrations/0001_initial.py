@@ -19,7 +19,7 @@ class Migration(migrations.Migration):
             name='BulkJob',
             fields=[
                 ('id', models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name='ID')),
-                ('deed', models.CharField(help_text='Such as agents.cancel_run.', max_length=100)),
+                ('action', models.CharField(help_text='Such as agents.cancel_run.', max_length=100)),
                 ('title', models.CharField(max_length=200)),
                 ('kind', models.CharField(max_length=100)),
                 ('filter', models.TextField(blank=True, help_text='How the list was filtered.')),
@@ -31,7 +31,7 @@ class Migration(migrations.Migration):
                 ('done', models.PositiveIntegerField(default=0)),
                 ('skipped', models.PositiveIntegerField(default=0, help_text='There was nothing to do any more.')),
                 ('failed', models.PositiveIntegerField(default=0)),
-                ('stop_wanted', models.BooleanField(default=False)),
+                ('stop_requested', models.BooleanField(default=False)),
                 ('lease_expires_at', models.DateTimeField(blank=True, null=True)),
                 ('created_at', models.DateTimeField(default=django.utils.timezone.now, editable=False)),
                 ('started_at', models.DateTimeField(blank=True, null=True)),

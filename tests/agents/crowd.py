@@ -209,8 +209,8 @@ class Member:
         name = self.luck.choice(["cancel_run", "requeue_run", "retry_run"])
         newest = Run.objects.order_by("-created_at").values("pk")[:6]
         chosen = Run.objects.filter(pk__in=list(newest.values_list("pk", flat=True)))
-        job = bulk.start(request, bulk.DEEDS[f"agents.{name}"], chosen, reason="Test")
-        bulk.carry_on(job.pk)
+        job = bulk.start(request, bulk.ACTIONS[f"agents.{name}"], chosen, reason="Test")
+        bulk.run(job.pk)
         failed = job.items.filter(outcome="failed").values_list("error", flat=True)
         assert not failed, list(failed)
 

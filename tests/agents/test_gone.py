@@ -85,10 +85,10 @@ def test_a_bulk_job_skips_it(rf: Any, admin_user: User, monkeypatch: pytest.Monk
     monkeypatch.setattr(Run, "refresh_from_db", delete_first)
     request = rf.get("/")
     request.user = admin_user
-    deed = bulk.DEEDS["agents.cancel_run"]
+    deed = bulk.ACTIONS["agents.cancel_run"]
     job = bulk.start(request, deed, Run.objects.all(), reason="Test")
 
-    bulk.carry_on(job.pk)
+    bulk.run(job.pk)
 
     job.refresh_from_db()
     assert (job.done, job.skipped, job.failed) == (0, 1, 0)

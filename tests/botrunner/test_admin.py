@@ -55,6 +55,6 @@ def _bulk(admin: Client, deed: str) -> BulkJob:
     data["_selected_action"] = str(Reply.objects.get().pk)
     assert admin.post(reverse("admin:botrunner_reply_changelist"), data).status_code == 302
     job = BulkJob.objects.latest("pk")
-    bulk.carry_on(job.pk)
+    bulk.run(job.pk)
     job.refresh_from_db()
     return job

@@ -53,7 +53,7 @@ def test_our_own_pass(ours: dict[str, Any]) -> None:
 @pytest.mark.parametrize("name", [name for name in current_app.tasks if "celery" not in name])
 def test_every_task_of_the_house_passes(redis: Any, broker: Any, name: str) -> None:  # noqa: F811
     task = current_app.tasks[name]
-    task.delay(1 if name == "console.tasks.carry_on" else "run_1")
+    task.delay(1 if name == "console.bulk.run" else "run_1")
 
     assert messages.task(redis.lpop("agent_events:celery"))
 

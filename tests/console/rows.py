@@ -60,6 +60,6 @@ def one_of_each() -> dict[type[Model], Any]:
             run=run,
         ),
         AuditEntry.objects.create(name="alice", action="read"),
-        BulkJob.objects.create(deed="agents.cancel_run", title="Cancel", kind="agents.run"),
+        BulkJob.objects.create(action="agents.cancel_run", title="Cancel", kind="agents.run"),
     ]
     return {type(row): row for row in made}

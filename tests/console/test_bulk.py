@@ -45,7 +45,7 @@ def test_all_rows_that_match_are_settled_when_it_is_asked_for(sign_in: SignIn) -
     job = BulkJob.objects.get()
     assert (job.total, job.status, job.name) == (60, "waiting", "operator")
     assert "0 of 60" in page.text
-    bulk.carry_on(job.pk)
+    bulk.run(job.pk)
     job.refresh_from_db()
     assert (job.status, job.done, job.skipped, job.failed) == ("done", 60, 0, 0)
     assert set(Run.objects.exclude(status="cancelled")) == {runs[-1], later}
@@ -67,7 +67,7 @@ def test_only_the_chosen_ones_where_some_are_chosen(sign_in: SignIn) -> None:
     chosen, other = factories.ask(), factories.ask()
     ask_for(sign_in("Operator"), select_across="0", _selected_action=[chosen.pk])
 
-    bulk.carry_on(BulkJob.objects.get().pk)
+    bulk.run(BulkJob.objects.get().pk)
 
     other.refresh_from_db()
     assert other.status == Run.Status.QUEUED
@@ -78,7 +78,7 @@ def test_what_it_did_to_each_is_on_record(sign_in: SignIn) -> None:
     run = factories.ask()
     ask_for(sign_in("Operator"))
     job = BulkJob.objects.get()
-    bulk.carry_on(job.pk)
+    bulk.run(job.pk)
 
     entry = AuditEntry.objects.get(kind="agents.run")
     assert (entry.name, entry.action, entry.object_id) == ("operator", "cancel", run.pk)
@@ -117,8 +117,8 @@ def test_a_job_is_stopped_after_the_batch_that_it_is_at(
             browser.post(stop)
         return True
 
-    monkeypatch.setitem(bulk.DEEDS, "agents.cancel_run", deed(cancel))
-    bulk.carry_on(job.pk)
+    monkeypatch.setitem(bulk.ACTIONS, "agents.cancel_run", action(cancel))
+    bulk.run(job.pk)
 
     job.refresh_from_db()
     assert (job.status, job.done, done) == ("stopped", 40, 40)
@@ -126,8 +126,10 @@ def test_a_job_is_stopped_after_the_batch_that_it_is_at(
     assert "stopped" in browser.get(f"/admin/console/bulkjob/{job.pk}/change/").text
 
 
-def deed(do: Callable[[Any], bool]) -> bulk.Deed:
-    return bulk.Deed(name="agents.cancel_run", model=Run, title="Cancel", action="cancel", do=do)
+def action(perform: Callable[[Any], bool]) -> bulk.BulkAction:
+    return bulk.BulkAction(
+        name="agents.cancel_run", model=Run, title="Cancel", action="cancel", perform=perform
+    )
 
 
 def test_a_worker_that_dies_leaves_the_rest_to_another(
@@ -149,16 +151,16 @@ def test_a_worker_that_dies_leaves_the_rest_to_another(
         seen.append(run.pk)
         return True
 
-    monkeypatch.setitem(bulk.DEEDS, "agents.cancel_run", deed(cancel))
+    monkeypatch.setitem(bulk.ACTIONS, "agents.cancel_run", action(cancel))
     with pytest.raises(Killed):
-        bulk.carry_on(job.pk)
-    bulk.carry_on(job.pk)
+        bulk.run(job.pk)
+    bulk.run(job.pk)
     assert len(seen) == 26, "the lease of the dead one still stands"
     assert list(BulkJob.objects.abandoned()) == []
 
     BulkJob.objects.update(lease_expires_at=timezone.now() - bulk.LEASE)
     assert list(BulkJob.objects.abandoned()) == [job]
-    bulk.carry_on(job.pk)
+    bulk.run(job.pk)
 
     job.refresh_from_db()
     assert (job.status, job.done) == ("done", 30)
@@ -179,8 +181,8 @@ def test_one_that_breaks_does_not_keep_the_others(
             raise ValueError("no such thing")
         return True
 
-    monkeypatch.setitem(bulk.DEEDS, "agents.cancel_run", deed(cancel))
-    bulk.carry_on(job.pk)
+    monkeypatch.setitem(bulk.ACTIONS, "agents.cancel_run", action(cancel))
+    bulk.run(job.pk)
 
     job.refresh_from_db()
     assert (job.status, job.done, job.failed) == ("done", 1, 1)
@@ -200,7 +202,7 @@ def test_rows_with_nothing_to_do_or_that_are_gone_are_skipped(sign_in: SignIn) -
     runs.cancel(ended)
     gone.delete()
 
-    bulk.carry_on(BulkJob.objects.get().pk)
+    bulk.run(BulkJob.objects.get().pk)
 
     job = BulkJob.objects.get()
     assert (job.done, job.skipped) == (0, 2)
@@ -220,9 +222,9 @@ def test_the_progress_is_shown_while_it_runs(sign_in: SignIn) -> None:
 
 
 def test_an_action_that_is_no_more_ends_the_job(admin_user: User) -> None:
-    job = BulkJob.objects.create(deed="agents.gone", title="Gone", kind="agents.run", total=1)
+    job = BulkJob.objects.create(action="agents.gone", title="Gone", kind="agents.run", total=1)
 
-    bulk.carry_on(job.pk)
+    bulk.run(job.pk)
 
     job.refresh_from_db()
     assert job.status == "stopped"
@@ -232,19 +234,21 @@ def test_an_empty_list_is_an_empty_job(rf: Any, admin_user: User) -> None:
     request = rf.get(RUNS)
     request.user = admin_user
 
-    job = bulk.start(request, bulk.DEEDS["agents.cancel_run"], Run.objects.none(), reason="why not")
-    bulk.carry_on(job.pk)
+    job = bulk.start(
+        request, bulk.ACTIONS["agents.cancel_run"], Run.objects.none(), reason="why not"
+    )
+    bulk.run(job.pk)
 
     job.refresh_from_db()
     assert (job.status, job.total, job.percent) == ("done", 0, 100)
 
 
 def test_workers_look_for_jobs_that_nobody_is_at() -> None:
-    assert bulk.sweep in [chore for chore, _ in CHORES]
+    assert bulk.dispatch_abandoned in [chore for chore, _ in CHORES]
 
 
 def test_what_is_left_is_found_by_an_index() -> None:
-    job = BulkJob.objects.create(deed="agents.gone", title="Gone", kind="agents.run")
+    job = BulkJob.objects.create(action="agents.gone", title="Gone", kind="agents.run")
     left = job.items.filter(outcome="").order_by("id")[: bulk.BATCH]
 
     plan = left.explain()

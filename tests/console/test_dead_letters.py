@@ -109,9 +109,9 @@ def test_many_are_paged(admin_client: Client, redis: Redis) -> None:
     assert b"reason 59." not in second
 
 
-def test_a_redis_that_is_away_is_said_plainly(admin_client: Client, settings: Any) -> None:
+def test_the_page_shows_that_redis_is_unavailable(admin_client: Client, settings: Any) -> None:
     page: Any = admin_client.get(PAGE)
     assert page.status_code == 200
-    assert b"Redis does not answer" in page.content
+    assert b"Redis is unavailable" in page.content
     answer: Any = admin_client.post(f"{PAGE}1-1/", {"do": "replay", "reason": "x"}, follow=True)
     assert b"nothing was done" in answer.content

@@ -115,7 +115,7 @@ def test_an_admin_opens_the_lock(alice: User, browser: Client, sign_in: SignIn) 
     for _ in range(6):
         log_in(browser, "wrong")
     bob = User.objects.create_user("bob", is_staff=True)
-    form = {"action": "let_in", "_selected_action": [alice.pk, bob.pk], "index": "0"}
+    form = {"action": "unlock_login", "_selected_action": [alice.pk, bob.pk], "index": "0"}
     sign_in("Operator").post("/admin/realm/user/", form)
     assert log_in(browser).status_code == 429
 
@@ -167,7 +167,7 @@ def test_a_second_factor_is_set_up_with_a_code(alice: User, browser: Client) -> 
     assert browser.get(TOTP).text.count("<svg") >= 1
     assert TOTPDevice.objects.count() == 1, "the same one is shown again"
 
-    assert "not the code of now" in browser.post(TOTP, {"code": "000000"}).text
+    assert "Invalid code" in browser.post(TOTP, {"code": "000000"}).text
     TOTPDevice.objects.update(throttling_failure_count=0)
     code = code_of(device)
     response = browser.post(TOTP, {"code": f"{code[:3]} {code[3:]}"})
@@ -191,7 +191,7 @@ def test_a_code_is_taken_once(browser: Client, device: TOTPDevice) -> None:
     code = code_of(device)
     log_in(browser, code=code)
 
-    assert "Each code is taken once" in log_in(Client(), code=code).text
+    assert "Each code works once" in log_in(Client(), code=code).text
 
 
 def test_guessing_codes_is_slowed_down(browser: Client, device: TOTPDevice) -> None:

@@ -229,7 +229,7 @@ def test_users_are_shown_with_what_they_do(
         for row in admin.site._registry[User].get_queryset(None)  # type: ignore[arg-type]
         if row == alice
     )
-    assert (row.asked, row.bots, row.asked_at) == (
+    assert (row.turn_count, row.bot_count, row.active_at) == (
         3,
         1,
         alice.threads.latest("updated_at").updated_at,

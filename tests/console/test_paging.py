@@ -42,7 +42,7 @@ def test_deep_pages_are_refused_with_a_hint(admin_client: Client) -> None:
     response = admin_client.get(f"{URL}?p=101&status__exact=queued", follow=True)
 
     assert response.redirect_chain == [(f"{URL}?status__exact=queued", 302)]
-    assert "search for an id" in response.content.decode()
+    assert "search for an ID" in response.content.decode()
 
 
 def test_rows_are_counted_as_far_as_anybody_looks(admin_client: Client, monkeypatch: Any) -> None:

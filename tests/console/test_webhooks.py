@@ -120,7 +120,7 @@ class TestSubscriptions:
         assert SECRET.findall(admin_client.get(page_of(made)).text) == [now.secret]
         again = admin_client.get(page_of(made)).text
         assert not SECRET.search(again)
-        assert "and the one before it until" in again
+        assert "and the previous one until" in again
         assert AuditEntry.objects.get(action="rotate").reason == "Because."
 
     def test_it_is_disabled_and_enabled(self, sign_in: SignIn) -> None:

@@ -32,6 +32,7 @@ from tests.botrunner import scenes as rooms
 from tests.fakes.llm import Failure, FakeLLM
 from tests.fakes.receiver import HOST
 from tests.webhooks import scenes as webhooks
+from webhooks.models import Subscription
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -385,7 +386,7 @@ def test_deliveries_that_wait_and_that_were_given_up_are_counted(
     dead, waiting, owed = [webhooks.delivery(webhooks.subscribe()) for _ in range(3)]
     dead.claim()
     dead.note_dead("It answered 500.", status_code=500)
-    owed.subscription.disable("a holiday")
+    Subscription.objects.filter(pk=owed.subscription_id).disable("a holiday")
 
     told = scrape()
 

@@ -193,13 +193,13 @@ def test_a_bulk_job_stops_once_whoever_began_it_may_not(loss: str, rf: Any) -> N
     run = factories.ask("Hello")
     request = rf.post("/")
     request.user = eve
-    job = bulk.start(request, bulk.DEEDS["agents.cancel_run"], Run.objects.all(), reason="x")
+    job = bulk.start(request, bulk.ACTIONS["agents.cancel_run"], Run.objects.all(), reason="x")
     if loss == "deleted":
         eve.delete()
     else:
         column = "is_active" if loss == "deactivated" else "is_superuser"
         User.objects.filter(pk=eve.pk).update(**{column: False})
-    bulk.carry_on(job.pk)
+    bulk.run(job.pk)
     job = BulkJob.objects.get(pk=job.pk)
     assert (job.status, job.done) == ("stopped", 0)
     run.refresh_from_db()

@@ -128,10 +128,10 @@ class TestWhatIsTold:
         assert not run.events.filter(to_deliver=True).exists()
 
     def test_not_while_it_is_disabled(self) -> None:
-        subscription = scenes.subscribe()
-        assert subscription.disable("a holiday")
+        scenes.subscribe()
+        assert Subscription.objects.disable("a holiday")
         scenes.cancelled()
-        assert subscription.enable()
+        assert Subscription.objects.enable()
         later = scenes.cancelled()
 
         assert scenes.told() == {("root", later.pk)}
@@ -292,8 +292,8 @@ class TestRetention:
         assert set(Delivery.objects.all()) == {waiting, young}
 
     def test_what_a_disabled_one_is_owed_goes_too(self) -> None:
-        delivery = scenes.delivery()
-        delivery.subscription.disable("gone")
+        scenes.delivery()
+        Subscription.objects.disable("gone")
         Delivery.objects.update(created_at=timezone.now() - timedelta(days=40))
 
         assert retention.prune_everything() == {"deliveries": 1}

@@ -211,12 +211,12 @@ class TestADelivery:
         assert len(receiver.seen) == 1
 
         receiver.answer = (200, b"")
-        subscription.enable()
+        Subscription.objects.enable()
         assert send_due(subscription.pk) == 1
 
     def test_nothing_goes_to_a_disabled_subscription(self, receiver: type[Receiver]) -> None:
         delivery = scenes.delivery()
-        delivery.subscription.disable("a holiday")
+        Subscription.objects.disable("a holiday")
 
         assert send_due(delivery.subscription_id) == 0
         assert not receiver.seen

@@ -1,4 +1,4 @@
-"""What the pages of rooms, of what was said in them, and of the bot tell."""
+"""Contexts of the Matrix pages: rooms, room events, the bot and its registrations."""
 
 from typing import Any
 
@@ -10,26 +10,27 @@ from botrunner.models import Reply, Room, RoomEvent, Session
 from realm.models import BotCommand, BotRegistration
 
 RECENT = 20
-# A long poll takes half a minute; after this the bot is late.
+# A long poll takes half a minute; after this the bot counts as late.
 LATE_SYNC_SECONDS = 120.0
 
 
-def heard_of(registration: BotRegistration) -> list[tuple[RoomEvent, list[Verdict]]]:
-    """What its user said last, and what its commands made of it; of the bot's own, what anybody did."""
+def recent_events(registration: BotRegistration) -> list[tuple[RoomEvent, list[Verdict]]]:
+    """Return its user's last room events with the verdicts of its commands; for the bot's own
+    registration, the last events of all users."""
     events = RoomEvent.objects.select_related("room").defer("source")
     if not Session.objects.filter(user_id=registration.username).exists():
         events = events.filter(sender=registration.username)
-    mine = str(registration.pk)
+    pk = str(registration.pk)
     return [
-        (event, [each for each in event.looked_at if each.registration_id == mine])
+        (event, [each for each in event.looked_at if each.registration_id == pk])
         for event in events.order_by("-id")[:RECENT]
     ]
 
 
-def of_event(event: RoomEvent) -> dict[str, Any]:
-    looked_at = event.looked_at
-    registrations = BotRegistration.objects.in_bulk({each.registration_id for each in looked_at})
-    commands = BotCommand.objects.in_bulk({each.command_id for each in looked_at} - {""})
+def event_context(event: RoomEvent) -> dict[str, Any]:
+    verdicts = event.looked_at
+    registrations = BotRegistration.objects.in_bulk({each.registration_id for each in verdicts})
+    commands = BotCommand.objects.in_bulk({each.command_id for each in verdicts} - {""})
     known_registrations = {str(pk): row for pk, row in registrations.items()}
     known_commands = {str(pk): row for pk, row in commands.items()}
     return {
@@ -39,25 +40,25 @@ def of_event(event: RoomEvent) -> dict[str, Any]:
                 "registration": known_registrations.get(each.registration_id),
                 "command": known_commands.get(each.command_id),
             }
-            for each in looked_at
+            for each in verdicts
         ],
         "replies": list(
             event.replies.select_related("run", "registration", "room")
             .defer("parts")
             .order_by("id")
         ),
-        "words": _words(event),
+        "body": _body(event),
     }
 
 
-def _words(event: RoomEvent) -> Any:
+def _body(event: RoomEvent) -> Any:
     content = (event.source or {}).get("content")
     if not isinstance(content, dict):
         return ""
     return content.get("body") or content.get("input") or ""
 
 
-def of_room(room: Room) -> dict[str, Any]:
+def room_context(room: Room) -> dict[str, Any]:
     return {
         "conversations": list(
             room.conversations.select_related("thread").order_by("-thread__updated_at")[:RECENT]
@@ -67,7 +68,7 @@ def of_room(room: Room) -> dict[str, Any]:
     }
 
 
-def of_bot(session: Session) -> dict[str, Any]:
+def bot_context(session: Session) -> dict[str, Any]:
     now = timezone.now()
     synced = session.last_sync_at
     ready = Reply.objects.ready().filter(room__session=session)

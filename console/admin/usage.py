@@ -1,4 +1,4 @@
-"""What users, rooms and models took of the models, and what it cost."""
+"""Usage and cost by user, room, model and day."""
 
 from datetime import date, timedelta
 from typing import Any
@@ -10,21 +10,21 @@ from django.template.response import TemplateResponse
 
 from agents.models import Usage, today
 from agents.usage import limits, prices
-from console.base import Empty, ReadOnlyAdmin
-from console.home import runs
+from console.base import EmptyState, ReadOnlyAdmin
+from console.home import runs as runs_url
 from lib.formats import money
 
 GROUPS = {"user": "User", "place": "Room", "model": "Model", "day": "Day"}
 SUMS = ("runs", "failed", "prompt_tokens", "completion_tokens", "cost", "unpriced")
-NOBODY = {"user": "nobody (anonymous, other programs)", "place": "no room (HTTP, other programs)"}
+NO_VALUE = {"user": "none (anonymous, other programs)", "place": "none (HTTP, other programs)"}
 MAX_ROWS = 200
 MAX_USES = 20
-# The period that the list of runs is linked with.
-RUNS = {"today": "24h", "7d": "7d"}
+# The period in links to the list of runs.
+RUN_PERIODS = {"today": "24h", "7d": "7d"}
 
 
 def periods(day: date) -> dict[str, tuple[str, date, date]]:
-    """First and last day, both included."""
+    """Return title, first and last day (both included) by key."""
     month = day.replace(day=1)
     last_month = month - timedelta(days=1)
     return {
@@ -39,56 +39,61 @@ def periods(day: date) -> dict[str, tuple[str, date, date]]:
 
 @admin.register(Usage)
 class UsageAdmin(ReadOnlyAdmin):
-    """A page of its own in the place of the list: its rows mean little one by one."""
+    """A page of sums in place of the list of rows."""
 
-    empty = Empty("Nothing was used in this time.")
+    empty = EmptyState("No usage in this period.")
     list_display = ["day", "user", "place", "model", *SUMS]
 
     def changelist_view(self, request: HttpRequest, extra_context: Any = None) -> HttpResponse:
         if not self.has_view_permission(request):
             return super().changelist_view(request, extra_context)  # refuses
-        known = periods(today())
+        choices = periods(today())
         by = request.GET.get("by", "") if request.GET.get("by") in GROUPS else "user"
-        period = request.GET.get("period", "") if request.GET.get("period") in known else "7d"
-        _, first, last = known[period]
-        used = Usage.objects.filter(day__range=(first, last))
+        period = request.GET.get("period", "") if request.GET.get("period") in choices else "7d"
+        _, first, last = choices[period]
+        usage = Usage.objects.filter(day__range=(first, last))
         sums = {name: Sum(name) for name in SUMS}
         order = "-day" if by == "day" else "-cost"
-        rows = list(used.order_by().values(by).annotate(**sums).order_by(order, by)[: MAX_ROWS + 1])
-        currency = prices.currency()
+        rows = list(
+            usage.order_by().values(by).annotate(**sums).order_by(order, by)[: MAX_ROWS + 1]
+        )
+        currency, run_period = prices.currency(), RUN_PERIODS.get(period, "30d")
         context = {
             **self.admin_site.each_context(request),
             "title": "Usage",
             "opts": self.opts,
             "choices": [
                 ("By", [_choice(GROUPS[key], key, period, chosen=key == by) for key in GROUPS]),
-                ("Time", [_choice(known[key][0], by, key, chosen=key == period) for key in known]),
+                (
+                    "Time",
+                    [_choice(choices[key][0], by, key, chosen=key == period) for key in choices],
+                ),
             ],
             "empty": self.empty,
             "by_title": GROUPS[by],
-            "rows": [_row(row, by, currency, RUNS.get(period, "30d")) for row in rows[:MAX_ROWS]],
-            "more": len(rows) > MAX_ROWS,
+            "rows": [_row(row, by, currency, run_period) for row in rows[:MAX_ROWS]],
+            "is_truncated": len(rows) > MAX_ROWS,
             "uses": [_use(use, currency) for use in limits.nearest(MAX_USES)],
-            "total": _row({by: "Total", **used.aggregate(**sums)}, "total", currency, ""),
+            "total": _row({by: "Total", **usage.aggregate(**sums)}, "total", currency, ""),
         }
         return TemplateResponse(request, "console/usage.html", context)
 
 
 def _use(use: limits.Use, currency: str) -> dict[str, Any]:
-    """Taken and limit, in words; empty for what has no limit."""
+    """Return usage and limit as text; empty where there is no limit."""
 
-    def beside(taken: Any, most: Any) -> str:
-        return f"{taken} of {most}"
+    def of(used: Any, limit: Any) -> str:
+        return f"{used} of {limit}"
 
-    mine = use.scope.limits
+    own = use.scope.limits
     return {
         "kind": use.scope.kind.label,
         "name": use.scope.name,
         "is_reached": use.share >= 1,
         "share": f"{use.share:.0%}",
-        "waiting": beside(f"{use.waiting:,}", f"{mine.waiting:,}") if mine.waiting else "",
-        "tokens": beside(f"{use.tokens:,}", f"{mine.tokens:,}") if mine.tokens else "",
-        "cost": beside(money(use.cost, currency), money(mine.cost, currency)) if mine.cost else "",
+        "waiting": of(f"{use.waiting:,}", f"{own.waiting:,}") if own.waiting else "",
+        "tokens": of(f"{use.tokens:,}", f"{own.tokens:,}") if own.tokens else "",
+        "cost": of(money(use.cost, currency), money(own.cost, currency)) if own.cost else "",
     }
 
 
@@ -96,19 +101,19 @@ def _choice(title: str, by: str, period: str, *, chosen: bool) -> dict[str, Any]
     return {"title": title, "query": f"by={by}&period={period}", "chosen": chosen}
 
 
-def _row(row: dict[str, Any], by: str, currency: str, shown_for: str) -> dict[str, Any]:
+def _row(row: dict[str, Any], by: str, currency: str, period: str) -> dict[str, Any]:
     value = row.get(by, "Total")
     cost = money(row["cost"] or 0, currency)
-    shown = {name: f"{row[name] or 0:,}" for name in SUMS[:4]}
-    link = ""
+    sums = {name: f"{row[name] or 0:,}" for name in SUMS[:4]}
+    url = ""
     if value and by in ("place", "model"):
-        link = runs(**{by: value, "period": shown_for})
+        url = runs_url(**{by: value, "period": period})
     elif value and by == "user":
-        link = runs(thread__owner__username=value, period=shown_for)
+        url = runs_url(thread__owner__username=value, period=period)
     return {
-        **shown,
-        "name": str(value) or NOBODY.get(by, "–"),  # noqa: RUF001
+        **sums,
+        "name": str(value) or NO_VALUE.get(by, "–"),  # noqa: RUF001
         "cost": "no price" if row["unpriced"] and not row["cost"] else cost,
         "unpriced": row["unpriced"],
-        "link": link,
+        "link": url,
     }

@@ -1,4 +1,4 @@
-"""Events on their way: what waits to be told, and what was on the stream and could not be used."""
+"""The outbox of unpublished events, and the dead letters of the stream."""
 
 import re
 from typing import Any
@@ -20,36 +20,36 @@ from console.base import body
 
 ENTRY_ID = re.compile(r"\d{1,20}-\d{1,20}\Z")
 PAGE = 50
-MOST = 1000
+MAX_COUNT = 1000
 
 
 def outbox() -> dict[str, Any]:
-    """How many events wait to be told, up to a thousand, and since when."""
-    waiting = Event.objects.unpublished()
+    """Return the number of unpublished events, up to a thousand, and the time of the oldest."""
+    unpublished = Event.objects.unpublished()
     return {
-        "count": waiting.order_by("created_at")[:MOST].count(),
-        "most": MOST,
-        "oldest": waiting.aggregate(oldest=Min("created_at"))["oldest"],
+        "count": unpublished.order_by("created_at")[:MAX_COUNT].count(),
+        "max_count": MAX_COUNT,
+        "oldest": unpublished.aggregate(oldest=Min("created_at"))["oldest"],
     }
 
 
-def waiting(request: HttpRequest) -> HttpResponse:
-    """To the list of those events, however old they are."""
+def redirect_to_outbox(request: HttpRequest) -> HttpResponse:
+    """Redirect to the list of unpublished events of all time."""
     events = reverse("admin:agents_event_changelist")
     return redirect(f"{events}?{urlencode({'published_at__isempty': 1, 'period': 'all'})}")
 
 
-def listed(page: admin.ModelAdmin, request: HttpRequest) -> HttpResponse:
-    _may(page, request)
+def listing(page: admin.ModelAdmin, request: HttpRequest) -> HttpResponse:
+    _check_permission(page, request)
     before = request.GET.get("before", "")
-    context: dict[str, Any] = {"letters": [], "count": 0, "is_away": False}
+    context: dict[str, Any] = {"letters": [], "count": 0, "is_unavailable": False}
     try:
         letters = stream.dead(before=before if ENTRY_ID.match(before) else "", count=PAGE)
         context["count"] = stream.count_dead()
     except RedisError:
-        context["is_away"] = True
+        context["is_unavailable"] = True
     else:
-        # What another program wrote, and nobody could read: it may hold a prompt.
+        # Masked: an unreadable entry of another program may contain a prompt.
         context["letters"] = [
             (letter, body(request, (letter.entry.raw or b"").decode(errors="replace"), None))
             for letter in letters
@@ -59,7 +59,7 @@ def listed(page: admin.ModelAdmin, request: HttpRequest) -> HttpResponse:
             audit.reading(request, Event, "dead letters")
     return TemplateResponse(
         request,
-        "console/dead.html",
+        "console/dead_letters.html",
         {
             **page.admin_site.each_context(request),
             **context,
@@ -71,29 +71,29 @@ def listed(page: admin.ModelAdmin, request: HttpRequest) -> HttpResponse:
 
 
 def act(page: admin.ModelAdmin, request: HttpRequest, dead_id: str) -> HttpResponse:
-    """Put a dead letter back on the stream, or throw it away."""
-    _may(page, request)
+    """Replay or discard a dead letter."""
+    _check_permission(page, request)
     if request.method != "POST":
         return HttpResponseNotAllowed(["POST"])
     reason = request.POST.get("reason", "").strip()[:500]
     if not request.user.has_perm("agents.replay_event"):
         raise PermissionDenied
-    again = request.POST.get("do") == "replay"
+    replays = request.POST.get("do") == "replay"
     if not ENTRY_ID.match(dead_id) or not reason:
-        messages.error(request, "Say why: it is kept in the audit trail.")
+        messages.error(request, "Enter a reason. It is recorded in the audit trail.")
         return redirect("admin:dead_letters")
     try:
-        done = stream.revive(dead_id) if again else stream.discard(dead_id)
+        done = stream.revive(dead_id) if replays else stream.discard(dead_id)
     except RedisError:
-        messages.error(request, "Redis does not answer, so nothing was done. Try again later.")
+        messages.error(request, "Redis is unavailable, so nothing was done. Try again later.")
         return redirect("admin:dead_letters")
-    action = audit.Action.REPLAY if again else audit.Action.DELETE
-    told = "done" if done else "it was not there any more"
-    audit.note(request, action, Event, reason, f"dead letter {dead_id}: {told}")
-    messages.success(request, f"{'Replay' if again else 'Discard'} of {dead_id}: {told}.")
+    action = audit.Action.REPLAY if replays else audit.Action.DELETE
+    result = "done" if done else "it no longer exists"
+    audit.note(request, action, Event, reason, f"dead letter {dead_id}: {result}")
+    messages.success(request, f"{'Replay' if replays else 'Discard'} of {dead_id}: {result}.")
     return redirect("admin:dead_letters")
 
 
-def _may(page: admin.ModelAdmin, request: HttpRequest) -> None:
+def _check_permission(page: admin.ModelAdmin, request: HttpRequest) -> None:
     if not page.has_view_permission(request):
         raise PermissionDenied
