@@ -93,7 +93,7 @@ class Bot:
         finally:
             with contextlib.suppress(RedisError):
                 # The stream keeps what a group has not read.
-                await asyncio.to_thread(stream.unfollow, settings.BOT_RUNNER_CONSUMER_GROUP)
+                await asyncio.to_thread(stream.unsubscribe, settings.BOT_RUNNER_CONSUMER_GROUP)
             await self.joiner.close()
             await self.sender.close()
             if self.drafts:
@@ -233,7 +233,7 @@ class Bot:
         """Send the replies whose outcomes are told on the stream. Raises `RedisError`."""
         group = settings.BOT_RUNNER_CONSUMER_GROUP
         run_ids = []
-        for entry in await asyncio.to_thread(stream.follow, group, self.holder):
+        for entry in await asyncio.to_thread(stream.subscribe, group, self.holder):
             with contextlib.suppress(Malformed):
                 told = Told.parse(entry.raw)
                 if told.ended_thread and (run_id := told.optional_text("runId")):

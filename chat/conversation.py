@@ -183,7 +183,7 @@ def _between_attempts(run: Run) -> str:
 
 def _queue_is_available() -> bool:
     try:
-        stream.observer().ping()
+        stream.probe_client().ping()
     except RedisError:
         return False
     return True

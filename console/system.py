@@ -179,12 +179,12 @@ def _json(answer: httpx2.Response) -> dict[str, Any]:
 
 
 def _redis() -> Iterator[Line]:
-    info: dict[str, Any] = stream.observer().info()
+    info: dict[str, Any] = stream.probe_client().info()
     for finding in doctor.redis_server(info):
         yield _line("Redis", finding)
     most = f"of {filesizeformat(info['maxmemory'])}" if info.get("maxmemory") else "no limit"
     yield Line("Memory", f"{filesizeformat(info['used_memory'])}, {most}")
-    figures = stream.figures()
+    figures = stream.stats()
     yield Line(f"Stream {settings.REDIS_STREAM_KEY}", f"{figures.length} entries")
     for group in figures.groups:
         unread = "unknown" if group.unread is None else group.unread
@@ -192,7 +192,7 @@ def _redis() -> Iterator[Line]:
         text = f"{unread} not read, {group.pending} not acknowledged"
         yield Line(f"Group {group.name}", text, WARN if late else OK)
     yield Line("Dead letters", figures.dead, WARN if figures.dead else OK)
-    yield Line("Celery's queue", figures.handed)
+    yield Line("Celery's queue", figures.queued)
 
 
 def _settings() -> Iterator[Line]:

@@ -196,10 +196,10 @@ REDIS_AWAY = "Start it, or set REDIS_URL. Questions are kept meanwhile, and answ
 def _redis() -> Findings:
     """The connection of the event stream, and whether Redis takes what is written."""
     try:
-        found = list(redis_server(stream.observer().info()))
+        found = list(redis_server(stream.probe_client().info()))
         yield from found
         if BROKEN not in {level for level, _, _ in found}:
-            stream.try_write()
+            stream.check_writable()
     except RedisError as error:
         yield BROKEN, why(error), REDIS_AWAY
 

@@ -60,7 +60,7 @@ def _database() -> Check:
 def _redis() -> Check:
     """A Redis that takes nothing is as good as none: events and tasks go there."""
     try:
-        stream.try_write()
+        stream.check_writable()
     except RedisError as error:
         reason = refused(error)
         told = f"Redis refuses writes: {reason}." if reason else type(error).__name__

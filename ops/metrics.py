@@ -280,10 +280,10 @@ def _from_redis() -> Iterator[Metric]:
         ["source", "code"],
         {labels: found.get(labels, 0) for labels in known},
     )
-    figures = stream.figures()
+    figures = stream.stats()
     yield _gauge("botrealm_stream_entries", "Entries on the event stream.", figures.length)
     yield _gauge("botrealm_dead_letters", "Entries that no worker could use.", figures.dead)
-    yield _gauge("botrealm_tasks_queued", "Tasks in Celery's queue.", figures.handed)
+    yield _gauge("botrealm_tasks_queued", "Tasks in Celery's queue.", figures.queued)
     lag = GaugeMetricFamily(
         "botrealm_stream_lag_seconds",
         "How old the first entry is that a group has yet to read.",

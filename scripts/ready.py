@@ -48,7 +48,7 @@ def web_problem(port: str) -> str | None:
 def worker_problem(redis: Redis) -> str | None:
     """What keeps runs from being carried out, if anything."""
     try:
-        # The key that workers hold among themselves (agents.events.stream.keep). The group's
+        # The key that workers hold among themselves (agents.events.stream.acquire_leadership). The group's
         # consumers say
         # less: before version 7, Redis lists one only once it was given something to do.
         if redis.exists(f"{STREAM}:keeper"):

@@ -62,7 +62,7 @@ def _teller() -> Redis:
 
 def stop(run_id: str) -> None:
     """Tell the worker that has the run to give it up now; its heartbeat would tell it too, later."""
-    stream.shout(called_channel(), orjson.dumps({"stop": run_id}))
+    stream.publish_volatile(called_channel(), orjson.dumps({"stop": run_id}))
 
 
 @dataclass

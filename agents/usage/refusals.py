@@ -26,14 +26,14 @@ def count(source: str, code: str) -> None:
         _untold[f"{source}:{code}"] += 1
         told = dict(_untold)
         _untold.clear()
-    if not stream.add_up(_key(), told):
+    if not stream.increment(_key(), told):
         with _lock:
             _untold.update(told)
 
 
 def counted() -> dict[tuple[str, str], int]:
     """By source and code, those that Redis knows. Raises `RedisError`."""
-    found: dict[bytes, bytes] = stream.observer().hgetall(_key())  # type: ignore[assignment]
+    found: dict[bytes, bytes] = stream.probe_client().hgetall(_key())  # type: ignore[assignment]
     return {_names(field): int(number) for field, number in found.items()}
 
 

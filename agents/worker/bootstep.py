@@ -137,7 +137,7 @@ class Reader:
             try:
                 yield entry, Told.parse(entry.raw)
             except Malformed as error:
-                stream.bury(entry, str(error))
+                stream.dead_letter(entry, str(error))
 
     def _take_in(self, entry: stream.Entry, event: Told) -> bool:
         """Make a run of another program's request. False when nothing can be made of it. Raises
@@ -161,23 +161,23 @@ class Reader:
         except inbox.Limited:
             raise
         except inbox.UnknownThread as error:
-            stream.bury(entry, _of_room(event.payload["threadId"]) or str(error))
+            stream.dead_letter(entry, _of_room(event.payload["threadId"]) or str(error))
             return False
         except (Malformed, inbox.Refused) as error:
             if isinstance(error, inbox.Deleted) and _was_deleted(event.run_id):
                 # Asked before its thread was deleted, with all that was said there.
                 logger.info("The run of a request on the stream was deleted")
             else:
-                stream.bury(entry, str(error))
+                stream.dead_letter(entry, str(error))
             return False
         except IntegrityError:
             if not Run.objects.filter(pk=event.run_id).exists():
-                stream.bury(entry, "its 'id' is that of another event")
+                stream.dead_letter(entry, "its 'id' is that of another event")
                 return False
         except (DataError, ValueError) as error:
             # The database refuses it, and would refuse it for ever.
             logger.exception("A request on the stream cannot be recorded")
-            stream.bury(entry, f"it cannot be recorded ({type(error).__name__})")
+            stream.dead_letter(entry, f"it cannot be recorded ({type(error).__name__})")
             return False
         return True
 
@@ -223,7 +223,7 @@ class Keeper:
         self.reader.mark_published()
         # By each worker, and without Redis too: nobody else ends these.
         execution.end_overdue()
-        if not stream.keep(self.reader.name):
+        if not stream.acquire_leadership(self.reader.name):
             return
         failure: Exception | None = None
         for number, (chore, seconds) in enumerate(self._chores):
@@ -413,7 +413,7 @@ class Runtime(bootsteps.StartStopStep):
         for loop in self.loops:
             loop.join(timeout=3)
         with suppress(RedisError):
-            stream.stop_keeping(self.name)
+            stream.resign(self.name)
         with suppress(*TROUBLE):
             self.presence.drain()
 

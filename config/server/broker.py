@@ -53,7 +53,7 @@ def set_aside(raw: bytes, place: str, reason: str) -> None:
     from agents.events import stream
 
     try:
-        stream.bury_message(raw, place, reason)
+        stream.dead_letter_message(raw, place, reason)
     except exceptions.RedisError as error:
         logger.warning("It could not be kept (%s)", type(error).__name__)
 

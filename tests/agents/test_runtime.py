@@ -425,16 +425,16 @@ class TestSweep:
     def test_the_keeper_is_one_worker(self, reader: bootstep.Reader, broker: Broker) -> None:
         factories.ask()
         Run.objects.update(handed_at=None)
-        assert stream.keep("worker-2")
+        assert stream.acquire_leadership("worker-2")
 
         bootstep.Keeper(reader).tick()
         assert broker.handed() == []
 
-        stream.stop_keeping("worker-1")
+        stream.resign("worker-1")
         bootstep.Keeper(reader).tick()
         assert broker.handed() == []
 
-        stream.stop_keeping("worker-2")
+        stream.resign("worker-2")
         bootstep.Keeper(reader).tick()
         assert len(broker.handed()) == 1
 
@@ -504,7 +504,7 @@ class TestTrim:
             redis.delete("agent_events:dead")
             settings.REDIS_STREAM_DEAD_LENGTH = length
             for number in range(500):
-                stream.bury(stream.Entry(f"{number}-0", b"{"), "nonsense")
+                stream.dead_letter(stream.Entry(f"{number}-0", b"{"), "nonsense")
             assert min(length or 500, 500) <= redis.xlen("agent_events:dead") <= most
 
 
@@ -599,10 +599,10 @@ class TestSize:
     ) -> None:
         settings.REDIS_STREAM_MAX_BYTES = 1_000_000
         for number in range(30):
-            stream.bury(stream.Entry(f"{number}-0", b"a" * 10_000), "nonsense")
+            stream.dead_letter(stream.Entry(f"{number}-0", b"a" * 10_000), "nonsense")
 
         assert stream.trim_bytes() > 15
-        assert stream.count_dead() > 5
+        assert stream.count_dead_letters() > 5
 
     def test_while_no_worker_reads_events_wait_in_the_database(
         self, reader: bootstep.Reader, redis: Redis, broker: Broker, settings: Any

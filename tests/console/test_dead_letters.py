@@ -19,8 +19,8 @@ HOSTILE = "<script>alert(1)</script>"
 
 @pytest.fixture
 def letter(redis: Redis) -> str:
-    stream.bury(Entry("1-1", f'{{"type": "{HOSTILE}"}}'.encode()), f"'id' is no UUID {HOSTILE}")
-    return stream.dead()[0].id
+    stream.dead_letter(Entry("1-1", f'{{"type": "{HOSTILE}"}}'.encode()), f"'id' is no UUID {HOSTILE}")
+    return stream.list_dead_letters()[0].id
 
 
 def test_each_is_shown_with_its_reason(admin_client: Client, letter: str) -> None:
@@ -64,14 +64,14 @@ def test_replay_puts_it_on_the_stream_again(
     sign_in("Operator").post(f"{PAGE}{letter}/", {"do": "replay", "reason": "The bug is mended."})
     [(_, fields)] = redis.xrange(settings.REDIS_STREAM_KEY)
     assert b"script" in fields[b"event"]
-    assert stream.dead() == []
+    assert stream.list_dead_letters() == []
     entry = AuditEntry.objects.get(action="replay")
     assert entry.reason == "The bug is mended."
 
 
 def test_once(redis: Redis, letter: str, settings: Any) -> None:
-    assert stream.revive(letter)
-    assert not stream.revive(letter)
+    assert stream.requeue_dead_letter(letter)
+    assert not stream.requeue_dead_letter(letter)
     assert redis.xlen(settings.REDIS_STREAM_KEY) == 1
 
 
@@ -79,7 +79,7 @@ def test_discard_forgets_it(
     sign_in: Callable[..., Client], letter: str, redis: Redis, settings: Any
 ) -> None:
     sign_in("Operator").post(f"{PAGE}{letter}/", {"do": "discard", "reason": "Nonsense."})
-    assert stream.dead() == []
+    assert stream.list_dead_letters() == []
     assert not redis.exists(settings.REDIS_STREAM_KEY)
 
 
@@ -89,18 +89,18 @@ def test_only_those_who_may(
 ) -> None:
     answer = sign_in(role).post(f"{PAGE}{letter}/", {"do": "discard", "reason": "x"})
     assert answer.status_code == status
-    assert len(stream.dead()) == 1
+    assert len(stream.list_dead_letters()) == 1
 
 
 def test_not_without_a_reason_and_not_by_looking(admin_client: Client, letter: str) -> None:
     admin_client.post(f"{PAGE}{letter}/", {"do": "discard", "reason": " "})
     assert admin_client.get(f"{PAGE}{letter}/").status_code == 405
-    assert len(stream.dead()) == 1
+    assert len(stream.list_dead_letters()) == 1
 
 
 def test_many_are_paged(admin_client: Client, redis: Redis) -> None:
     for number in range(60):
-        stream.bury(Entry(f"1-{number}", b"{}"), f"reason {number}.")
+        stream.dead_letter(Entry(f"1-{number}", b"{}"), f"reason {number}.")
     first = admin_client.get(PAGE)
     assert b"reason 59." in first.content
     assert b"reason 9." not in first.content

@@ -59,7 +59,7 @@ def test_a_worker_reads_on(redis: Redis, broker: Broker, raws: list[bytes], fiel
     reader.mark_published()
 
     assert pending(redis) == 0
-    kept = {entry.entry.raw for entry in stream.dead()}
+    kept = {entry.entry.raw for entry in stream.list_dead_letters()}
     if field != "event":
         assert len(dead(redis)) == len(raws)
     else:

@@ -61,7 +61,7 @@ def heard() -> None:
 KINDS: dict[str, Callable[[], Any]] = {
     "publisher": lambda: stream._publisher().ping(),
     "consumer": lambda: stream.consumer().ping(),
-    "observer": lambda: stream.try_write(),
+    "observer": lambda: stream.check_writable(),
     "tokens": lambda: publisher._teller().ping(),
     "calls": lambda: publisher._hearer().ping(),
     "listeners": heard,

@@ -116,7 +116,7 @@ def test_what_is_broken_fails_and_says_how_to_mend_it(
     healthy: None, settings: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings.REDIS_URL = "redis://127.0.0.1:1"
-    stream.observer.reset()
+    stream.probe_client.reset()
     with pytest.raises(SystemExit) as ended:
         call_command("doctor")
 

@@ -100,7 +100,7 @@ class TestReady:
         """Its client gives up, whatever the patience of a test is."""
         with black_hole() as port:
             settings.REDIS_URL = f"redis://127.0.0.1:{port}/0"
-            stream.observer.reset()
+            stream.probe_client.reset()
             started = time.monotonic()
             told = checks(client, "/readyz", 503)
 

@@ -95,6 +95,6 @@ def test_a_worker_sets_aside_what_is_no_message() -> None:
         assert not redis.hexists("unacked", "a")
         assert stack.pid("worker") == worker
         log = stack.log()
-        assert log.count("is of no use") == len(UNUSABLE) + 3
+        assert log.count("is unusable") == len(UNUSABLE) + 3
         assert log.count("is no command") == len(COMMANDS)
         assert "Traceback" not in log

@@ -49,6 +49,6 @@ class Command(BaseCommand):
         """A dead letter, for somebody to look at."""
         entry = stream.Entry("0-0", orjson.dumps({"type": "agent.run.requested", "payload": {}}))
         try:
-            stream.bury(entry, "'id' is missing")
+            stream.dead_letter(entry, "'id' is missing")
         except RedisError:
             self.stdout.write("Redis is away: there is no dead letter to be seen.")
