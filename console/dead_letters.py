@@ -44,7 +44,9 @@ def listing(page: admin.ModelAdmin, request: HttpRequest) -> HttpResponse:
     before = request.GET.get("before", "")
     context: dict[str, Any] = {"letters": [], "count": 0, "is_unavailable": False}
     try:
-        letters = stream.list_dead_letters(before=before if ENTRY_ID.match(before) else "", count=PAGE)
+        letters = stream.list_dead_letters(
+            before=before if ENTRY_ID.match(before) else "", count=PAGE
+        )
         context["count"] = stream.count_dead_letters()
     except RedisError:
         context["is_unavailable"] = True
@@ -83,7 +85,9 @@ def act(page: admin.ModelAdmin, request: HttpRequest, dead_id: str) -> HttpRespo
         messages.error(request, "Enter a reason. It is recorded in the audit trail.")
         return redirect("admin:dead_letters")
     try:
-        done = stream.requeue_dead_letter(dead_id) if replays else stream.discard_dead_letter(dead_id)
+        done = (
+            stream.requeue_dead_letter(dead_id) if replays else stream.discard_dead_letter(dead_id)
+        )
     except RedisError:
         messages.error(request, "Redis is unavailable, so nothing was done. Try again later.")
         return redirect("admin:dead_letters")

@@ -48,9 +48,8 @@ def web_problem(port: str) -> str | None:
 def worker_problem(redis: Redis) -> str | None:
     """What keeps runs from being carried out, if anything."""
     try:
-        # The key that workers hold among themselves (agents.events.stream.acquire_leadership). The group's
-        # consumers say
-        # less: before version 7, Redis lists one only once it was given something to do.
+        # The key of the leading worker (agents.events.stream.acquire_leadership). The group's consumers
+        # are no proof: before version 7, Redis lists one only once it was given something to do.
         if redis.exists(f"{STREAM}:keeper"):
             return None
     except RedisError as error:

@@ -19,7 +19,9 @@ HOSTILE = "<script>alert(1)</script>"
 
 @pytest.fixture
 def letter(redis: Redis) -> str:
-    stream.dead_letter(Entry("1-1", f'{{"type": "{HOSTILE}"}}'.encode()), f"'id' is no UUID {HOSTILE}")
+    stream.dead_letter(
+        Entry("1-1", f'{{"type": "{HOSTILE}"}}'.encode()), f"'id' is no UUID {HOSTILE}"
+    )
     return stream.list_dead_letters()[0].id
 
 

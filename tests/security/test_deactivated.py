@@ -172,7 +172,9 @@ class TestRuns:
             redis.xadd("agent_events", {"event": json.dumps(event)})
             reader.read()
         assert Run.objects.filter(source="stream").count() == 1
-        assert [entry.reason for entry in stream.list_dead_letters()] == [f"There is no thread {thread.pk}."]
+        assert [entry.reason for entry in stream.list_dead_letters()] == [
+            f"There is no thread {thread.pk}."
+        ]
 
 
 def test_a_delivery_that_was_claimed_is_not_sent_to_one(settings: Any) -> None:
