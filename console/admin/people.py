@@ -84,7 +84,7 @@ class RankMixin:
                 refusals.note(
                     request,
                     obj or self.model,  # type: ignore[attr-defined]
-                    f"You can only grant {self.grants} whose permissions you all hold yourself.",
+                    "You can only grant permissions that you hold yourself.",
                 )
             raise PermissionDenied
         page: HttpResponse = super().changeform_view(request, object_id, form_url, extra_context)  # type: ignore[misc]
