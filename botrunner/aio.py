@@ -1,4 +1,4 @@
-"""The border between the event loop and the database, and waiting that can be ended."""
+"""The border between the event loop and blocking code, and waits that can be cut short."""
 
 import asyncio
 import functools
@@ -13,9 +13,9 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def unit(function: Callable[P, T]) -> Callable[P, Awaitable[T]]:
-    """A unit of database work, to be awaited. All run in one thread, one after another: on one
-    connection, which is looked at before each."""
+def database_sync_to_async(function: Callable[P, T]) -> Callable[P, Awaitable[T]]:
+    """Make database work awaitable. All of it runs in one thread, one call after another, on one
+    connection, which is checked before each call."""
 
     @functools.wraps(function)
     def fresh(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -25,17 +25,17 @@ def unit(function: Callable[P, T]) -> Callable[P, Awaitable[T]]:
     return sync_to_async(fresh, thread_sensitive=True)
 
 
-_beside = ThreadPoolExecutor(1, thread_name_prefix="beside")
+_cpu_thread = ThreadPoolExecutor(1, thread_name_prefix="cpu")
 
 
-def aside(function: Callable[P, T]) -> Callable[P, Awaitable[T]]:
-    """Work that takes time and needs no database, to be awaited. All runs in one thread, which is
-    neither the loop's nor the database's."""
+def cpu_sync_to_async(function: Callable[P, T]) -> Callable[P, Awaitable[T]]:
+    """Make slow work that needs no database awaitable. All of it runs in one thread, which is neither
+    the event loop's nor the database's."""
 
     @functools.wraps(function)
     async def run(*args: P.args, **kwargs: P.kwargs) -> T:
         call = functools.partial(function, *args, **kwargs)
-        return await asyncio.get_running_loop().run_in_executor(_beside, call)
+        return await asyncio.get_running_loop().run_in_executor(_cpu_thread, call)
 
     return run
 
@@ -45,7 +45,7 @@ def batched(items: list[T], size: int) -> list[list[T]]:
 
 
 async def pause(seconds: float, *until: asyncio.Event) -> None:
-    """Wait, but no longer than until one of the events."""
+    """Sleep, but no longer than until one of the events is set."""
     if seconds <= 0:
         return
     waits = [asyncio.create_task(event.wait()) for event in until]
@@ -56,9 +56,9 @@ async def pause(seconds: float, *until: asyncio.Event) -> None:
             wait.cancel()
 
 
-async def unless(waiting: Coroutine[Any, Any, T], *until: asyncio.Event) -> T | None:
-    """What is waited for; None when one of the events is first."""
-    task = asyncio.create_task(waiting)
+async def run_until(call: Coroutine[Any, Any, T], *until: asyncio.Event) -> T | None:
+    """Return the result of the call; None if one of the events is set first, which cancels it."""
+    task = asyncio.create_task(call)
     waits = [asyncio.create_task(event.wait()) for event in until]
     try:
         await asyncio.wait([task, *waits], return_when=asyncio.FIRST_COMPLETED)

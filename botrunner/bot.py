@@ -17,18 +17,13 @@ from redis.exceptions import RedisError
 from agents.events import stream
 from agents.events.schema import Malformed, Told
 from botrunner import retention
-from botrunner.aio import pause, unit, unless
+from botrunner.aio import database_sync_to_async, pause, run_until
 from botrunner.incoming import handling, invitations, recording
 from botrunner.incoming.backfill import batch_of
 from botrunner.incoming.recording import Batch
 from botrunner.matrix import login, rooms
-from botrunner.matrix.client import (
-    Homeserver,
-    KeysOutdated,
-    LoginRefused,
-    MatrixError,
-    TokenRefused,
-)
+from botrunner.matrix.client import Homeserver
+from botrunner.matrix.errors import KeysOutdated, LoginRefused, MatrixError, TokenRefused
 from botrunner.models import Session
 from botrunner.outgoing.replies import Sender
 from lib.db import DATABASE_ERRORS, SERVICE_ERRORS
@@ -88,7 +83,7 @@ class Bot:
             await self._connect()
             await self._work()
         except KeysOutdated:
-            await unit(self.session.distrust_keys)(self.homeserver.key_writes)
+            await database_sync_to_async(self.session.distrust_keys)(self.homeserver.key_writes)
             raise
         finally:
             with contextlib.suppress(RedisError):
@@ -105,8 +100,12 @@ class Bot:
         while not self.stopping.is_set():
             try:
                 await login.connect(self.homeserver, self.session)
-                self._rooms = await unit(login.rooms)(self.session, self.homeserver)
-                self._lookup.add(await unit(login.rooms_of_unknown_members)(self.session))
+                self._rooms = await database_sync_to_async(login.rooms)(
+                    self.session, self.homeserver
+                )
+                self._lookup.add(
+                    await database_sync_to_async(login.rooms_of_unknown_members)(self.session)
+                )
                 return
             except LoginRefused as error:
                 await self._note(error)
@@ -158,14 +157,16 @@ class Bot:
             # What was said before goes first.
             is_next = not (self._has_pending or self._has_keys)
             ask = partial(handling.ask, me=self.homeserver.user_id) if is_next else None
-            left = await unit(recording.write_down)(session, self.holder, batch, ask)
+            left = await database_sync_to_async(recording.write_down)(
+                session, self.holder, batch, ask
+            )
             self._has_pending |= bool(left)
             self._asked.set()
             session.since, self._written_at = batch.next_batch, time.monotonic()
         self._batch, self._position = None, batch.next_batch
         self._rooms = self._rooms.union(news.room_id for news in batch.joined) - set(batch.left)
         if not session.connected_since:
-            await unit(login.connected)(session)
+            await database_sync_to_async(login.connected)(session)
         if batch.invites:
             self._invited.set()
         await self._act()
@@ -178,7 +179,7 @@ class Bot:
         refused = self.homeserver.token_refused
         # The first one after a failure or a start tells at once that all is well.
         seconds = SYNC_SECONDS if self.session.connected_since and not self._lookup.is_due else 0
-        news = await unless(
+        news = await run_until(
             self.homeserver.sync(since, seconds=seconds, wanted=wanted), self.stopping, refused
         )
         if news is None:
@@ -200,7 +201,7 @@ class Bot:
             while await self._unseal(me):
                 self._has_pending = True
             self._has_keys = False
-        while self._has_pending and (rows := await unit(handling.pending)()):
+        while self._has_pending and (rows := await database_sync_to_async(handling.pending)()):
             for pk in rows:
                 try:
                     await self._act_upon(pk)
@@ -208,24 +209,24 @@ class Bot:
                     if isinstance(error, PASSING) and not isinstance(error, REFUSED):
                         raise
                     logger.exception("Event %d could not be handled", pk)
-                    await unit(handling.give_up)(pk)
+                    await database_sync_to_async(handling.give_up)(pk)
             self._asked.set()
         self._has_pending = False
 
     async def _act_upon(self, pk: int) -> None:
         me = self.homeserver.user_id
         try:
-            await unit(handling.act)(pk, me)
+            await database_sync_to_async(handling.act)(pk, me)
         except handling.PowerNeeded as needed:
             moderates = await rooms.may_moderate(self.homeserver, needed.room_id, needed.user_id)
-            await unit(handling.act)(pk, me, moderates=moderates)
+            await database_sync_to_async(handling.act)(pk, me, moderates=moderates)
 
     async def _unseal(self, me: str) -> int:
         """Look once at what waits for its key. How much of it has been opened."""
         count = 0
-        for pk, room_id, source in await unit(handling.sealed)():
+        for pk, room_id, source in await database_sync_to_async(handling.sealed)():
             if opened := self.homeserver.decrypt(room_id, source):
-                await unit(handling.unseal)(pk, opened, me)
+                await database_sync_to_async(handling.unseal)(pk, opened, me)
                 count += 1
         return count
 
@@ -252,7 +253,7 @@ class Bot:
 
     async def _prune(self) -> None:
         """Batch by batch, so that a sync in between waits for one of them at the most."""
-        while not self.stopping.is_set() and await unit(retention.prune_some)():
+        while not self.stopping.is_set() and await database_sync_to_async(retention.prune_some)():
             pass
 
     async def _repeat(self, name: str, step: Callable[[], Awaitable[None]], every: float) -> None:
@@ -291,7 +292,7 @@ class Bot:
 
     async def _note(self, error: Exception) -> None:
         with contextlib.suppress(*DATABASE_ERRORS):
-            await unit(self.session.note_error)(str(error))
+            await database_sync_to_async(self.session.note_error)(str(error))
 
 
 def _backoff(failures: int, error: Exception) -> float:

@@ -15,12 +15,11 @@ from datetime import timedelta
 from django.conf import settings
 from django.db import connection
 
-from botrunner.aio import pause, unit
+from botrunner.aio import database_sync_to_async, pause
 from botrunner.bot import Bot
-from botrunner.incoming.recording import LeaseLost
 from botrunner.matrix import login
-from botrunner.matrix.client import KeysOutdated
-from botrunner.models import Session
+from botrunner.matrix.errors import KeysOutdated
+from botrunner.models import LeaseLost, Session
 from lib.db import DATABASE_ERRORS
 
 logger = logging.getLogger(__name__)
@@ -47,8 +46,8 @@ class Leader:
         gc.set_threshold(GARBAGE_OBJECTS, *gc.get_threshold()[1:])
         while not self.stopping.is_set():
             try:
-                session = await unit(login.session)()
-                if await unit(session.acquire)(self.holder, _duration()):
+                session = await database_sync_to_async(login.session)()
+                if await database_sync_to_async(session.acquire)(self.holder, _duration()):
                     self._told = ""
                     await self._lead(session)
                     continue
@@ -79,7 +78,7 @@ class Leader:
                 task.cancel()
             ends = await asyncio.gather(*tasks, return_exceptions=True)
             with contextlib.suppress(*DATABASE_ERRORS):
-                await unit(session.release)(self.holder)
+                await database_sync_to_async(session.release)(self.holder)
         for end in ends:
             if isinstance(end, Exception):
                 raise end

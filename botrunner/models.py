@@ -12,8 +12,8 @@ from django.db.models.functions import Now
 from django.utils import timezone
 
 from agents.models import Run
-from botrunner.incoming import verdicts
-from botrunner.incoming.verdicts import Verdict
+from botrunner import verdicts
+from botrunner.verdicts import Verdict
 from chat.models import Thread
 from lib.secrets import EncryptedTextField
 from realm.models import BotCommand, BotRegistration
@@ -22,6 +22,10 @@ MAX_TYPE_LENGTH = 255
 # No one counts as a member of a room once the bot has not synced for this long: it would not see a
 # leave.
 MEMBERS_PATIENCE = timedelta(minutes=5)
+
+
+class LeaseLost(Exception):
+    """Another process holds the lease on the session: the state of this one is stale."""
 
 
 class SessionQuerySet(models.QuerySet["Session"]):
@@ -260,7 +264,7 @@ class RoomEvent(models.Model):
     # As the homeserver gave it, decrypted. Gone once the event is ignored.
     source = models.JSONField(null=True, blank=True)
     note = models.TextField(blank=True)
-    # Read it through `looked_at`.
+    # Read it through `command_verdicts`.
     verdicts = models.JSONField(default=list, blank=True)
     created_at = models.DateTimeField(default=timezone.now, editable=False)
 
@@ -291,7 +295,7 @@ class RoomEvent(models.Model):
         return self.event_id
 
     @property
-    def looked_at(self) -> list[Verdict]:
+    def command_verdicts(self) -> list[Verdict]:
         """What each command that was looked at said to it; not all of very many."""
         return verdicts.read(self.verdicts)
 

@@ -16,9 +16,9 @@ from django.utils import timezone
 from agents.llm.completions import Usage
 from agents.models import Attempt, Event, Price, Run, Step, Summary, new_run_id
 from agents.usage import prices
-from botrunner.incoming import verdicts
-from botrunner.incoming.events import Said
-from botrunner.incoming.matching import Heard, Listeners
+from botrunner import verdicts
+from botrunner.incoming.matching import Match, RuleSet
+from botrunner.matrix.events import TimelineEvent
 from botrunner.models import Conversation, Reply, Room, RoomEvent, Session
 from chat.models import Message, Thread, new_thread_id
 from realm.models import BotCommand, BotRegistration, User
@@ -148,7 +148,7 @@ class History:
             )
         prices.price_list.reset()
         members = [user.matrix_user_id or "" for user in self.users]
-        self._listeners = Listeners(members, session.user_id)
+        self._rules = RuleSet(members, session.user_id)
         last = RoomEvent.objects.order_by("-pk").values_list("pk", flat=True).first()
         self._event_id = last or 0
 
@@ -392,7 +392,7 @@ class History:
         if self.random.random() < REMARK_SHARE:
             earlier = run["created_at"] - self._seconds(20, most=300)
             self._said(room, self.random.choice(self.users), self.random.choice(REMARKS), earlier)
-        heard = self._said(room, owner, f"!ask {question}", run["created_at"])
+        match = self._said(room, owner, f"!ask {question}", run["created_at"])
         dropped = self.random.random() < 0.01
         self._add(
             Reply,
@@ -400,7 +400,7 @@ class History:
             room_id=room.pk,
             run_id=run["id"],
             registration_id=self.registrations[owner.pk].pk,
-            bot_command_id=heard.fired[0][0].command_id,
+            bot_command_id=match.fired[0][0].command_id,
             key=run["id"],
             status=Reply.Status.DROPPED if dropped else Reply.Status.SENT,
             error="The room lets the bot say nothing." if dropped else "",
@@ -410,7 +410,7 @@ class History:
             sent_at=None if dropped else run["finished_at"] + timedelta(milliseconds=80),
         )
 
-    def _said(self, room: Room, sender: User, words: str, at: datetime) -> Heard:
+    def _said(self, room: Room, sender: User, words: str, at: datetime) -> Match:
         """Writes an event of a room, with what the commands make of it."""
         self._event_id += 1
         source: dict[str, Any] = {
@@ -420,27 +420,27 @@ class History:
             "origin_server_ts": int(at.timestamp() * 1000),
             "content": {"msgtype": "m.text", "body": words},
         }
-        said = Said(
+        said = TimelineEvent(
             source["event_id"], source["sender"], at, source["type"], source["content"], source
         )
-        heard = self._listeners.hear(said)
+        match = self._rules.match(said)
         self._add(
             RoomEvent,
             id=self._event_id,
             room_id=room.pk,
             event_id=said.event_id,
-            kind=RoomEvent.Kind.QUESTION if heard.fired else RoomEvent.Kind.REMARK,
-            state=RoomEvent.State.HANDLED if heard.fired else RoomEvent.State.IGNORED,
+            kind=RoomEvent.Kind.QUESTION if match.fired else RoomEvent.Kind.REMARK,
+            state=RoomEvent.State.HANDLED if match.fired else RoomEvent.State.IGNORED,
             sender=said.sender,
             type=said.type,
             content_type=said.content_type,
             said_at=at,
-            source=said.source if heard.fired else None,
-            note=heard.why_nothing,
-            verdicts=verdicts.stored(heard.verdicts),
+            source=said.source if match.fired else None,
+            note=match.reason,
+            verdicts=verdicts.stored(match.verdicts),
             created_at=at,
         )
-        return heard
+        return match
 
     def _summary(self, thread_id: str, answered: int, at: datetime) -> dict[str, Any]:
         usage = Usage(900, 120)

@@ -5,7 +5,7 @@ from typing import Any
 from django.db.models import Count, Q
 from django.utils import timezone
 
-from botrunner.incoming.verdicts import Verdict
+from botrunner.verdicts import Verdict
 from botrunner.models import Reply, Room, RoomEvent, Session
 from realm.models import BotCommand, BotRegistration
 
@@ -22,13 +22,13 @@ def recent_events(registration: BotRegistration) -> list[tuple[RoomEvent, list[V
         events = events.filter(sender=registration.username)
     pk = str(registration.pk)
     return [
-        (event, [each for each in event.looked_at if each.registration_id == pk])
+        (event, [each for each in event.command_verdicts if each.registration_id == pk])
         for event in events.order_by("-id")[:RECENT]
     ]
 
 
 def event_context(event: RoomEvent) -> dict[str, Any]:
-    verdicts = event.looked_at
+    verdicts = event.command_verdicts
     registrations = BotRegistration.objects.in_bulk({each.registration_id for each in verdicts})
     commands = BotCommand.objects.in_bulk({each.command_id for each in verdicts} - {""})
     known_registrations = {str(pk): row for pk, row in registrations.items()}

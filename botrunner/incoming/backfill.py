@@ -8,10 +8,11 @@ from typing import Any
 from django.conf import settings
 from django.utils import timezone
 
-from botrunner.incoming import invitations, members
-from botrunner.incoming.events import ENCRYPTED, is_own_join, since_own_join
+from botrunner.incoming import invitations
 from botrunner.incoming.recording import Batch, RoomNews
-from botrunner.matrix.client import Homeserver, MatrixError, News, is_about_encryption
+from botrunner.matrix.client import Homeserver, News, is_about_encryption
+from botrunner.matrix.errors import MatrixError
+from botrunner.matrix.events import ENCRYPTED, absent, is_own_join, since_own_join
 from realm.filters import ROOM_MESSAGE
 
 logger = logging.getLogger(__name__)
@@ -41,9 +42,9 @@ async def batch_of(news: News, since: str, homeserver: Homeserver, known: set[st
             logger.info("Filling a gap in room %s", room_id)
             start = str(timeline.get("prev_batch") or "")
             gap, is_whole = await _gap(homeserver, room_id, start, "" if is_new else since)
-            events = [*gap, *members.absent(room), *events]
+            events = [*gap, *absent(room), *events]
         else:
-            events = [*members.absent(room), *events]
+            events = [*absent(room), *events]
         if is_new or not is_whole:
             batch.members_lost.add(room_id)
         encrypted = homeserver.is_encrypted(room_id)
@@ -56,7 +57,7 @@ async def batch_of(news: News, since: str, homeserver: Homeserver, known: set[st
 def _is_own(room: dict[str, Any], me: str) -> bool:
     """Whether all that is new in a room are messages of the bot: half of what comes in."""
     timeline = room.get("timeline", {})
-    if timeline.get("limited") or is_about_encryption(room) or members.absent(room):
+    if timeline.get("limited") or is_about_encryption(room) or absent(room):
         return False
     return all(
         event.get("sender") == me and event.get("type") == ROOM_MESSAGE

@@ -18,19 +18,19 @@ from django.utils import timezone
 from agents import inbox, retention
 from agents.models import CHAT_REPLY, Run
 from agents.runs import execution
-from botrunner.incoming.events import Said, storable
 from botrunner.incoming.matching import (
     CANCEL_ALL,
     SENDER_DEACTIVATED,
-    Listener,
-    Listeners,
-    order_of,
-    question,
+    Rule,
+    RuleSet,
+    control_of,
+    prompt_of,
 )
 from botrunner.incoming.recording import SPOKEN, Kept, is_own_or_other_bots, kept_of
-from botrunner.incoming.verdicts import stored
+from botrunner.matrix.events import TimelineEvent, storable
 from botrunner.models import Conversation, Reply, RoomEvent, Session
 from botrunner.outgoing.replies import parts_of
+from botrunner.verdicts import stored
 from chat.models import Thread
 from lib.tracing import tagged
 from realm.filters import Filter, InvalidFilter
@@ -84,7 +84,7 @@ def act(pk: int, me: str, *, moderates: bool | None = None) -> None:
             return
         event = RoomEvent.objects.select_related("room").get(pk=pk)
         before = event.verdicts, event.note
-        said = Said.parse(event.source)
+        said = TimelineEvent.parse(event.source)
         note = ""
         with tagged(room=event.room.room_id, event_id=event.event_id, request_id=event.event_id):
             if said is None:
@@ -123,23 +123,23 @@ def ask(kept: Kept, me: str) -> None:
     """Ask what a question just written down fires, in the transaction that does so."""
     event = kept.row
     with tagged(room=event.room.room_id, event_id=event.event_id, request_id=event.event_id):
-        for listener, wanted in kept.fired:
-            _ask_one(event, kept.said, listener, question(wanted, kept.said, me))
+        for rule, wanted in kept.fired:
+            _ask_one(event, kept.said, rule, prompt_of(wanted, kept.said, me))
         if event.note:
             if _left_unsaid(event):
                 event.state, event.source = RoomEvent.State.IGNORED, None
             event.save(update_fields=["state", "source", "note"])
 
 
-def _ask(event: RoomEvent, said: Said, me: str) -> str:
+def _ask(event: RoomEvent, said: TimelineEvent, me: str) -> str:
     # Once more, as commands and registrations are now.
-    heard = Listeners([said.sender], me).hear(said)
-    event.verdicts = stored(heard.verdicts)
-    for listener, wanted in heard.fired:
-        _ask_one(event, said, listener, question(wanted, said, me))
+    match = RuleSet([said.sender], me).match(said)
+    event.verdicts = stored(match.verdicts)
+    for rule, wanted in match.fired:
+        _ask_one(event, said, rule, prompt_of(wanted, said, me))
     if _left_unsaid(event):
         return event.note
-    return f"What it fired was taken away. {heard.why_nothing}" if heard.why_nothing else ""
+    return f"What it fired was taken away. {match.reason}" if match.reason else ""
 
 
 def _left_unsaid(event: RoomEvent) -> bool:
@@ -147,7 +147,7 @@ def _left_unsaid(event: RoomEvent) -> bool:
     return bool(event.note) and not event.replies.exists()
 
 
-def _ask_one(event: RoomEvent, said: Said, command: Listener, asked: str) -> None:
+def _ask_one(event: RoomEvent, said: TimelineEvent, command: Rule, asked: str) -> None:
     thread_id = _known_thread(event, said)
     reply = Reply(
         question=event,
@@ -182,13 +182,13 @@ def _ask_one(event: RoomEvent, said: Said, command: Listener, asked: str) -> Non
     )
 
 
-def _known_thread(event: RoomEvent, said: Said) -> str | None:
+def _known_thread(event: RoomEvent, said: TimelineEvent) -> str | None:
     known = Conversation.objects.filter(room=event.room_id, root=said.thread_root)
     return next(iter(known.values_list("thread_id", flat=True)[:1]), None)
 
 
 def _accepted(
-    event: RoomEvent, said: Said, command: Listener, asked: str, thread_id: str | None
+    event: RoomEvent, said: TimelineEvent, command: Rule, asked: str, thread_id: str | None
 ) -> inbox.Accepted:
     """Raises `inbox.Refused`."""
     ask = partial(
@@ -243,11 +243,11 @@ def _place(event: RoomEvent) -> str:
     return hashlib.sha256(f"{event.room.room_id} {event.sender}".encode()).hexdigest()
 
 
-def _edit(event: RoomEvent, said: Said, me: str) -> str:
+def _edit(event: RoomEvent, said: TimelineEvent, me: str) -> str:
     # In the same room: what was said in another one has no place in its context.
     known = RoomEvent.objects.filter(room=event.room, sender=said.sender)
     first_row = known.filter(event_id=said.edits).first()
-    first = Said.parse(first_row.source) if first_row else None
+    first = TimelineEvent.parse(first_row.source) if first_row else None
     new = said.content.get("m.new_content")
     if first_row is None or first is None or not isinstance(new, dict):
         return "It edits no question of the same sender."
@@ -255,7 +255,7 @@ def _edit(event: RoomEvent, said: Said, me: str) -> str:
     changed = False
     for reply in first_row.replies.waiting().select_related("bot_command"):
         wanted = _filter_of(reply.bot_command)
-        words = question(wanted, edited, me) if wanted else ""
+        words = prompt_of(wanted, edited, me) if wanted else ""
         if reply.run_id and words:
             changed |= inbox.amend(reply.run_id, content=words)
     if not changed:
@@ -272,7 +272,7 @@ def _filter_of(command: BotCommand | None) -> Filter | None:
         return None
 
 
-def _take_back(event: RoomEvent, said: Said) -> str:
+def _take_back(event: RoomEvent, said: TimelineEvent) -> str:
     replies = Reply.objects.filter(question__event_id=said.redacts, question__room=event.room)
     open_replies = list(
         replies.filter(status__in=[Reply.Status.WAITING, Reply.Status.READY]).select_related(
@@ -306,7 +306,7 @@ def _answers_others(reply: Reply) -> bool:
     return False
 
 
-def _cancel(event: RoomEvent, said: Said, me: str, moderates: bool | None) -> str:
+def _cancel(event: RoomEvent, said: TimelineEvent, me: str, moderates: bool | None) -> str:
     """End what the sender has asked here, in the same Matrix thread if it is said in one; on demand
     what others have asked too, if the sender moderates the room."""
     asked = Reply.objects.waiting().filter(
@@ -315,7 +315,7 @@ def _cancel(event: RoomEvent, said: Said, me: str, moderates: bool | None) -> st
     )
     asked = asked.select_related("run", "question").order_by("run__position")
     shared: set[int] = set()
-    if order_of(said, me) == CANCEL_ALL:
+    if control_of(said, me) == CANCEL_ALL:
         if not _moderates(event, said, moderates):
             return _answer(event, said, me, NO_POWER)
     else:
@@ -329,12 +329,12 @@ def _cancel(event: RoomEvent, said: Said, me: str, moderates: bool | None) -> st
     words = "Nothing that you asked is being answered here."
     if shared:
         words = "Another person waits for the answer too."
-    elif order_of(said, me) == CANCEL_ALL:
+    elif control_of(said, me) == CANCEL_ALL:
         words = "Nothing is being answered here."
     return _answer(event, said, me, words) and "There was nothing to cancel."
 
 
-def _forget(event: RoomEvent, said: Said, me: str, moderates: bool | None) -> str:
+def _forget(event: RoomEvent, said: TimelineEvent, me: str, moderates: bool | None) -> str:
     """Delete the conversation in which it is asked for: the room's, or that of the Matrix thread."""
     found = Thread.objects.filter(
         conversation__room=event.room, conversation__root=said.thread_root
@@ -355,16 +355,16 @@ def _forget(event: RoomEvent, said: Said, me: str, moderates: bool | None) -> st
     return ""
 
 
-def _moderates(event: RoomEvent, said: Said, moderates: bool | None) -> bool:
+def _moderates(event: RoomEvent, said: TimelineEvent, moderates: bool | None) -> bool:
     """Raises `PowerNeeded`."""
     if moderates is None:
         raise PowerNeeded(event.room.room_id, said.sender)
     return moderates
 
 
-def _answer(event: RoomEvent, said: Said, me: str, words: str) -> str:
+def _answer(event: RoomEvent, said: TimelineEvent, me: str, words: str) -> str:
     """Refuse an order; the note for what was not even answered."""
-    if not Listeners([said.sender], me).hear(said).fired:
+    if not RuleSet([said.sender], me).match(said).fired:
         # It may have been meant for another bot.
         return words
     reply = Reply(question=event, room=event.room, error=words)
@@ -396,7 +396,7 @@ def unseal(pk: int, source: dict[str, Any], me: str) -> None:
         if not sealed.update(state=state):
             return
         event = RoomEvent.objects.select_related("room").get(pk=pk)
-        said = Said.parse(source)
+        said = TimelineEvent.parse(source)
         opened = None
         if said and said.type in SPOKEN and not is_own_or_other_bots(said, me):
             opened = kept_of([(event.room, said)], me)[0].row
@@ -410,7 +410,7 @@ def unseal(pk: int, source: dict[str, Any], me: str) -> None:
         logger.info("Event %s in room %s was decrypted", event.event_id, event.room.room_id)
 
 
-def _input(event: RoomEvent, said: Said) -> dict[str, Any]:
+def _input(event: RoomEvent, said: TimelineEvent) -> dict[str, Any]:
     """What a run carries of the event that fired it."""
     return storable(
         {

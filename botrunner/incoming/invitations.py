@@ -12,10 +12,11 @@ from django.db.models import F
 from django.db.models.functions import Now
 from django.utils import timezone
 
-from botrunner.aio import unit
-from botrunner.incoming.events import is_id, server_of
+from botrunner.aio import database_sync_to_async
 from botrunner.incoming.recording import INVITER_DEACTIVATED, Invite
-from botrunner.matrix.client import Homeserver, MatrixError, NoAnswer
+from botrunner.matrix.client import Homeserver
+from botrunner.matrix.errors import MatrixError, MatrixTimeout
+from botrunner.matrix.events import is_id, server_of
 from botrunner.models import Room, Session
 from realm.models import User
 
@@ -101,7 +102,9 @@ class Joiner:
             raise broken
         if len(self._tasks) >= AT_ONCE:
             return
-        for due in _in_turn(await unit(_due)(self.session, [due.pk for due in self._tasks])):
+        for due in _in_turn(
+            await database_sync_to_async(_due)(self.session, [due.pk for due in self._tasks])
+        ):
             if self._has_room_for(due):
                 self._tasks[due] = asyncio.create_task(self._join(due))
 
@@ -132,13 +135,13 @@ class Joiner:
             await self.homeserver.join(due.room_id, seconds=due.seconds)
         except MatrixError as error:
             if _is_about_the_room(error, self.session):
-                await unit(_failed)(due.pk, error)
+                await database_sync_to_async(_failed)(due.pk, error)
             else:
-                await unit(_put_off)(due.pk)
-                if not isinstance(error, NoAnswer):
+                await database_sync_to_async(_put_off)(due.pk)
+                if not isinstance(error, MatrixTimeout):
                     raise
         else:
-            await unit(_accepted)(due.pk)
+            await database_sync_to_async(_accepted)(due.pk)
 
     async def close(self) -> None:
         tasks = list(self._tasks.values())
@@ -148,7 +151,7 @@ class Joiner:
 
 
 def _is_about_the_room(error: MatrixError, session: Session) -> bool:
-    if isinstance(error, NoAnswer):
+    if isinstance(error, MatrixTimeout):
         # If no sync comes through either, it is about the homeserver.
         return session.connected_since is not None
     return error.status not in (0, 401)

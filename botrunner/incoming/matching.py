@@ -1,4 +1,4 @@
-"""Which bot commands an event fires, what it asks them, and why it fires no others."""
+"""Match events against registered bot commands; verdicts give the reasons."""
 
 import fnmatch
 import re
@@ -11,32 +11,32 @@ from uuid import UUID
 
 import orjson
 
-from botrunner.incoming.events import Said, text_of
-from botrunner.incoming.verdicts import MAX_KEPT, Verdict
+from botrunner.matrix.events import TimelineEvent, text_of
+from botrunner.verdicts import MAX_VERDICTS, Verdict
 from realm.filters import BOT_TRIGGER, ROOM_MESSAGE, Filter, InvalidFilter
 from realm.models import BotRegistration, User
 
 CANCEL = "!cancel"
-SENDER_DEACTIVATED = "The account of its sender is deactivated."
 CANCEL_ALL = "!cancel all"
 FORGET = "!forget"
-ORDERS = {CANCEL, CANCEL_ALL, FORGET}
+CONTROLS = {CANCEL, CANCEL_ALL, FORGET}
+SENDER_DEACTIVATED = "The sender's account is deactivated."
 
 
 @dataclass(frozen=True)
-class Heard:
-    """What an event fires, in that order, and what was said by the commands that were looked at: by
-    all that fire, and as many others as are kept."""
+class Match:
+    """The rules that fire on an event, in order, and the verdicts: of every rule that fires, and of
+    others up to `MAX_VERDICTS`."""
 
-    fired: list[tuple["Listener", Filter]]
+    fired: list[tuple["Rule", Filter]]
     verdicts: list[Verdict]
-    why_nothing: str = ""
+    reason: str = ""  # if no rule fires
 
 
 @dataclass(frozen=True)
-class Listener:
-    """A registered command, read once for all the events of a batch; or a registration that has
-    none. Values of the rows and not the rows themselves: it is read for each message."""
+class Rule:
+    """A registered command, or a registration without commands. Parsed once for a batch of events, from
+    plain values: building model instances for each message would cost more."""
 
     registration_id: UUID
     user_id: int
@@ -46,82 +46,89 @@ class Listener:
     command_id: UUID | None = None
     command: str = ""
     commanded_at: datetime | None = None
-    wanted: Filter | None = None
+    filter: Filter | None = None
     in_words: str = ""
 
-    def objection(self, said: Said, me: str) -> str:
-        """Why it does not fire on the event; empty when it does."""
+    def mismatch(self, event: TimelineEvent, me: str) -> str:
+        """Return the reason why the rule does not fire; empty if it does."""
         if not self.is_enabled:
             return "The registration is disabled."
         if not self.is_active:
             return "The user of the registration is not active."
-        if self.registered_at > said.said_at:
-            registered, spoken = at(self.registered_at), at(said.said_at)
-            return f"Registered at {registered}, after this was said at {spoken}."
+        if self.registered_at > event.sent_at:
+            registered, sent = format_time(self.registered_at), format_time(event.sent_at)
+            return f"Registered at {registered}, after the event was sent at {sent}."
         if self.command_id is None:
             return "The registration has no command."
-        if self.wanted is None:
-            return "The filter cannot be read."
-        return objection(self.wanted, said, me)
+        if self.filter is None:
+            return "The filter is invalid."
+        return mismatch(self.filter, event, me)
 
-    def verdict(self, words: str, *, fires: bool) -> Verdict:
+    def verdict(self, reason: str, *, fired: bool) -> Verdict:
         return Verdict(
             registration_id=str(self.registration_id),
             command_id=str(self.command_id or ""),
             command=self.command,
             filter=self.in_words,
-            words=words,
-            fires=fires,
+            reason=reason,
+            fired=fired,
         )
 
 
-class Listeners:
-    """All the commands that may be meant by what some senders say: theirs and those of the bot's own
-    user. However many events there are to match, they are read once."""
+class RuleSet:
+    """The rules that apply to some senders: their own and those of the bot's user. Loaded once, however
+    many events there are to match."""
 
     def __init__(self, senders: Iterable[str], me: str) -> None:
         self.me = me
         self._senders = set(senders)
-        self._of: dict[str, list[Listener]] = {}
+        self._by_username: dict[str, list[Rule]] = {}
         registrations = BotRegistration.objects.filter(username__in={*self._senders, me})
         registrations = registrations.order_by()
         for username, *row in registrations.values_list("username", *COLUMNS):
-            self._of.setdefault(username, []).append(_listener(*row))
-        for listeners in self._of.values():
-            listeners.sort(key=_age)
+            self._by_username.setdefault(username, []).append(_rule(*row))
+        for rules in self._by_username.values():
+            rules.sort(key=_age)
 
     @cached_property
     def _deactivated(self) -> set[str]:
-        """Asked once a command would fire: most events fire none."""
+        """Queried once a rule would fire: most events match none."""
         return User.objects.deactivated_among(self._senders)
 
-    def hear(self, said: Said) -> Heard:
-        """The sender's commands are asked first, then those of the bot's own user. The same command
-        is fired once, however often it is registered."""
-        listeners = [*self._of.get(said.sender, []), *self._of.get(self.me, [])]
-        fired: dict[str, tuple[Listener, Filter]] = {}
+    def match(self, event: TimelineEvent) -> Match:
+        """Try the sender's rules first, then the bot user's. A command fires once, even if it is
+        registered twice."""
+        rules = [*self._by_username.get(event.sender, []), *self._by_username.get(self.me, [])]
+        fired: dict[str, tuple[Rule, Filter]] = {}
         verdicts: list[Verdict] = []
-        for listener in listeners:
-            words = listener.objection(said, self.me)
-            command, wanted = listener.command, listener.wanted
-            if not words and wanted:
-                if said.sender in self._deactivated:
-                    words = SENDER_DEACTIVATED
+        for rule in rules:
+            reason = rule.mismatch(event, self.me)
+            command = rule.command
+            if not reason and rule.filter:
+                if event.sender in self._deactivated:
+                    reason = SENDER_DEACTIVATED
                 elif command in fired:
-                    words = "The same command has fired already."
+                    reason = "The same command has fired already."
                 else:
-                    fired[command] = listener, wanted
-            if not words or len(verdicts) < MAX_KEPT:
-                verdicts.append(listener.verdict(words or "It fires.", fires=not words))
+                    fired[command] = rule, rule.filter
+            if not reason or len(verdicts) < MAX_VERDICTS:
+                verdicts.append(rule.verdict(reason or "It fires.", fired=not reason))
         if fired:
-            return Heard(list(fired.values()), verdicts)
-        if not listeners:
-            nobody = f"{said.sender} has no registration, and neither has the bot."
-            return Heard([], [], nobody)
-        return Heard([], verdicts, f"None of {len(listeners)} that were looked at fires on it.")
+            return Match(list(fired.values()), verdicts)
+        if not rules:
+            return Match([], [], f"Neither {event.sender} nor the bot has a registration.")
+        return Match([], verdicts, _none_matched(len(rules)))
 
 
-# In the order of a listener's fields.
+def _none_matched(count: int) -> str:
+    if count == 1:
+        return "The only command did not match."
+    return (
+        "Neither of the 2 commands matched." if count == 2 else f"None of {count} commands matched."
+    )
+
+
+# In the order of a rule's fields.
 COLUMNS = [
     "pk",
     "user_id",
@@ -135,51 +142,52 @@ COLUMNS = [
 ]
 
 
-def _listener(*row: Any) -> Listener:
-    *registration, command_id, command, commanded_at, filter_ = row
-    listener = Listener(*registration)
+def _rule(*row: Any) -> Rule:
+    *registration, command_id, command, commanded_at, raw_filter = row
+    rule = Rule(*registration)
     if command_id is None:
-        return listener
+        return rule
+    parsed: Filter | None
     try:
-        wanted = Filter.parse(filter_)
-        words = wanted.in_words()
+        parsed = Filter.parse(raw_filter)
+        words = parsed.in_words()
     except InvalidFilter as error:
-        wanted, words = None, f"never: {error}"
+        parsed, words = None, f"never: {error}"
     return replace(
-        listener,
+        rule,
         command_id=command_id,
         command=command,
         commanded_at=commanded_at,
-        wanted=wanted,
+        filter=parsed,
         in_words=words,
     )
 
 
-def _age(listener: Listener) -> tuple[datetime, str]:
-    since = listener.commanded_at or listener.registered_at
-    return since, str(listener.command_id or listener.registration_id)
+def _age(rule: Rule) -> tuple[datetime, str]:
+    since = rule.commanded_at or rule.registered_at
+    return since, str(rule.command_id or rule.registration_id)
 
 
-def objection(wanted: Filter, said: Said, me: str) -> str:
-    """Why the event does not pass a command's filter; empty when it does. Never a word of what was
-    said: this is kept of events that were not meant for the bot."""
-    if said.type != wanted.event_type:
-        return f"Its type is {said.type}, not {wanted.event_type}."
-    if said.content_type != wanted.content_type:
-        return f"Its content is of type {said.content_type[:80]!r}, not {wanted.content_type!r}."
-    if said.type != ROOM_MESSAGE:
-        return _lack(said)
-    if not said.body.startswith(wanted.prefix or ""):
-        return f"Its body does not begin with {wanted.prefix!r}."
-    if wanted.mention and not said.mentions(me):
+def mismatch(filter_: Filter, event: TimelineEvent, me: str) -> str:
+    """Return the reason why the event does not pass a filter; empty if it does. It never quotes the
+    event's text: the reason is stored for events that were not meant for the bot."""
+    if event.type != filter_.event_type:
+        return f"Its type is {event.type}, not {filter_.event_type}."
+    if event.content_type != filter_.content_type:
+        return f"Its content is of type {event.content_type[:80]!r}, not {filter_.content_type!r}."
+    if event.type != ROOM_MESSAGE:
+        return _trigger_error(event)
+    if not event.body.startswith(filter_.prefix or ""):
+        return f"Its body does not begin with {filter_.prefix!r}."
+    if filter_.mention and not event.mentions(me):
         return "It does not mention the bot."
     return ""
 
 
-def _lack(said: Said) -> str:
-    """What a trigger has to have and has not."""
-    content = said.content
-    if said.type != BOT_TRIGGER:
+def _trigger_error(event: TimelineEvent) -> str:
+    """Return the first required field that a trigger lacks, in a sentence."""
+    content = event.content
+    if event.type != BOT_TRIGGER:
         return ""
     for key in ("realm", "userId"):
         if not isinstance(content.get(key), str):
@@ -187,20 +195,20 @@ def _lack(said: Said) -> str:
     return "" if "input" in content else "The trigger has no 'input'."
 
 
-def question(wanted: Filter, said: Said, me: str) -> str:
-    """What is asked: without what only calls the bot."""
-    if said.type != ROOM_MESSAGE:
-        return _input_text(said.content.get("input"))
-    body = said.body.removeprefix(wanted.prefix or "").strip()
-    return _without_mention(body, me) if wanted.mention else body
+def prompt_of(filter_: Filter, event: TimelineEvent, me: str) -> str:
+    """Return the text for the agent, without the prefix or mention that calls the bot."""
+    if event.type != ROOM_MESSAGE:
+        return _input_text(event.content.get("input"))
+    body = event.body.removeprefix(filter_.prefix or "").strip()
+    return _without_mention(body, me) if filter_.mention else body
 
 
-def order_of(said: Said, me: str) -> str:
-    """The one of `ORDERS` that the words are; empty where they are none."""
-    if said.type != ROOM_MESSAGE or said.content_type != "m.text":
+def control_of(event: TimelineEvent, me: str) -> str:
+    """Return the one of `CONTROLS` that the text is; empty if it is none."""
+    if event.type != ROOM_MESSAGE or event.content_type != "m.text":
         return ""
-    words = " ".join(_without_mention(said.body, me).lower().split())
-    return words if words in ORDERS else ""
+    text = " ".join(_without_mention(event.body, me).lower().split())
+    return text if text in CONTROLS else ""
 
 
 def _without_mention(body: str, me: str) -> str:
@@ -208,18 +216,18 @@ def _without_mention(body: str, me: str) -> str:
     return re.sub(rf"\A(?:{re.escape(me)}|@?{localpart})\s*[:,]?\s+", "", body)
 
 
-def _input_text(given: Any) -> str:
-    if isinstance(given, str):
-        return given.strip()
-    if isinstance(given, dict):
+def _input_text(value: Any) -> str:
+    if isinstance(value, str):
+        return value.strip()
+    if isinstance(value, dict):
         for key in ("prompt", "content", "text", "message", "body"):
-            if text := (text_of(given, key) or "").strip():
+            if text := (text_of(value, key) or "").strip():
                 return text
-    return "" if given is None else orjson.dumps(given).decode()
+    return "" if value is None else orjson.dumps(value).decode()
 
 
-def at(moment: datetime) -> str:
-    """To the millisecond: events and registrations are compared by it."""
+def format_time(moment: datetime) -> str:
+    """Format to the millisecond, the precision at which events and registrations are compared."""
     return f"{moment.astimezone(UTC):%Y-%m-%d %H:%M:%S.%f}"[:-3] + " UTC"
 
 

@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from botrunner.incoming.events import is_id, is_own_join
+from botrunner.matrix.events import MEMBER, is_id, is_joined, is_own_join
 from botrunner.models import Room, RoomMember
 from lib import revocations
 from realm.models import User
 
-MEMBER = "m.room.member"
 # Rows in one statement.
 BATCH = 1000
 
@@ -37,33 +36,9 @@ def changes(events: Iterable[Any], moments: Mapping[str, datetime]) -> list[Chan
         user_id, event_id = event.get("state_key"), event.get("event_id")
         if not is_id(user_id) or not is_id(event_id):
             continue
-        joins, is_new = _joins(event), is_own_join(event, user_id)
+        joins, is_new = is_joined(event), is_own_join(event, user_id)
         found.append(Change(user_id, event_id, joins, is_new, moments[event_id]))
     return found
-
-
-def of_state(events: Iterable[dict[str, Any]]) -> dict[str, str]:
-    """Who is in a room, and the event by which they are."""
-    return {
-        event["state_key"]: event["event_id"]
-        for event in events
-        if event.get("type") == MEMBER
-        and is_id(event.get("state_key"))
-        and is_id(event.get("event_id"))
-        and _joins(event)
-    }
-
-
-def absent(room: dict[str, Any]) -> list[dict[str, Any]]:
-    """What a room's state in a sync has about people who are not in it. About those who are, it is
-    incomplete, and the timeline has it as well."""
-    events = room.get("state", {}).get("events", [])
-    return [event for event in events if event.get("type") == MEMBER and not _joins(event)]
-
-
-def _joins(event: dict[str, Any]) -> bool:
-    content = event.get("content")
-    return isinstance(content, dict) and content.get("membership") == "join"
 
 
 def keep(

@@ -14,10 +14,17 @@ from django.db.models.functions import Now
 from django.utils import timezone
 
 from botrunner.incoming import members
-from botrunner.incoming.events import ENCRYPTED, MARK, REDACTION, Said, server_of, storable
-from botrunner.incoming.matching import FORGET, Listener, Listeners, at, matches_any, order_of
-from botrunner.incoming.verdicts import stored
-from botrunner.models import MAX_TYPE_LENGTH, Room, RoomEvent, Session
+from botrunner.incoming.matching import FORGET, Rule, RuleSet, control_of, format_time, matches_any
+from botrunner.matrix.events import (
+    ENCRYPTED,
+    REDACTION,
+    REPLY_FIELD,
+    TimelineEvent,
+    server_of,
+    storable,
+)
+from botrunner.models import MAX_TYPE_LENGTH, LeaseLost, Room, RoomEvent, Session
+from botrunner.verdicts import stored
 from lib.db import TRANSIENT_ERRORS
 from realm.filters import EVENT_TYPES, Filter
 from realm.models import User
@@ -33,10 +40,6 @@ MAX_INVITATIONS_SERVER = 200
 INVITER_DEACTIVATED = "The account of the inviter is deactivated."
 # What people say. A sync asks for no more, but anything may come out of an encrypted event.
 SPOKEN = {*EVENT_TYPES, ENCRYPTED, REDACTION}
-
-
-class LeaseLost(Exception):
-    """Another process works with the account now: whatever this one holds is stale."""
 
 
 @dataclass(frozen=True)
@@ -82,8 +85,8 @@ class Kept:
     """What was said, as it is kept, and which commands it fires."""
 
     row: RoomEvent
-    said: Said
-    fired: list[tuple[Listener, Filter]] = field(default_factory=list)
+    said: TimelineEvent
+    fired: list[tuple[Rule, Filter]] = field(default_factory=list)
 
 
 def write_down(
@@ -319,36 +322,36 @@ def _keep_and_ask(kept: list[Kept], pending: list[Kept], ask: Callable[[Kept], N
     return True
 
 
-def _spoken(events: Iterable[Any], me: str) -> list[Said]:
+def _spoken(events: Iterable[Any], me: str) -> list[TimelineEvent]:
     """What people say, among the events of a timeline: bots leave no trace."""
-    found = filter(None, map(Said.parse, events))
+    found = filter(None, map(TimelineEvent.parse, events))
     return [said for said in found if said.type in SPOKEN and not is_own_or_other_bots(said, me)]
 
 
-def kept_of(spoken: list[tuple[Room, Said]], me: str) -> list[Kept]:
+def kept_of(spoken: list[tuple[Room, TimelineEvent]], me: str) -> list[Kept]:
     """As what the events are kept. What is for the bot waits to be acted upon; of anything else there
     stays that it was said, not what, and why it is not for the bot."""
     if not spoken:
         return []
-    listeners = Listeners({said.sender for _, said in spoken}, me)
+    rules = RuleSet({said.sender for _, said in spoken}, me)
     targets = [target for _, said in spoken if (target := said.redacts or said.edits)]
     questions = RoomEvent.objects.questions_among(targets) if targets else set()
     found = []
     for room, said in spoken:
-        kept = _kept_of(room, said, listeners, questions)
+        kept = _kept_of(room, said, rules, questions)
         if kept.row.kind in RoomEvent.QUESTIONS:
             questions.add(said.event_id)
         found.append(kept)
     return found
 
 
-def _kept_of(room: Room, said: Said, listeners: Listeners, questions: set[str]) -> Kept:
+def _kept_of(room: Room, said: TimelineEvent, rules: RuleSet, questions: set[str]) -> Kept:
     if _is_too_old(said):
         age = settings.BOT_RUNNER_MAX_EVENT_AGE
         return _ignored(
             room,
             said,
-            f"Too old: said at {at(said.said_at)}, BOT_RUNNER_MAX_EVENT_AGE is {age:g} s.",
+            f"Too old: said at {format_time(said.sent_at)}, BOT_RUNNER_MAX_EVENT_AGE is {age:g} s.",
         )
     kind = _kind(said)
     if kind == RoomEvent.Kind.SEALED:
@@ -359,47 +362,47 @@ def _kept_of(room: Room, said: Said, listeners: Listeners, questions: set[str]) 
             return _pending(room, said, kind)
         verb = "edits" if kind == RoomEvent.Kind.EDIT else "takes back"
         return _ignored(room, said, f"It {verb} nothing that is known as a question here.")
-    if order := order_of(said, listeners.me):
+    if order := control_of(said, rules.me):
         is_forget = order == FORGET
         return _pending(room, said, RoomEvent.Kind.FORGET if is_forget else RoomEvent.Kind.CANCEL)
-    heard = listeners.hear(said)
-    verdicts = stored(heard.verdicts)
-    if heard.fired:
-        return _pending(room, said, RoomEvent.Kind.QUESTION, heard.fired, verdicts=verdicts)
-    return _ignored(room, said, heard.why_nothing, verdicts=verdicts)
+    match = rules.match(said)
+    verdicts = stored(match.verdicts)
+    if match.fired:
+        return _pending(room, said, RoomEvent.Kind.QUESTION, match.fired, verdicts=verdicts)
+    return _ignored(room, said, match.reason, verdicts=verdicts)
 
 
 def _pending(
     room: Room,
-    said: Said,
+    said: TimelineEvent,
     kind: RoomEvent.Kind,
-    fired: Iterable[tuple[Listener, Filter]] = (),
+    fired: Iterable[tuple[Rule, Filter]] = (),
     **reasons: Any,
 ) -> Kept:
     source = storable(said.source)
     row = _row(room, said, kind=kind, source=source, **reasons)
     # The words as they are kept: what is asked goes into the database too.
-    return Kept(row, Said.parse(source) or said, list(fired))
+    return Kept(row, TimelineEvent.parse(source) or said, list(fired))
 
 
-def _ignored(room: Room, said: Said, note: str, **reasons: Any) -> Kept:
+def _ignored(room: Room, said: TimelineEvent, note: str, **reasons: Any) -> Kept:
     state = RoomEvent.State.IGNORED
     return Kept(_row(room, said, kind=_kind(said), state=state, note=note, **reasons), said)
 
 
-def _row(room: Room, said: Said, **values: Any) -> RoomEvent:
+def _row(room: Room, said: TimelineEvent, **values: Any) -> RoomEvent:
     return RoomEvent(
         room=room,
         event_id=said.event_id,
         sender=said.sender,
         type=said.type,
         content_type=storable(said.content_type[:MAX_TYPE_LENGTH]),
-        said_at=said.said_at,
+        said_at=said.sent_at,
         **values,
     )
 
 
-def _kind(said: Said) -> RoomEvent.Kind:
+def _kind(said: TimelineEvent) -> RoomEvent.Kind:
     """As which it concerns the bot, as far as it tells itself."""
     if said.type == ENCRYPTED:
         return RoomEvent.Kind.SEALED
@@ -408,14 +411,14 @@ def _kind(said: Said) -> RoomEvent.Kind:
     return RoomEvent.Kind.EDIT if said.edits else RoomEvent.Kind.REMARK
 
 
-def is_own_or_other_bots(said: Said, me: str) -> bool:
+def is_own_or_other_bots(said: TimelineEvent, me: str) -> bool:
     return (
         said.sender == me
-        or MARK in said.content
+        or REPLY_FIELD in said.content
         or said.content.get("msgtype") == "m.notice"
         or matches_any(said.sender, settings.BOT_RUNNER_IGNORED_SENDERS)
     )
 
 
-def _is_too_old(said: Said) -> bool:
-    return timezone.now() - said.said_at > timedelta(seconds=settings.BOT_RUNNER_MAX_EVENT_AGE)
+def _is_too_old(said: TimelineEvent) -> bool:
+    return timezone.now() - said.sent_at > timedelta(seconds=settings.BOT_RUNNER_MAX_EVENT_AGE)

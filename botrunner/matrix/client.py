@@ -31,8 +31,16 @@ from nio.exceptions import EncryptionError, LocalProtocolError, OlmUnverifiedDev
 from peewee import OperationalError
 from vodozemac import LibolmPickleException, PickleException
 
-from botrunner.incoming.events import opened
 from botrunner.matrix import responses
+from botrunner.matrix.errors import (
+    AnswerTooLong,
+    KeysOutdated,
+    LoginRefused,
+    MatrixError,
+    MatrixTimeout,
+    TokenRefused,
+)
+from botrunner.matrix.events import sanitize_decrypted
 from botrunner.matrix.keystore import Store, writes_of
 from botrunner.models import Session
 from lib.secrets import Unreadable
@@ -48,60 +56,6 @@ MAX_ANSWER_BYTES = 64 * 1024 * 1024
 CHUNK_BYTES = 64 * 1024
 # What nio raises for an event that its sender made up: the checks of it do not cover all.
 UNREADABLE = (AssertionError, AttributeError, KeyError, TypeError, ValueError, RecursionError)
-
-
-class MatrixError(Exception):
-    """The homeserver refused or was not there. `retry_after`: seconds that it asked for."""
-
-    def __init__(
-        self,
-        code: str,
-        message: str = "",
-        *,
-        status: int = 0,
-        retry_after: float | None = None,
-        session: str = "",  # of a call that wants the password as well
-    ) -> None:
-        super().__init__(f"{code}: {message}" if message else code)
-        self.session = session
-        self.code = code
-        self.status = status
-        self.retry_after = retry_after
-
-    @property
-    def permanent(self) -> bool:
-        """Another try cannot succeed."""
-        return 400 <= self.status < 500 and self.status not in (401, 408, 429)
-
-
-class NoAnswer(MatrixError):
-    """The homeserver is there and took the request, and did not answer in time."""
-
-
-class TokenRefused(MatrixError):
-    """The access token is no longer good: log in again."""
-
-
-class TooLong(MatrixError):
-    """The answer has more than `MAX_ANSWER_BYTES`; what follows was not read. So has the next, as far
-    as anybody can tell."""
-
-    @property
-    def permanent(self) -> bool:
-        return True
-
-    def __init__(self, path: str, status: int) -> None:
-        most = MAX_ANSWER_BYTES // 1024**2
-        message = f"The homeserver's answer to {path} is longer than {most} MiB."
-        super().__init__("TOO_LONG", message, status=status)
-
-
-class LoginRefused(MatrixError):
-    """Name or password is wrong, or the account is closed."""
-
-
-class KeysOutdated(Exception):
-    """The homeserver has later keys of the device than the store."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +83,7 @@ class Client(AsyncClient):
     """What one event has in it must not stop the bot for good: it would be shown it once more."""
 
     async def parse_body(self, transport_response: aiohttp.ClientResponse) -> dict[Any, Any]:
-        """What nio is told of an answer; nothing of one that is no JSON. Raises `TooLong`."""
+        """What nio is told of an answer; nothing of one that is no JSON. Raises `AnswerTooLong`."""
         try:
             told: dict[Any, Any] = orjson.loads(await _body(transport_response))
         except orjson.JSONDecodeError:
@@ -341,7 +295,7 @@ class Homeserver:
             if not isinstance(event, MegolmEvent):
                 return None
             event.room_id = room_id
-            return opened(self.nio.decrypt_event(event).source)
+            return sanitize_decrypted(self.nio.decrypt_event(event).source)
         except (EncryptionError, *UNREADABLE):
             return None
 
@@ -449,7 +403,7 @@ class Homeserver:
         except aiohttp.ConnectionTimeoutError as error:
             raise MatrixError("UNREACHABLE", _words(error)) from error
         except TimeoutError as error:
-            raise NoAnswer("UNREACHABLE", f"No answer within {seconds:g} s.") from error
+            raise MatrixTimeout("UNREACHABLE", f"No answer within {seconds:g} s.") from error
         except (aiohttp.ClientError, OSError) as error:
             raise MatrixError("UNREACHABLE", _words(error)) from error
         try:
@@ -499,13 +453,13 @@ class Homeserver:
 
 
 async def _body(answer: aiohttp.ClientResponse) -> bytes:
-    """The whole of it, decompressed. Raises `TooLong`."""
+    """The whole of it, decompressed. Raises `AnswerTooLong`."""
     pieces, size = [], 0
     async for piece in answer.content.iter_chunked(CHUNK_BYTES):
         size += len(piece)
         if size > MAX_ANSWER_BYTES:
             answer.close()
-            raise TooLong(answer.url.path, answer.status)
+            raise AnswerTooLong(answer.url.path, answer.status, MAX_ANSWER_BYTES)
         pieces.append(piece)
     return b"".join(pieces)
 
@@ -552,7 +506,7 @@ def _parse(body: dict[str, Any]) -> SyncResponse | None:
 
 def _decrypted(response: SyncResponse) -> dict[str, dict[str, Any]]:
     return {
-        event.event_id: opened(event.source)
+        event.event_id: sanitize_decrypted(event.source)
         for room in response.rooms.join.values()
         for event in room.timeline.events
         if getattr(event, "decrypted", False) and hasattr(event, "event_id")

@@ -15,7 +15,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from nio.api import Api
 from unpaddedbase64 import decode_base64, encode_base64
 
-from botrunner.matrix.client import API, Homeserver, MatrixError, TokenRefused
+from botrunner.matrix.client import API, Homeserver
+from botrunner.matrix.errors import MatrixError, TokenRefused
 from botrunner.matrix.seeds import read, write
 
 logger = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from typing import Any
 from nio.store import SqliteStore
 from peewee import IntegrityError, SqliteDatabase
 
-from botrunner.incoming.recording import LeaseLost
+from botrunner.models import LeaseLost
 
 TAKEN = "another process has opened the store"
 GUARD = """

@@ -8,10 +8,11 @@ from django.conf import settings
 from django.db.models.functions import Now
 from django.utils import timezone
 
-from botrunner.aio import unit
-from botrunner.incoming.events import ENCRYPTED, REDACTION
+from botrunner.aio import database_sync_to_async
 from botrunner.matrix import cross_signing
-from botrunner.matrix.client import API, Homeserver, MatrixError, TokenRefused
+from botrunner.matrix.client import API, Homeserver
+from botrunner.matrix.errors import MatrixError, TokenRefused
+from botrunner.matrix.events import ENCRYPTED, REDACTION
 from botrunner.models import Room, Session
 from realm import filters
 
@@ -40,7 +41,7 @@ async def connect(homeserver: Homeserver, session: Session) -> None:
     """Go on with the stored device and token, or log in. Raises `MatrixError`, `LoginRefused`, and
     `lib.secrets.Unreadable`: a token or key that cannot be read is no reason to begin a new device."""
     token = session.access_token
-    homeserver.unlock_store(await unit(session.own_store_key)())
+    homeserver.unlock_store(await database_sync_to_async(session.own_store_key)())
     if token and homeserver.has_keys_of(session):
         homeserver.restore(session)
         try:
@@ -54,7 +55,7 @@ async def connect(homeserver: Homeserver, session: Session) -> None:
     if not session.device_id:
         # Written down before it is used: a crash in between leaves no device behind.
         session.device_id = f"BOTREALM{secrets.token_hex(4).upper()}"
-        await unit(session.save)(update_fields=["device_id", "key_writes"])
+        await database_sync_to_async(session.save)(update_fields=["device_id", "key_writes"])
     await _log_in(homeserver, session)
     logger.info("Logged in as %s, device %s", homeserver.user_id, homeserver.device_id)
     await _tend_device(homeserver)
@@ -74,7 +75,9 @@ async def _give_up_device(homeserver: Homeserver, session: Session) -> None:
         "its place, which cannot read what was encrypted for the old one",
         session.device_id,
     )
-    await unit(session.note_error)(f"The keys of device {session.device_id} were lost.")
+    await database_sync_to_async(session.note_error)(
+        f"The keys of device {session.device_id} were lost."
+    )
     # Off the account, so that nobody encrypts for it any more.
     homeserver.nio.access_token = session.access_token
     try:
@@ -94,7 +97,7 @@ async def log_in_again(homeserver: Homeserver, session: Session) -> None:
 
 async def _log_in(homeserver: Homeserver, session: Session) -> None:
     await homeserver.login(settings.BOT_RUNNER_PASSWORD, session.device_id)
-    await unit(session.set_login)(
+    await database_sync_to_async(session.set_login)(
         homeserver.user_id, homeserver.device_id, homeserver.nio.access_token
     )
 

@@ -6,7 +6,7 @@ so that whoever reads on may rely on it: it would come again with each sync and 
 
 from typing import Any
 
-from botrunner.incoming.events import is_id
+from botrunner.matrix.events import is_id
 
 
 def sync(body: dict[str, Any]) -> dict[str, Any]:

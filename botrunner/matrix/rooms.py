@@ -8,8 +8,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from botrunner.incoming.members import of_state
-from botrunner.matrix.client import Homeserver, MatrixError, TokenRefused
+from botrunner.matrix.client import Homeserver
+from botrunner.matrix.errors import MatrixError, TokenRefused
+from botrunner.matrix.events import members_of_state
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +73,7 @@ class Lookup:
             self._rooms[room_id] = failures, time.monotonic() + wait
             logger.warning("The members of room %s are not known: %s", room_id, error)
             return None
-        return of_state(events)
+        return members_of_state(events)
 
 
 async def may_moderate(homeserver: Homeserver, room_id: str, user_id: str) -> bool:

@@ -18,11 +18,11 @@ import orjson
 
 from agents.events.subscriber import Gap, Hub, Place, Told
 from agents.models import Run
-from botrunner.aio import aside, unit
-from botrunner.incoming.events import MARK
-from botrunner.incoming.recording import LeaseLost
-from botrunner.matrix.client import Homeserver, MatrixError
-from botrunner.models import Reply, Room, Session
+from botrunner.aio import cpu_sync_to_async, database_sync_to_async
+from botrunner.matrix.client import Homeserver
+from botrunner.matrix.errors import MatrixError
+from botrunner.matrix.events import REPLY_FIELD
+from botrunner.models import LeaseLost, Reply, Room, Session
 from botrunner.outgoing.replies import MAX_CONTENT_BYTES, edit_of, parts_of
 from lib.db import DATABASE_ERRORS
 
@@ -93,7 +93,7 @@ class Draft:
     def content(self, text: str) -> dict[str, Any]:
         """The first part of the reply, of which `text` is written."""
         part = parts_of(self.reply, text, "m.text")[0]
-        return {**part, MARK: {**part[MARK], "draft": True}}
+        return {**part, REPLY_FIELD: {**part[REPLY_FIELD], "draft": True}}
 
     @property
     def transaction(self) -> str:
@@ -112,7 +112,7 @@ class Drafts:
     def __init__(self, homeserver: Homeserver, session: Session) -> None:
         self.homeserver = homeserver
         self.session = session
-        self._hub = Hub(unit(_ended))
+        self._hub = Hub(database_sync_to_async(_ended))
         self._drafts: dict[int, Draft] = {}
         self._due: dict[str, float] = {}  # when a room may be told more
         self._pace = PACE_SECONDS
@@ -123,7 +123,7 @@ class Drafts:
         """Listen to the runs whose answers are owed and that nobody here listens to yet."""
         now = time.monotonic()
         known = {pk for pk, draft in self._drafts.items() if draft.over or _is_live(draft)}
-        owed = await unit(_owed)(self.session, known, self.homeserver.device_id)
+        owed = await database_sync_to_async(_owed)(self.session, known, self.homeserver.device_id)
         for reply in owed:
             # One that is there has ended, and was asked for again before anybody was told.
             draft = self._drafts.setdefault(reply.pk, Draft(reply, _before(reply)))
@@ -228,19 +228,21 @@ class Drafts:
     async def _begin(self, draft: Draft) -> None:
         reply, text = draft.reply, draft.text
         is_first = reply.drafted_at is None
-        if is_first and not await unit(reply.begin_draft)(self.homeserver.device_id):
+        if is_first and not await database_sync_to_async(reply.begin_draft)(
+            self.homeserver.device_id
+        ):
             draft.over = True
             return
-        content = await aside(draft.content)(text)
+        content = await cpu_sync_to_async(draft.content)(text)
         sent = await self.homeserver.send(reply.room.room_id, content, draft.transaction)
-        await unit(reply.note_draft)(sent)
+        await database_sync_to_async(reply.note_draft)(sent)
         # If it was tried before, what was said then may stand there.
         draft.shown = text if is_first else ""
 
     async def _edit(self, draft: Draft) -> None:
         """One after the other: an edit of unknown fate might come after a later one."""
         text = draft.text if draft.unsure is None else ""
-        draft.unsure = draft.unsure or await aside(draft.next_edit)(text)
+        draft.unsure = draft.unsure or await cpu_sync_to_async(draft.next_edit)(text)
         await self.homeserver.send(draft.reply.room.room_id, *draft.unsure)
         draft.unsure, draft.shown = None, text
 

@@ -23,11 +23,11 @@ from django.db.models import Exists, F, OuterRef, Q
 from django.utils import timezone
 
 from agents.models import Run, Step
-from botrunner.aio import aside, batched, unit
-from botrunner.incoming.events import MARK, Said
-from botrunner.incoming.recording import LeaseLost
-from botrunner.matrix.client import Homeserver, KeysOutdated, MatrixError, TokenRefused
-from botrunner.models import Reply, Room, Session
+from botrunner.aio import batched, cpu_sync_to_async, database_sync_to_async
+from botrunner.matrix.client import Homeserver
+from botrunner.matrix.errors import KeysOutdated, MatrixError, TokenRefused
+from botrunner.matrix.events import REPLY_FIELD, TimelineEvent
+from botrunner.models import LeaseLost, Reply, Room, Session
 from chat.markdown import strip_bidi_controls, to_html
 from lib.db import DATABASE_ERRORS
 from lib.tracing import tagged
@@ -196,7 +196,7 @@ def parts_of(reply: Reply, text: str, msgtype: str) -> list[dict[str, Any]]:
 
 
 def _related(reply: Reply, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    said = Said.parse(reply.question.source)
+    said = TimelineEvent.parse(reply.question.source)
     root = said.thread_root if said else ""
     relation: dict[str, Any] = {"m.in_reply_to": {"event_id": reply.question.event_id}}
     if root:
@@ -206,7 +206,7 @@ def _related(reply: Reply, messages: list[dict[str, Any]]) -> list[dict[str, Any
             **message,
             "m.mentions": {},
             "m.relates_to": relation,
-            MARK: {"key": reply.key, "part": number},
+            REPLY_FIELD: {"key": reply.key, "part": number},
         }
         for number, message in enumerate(messages)
     ]
@@ -426,9 +426,9 @@ def _smaller(parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for part in parts
         for piece in _split(part["body"], limit)
     ]
-    first = parts[0][MARK]["part"]
+    first = parts[0][REPLY_FIELD]["part"]
     return [
-        {**part, MARK: {**part[MARK], "part": number}}
+        {**part, REPLY_FIELD: {**part[REPLY_FIELD], "part": number}}
         for number, part in enumerate(shorter[:MAX_PARTS], first)
     ]
 
@@ -476,10 +476,10 @@ class Sender:
         else:
             rounds = batched(list(run_ids), BATCH)
         for some in rounds:
-            found = await unit(owed)(self.session, some, self._written())
+            found = await database_sync_to_async(owed)(self.session, some, self._written())
             # Not where the database is waited for.
-            ready = await aside(render)(found) if found else []
-            self._serve_all(await unit(self._keep)(ready, is_sweep=some is None))
+            ready = await cpu_sync_to_async(render)(found) if found else []
+            self._serve_all(await database_sync_to_async(self._keep)(ready, is_sweep=some is None))
             if some is None and len(found) < BATCH:
                 break
 
@@ -513,7 +513,7 @@ class Sender:
                 task.cancel()
 
     async def show_typing(self) -> None:
-        wanted = await unit(typing_rooms)(self.session)
+        wanted = await database_sync_to_async(typing_rooms)(self.session)
         stale = timezone.now() - timedelta(seconds=TYPING_SECONDS * 2 / 3)
         for room_id in wanted:
             if self._typing.get(room_id, stale) <= stale:
@@ -537,13 +537,17 @@ class Sender:
         try:
             async with self._slots:
                 if outgoing is None:
-                    outgoing = await unit(next_of)(room, self.homeserver.device_id)
+                    outgoing = await database_sync_to_async(next_of)(
+                        room, self.homeserver.device_id
+                    )
                 while outgoing or room in self._more:
                     self._more.discard(room)
                     if outgoing:
                         outgoing = await self._send(outgoing)
                     else:
-                        outgoing = await unit(next_of)(room, self.homeserver.device_id)
+                        outgoing = await database_sync_to_async(next_of)(
+                            room, self.homeserver.device_id
+                        )
         except Exception as error:  # told to whoever looks after this process
             self._broken = error
         finally:
@@ -565,21 +569,21 @@ class Sender:
                     await self.drafts.settle(reply)
                 if outgoing.moved:
                     found = await self._find(outgoing)
-                    after = await unit(self._change)(
+                    after = await database_sync_to_async(self._change)(
                         set_found, reply, found, self.homeserver.device_id
                     )
                 for number in range(len(reply.event_ids), len(reply.parts)):
                     sent = await self._say(outgoing, number)
-                    after = await unit(self._change)(part_sent, reply, sent)
+                    after = await database_sync_to_async(self._change)(part_sent, reply, sent)
             except MatrixError as error:
-                after = await unit(self._change)(not_sent, reply, error)
+                after = await database_sync_to_async(self._change)(not_sent, reply, error)
             except (LeaseLost, KeysOutdated, *DATABASE_ERRORS):
                 raise
             except Exception as error:
                 # One reply that cannot be sent must not keep all the others waiting.
                 logger.exception("Reply %s could not be sent", reply.key)
                 broken = MatrixError("BROKEN", type(error).__name__, status=400)
-                after = await unit(self._change)(not_sent, reply, broken)
+                after = await database_sync_to_async(self._change)(not_sent, reply, broken)
             else:
                 asked = timezone.now() - reply.question.created_at
                 outcomes.info(
@@ -625,6 +629,6 @@ class Sender:
 
 def _replies_to(event: dict[str, Any], event_id: str) -> bool:
     """The relation of an encrypted event stands in clear text."""
-    said = Said.parse(event)
+    said = TimelineEvent.parse(event)
     told = said.relation.get("m.in_reply_to") if said else None
     return isinstance(told, dict) and told.get("event_id") == event_id

@@ -55,5 +55,5 @@ def test_a_reply_outlives_what_fired_it() -> None:
     fired.registration.delete()
     reply = Reply.objects.get()
     assert (reply.bot_command, reply.registration) == (None, None)
-    [verdict] = reply.question.looked_at
+    [verdict] = reply.question.command_verdicts
     assert verdict.command_id == str(fired.pk)

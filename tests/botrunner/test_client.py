@@ -18,18 +18,17 @@ from django.utils import timezone
 from nio.crypto import InboundGroupSession
 
 from botrunner.incoming import members
-from botrunner.incoming.events import Said
-from botrunner.incoming.recording import LeaseLost
 from botrunner.matrix import client
-from botrunner.matrix.client import (
-    Homeserver,
+from botrunner.matrix.client import Homeserver
+from botrunner.matrix.errors import (
+    AnswerTooLong,
     KeysOutdated,
     LoginRefused,
     MatrixError,
     TokenRefused,
-    TooLong,
 )
-from botrunner.models import Session
+from botrunner.matrix.events import TimelineEvent
+from botrunner.models import LeaseLost, Session
 from tests.botrunner.scenes import ALICE, ME, event
 
 
@@ -142,7 +141,7 @@ def test_an_answer_without_end_is_not_read_to_its_end(
             "/joined_members": lambda: homeserver._call(homeserver.nio.joined_members("!a")),
             "/keys/query": lambda: homeserver.request("POST", "/_matrix/client/v3/keys/query", {}),
         }
-        with pytest.raises(TooLong, match="is longer than 2 MiB") as refused:
+        with pytest.raises(AnswerTooLong, match="is longer than 2 MiB") as refused:
             await calls[path]()
         assert path in str(refused.value)
 
@@ -165,13 +164,13 @@ def test_a_join_that_is_not_answered_is_not_waited_for(server: Scripted, use: An
         waiting = asyncio.create_task(homeserver.join("!silent:elsewhere", seconds=1))
         await homeserver.join("!good", seconds=10)
         assert not waiting.done()
-        with pytest.raises(client.NoAnswer):
+        with pytest.raises(client.MatrixTimeout):
             await waiting
         server.server_close()  # nobody is there
         server.shutdown()
         with pytest.raises(client.MatrixError) as away:
             await homeserver.join("!good", seconds=10)
-        assert not isinstance(away.value, client.NoAnswer)
+        assert not isinstance(away.value, client.MatrixTimeout)
 
     try:
         use(scene)
@@ -277,7 +276,7 @@ def test_what_a_member_has_sealed_is_no_piece_of_state_and_no_redaction(
             assert second
             moments = {event_id: timezone.now() for event_id in found}
             assert not members.changes([first, second], moments)
-            assert Said.parse(second).redacts is None  # type: ignore[union-attr]
+            assert TimelineEvent.parse(second).redacts is None  # type: ignore[union-attr]
         # The keys of the room are sealed for its members alone.
         assert outsider not in homeserver.nio.rooms["!a"].users
 

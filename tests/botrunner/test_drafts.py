@@ -16,10 +16,10 @@ from agents.events import publisher
 from agents.models import Run
 from agents.runs import execution
 from agents.worker.bootstep import Loop
-from botrunner.aio import unit
+from botrunner.aio import database_sync_to_async
 from botrunner.incoming import handling
-from botrunner.incoming.events import MARK
-from botrunner.matrix.client import MatrixError
+from botrunner.matrix.errors import MatrixError
+from botrunner.matrix.events import REPLY_FIELD
 from botrunner.models import Reply
 from botrunner.outgoing import drafts, replies
 from botrunner.outgoing.drafts import Drafts
@@ -150,9 +150,9 @@ class Stage:
 
     async def ask(self, content: Any = "Hello") -> str:
         """The run."""
-        await unit(take_in)(self.row, event(content))
+        await database_sync_to_async(take_in)(self.row, event(content))
         await self.drafts.follow()
-        return str(await unit(lambda: Run.objects.latest("position").pk)())
+        return str(await database_sync_to_async(lambda: Run.objects.latest("position").pk)())
 
     def work(self, run_id: str) -> threading.Thread:
         """A worker beside the bot."""
@@ -176,13 +176,13 @@ class Stage:
     async def told(self) -> None:
         """Until all that ended is told, as the bot's sweep does it."""
         async with asyncio.timeout(60):
-            while await unit(lambda: Reply.objects.unfinished().exists())():
+            while await database_sync_to_async(lambda: Reply.objects.unfinished().exists())():
                 await self.sender.compose()
                 await asyncio.sleep(0.02)
         await self.sender.close()
 
 
-def heard(stage: Stage, drafts: int = 1, *, answer: Answer = TALK, more: int = 4) -> Paced:
+def match(stage: Stage, drafts: int = 1, *, answer: Answer = TALK, more: int = 4) -> Paced:
     """The answer by a model that says `more` steps, two to a word, and goes on once the bot has sent a
     draft, so many times: on a busy machine all of it would be said before the first."""
     asked, before = stage.homeserver.asked, len(stage.homeserver.asked)
@@ -210,7 +210,7 @@ def test_the_answer_is_in_the_room_while_it_is_written(model: FakeLLM) -> None:
 
     async def scene(stage: Stage) -> None:
         homeserver = stage.homeserver
-        talk = heard(stage, 3)
+        talk = match(stage, 3)
         model.script(held(talk, may_end, 15))
         run_id = await stage.ask()
         worker = stage.work(run_id)
@@ -225,12 +225,14 @@ def test_the_answer_is_in_the_room_while_it_is_written(model: FakeLLM) -> None:
 
         # One message, which is in the end what it would have been without drafts.
         [event_id] = homeserver.seen
-        reply = await unit(Reply.objects.select_related("question", "run__answer").get)()
-        [whole] = await unit(replies.contents)(reply)
-        assert whole["body"] == await unit(answer_of)(run_id)
+        reply = await database_sync_to_async(
+            Reply.objects.select_related("question", "run__answer").get
+        )()
+        [whole] = await database_sync_to_async(replies.contents)(reply)
+        assert whole["body"] == await database_sync_to_async(answer_of)(run_id)
         said, relation = homeserver.sent[0][1], whole.pop("m.relates_to")
         assert said["m.relates_to"] == relation
-        assert said[MARK] == {**whole[MARK], "draft": True}
+        assert said[REPLY_FIELD] == {**whole[REPLY_FIELD], "draft": True}
         assert homeserver.seen[event_id] == whole
         assert (reply.event_ids, reply.draft_id, reply.status) == ([event_id], event_id, "sent")
         assert {edit["msgtype"] for _, edit in homeserver.sent} == {"m.text"}
@@ -258,7 +260,7 @@ def test_in_a_thread_the_draft_is_there_too(model: FakeLLM) -> None:
     thread = {"rel_type": "m.thread", "event_id": "$root"}
 
     async def scene(stage: Stage) -> None:
-        model.script(heard(stage, 2))
+        model.script(match(stage, 2))
         content = {"msgtype": "m.text", "body": "Hi", "m.relates_to": thread}
         stage.work(await stage.ask(content))
         await stage.told()
@@ -273,7 +275,7 @@ def test_in_a_thread_the_draft_is_there_too(model: FakeLLM) -> None:
 def test_after_a_kill_it_goes_on_with_the_same_message(model: FakeLLM, at: str) -> None:
     async def scene(stage: Stage) -> None:
         homeserver = stage.homeserver
-        model.script(heard(stage, 2 if at == "between" else 1))
+        model.script(match(stage, 2 if at == "between" else 1))
         if at.startswith("unknown"):  # it arrived, and the bot was not told
             homeserver.fate = ["lost"]
         run_id = await stage.ask()
@@ -290,7 +292,7 @@ def test_after_a_kill_it_goes_on_with_the_same_message(model: FakeLLM, at: str) 
         await stage.restart()
         homeserver.slow.set()
         await stage.told()
-        assert homeserver.bodies == [await unit(answer_of)(run_id)]
+        assert homeserver.bodies == [await database_sync_to_async(answer_of)(run_id)]
 
     play(scene)
 
@@ -298,7 +300,7 @@ def test_after_a_kill_it_goes_on_with_the_same_message(model: FakeLLM, at: str) 
 def test_another_device_goes_on_with_the_message_it_finds(model: FakeLLM) -> None:
     async def scene(stage: Stage) -> None:
         homeserver = stage.homeserver
-        model.script(heard(stage))
+        model.script(match(stage))
         homeserver.fate = ["lost"]
         run_id = await stage.ask()
         worker = stage.work(run_id)
@@ -307,7 +309,7 @@ def test_another_device_goes_on_with_the_message_it_finds(model: FakeLLM) -> Non
         await stage.restart()
         await asyncio.to_thread(worker.join, 60)
         await stage.told()
-        assert homeserver.bodies == [await unit(answer_of)(run_id)]
+        assert homeserver.bodies == [await database_sync_to_async(answer_of)(run_id)]
 
     play(scene)
 
@@ -317,7 +319,7 @@ def test_nothing_comes_after_the_last_edit(model: FakeLLM) -> None:
 
     async def scene(stage: Stage) -> None:
         homeserver = stage.homeserver
-        model.script(heard(stage, 2))
+        model.script(match(stage, 2))
         run_id = await stage.ask()
         worker = stage.work(run_id)
         await stage.until(lambda: homeserver.sent)
@@ -330,7 +332,7 @@ def test_nothing_comes_after_the_last_edit(model: FakeLLM) -> None:
         homeserver.slow.set()
         await stage.told()
         assert homeserver.asked[-3:] == [unsure, unsure, f"{run_id}.0.final"]
-        assert homeserver.bodies == [await unit(answer_of)(run_id)]
+        assert homeserver.bodies == [await database_sync_to_async(answer_of)(run_id)]
 
     play(scene)
 
@@ -338,7 +340,7 @@ def test_nothing_comes_after_the_last_edit(model: FakeLLM) -> None:
 def test_under_a_rate_limit_it_tells_less_often_and_the_answer_is_exact(model: FakeLLM) -> None:
     async def scene(stage: Stage) -> None:
         homeserver = stage.homeserver
-        model.script(heard(stage, 2))
+        model.script(match(stage, 2))
         run_id = await stage.ask()
         stage.work(run_id)
         await stage.until(lambda: homeserver.sent)
@@ -346,7 +348,7 @@ def test_under_a_rate_limit_it_tells_less_often_and_the_answer_is_exact(model: F
         homeserver.fate = [limited]
         await stage.until(lambda: len(homeserver.asked) >= 2)
         await stage.told()
-        assert homeserver.bodies == [await unit(answer_of)(run_id)]
+        assert homeserver.bodies == [await database_sync_to_async(answer_of)(run_id)]
         drafted = [each for each in homeserver.asked if not each.endswith(".final")]
         later = homeserver.times[1 : len(drafted) - 1]
         assert all(time - homeserver.refused_at >= 0.3 for time in later)
@@ -357,12 +359,12 @@ def test_under_a_rate_limit_it_tells_less_often_and_the_answer_is_exact(model: F
 @pytest.mark.parametrize("status", [403, 400])
 def test_what_the_room_does_not_take_is_told_at_the_end(model: FakeLLM, status: int) -> None:
     async def scene(stage: Stage) -> None:
-        model.script(heard(stage))
+        model.script(match(stage))
         stage.homeserver.fate = [MatrixError("M_UNKNOWN", status=status)]
         run_id = await stage.ask()
         stage.work(run_id)
         await stage.told()
-        assert stage.homeserver.bodies == [await unit(answer_of)(run_id)]
+        assert stage.homeserver.bodies == [await database_sync_to_async(answer_of)(run_id)]
         assert stage.homeserver.asked == [f"{run_id}.0"] * 2 + [f"{run_id}.0.final"]
 
     play(scene)
@@ -421,7 +423,7 @@ def test_of_a_long_answer_only_the_first_part_is_written_live(
     async def scene(stage: Stage) -> None:
         homeserver = stage.homeserver
         answer = Answer(lines, delta_latency=0.004)
-        model.script(heard(stage, 2, answer=answer, more=80))
+        model.script(match(stage, 2, answer=answer, more=80))
         stage.work(await stage.ask())
         await stage.told()
         kept = "\n".join(homeserver.bodies)
@@ -456,16 +458,16 @@ class TestCancelling:
 
     def test_what_was_written_stays_and_is_marked(self) -> None:
         async def cancel(stage: Stage, run_id: str) -> None:
-            await unit(take_in)(stage.row, event("!cancel"))
+            await database_sync_to_async(take_in)(stage.row, event("!cancel"))
 
         assert self.written(cancel) == ["So far\n\nThis was cancelled."]
         assert Run.objects.get().status == Run.Status.CANCELLED
 
     def test_by_taking_the_question_back(self) -> None:
         async def redact(stage: Stage, run_id: str) -> None:
-            question = await unit(lambda: Reply.objects.get().question.event_id)()
+            question = await database_sync_to_async(lambda: Reply.objects.get().question.event_id)()
             said = event({}, type="m.room.redaction", redacts=question)
-            await unit(take_in)(stage.row, said)
+            await database_sync_to_async(take_in)(stage.row, said)
 
         assert self.written(redact) == ["So far\n\nThis was cancelled."]
 
@@ -478,7 +480,9 @@ class TestCancelling:
             worker = stage.work(run_id)
             await stage.until(lambda: stage.homeserver.sent)
             await stage.drafts.close()
-            await unit(execution.cancel)(await unit(Run.objects.get)(pk=run_id))
+            await database_sync_to_async(execution.cancel)(
+                await database_sync_to_async(Run.objects.get)(pk=run_id)
+            )
             cancelled.set()
             await asyncio.to_thread(worker.join, 60)
             await stage.restart()
@@ -493,7 +497,7 @@ class TestCancelling:
 
     def test_a_failure_is_said_below_what_was_written(self) -> None:
         async def fail(stage: Stage, run_id: str) -> None:
-            await unit(Run.objects.update)(
+            await database_sync_to_async(Run.objects.update)(
                 status="failed", safe_error="The model is gone.", due_at=None
             )
 
@@ -506,20 +510,25 @@ class TestCancelling:
         async def scene(stage: Stage) -> None:
             run_id = await stage.ask()
             with publisher.desk().feed(run_id, 1, stop=lambda: None) as feed:
-                await unit(execution.claim)(run_id)
+                await database_sync_to_async(execution.claim)(run_id)
                 feed.step_started("model", "m")
                 feed.text("old words")
                 await stage.until(lambda: stage.homeserver.sent)
-                await unit(take_in)(stage.row, event("!cancel"))
+                await database_sync_to_async(take_in)(stage.row, event("!cancel"))
             await stage.told()
             cancelled = stage.homeserver.bodies
-            await unit(execution.retry)(await unit(Run.objects.get)(pk=run_id))
+            await database_sync_to_async(execution.retry)(
+                await database_sync_to_async(Run.objects.get)(pk=run_id)
+            )
             await stage.sender.compose()
             await stage.drafts.follow()
-            model.script(heard(stage, 2))
+            model.script(match(stage, 2))
             stage.work(run_id)
             await stage.told()
-            assert stage.homeserver.bodies == [*cancelled, await unit(answer_of)(run_id)]
+            assert stage.homeserver.bodies == [
+                *cancelled,
+                await database_sync_to_async(answer_of)(run_id),
+            ]
             assert len(stage.homeserver.sent) > 4
             assert all("old" not in words for words in stage.homeserver.editions[2:])
 
@@ -543,10 +552,10 @@ def test_what_was_pending_is_acted_upon_once() -> None:
     """A question that is cancelled in the same breath says so once."""
 
     async def scene(stage: Stage) -> None:
-        await unit(take_in)(stage.row, event("Hello"), event("!cancel"))
+        await database_sync_to_async(take_in)(stage.row, event("Hello"), event("!cancel"))
         await stage.drafts.follow()
         await stage.told()
         assert stage.homeserver.bodies == ["This was cancelled."]
-        assert await unit(handling.pending)() == []
+        assert await database_sync_to_async(handling.pending)() == []
 
     play(scene)

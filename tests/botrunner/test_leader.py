@@ -8,7 +8,7 @@ import pytest
 from asgiref.sync import async_to_sync
 from django.utils import timezone
 
-from botrunner.aio import unit
+from botrunner.aio import database_sync_to_async
 from botrunner.bot import Bot
 from botrunner.leader import Leader
 from botrunner.models import Session
@@ -29,7 +29,7 @@ def test_it_says_once_when_the_lease_of_a_dead_one_ends_and_takes_over_then(
         pauses.append(seconds)
         if len(pauses) == 3:  # the hour is over
             past = timezone.now() - timedelta(seconds=1)
-            await unit(Session.objects.update)(lease_expires_at=past)
+            await database_sync_to_async(Session.objects.update)(lease_expires_at=past)
 
     async def lead(leader: Leader, found: Session) -> None:
         stopping.set()

@@ -10,13 +10,13 @@ from django.db import connections
 from django.db.models import F
 from django.utils import timezone
 
-from botrunner.aio import pause, unit
+from botrunner.aio import database_sync_to_async, pause
 from botrunner.incoming import invitations as membership
 from botrunner.incoming import recording
 from botrunner.incoming.invitations import Joiner, invites
 from botrunner.incoming.recording import Batch, Invite
 from botrunner.matrix import responses
-from botrunner.matrix.client import MatrixError, NoAnswer
+from botrunner.matrix.errors import MatrixError, MatrixTimeout
 from botrunner.models import Room, Session
 from realm.models import User
 from tests.botrunner.scenes import ALICE, BOB, HOLDER, ME, session
@@ -91,7 +91,7 @@ class Homeserver:
             self.most = max(self.most, len(self.waiting))
             await asyncio.sleep(seconds)
             self.waiting.remove(room_id)
-            raise NoAnswer("UNREACHABLE", "No answer.")
+            raise MatrixTimeout("UNREACHABLE", "No answer.")
         self.joined.append(room_id)
 
 
@@ -124,7 +124,7 @@ class TestJoining:
             joiner = Joiner(homeserver, row, freed)
             try:
                 async with asyncio.timeout(60):
-                    while not await unit(until)():
+                    while not await database_sync_to_async(until)():
                         await joiner.start_due()
                         freed.clear()
                         await pause(0.05, freed)
@@ -187,7 +187,7 @@ class TestJoining:
 
     def test_one_that_is_never_answered_is_given_up(self, row: Session) -> None:
         self.silent(row, 1)
-        error = NoAnswer("UNREACHABLE", "No answer.")
+        error = MatrixTimeout("UNREACHABLE", "No answer.")
         pauses = []
         homeserver = Homeserver(fails=error)
         while (room := Room.objects.get(inviter=MALLORY)).membership == "invited":
@@ -219,7 +219,7 @@ class TestJoining:
     def test_nor_that_it_answers_nothing_at_all(self, row: Session) -> None:
         row.connected_since = None
         self.invite(row, ("!good", ALICE))
-        homeserver = Homeserver(fails=NoAnswer("UNREACHABLE"))
+        homeserver = Homeserver(fails=MatrixTimeout("UNREACHABLE"))
 
         def is_put_off() -> bool:
             due = Room.objects.get(room_id="!good").join_due_at

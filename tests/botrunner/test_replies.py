@@ -9,8 +9,8 @@ from django.utils import timezone
 from agents import retention
 from agents.models import Run
 from agents.runs import execution
-from botrunner.incoming.events import MARK
-from botrunner.matrix.client import MatrixError
+from botrunner.matrix.errors import MatrixError
+from botrunner.matrix.events import REPLY_FIELD
 from botrunner.models import Reply, Room
 from botrunner.outgoing import replies
 from botrunner.outgoing.replies import MAX_CONTENT_BYTES, split
@@ -186,7 +186,7 @@ def test_a_long_answer_that_the_server_finds_too_large_comes_in_smaller_parts() 
 
     assert reply.status == Reply.Status.READY
     assert len(reply.parts) > before
-    assert [part[MARK]["part"] for part in reply.parts] == list(range(len(reply.parts)))
+    assert [part[REPLY_FIELD]["part"] for part in reply.parts] == list(range(len(reply.parts)))
     said = "\n".join(part["body"] for part in reply.parts)
     assert said == f"Handled prompt: {text}"
     assert all("formatted_body" not in part for part in reply.parts[1:])

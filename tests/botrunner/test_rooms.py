@@ -72,8 +72,8 @@ def test_what_is_no_question_gets_no_answer(
     assert set(why) == {early, plain, others, trigger, question}
     assert {key for key, row in why.items() if row.state != RoomEvent.State.IGNORED} == {question}
     assert why[early].note == "It was said before the bot came into the room."
-    assert why[plain].looked_at[0].words == "Its body does not begin with '!bot'."
-    assert why[others].note == f"{bob.user_id} has no registration, and neither has the bot."
+    assert why[plain].command_verdicts[0].words == "Its body does not begin with '!bot'."
+    assert why[others].note == f"Neither {bob.user_id} nor the bot has a registration."
     assert not any(row.source for key, row in why.items() if key != question)
 
 

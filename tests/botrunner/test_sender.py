@@ -10,7 +10,7 @@ from django.db import connections
 
 from agents.models import Run
 from agents.runs import execution
-from botrunner.aio import unit
+from botrunner.aio import database_sync_to_async
 from botrunner.incoming import handling, recording
 from botrunner.incoming.recording import Batch, RoomNews
 from botrunner.models import Reply, Session
@@ -120,7 +120,10 @@ def test_what_takes_time_to_render_keeps_the_database_free(monkeypatch: pytest.M
         composing = asyncio.create_task(sender.compose(run_ids))
         assert await asyncio.to_thread(begun.wait, 20)
         # On the one thread of the database, while it is rendered.
-        assert await asyncio.wait_for(unit(Reply.objects.unfinished().count)(), 20) == 3
+        assert (
+            await asyncio.wait_for(database_sync_to_async(Reply.objects.unfinished().count)(), 20)
+            == 3
+        )
         free.set()
         await composing
         await sender.close()

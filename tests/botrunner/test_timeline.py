@@ -9,9 +9,9 @@ from django.db import IntegrityError
 from agents.models import Run
 from agents.runs import execution
 from botrunner.incoming import handling, recording
-from botrunner.incoming.events import MARK, Said, since_own_join
-from botrunner.incoming.recording import Batch, Invite, LeaseLost, RoomNews
-from botrunner.models import Conversation, Reply, Room, RoomEvent, Session
+from botrunner.incoming.recording import Batch, Invite, RoomNews
+from botrunner.matrix.events import REPLY_FIELD, TimelineEvent, since_own_join
+from botrunner.models import Conversation, LeaseLost, Reply, Room, RoomEvent, Session
 from botrunner.outgoing import replies
 from chat.models import Message
 from tests.botrunner.scenes import (
@@ -121,7 +121,7 @@ def test_whoever_is_behind_writes_nothing() -> None:
         event({"msgtype": "m.notice", "body": "notice"}),
         event({"msgtype": "m.image", "body": "image.png"}),
         event({"body": "no msgtype"}),
-        event({"msgtype": "m.text", "body": "a bot", MARK: {}}),
+        event({"msgtype": "m.text", "body": "a bot", REPLY_FIELD: {}}),
         event("a piece of state", state_key=""),
         event("no sender", sender=None),  # type: ignore[arg-type]
         event("no time", origin_server_ts="yesterday"),
@@ -509,9 +509,9 @@ def test_what_changes_an_event_that_can_be_none_changes_nothing(target: Any) -> 
     """PostgreSQL takes no such id, even to look for it: the sync would come again for ever."""
     edit = {"body": "x", "m.relates_to": {"rel_type": "m.replace", "event_id": target}}
     said = [
-        Said.parse(event(edit)),
-        Said.parse(event({"redacts": target}, type="m.room.redaction")),
-        Said.parse(event({}, type="m.room.redaction", redacts=target)),
+        TimelineEvent.parse(event(edit)),
+        TimelineEvent.parse(event({"redacts": target}, type="m.room.redaction")),
+        TimelineEvent.parse(event({}, type="m.room.redaction", redacts=target)),
     ]
     assert [(each.edits, each.redacts) for each in said if each] == [(None, None)] * 3
 

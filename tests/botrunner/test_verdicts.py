@@ -9,11 +9,11 @@ from django.test.utils import CaptureQueriesContext
 
 from agents.models import Run
 from botrunner.incoming import handling, recording
-from botrunner.incoming.events import MARK
 from botrunner.incoming.recording import Batch, RoomNews
-from botrunner.incoming.verdicts import MAX_KEPT
+from botrunner.matrix.events import REPLY_FIELD
 from botrunner.models import Reply, Room, RoomEvent
 from botrunner.outgoing import replies
+from botrunner.verdicts import MAX_VERDICTS
 from realm.models import BotCommand, BotRegistration, User
 from tests.botrunner.scenes import (
     ALICE,
@@ -38,7 +38,7 @@ def only() -> RoomEvent:
 
 
 def words() -> list[str]:
-    return [verdict.words for verdict in only().looked_at]
+    return [verdict.reason for verdict in only().command_verdicts]
 
 
 def test_what_fires_nothing_is_kept_without_its_words() -> None:
@@ -50,14 +50,14 @@ def test_what_fires_nothing_is_kept_without_its_words() -> None:
     assert (row.event_id, row.sender, row.room.room_id) == (said["event_id"], ALICE, ROOM)
     assert (row.type, row.content_type) == ("m.room.message", "m.text")
     assert (row.kind, row.state) == (RoomEvent.Kind.REMARK, RoomEvent.State.IGNORED)
-    assert row.note == "None of 1 that were looked at fires on it."
-    [verdict] = row.looked_at
+    assert row.note == "The only command did not match."
+    [verdict] = row.command_verdicts
     assert verdict.registration_id == str(found.registration_id)
     assert verdict.command_id == str(found.pk)
     assert verdict.command == "chat.reply"
     assert verdict.filter == "a message of type 'm.text' that begins with '!ask '"
-    assert verdict.words == "Its body does not begin with '!ask '."
-    assert not verdict.fires
+    assert verdict.reason == "Its body does not begin with '!ask '."
+    assert not verdict.fired
     stored = RoomEvent.objects.values_list().get()
     assert SECRET not in str(stored)
 
@@ -68,7 +68,7 @@ def test_what_fires_says_so_too() -> None:
     take_in(session(), event("!ask what?"))
     row = only()
     assert row.state == RoomEvent.State.HANDLED
-    assert [(each.command, each.fires, each.words) for each in row.looked_at] == [
+    assert [(each.command, each.fired, each.reason) for each in row.command_verdicts] == [
         ("chat.reply", True, "It fires."),
         ("ping", False, "Its body does not begin with '!ping'."),
     ]
@@ -115,7 +115,7 @@ def test_an_event_from_before_the_registration_is_told_both_times() -> None:
     said = event(origin_server_ts=4_000_000_000_123)
     take_in(session(), said)
     assert words() == [
-        "Registered at 2100-01-02 03:04:05.678 UTC, after this was said at "
+        "Registered at 2100-01-02 03:04:05.678 UTC, after the event was sent at "
         "2096-10-02 07:06:40.123 UTC."
     ]
     assert registration.commands.count() == 1
@@ -124,7 +124,7 @@ def test_an_event_from_before_the_registration_is_told_both_times() -> None:
 def test_whoever_has_no_registration_is_told_so() -> None:
     command(BOB)
     take_in(session(), event(SECRET))
-    assert only().note == f"{ALICE} has no registration, and neither has the bot."
+    assert only().note == f"Neither {ALICE} nor the bot has a registration."
     assert only().verdicts == []
 
 
@@ -132,9 +132,9 @@ def test_a_registration_without_commands_is_told() -> None:
     registration = command().registration
     registration.commands.all().delete()
     take_in(session(), event())
-    [verdict] = only().looked_at
+    [verdict] = only().command_verdicts
     assert (verdict.registration_id, verdict.command_id) == (str(registration.pk), "")
-    assert verdict.words == "The registration has no command."
+    assert verdict.reason == "The registration has no command."
 
 
 def test_a_user_who_is_not_active_is_told() -> None:
@@ -148,8 +148,8 @@ def test_a_filter_that_makes_no_sense_is_told() -> None:
     found = command()
     BotCommand.objects.update(filter=found.filter | {"prefix": 7})
     take_in(session(), event())
-    [verdict] = only().looked_at
-    assert verdict.words == "The filter cannot be read."
+    [verdict] = only().command_verdicts
+    assert verdict.reason == "The filter is invalid."
     assert verdict.filter.startswith("never: prefix: It must be")
 
 
@@ -271,7 +271,7 @@ def test_what_was_said_before_the_bot_came_is_told() -> None:
     [
         event(sender=ME),
         event({"msgtype": "m.notice", "body": "notice"}),
-        event({"msgtype": "m.text", "body": "a bot", MARK: {}}),
+        event({"msgtype": "m.text", "body": "a bot", REPLY_FIELD: {}}),
         event({"m.relates_to": {}}, type="m.reaction"),
         event() | {"sender": "@nul\x00:localhost"},
         event() | {"event_id": "$\ud800"},
@@ -284,12 +284,12 @@ def test_bots_and_what_nobody_says_leave_no_trace(said: Any) -> None:
 
 
 def test_very_many_commands_do_not_fill_the_database() -> None:
-    for number in range(MAX_KEPT + 10):
+    for number in range(MAX_VERDICTS + 10):
         command(prefix=f"!{number:02}")
     take_in(session(), event("!29"))
-    verdicts = only().looked_at
-    assert len(verdicts) == MAX_KEPT
-    assert [each.fires for each in verdicts] == [True] + [False] * (MAX_KEPT - 1)
+    verdicts = only().command_verdicts
+    assert len(verdicts) == MAX_VERDICTS
+    assert [each.fired for each in verdicts] == [True] + [False] * (MAX_VERDICTS - 1)
 
 
 def test_what_a_disabled_registration_would_fire_is_not_fired() -> None:
@@ -322,7 +322,7 @@ def test_another_registration_fires_in_place_of_the_disabled_one() -> None:
     second = command(ME)
     take_in(session(), event())
     assert Reply.objects.get().bot_command == second
-    assert [each.command_id for each in only().looked_at if each.fires] == [str(second.pk)]
+    assert [each.command_id for each in only().command_verdicts if each.fired] == [str(second.pk)]
     assert first.replies.count() == 0
 
 
@@ -332,8 +332,8 @@ def test_an_enabled_registration_fires_again() -> None:
     BotRegistration.objects.all().disable()
     take_in(row, event("unheard"))
     BotRegistration.objects.all().enable()
-    take_in(row, event("heard"))
-    assert Run.objects.get().message.content == "heard"
+    take_in(row, event("match"))
+    assert Run.objects.get().message.content == "match"
 
 
 def test_what_cannot_be_handled_stands_apart() -> None:

@@ -183,10 +183,10 @@ class TestSeeds:
         assert asked_in_rooms.exists()
         assert not asked_in_rooms.filter(conversation=None).exists()
         fired = RoomEvent.objects.filter(state="handled")
-        assert all(any(each.fires for each in event.looked_at) for event in fired)
+        assert all(any(each.fired for each in event.command_verdicts) for event in fired)
         ignored = RoomEvent.objects.filter(state="ignored")
         assert ignored.exists()
-        assert not any(each.fires for event in ignored for each in event.looked_at)
+        assert not any(each.fired for event in ignored for each in event.command_verdicts)
         counted = Rollup.objects.filter(grain=180, result__in=rollups.ENDED)
         assert sum(counted.values_list("count", flat=True)) == 150
         assert Run.objects.filter(cost__gt=0).exists()

@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 
 from botrunner.incoming import handling, recording
 from botrunner.incoming.backfill import batch_of
-from botrunner.incoming.events import UNSTORABLE, Said, is_own_join, since_own_join, storable
-from botrunner.incoming.matching import objection, order_of, question
+from botrunner.incoming.matching import control_of, mismatch, prompt_of
 from botrunner.incoming.recording import Batch
-from botrunner.matrix.client import Homeserver, MatrixError
+from botrunner.matrix.client import Homeserver
+from botrunner.matrix.errors import MatrixError
+from botrunner.matrix.events import UNSTORABLE, TimelineEvent, is_own_join, since_own_join, storable
 from botrunner.models import RoomEvent, Session
 from realm.filters import Filter, InvalidFilter
 from tests.botrunner import scenes
@@ -177,16 +178,18 @@ def test_a_sync_is_taken_in(account: Session, homeserver: Scripted, body: Any, p
 def test_an_event_is_read_or_is_none(source: Any) -> None:
     is_own_join(source, ME)
     list(since_own_join([source, source], ME))
-    said = Said.parse(source)
+    said = TimelineEvent.parse(source)
     if said is None:
         return
     for told in (said.edits, said.redacts, said.thread_root):
         assert told is None or (len(told) <= 255 and not UNSTORABLE.search(told))
     said.mentions(ME)
-    order_of(said, ME)
+    control_of(said, ME)
     for wanted in FILTERS:
-        if not objection(wanted, said, ME):
-            assert isinstance(question(wanted, Said.parse(storable(source)) or said, ME), str)
+        if not mismatch(wanted, said, ME):
+            assert isinstance(
+                prompt_of(wanted, TimelineEvent.parse(storable(source)) or said, ME), str
+            )
     orjson.dumps(as_read(storable(source)))
 
 
@@ -214,5 +217,5 @@ def test_a_filter_is_one_or_says_why_not(value: Any, source: Any) -> None:
         assert str(error)
         return
     assert wanted.in_words()
-    if said := Said.parse(source):
-        objection(wanted, said, ME)
+    if said := TimelineEvent.parse(source):
+        mismatch(wanted, said, ME)

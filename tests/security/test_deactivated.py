@@ -30,7 +30,7 @@ from webhooks.models import Delivery
 
 pytestmark = pytest.mark.django_db
 assert urls.urlpatterns, "the admin is loaded, which has the bulk actions"
-NOTE = "The account of its sender is deactivated."
+NOTE = "The sender's account is deactivated."
 
 
 def deactivate(matrix_user_id: str) -> None:
@@ -69,7 +69,7 @@ class TestInRooms:
         event = RoomEvent.objects.get()
         assert (event.state, event.source) == ("ignored", None)
         if registered_by == "bot":
-            assert NOTE in {each.words for each in event.looked_at}
+            assert NOTE in {each.reason for each in event.command_verdicts}
         others = scenes.take_in(account, scenes.event("!ask Hello", sender=scenes.BOB))
         assert others == (1 if registered_by == "bot" and form in ("message", "command") else 0)
 
@@ -81,7 +81,7 @@ class TestInRooms:
         deactivate(scenes.ALICE)
         handling.act(pk, scenes.ME)
         assert not Run.objects.exists()
-        assert NOTE in {each.words for each in RoomEvent.objects.get().looked_at}
+        assert NOTE in {each.reason for each in RoomEvent.objects.get().command_verdicts}
 
     def test_edit_no_question_and_cancel_none(self, account: Session) -> None:
         scenes.command(scenes.ME)

@@ -356,7 +356,9 @@ class TestTwoBots:
         [content] = Reply.objects.get().parts
         sender = scenes.ME if kind == "own" else scenes.BOB
         if kind != "another's of this kind":
-            content = {name: value for name, value in content.items() if name != replies.MARK}
+            content = {
+                name: value for name, value in content.items() if name != replies.REPLY_FIELD
+            }
         if kind == "a notice":
             content |= {"msgtype": "m.notice"}
         if form == "edit":

@@ -26,7 +26,8 @@ from agents.runs import commands, execution
 from agents.worker import bootstep, dispatch
 from botrunner.incoming import handling
 from botrunner.matrix import login as accounts
-from botrunner.matrix.client import Homeserver, MatrixError
+from botrunner.matrix.client import Homeserver
+from botrunner.matrix.errors import MatrixError
 from botrunner.models import Reply, Session
 from botrunner.outgoing import replies
 from config.scrub import Scrubber

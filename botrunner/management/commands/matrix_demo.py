@@ -12,7 +12,7 @@ import httpx2
 from django.conf import settings
 from django.core.management.base import BaseCommand, CommandError, CommandParser
 
-from botrunner.incoming.events import MARK
+from botrunner.matrix.events import REPLY_FIELD
 
 CLIENT = "/_matrix/client/v3"
 CALL_SECONDS = 30
@@ -207,7 +207,7 @@ def answer_to(event_id: str, page: dict[str, Any]) -> dict[str, Any] | None:
             relations = event.get("unsigned", {}).get("m.relations", {})
             edit = relations.get("m.replace", {}).get("content", {})
             content = dict(edit.get("m.new_content") or event["content"])
-            return None if content.get(MARK, {}).get("draft") else content
+            return None if content.get(REPLY_FIELD, {}).get("draft") else content
     return None
 
 

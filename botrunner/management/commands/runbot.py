@@ -6,7 +6,7 @@ from typing import Any
 from django.core.management.base import BaseCommand, CommandError
 
 from botrunner.leader import Leader
-from botrunner.matrix.client import LoginRefused
+from botrunner.matrix.errors import LoginRefused
 from lib.secrets import Unreadable
 
 logger = logging.getLogger(__name__)

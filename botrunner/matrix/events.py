@@ -1,4 +1,4 @@
-"""What an event of a room's timeline says."""
+"""Events of a room's timeline: parsing, and checks of what other servers wrote."""
 
 import math
 import re
@@ -12,28 +12,29 @@ from realm.filters import ROOM_MESSAGE
 
 ENCRYPTED = "m.room.encrypted"
 REDACTION = "m.room.redaction"
-# What other instances of this bot put into what they say, so that two never talk to each other.
-MARK = "app.botrealm.reply"
+MEMBER = "m.room.member"
+# A field in the content of every reply: instances of this bot ignore each other by it.
+REPLY_FIELD = "app.botrealm.reply"
 MAX_ID_LENGTH = 255
 UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
-# Whatever reads it later may go down fewer levels than what read it first.
+# Later readers may accept fewer levels than the JSON parser does.
 MAX_DEPTH = 100
 
 
 @dataclass(frozen=True)
-class Said:
-    """An event of a timeline that a person may have meant for the bot."""
+class TimelineEvent:
+    """An event of a timeline that a person may have addressed to the bot."""
 
     event_id: str
     sender: str
-    said_at: datetime
+    sent_at: datetime
     type: str
     content: dict[str, Any]
     source: dict[str, Any]
 
     @classmethod
-    def parse(cls, source: Any) -> "Said | None":
-        """None for what is no event, or a piece of a room's state."""
+    def parse(cls, source: Any) -> "TimelineEvent | None":
+        """Return None for malformed events and for state events."""
         if not isinstance(source, dict) or "state_key" in source:
             return None
         event_id, sender = source.get("event_id"), source.get("sender")
@@ -47,14 +48,14 @@ class Said:
         ):
             return None
         try:
-            said_at = datetime.fromtimestamp(milliseconds / 1000, tz=UTC)
+            sent_at = datetime.fromtimestamp(milliseconds / 1000, tz=UTC)
         except (OverflowError, ValueError, OSError):
             return None
-        return cls(event_id, sender, said_at, source["type"], content, source)
+        return cls(event_id, sender, sent_at, source["type"], content, source)
 
     @cached_property
     def content_type(self) -> str:
-        """What kind of message or trigger it is; empty where it does not say."""
+        """The kind of message or trigger; empty if the content names none."""
         return text_of(self.content, "msgtype" if self.type == ROOM_MESSAGE else "type") or ""
 
     @property
@@ -64,27 +65,27 @@ class Said:
 
     @property
     def edits(self) -> str | None:
-        """The event that this one puts other words to, if it does."""
+        """The id of the event that this one edits."""
         return _id_of(self.relation, "event_id") if self._relates("m.replace") else None
 
     @property
     def redacts(self) -> str | None:
-        """The event that this one takes back, if it does."""
+        """The id of the event that this one redacts."""
         if self.type != REDACTION:
             return None
         return _id_of(self.content, "redacts") or _id_of(self.source, "redacts")
 
     @property
     def thread_root(self) -> str:
-        """The root of the Matrix thread that it is said in; empty outside of one."""
+        """The root of the event's Matrix thread; empty outside of a thread."""
         return (_id_of(self.relation, "event_id") or "") if self._relates("m.thread") else ""
 
     def mentions(self, user_id: str) -> bool:
         mentions = self.content.get("m.mentions")
         if isinstance(mentions, dict):
-            named = mentions.get("user_ids")
-            return isinstance(named, list) and user_id in named
-        # From before there were intentional mentions.
+            user_ids = mentions.get("user_ids")
+            return isinstance(user_ids, list) and user_id in user_ids
+        # From clients without intentional mentions.
         return user_id in self.body
 
     @cached_property
@@ -104,8 +105,8 @@ def _id_of(data: dict[str, Any], key: str) -> str | None:
 
 
 def is_id(value: Any) -> TypeGuard[str]:
-    """Whether it can be the id of an event, a room or a user: another homeserver may have sent
-    anything."""
+    """Return whether this can be the id of an event, a room or a user: another homeserver may send
+    any JSON."""
     return (
         isinstance(value, str) and 0 < len(value) <= MAX_ID_LENGTH and not UNSTORABLE.search(value)
     )
@@ -116,7 +117,7 @@ def server_of(user_id: str) -> str:
 
 
 def storable(data: Any, depth: int = MAX_DEPTH) -> Any:
-    """Without what PostgreSQL cannot hold in JSON, and what is `depth` levels down."""
+    """Return the data without what PostgreSQL cannot store as JSON, cut at `depth` levels."""
     if isinstance(data, str):
         return UNSTORABLE.sub("", data)
     if depth == 0 or (isinstance(data, float) and not math.isfinite(data)):
@@ -128,38 +129,66 @@ def storable(data: Any, depth: int = MAX_DEPTH) -> Any:
     return data
 
 
-# What is kept of an event that came out of an encrypted one: the sender wrote all the rest of it.
-OF_OPENED = ("event_id", "sender", "origin_server_ts", "room_id", "type", "content")
+# The fields that a decrypted event keeps: its sender wrote all the others too.
+DECRYPTED_FIELDS = ("event_id", "sender", "origin_server_ts", "room_id", "type", "content")
 
 
-def opened(source: dict[str, Any]) -> dict[str, Any]:
-    """An event that came out of an encrypted one. Its type too was written by the sender, and no
-    homeserver has seen it: so it is no piece of a room's state and takes nothing back."""
-    kept = {name: source[name] for name in OF_OPENED if name in source}
-    return {**kept, "content": {}} if kept.get("type") == REDACTION else kept
+def sanitize_decrypted(source: dict[str, Any]) -> dict[str, Any]:
+    """Return a decrypted event without the power of a state event or a redaction: its sender wrote
+    the type too, and no homeserver has checked it."""
+    event = {name: source[name] for name in DECRYPTED_FIELDS if name in source}
+    return {**event, "content": {}} if event.get("type") == REDACTION else event
 
 
 def since_own_join(events: Iterable[dict[str, Any]], me: str) -> Iterator[dict[str, Any]]:
-    """The events after the bot's last join among them; none if it is not there."""
-    kept: list[dict[str, Any]] | None = None
+    """Yield the events after the bot's last join; none without a join."""
+    later: list[dict[str, Any]] | None = None
     for event in events:
         if is_own_join(event, me):
-            kept = []
-        elif kept is not None:
-            kept.append(event)
-    yield from kept or []
+            later = []
+        elif later is not None:
+            later.append(event)
+    yield from later or []
 
 
 def is_own_join(event: Any, me: str) -> bool:
-    """Whether `me` came in by this event: a change of name has the same membership before it."""
-    if not isinstance(event, dict) or event.get("type") != "m.room.member":
+    """Return whether `me` joined by this event; a change of name has the same membership before it."""
+    if not isinstance(event, dict) or event.get("type") != MEMBER:
         return False
     unsigned = event.get("unsigned")
     before = unsigned.get("prev_content") if isinstance(unsigned, dict) else None
-    return event.get("state_key") == me and _joins(event.get("content")) and not _joins(before)
+    return (
+        event.get("state_key") == me
+        and _is_join_content(event.get("content"))
+        and not _is_join_content(before)
+    )
 
 
-def _joins(content: Any) -> bool:
+def is_joined(event: dict[str, Any]) -> bool:
+    """Return whether the user of a membership event is in the room after it."""
+    return _is_join_content(event.get("content"))
+
+
+def members_of_state(events: Iterable[dict[str, Any]]) -> dict[str, str]:
+    """Return the members of a room: user id to the id of the membership event."""
+    return {
+        event["state_key"]: event["event_id"]
+        for event in events
+        if event.get("type") == MEMBER
+        and is_id(event.get("state_key"))
+        and is_id(event.get("event_id"))
+        and is_joined(event)
+    }
+
+
+def absent(room: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the membership events of users outside the room, from the state section of a sync. For
+    members that section is incomplete, and the timeline has them too."""
+    events = room.get("state", {}).get("events", [])
+    return [event for event in events if event.get("type") == MEMBER and not is_joined(event)]
+
+
+def _is_join_content(content: Any) -> bool:
     return isinstance(content, dict) and content.get("membership") == "join"
 
 
