@@ -5,8 +5,8 @@ from typing import Any
 from django.db.models import Count, Q
 from django.utils import timezone
 
-from botrunner.verdicts import Verdict
 from botrunner.models import Reply, Room, RoomEvent, Session
+from botrunner.verdicts import Verdict
 from realm.models import BotCommand, BotRegistration
 
 RECENT = 20
