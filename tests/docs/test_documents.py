@@ -9,6 +9,8 @@ from types import ModuleType
 
 import pytest
 
+from agents import tools
+from agents.runs import commands
 from tests.docs.blocks import ROOT, shell_blocks
 
 LINES_OF_THE_README = 160
@@ -23,6 +25,9 @@ PACKAGES = "agents|botrunner|chat|config|console|lib|openapi|ops|realm|webhooks|
 MODULE = re.compile(rf"(?:{PACKAGES})(?:\.\w+)+(?:\(\))?")
 # Parts of the documents that look like a module and are something else.
 EVENTS = re.compile(r"agent\.|run\.|chat\.(?:reply|summarize|read_messages)$|console\.see_system$")
+OLD_WORDS = re.compile(
+    r"\b(?:told|tells?|untold|whoever|whatever|nobody|somebody)\b", re.IGNORECASE
+)
 MAKE = re.compile(r"`make ([a-z][a-z-]*)")
 
 
@@ -159,6 +164,24 @@ def test_named_make_targets_exist() -> None:
     named = {name for path in current() for name in MAKE.findall(prose(path))}
 
     assert named - targets == set()
+
+
+@pytest.mark.parametrize("path", documents())
+def test_the_words_of_the_field_are_used(path: str) -> None:
+    assert OLD_WORDS.findall(prose(path).replace("`tell`", "")) == []
+
+
+@pytest.mark.parametrize(
+    "path", ["docs/how-to/connect-a-model.md", "docs/how-to/bots-and-commands.md"]
+)
+def test_the_python_of_the_guides_runs(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tools, "TOOLS", dict(tools.TOOLS))
+    monkeypatch.setattr(commands, "COMMANDS", dict(commands.COMMANDS))
+    (block,) = re.findall(r"^```python\n(.*?)^```$", text(path), re.MULTILINE | re.DOTALL)
+
+    exec(block, {})
+
+    assert "weather" in tools.TOOLS or "orders.status" in commands.COMMANDS
 
 
 def test_no_machine_paths() -> None:
