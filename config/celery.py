@@ -10,9 +10,13 @@ from django.db import close_old_connections
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "config.settings")
 
 
-class KeptConnections(DjangoWorkerFixup):
-    """Between two tasks a connection is kept or closed as Django does it between two requests. Celery
-    closes it before and after each task, and to open one to SQLite costs as much as three queries."""
+class PersistentConnectionsFixup(DjangoWorkerFixup):
+    """Keeps or closes connections between tasks as Django does between requests. Celery closes them
+    before and after each task, and to open one to SQLite costs as much as three queries.
+
+    It can go when Celery respects CONN_MAX_AGE: celery/celery#6134 did, #9824 reverted it, and 5.7
+    does not.
+    """
 
     def close_database(self, **kwargs: Any) -> None:
         close_old_connections()
@@ -20,7 +24,7 @@ class KeptConnections(DjangoWorkerFixup):
 
 class Fixup(DjangoFixup):
     def on_worker_init(self, **kwargs: Any) -> None:
-        self.worker_fixup = KeptConnections(self.app)
+        self.worker_fixup = PersistentConnectionsFixup(self.app)
         super().on_worker_init(**kwargs)
 
 
@@ -28,9 +32,9 @@ def fixup(app: Celery) -> DjangoFixup:
     return Fixup(app).install()
 
 
-class OwnSettings:
-    """Those of Celery alone, by its own names: `celery inspect conf` and `celery report` show all that
-    it was given, and would show REDIS_URL with its password."""
+class CelerySettings:
+    """The settings of Celery by its own names. `celery inspect conf` and `celery report` show all that
+    it receives, and would show REDIS_URL with its password."""
 
     def __dir__(self) -> list[str]:
         return [
@@ -44,7 +48,7 @@ class OwnSettings:
 
 
 app = Celery("botrealm", fixups={fixup})
-app.config_from_object(OwnSettings())
+app.config_from_object(CelerySettings())
 app.autodiscover_tasks()
 # By name: the module needs Django's apps, which are not loaded yet.
 app.steps["worker"].add("agents.worker.bootstep:Runtime")
@@ -52,4 +56,4 @@ app.steps["worker"].add("agents.worker.bootstep:Runtime")
 
 @setup_logging.connect
 def keep_django_logging(**_: Any) -> None:
-    """Receiving this signal is what stops Celery from replacing the logging set up by Django."""
+    """Keep the logging of Django: Celery replaces it unless this signal has a receiver."""

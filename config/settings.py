@@ -271,7 +271,7 @@ CHAT_WHEN_BUSY = env.choice(
 CHAT_RUN_DEADLINE_SECONDS = env.integer("CHAT_RUN_DEADLINE_SECONDS", 0, most=86400)  # 0: none
 DATA_UPLOAD_MAX_MEMORY_SIZE = env.integer("MAX_BODY_BYTES", 1024 * 1024, least=1024)
 
-# What one connection and one web process may take (config/server/protocol.py, config/asgi.py).
+# What one connection and one web process may take (config/server).
 WEB_MAX_CONNECTIONS = env.integer("WEB_MAX_CONNECTIONS", 0)  # 0: what the limit of files permits
 WEB_MAX_CONNECTIONS_PER_ADDRESS = env.integer(
     "WEB_MAX_CONNECTIONS_PER_ADDRESS", 1000

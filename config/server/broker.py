@@ -1,14 +1,12 @@
-"""kombu's Redis transport, with the connections of lib.redis and one client for each channel, that
-outlives the death of Redis.
+"""kombu's Redis transport with the connections of lib.redis, which survives the loss of Redis.
 
-kombu turns TLS on by the name of a transport, and this one has another: where a connection leads, and
-how it is verified, comes from the settings alone, whatever kombu made of the URL.
+- Address and verification come from the settings alone: kombu turns TLS on by the name of a transport.
+- A channel has one client. kombu makes one for every message and every acknowledgement, for each of
+  which redis-py fills a table of some hundred callbacks: a tenth of a worker's time.
+- An entry of the queue that is no message becomes a dead letter; it would end the worker.
 
-kombu makes a client for every message that it takes and for every acknowledgement. redis-py fills a
-table of some hundred callbacks for each, which cost a tenth of a worker's time.
-
-What stands in the queue and is no message is set aside, as the event stream does: Celery would end the
-worker.
+It can go when kombu rejects invalid messages (celery/celery#4308, celery/kombu#2421), reuses a client
+and takes its connections from the application; none of this is in kombu 5.7.
 """
 
 import logging
@@ -27,17 +25,16 @@ from lib.redis import server
 
 logger = logging.getLogger(__name__)
 
-# Of kombu's parameters those that do not go with a Unix socket, and those that lib.redis has.
+# Parameters of kombu that a Unix socket does not take.
 OF_TCP = ("host", "port", "socket_connect_timeout", "socket_keepalive", "socket_keepalive_options")
 
 
 # Routing key, pattern and queue.
 BINDING_PARTS = 3
 
-# What Celery and kombu raise for a message that they cannot use. What they raise for a lost connection
-# is none of these.
-NO_MESSAGE = (
-    messages.Unusable,
+# The errors of Celery and kombu for an invalid message. Those for a lost connection are others.
+INVALID_MESSAGE = (
+    messages.InvalidMessage,
     SerializationError,
     ArithmeticError,
     AttributeError,
@@ -47,44 +44,44 @@ NO_MESSAGE = (
 )
 
 
-def set_aside(raw: bytes, place: str, reason: str) -> None:
-    """Keep what is no message with the dead letters, and log it in one line."""
-    # Late: it belongs to an app, and this module is loaded before those.
+def dead_letter(raw: bytes, source: str, reason: str) -> None:
+    """Add an invalid message to the dead letters, and log it in one line."""
+    # Late: this module is loaded before the apps.
     from agents.events import stream
 
     try:
-        stream.dead_letter_message(raw, place, reason)
+        stream.dead_letter_message(raw, source, reason)
     except exceptions.RedisError as error:
-        logger.warning("It could not be kept (%s)", type(error).__name__)
+        logger.warning("Invalid message was not kept: %s", type(error).__name__)
 
 
 class QoS(redis.QoS):
     def restore_by_tag(self, tag: Any, client: Any = None, leftmost: bool = False) -> None:
-        """Give a message back that no worker has done; set aside what is none."""
+        """Requeue a message that was not acknowledged; dead-letter an invalid one."""
         with self.channel.conn_or_acquire(client) as client:
             raw = client.hget(self.unacked_key, tag)
             try:
                 if raw is not None:
                     messages.unacknowledged(raw)
                 super().restore_by_tag(tag, client, leftmost)
-            except messages.Unusable as error:
+            except messages.InvalidMessage as error:
                 self._remove_from_indices(tag).execute()
-                set_aside(raw, self.unacked_key, str(error))
+                dead_letter(raw, self.unacked_key, str(error))
             except exceptions.ResponseError as error:
                 if not str(error).startswith("WRONGTYPE"):
                     raise
                 self._remove_from_indices(tag).execute()
-                set_aside(raw, self.unacked_key, "it was sent to what is no queue")
+                dead_letter(raw, self.unacked_key, "its destination is no queue")
 
 
 class Channel(redis.Channel):
     QoS = QoS
-    _kept: Any = None
+    _shared: Any = None
     connection_class: Any = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Raises `ConnectionError` where Redis takes nothing, being full, a replica or unable to
-        save: a worker then waits longer and longer, as for one that is away."""
+        """Raise `ConnectionError` if Redis refuses writes because it is full, a replica or unable to
+        save: a worker then backs off, as for an unavailable one."""
         self.connection_class = server().connection_class
         super().__init__(*args, **kwargs)
         try:
@@ -94,43 +91,45 @@ class Channel(redis.Channel):
             raise exceptions.ConnectionError(f"Redis refuses to write: {error}") from error
 
     def _create_client(self, asynchronous: bool = False) -> Any:
-        if asynchronous:  # subscribes or blocks on a connection of its own
+        if asynchronous:  # it subscribes or blocks on its own connection
             return super()._create_client(asynchronous=True)
-        if self._kept is None or self._kept.connection_pool is not self.pool:
-            self._kept = super()._create_client()
-        return self._kept
+        if self._shared is None or self._shared.connection_pool is not self.pool:
+            self._shared = super()._create_client()
+        return self._shared
 
     def _brpop_read(self, **options: Any) -> bool:
-        """Take what the queues have, as kombu does; nothing that stands there raises but `Empty`."""
+        """Take a message from the queues as kombu does; an invalid one raises only `Empty`."""
         try:
             try:
-                found = self.client.parse_response(self.client.connection, "BRPOP", **options)
+                entry = self.client.parse_response(self.client.connection, "BRPOP", **options)
             except self.connection_errors:
                 # The next turn connects again.
                 self.client.connection.disconnect()
                 raise
-            if not found:
+            if not entry:
                 raise Empty
-            key, raw = found
+            key, raw = entry
             queue = bytes_to_str(key).rsplit(self.sep, 1)[0]
             self._queue_cycle.rotate(queue)
-            if not self._handed_on(raw, queue):
+            if not self._try_deliver(raw, queue):
                 raise Empty
             return True
         finally:
             self._in_poll: Any = None
             self._flush_brpop_reauth()
 
-    def _handed_on(self, raw: bytes, queue: str) -> bool:
+    def _try_deliver(self, raw: bytes, queue: str) -> bool:
         message: dict[str, Any] = {}
         try:
             message = self._checked(raw, queue)
             self.connection._deliver(message, queue)
-        except NO_MESSAGE as error:
-            reason = str(error) if isinstance(error, messages.Unusable) else type(error).__name__
-            set_aside(raw, queue, reason)
+        except INVALID_MESSAGE as error:
+            reason = (
+                str(error) if isinstance(error, messages.InvalidMessage) else type(error).__name__
+            )
+            dead_letter(raw, queue, reason)
             if message:
-                # It may count as taken already.
+                # It may count as delivered already.
                 with suppress(LookupError):
                     self.basic_reject(message["properties"]["delivery_tag"])
             return False
@@ -142,9 +141,9 @@ class Channel(redis.Channel):
         return messages.message(raw)
 
     def get_table(self, exchange: str) -> list[tuple[str, ...]]:
-        """Of what stands in Redis the queues that are bound to an exchange, and nothing else."""
-        found = super().get_table(exchange)
-        return [each for each in found if len(each) == BINDING_PARTS]
+        """Return the queues that are bound to an exchange; skip invalid entries."""
+        bindings = super().get_table(exchange)
+        return [binding for binding in bindings if len(binding) == BINDING_PARTS]
 
     def _get(self, queue: str, timeout: float | None = None) -> dict[str, Any]:
         with self.conn_or_acquire() as client:
@@ -152,35 +151,35 @@ class Channel(redis.Channel):
                 while raw := client.rpop(self._q_for_pri(queue, priority)):
                     try:
                         return self._checked(raw, queue)
-                    except messages.Unusable as error:
-                        set_aside(raw, queue, str(error))
+                    except messages.InvalidMessage as error:
+                        dead_letter(raw, queue, str(error))
         raise Empty
 
     def _handle_message(self, client: Any, response: Any) -> dict[str, Any]:
-        """Empty what came over a channel and is no command, or no event of another worker: kombu skips
-        that. It was meant for all workers, so it is logged and kept nowhere."""
-        told: dict[str, Any] = super()._handle_message(client, response)
-        if told["data"] and bytes_to_str(told["type"]).endswith("message"):
-            channel = bytes_to_str(told["channel"])
+        """Empty an invalid command, or event of another worker, so that kombu skips it. All workers
+        receive it, so it is logged and not kept."""
+        received: dict[str, Any] = super()._handle_message(client, response)
+        if received["data"] and bytes_to_str(received["type"]).endswith("message"):
+            channel = bytes_to_str(received["channel"])
             is_command = ".pidbox" in channel
             try:
-                (messages.command if is_command else messages.message)(told["data"])
-            except messages.Unusable as error:
+                (messages.command if is_command else messages.message)(received["data"])
+            except messages.InvalidMessage as error:
                 kind = "command" if is_command else "message"
-                logger.warning("What came over %s is no %s: %s", channel, kind, error)
-                told["data"] = b""
-        return told
+                logger.warning("Invalid %s on %s: %s", kind, channel, error)
+                received["data"] = b""
+        return received
 
     def _deliver_fanout_message(self, message: dict[str, Any], exchange: str) -> bool:
         try:
             return bool(super()._deliver_fanout_message(message, exchange))
-        except NO_MESSAGE as error:
-            logger.warning("A command could not be used (%s)", type(error).__name__)
+        except INVALID_MESSAGE as error:
+            logger.warning("Invalid command ignored: %s", type(error).__name__)
             return False
 
     def _connparams(self, asynchronous: bool = False) -> Any:
-        # When Redis dies at a bad moment, a channel is closed after its connection. What it has not
-        # acknowledged it would give back, by an AttributeError that ends the worker.
+        # If Redis dies at a bad moment, a channel is closed after its connection. It would requeue its
+        # unacknowledged messages, and an AttributeError would end the worker.
         if getattr(self.connection, "client", None) is None:
             raise exceptions.ConnectionError("The connection to Redis is closed.")
         connection = super()._connparams(asynchronous)
@@ -192,7 +191,7 @@ class Channel(redis.Channel):
 
 class Transport(redis.Transport):
     Channel = Channel
-    can_parse_url = True  # nothing of the URL is for kombu
+    can_parse_url = True  # kombu needs nothing of the URL
 
     def as_uri(self, uri: str, include_password: bool = False, mask: str = "**") -> str:
         return str(server())

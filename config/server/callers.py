@@ -1,4 +1,4 @@
-"""Who asks, as far as the head of a request shows: for fair shares, never for rights."""
+"""Clients as the head of a request shows them: for fair shares, never for permissions."""
 
 import functools
 import threading
@@ -11,19 +11,19 @@ from django.conf import settings
 
 from lib.clients import UNKNOWN_NETWORK, forwarded_address, network
 
-LONGEST_CREDENTIAL = 4096
+MAX_CREDENTIAL_LENGTH = 4096
 
 
-class Caller(NamedTuple):
+class ClientKey(NamedTuple):
     network: str
-    # Unchecked: whoever makes up many has many small shares of their address, and no more of others'.
+    # Unchecked: a client that invents many credentials has many small shares of its own network.
     credential: bytes = b""
 
 
-NOBODY = Caller(UNKNOWN_NETWORK)
+UNKNOWN = ClientKey(UNKNOWN_NETWORK)
 
 
-def caller_of(client: tuple[str, int] | None, headers: Iterable[tuple[bytes, bytes]]) -> Caller:
+def client_key(client: tuple[str, int] | None, headers: Iterable[tuple[bytes, bytes]]) -> ClientKey:
     credential, forwarded = b"", b""
     for name, value in headers:
         if name == b"authorization":
@@ -35,7 +35,7 @@ def caller_of(client: tuple[str, int] | None, headers: Iterable[tuple[bytes, byt
     address = client[0] if client else ""
     if forwarded:
         address = forwarded_address(address, forwarded.decode("latin-1"))
-    return Caller(_network(address[:100]), credential[:LONGEST_CREDENTIAL])
+    return ClientKey(_network(address[:100]), credential[:MAX_CREDENTIAL_LENGTH])
 
 
 @functools.lru_cache(maxsize=4096)
@@ -43,50 +43,53 @@ def _network(address: str) -> str:
     try:
         return network(str(ip_address(address)))
     except ValueError:
-        return NOBODY.network  # a Unix socket
+        return UNKNOWN.network  # a Unix socket
 
 
 def _session_in(cookies: bytes) -> bytes:
-    _, found, rest = cookies.partition(settings.SESSION_COOKIE_NAME.encode() + b"=")
-    return rest.partition(b";")[0] if found else b""
+    _, separator, rest = cookies.partition(settings.SESSION_COOKIE_NAME.encode() + b"=")
+    return rest.partition(b";")[0] if separator else b""
 
 
-class Held:
-    """The bytes of bodies, or of answers, that wait in this process, by caller."""
+class HeldBytes:
+    """The bytes of request bodies, or of responses, that wait in this process, by client."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self.total = 0
-        self._of_address: Counter[str] = Counter()
-        self._of_caller: Counter[Caller] = Counter()
+        self._of_network: Counter[str] = Counter()
+        self._of_client: Counter[ClientKey] = Counter()
 
-    def add(self, caller: Caller, size: int) -> None:
+    def add(self, client: ClientKey, size: int) -> None:
         if not size:
             return
         with self._lock:
-            self._add(caller, size)
+            self._add(client, size)
 
-    def _add(self, caller: Caller, size: int) -> None:
+    def _add(self, client: ClientKey, size: int) -> None:
         self.total += size
-        for count, key in ((self._of_address, caller.network), (self._of_caller, caller)):
+        for count, key in ((self._of_network, client.network), (self._of_client, client)):
             count[key] += size  # type: ignore[index]
             if not count[key]:  # type: ignore[index]
                 del count[key]
 
-    def takes(self, caller: Caller, size: int) -> bool:
-        """Add so many bytes unless there is too much already; whether they were added."""
+    def try_add(self, client: ClientKey, size: int) -> bool:
+        """Add the bytes unless the limit is reached already; return whether they were added."""
         with self._lock:
-            if self.is_too_much(caller):
+            if self.is_full_for(client):
                 return False
-            self._add(caller, size)
+            self._add(client, size)
             return True
 
-    def is_too_much(self, caller: Caller) -> bool:
-        """Whether no more may be begun for a caller: an eighth of all is for one caller, a quarter for
-        one address. Whoever has nothing there may begin until an address has half of all. The last
-        quarter of all is for addresses that have nothing, or a few could keep out all the others."""
-        most = settings.WEB_MAX_HELD_BYTES
-        own, of_address = self._of_caller[caller], self._of_address[caller.network]
-        share = most // 4 if own else most // 2
-        all_of_it = most - most // 4 if of_address else most
-        return self.total >= all_of_it or own >= most // 8 or of_address >= share
+    def is_full_for(self, client: ClientKey) -> bool:
+        """Return True if nothing more may start for a client.
+
+        A client may hold an eighth of `WEB_MAX_HELD_BYTES`, a network a quarter; a client that holds
+        nothing may start until its network holds half. The last quarter is for networks that hold
+        nothing, or a few could lock out all others.
+        """
+        limit = settings.WEB_MAX_HELD_BYTES
+        own, of_network = self._of_client[client], self._of_network[client.network]
+        network_limit = limit // 4 if own else limit // 2
+        total_limit = limit - limit // 4 if of_network else limit
+        return self.total >= total_limit or own >= limit // 8 or of_network >= network_limit

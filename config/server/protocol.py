@@ -1,15 +1,16 @@
-"""uvicorn's HTTP protocol, with bounds on what a connection may take: time, memory and places.
+"""uvicorn's HTTP protocol with limits on the time, the memory and the number of connections.
 
-- The parser keeps the head of a request, its trailers and the extensions of its chunks until they have
-  ended, however long they are: they end within `MAX_HEAD_BYTES`.
-- A head comes within `WEB_HEAD_SECONDS` of the connection, or of its own first byte; a body within
-  `WEB_BODY_SECONDS`; and who is written to reads, or is cut off after `WEB_SEND_SECONDS`.
-- There are so many connections, and so many of one address, and no more.
+- The parser keeps the head of a request, its trailers and the extensions of its chunks until they are
+  complete, however long they are: they may have `MAX_HEAD_BYTES`.
+- A head is complete within `WEB_HEAD_SECONDS` of the connection, or of its own first byte; a body
+  within `WEB_BODY_SECONDS`; a client that does not read is disconnected after `WEB_SEND_SECONDS`.
+- `WEB_MAX_CONNECTIONS` bounds all connections, `WEB_MAX_CONNECTIONS_PER_ADDRESS` those of a network.
 
-Once a second all connections are looked at, in place of timers for each of them: an event stream and a
+All connections are checked once a second, in place of timers for each of them: an event stream and a
 request cost a few assignments.
 
-uvicorn is told of it by `--http config.server.protocol:BoundedProtocol`.
+uvicorn loads it by `--http config.server.protocol:BoundedProtocol`. It can go when uvicorn has such
+limits for httptools: Kludex/uvicorn#157 lists them.
 """
 
 import asyncio
@@ -25,30 +26,31 @@ from django.conf import settings
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
-from config.asgi import CHUNK_BYTES, HAS_LEFT, MAX_HEAD_BYTES
+from config.server.bridge import HAS_LEFT, MAX_HEAD_BYTES
+from config.server.response import CHUNK_BYTES
 
-# The apps are loaded now, which what follows needs.
+# The apps are loaded now; the next imports need them.
 # isort: split
 from config.server import refusals
-from config.server.callers import caller_of
+from config.server.callers import client_key
 from lib import files
-from lib.seldom import Seldom
+from lib.ratelimitedlog import RateLimitedLog
 
-LOOK_SECONDS = 1.0
-# Whoever reads less than this in WEB_SEND_SECONDS is not waited for.
-LEAST_PROGRESS = 16 * 1024
-# What the kernel keeps of an answer, beside what is kept here.
+CHECK_SECONDS = 1.0
+# A client that reads less than this in WEB_SEND_SECONDS is disconnected.
+MIN_PROGRESS = 16 * 1024
+# The part of a response that the kernel buffers, beside the buffer here.
 SEND_BUFFER_BYTES = 256 * 1024
 MAX_PIPELINED = 32
-# For a client that sends still to see that it has been answered.
+# A client that still sends has this long to see its answer.
 LINGER_SECONDS = 2.0
 LINGER_BYTES = 1024 * 1024
 
-seldom = Seldom(structlog.get_logger(__name__).error)
+log_error = RateLimitedLog(structlog.get_logger(__name__).error)
 
 
-class _NoHTTP(logging.Filter):
-    """uvicorn has a line for each request that is none; here they are counted."""
+class _InvalidRequests(logging.Filter):
+    """Counts invalid requests in place of uvicorn's line for each."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         if record.msg != "Invalid HTTP request received.":
@@ -57,12 +59,12 @@ class _NoHTTP(logging.Filter):
         return False
 
 
-logging.getLogger("uvicorn.error").addFilter(_NoHTTP())
+logging.getLogger("uvicorn.error").addFilter(_InvalidRequests())
 
 
 class _Transport:
-    """The connection's, with a count of what has been written to it. To close it while the client
-    sends would take the answer away from it, so that waits a moment."""
+    """The transport of a connection, with a count of the bytes written. To close it while the client
+    sends would discard the answer, so it lingers for a moment."""
 
     def __init__(self, transport: asyncio.Transport, protocol: "BoundedProtocol") -> None:
         self._transport, self._protocol = transport, protocol
@@ -97,70 +99,70 @@ class _Transport:
         self._transport.close()
 
 
-class _Watch:
-    """All connections of one server, once a second."""
+class _Monitor:
+    """Checks all connections of one server, once a second."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
         self.connections: set[BoundedProtocol] = set()
-        self.of_address: Counter[str] = Counter()
-        self._is_looking = False
+        self.of_network: Counter[str] = Counter()
+        self._is_scheduled = False
 
     @classmethod
-    def of(cls, state: ServerState, loop: asyncio.AbstractEventLoop) -> "_Watch":
-        found: _Watch | None = getattr(state, "watch", None)
-        if found is None or found.loop is not loop:
-            found = cls(loop)
-            state.watch = found  # type: ignore[attr-defined]
-        return found
+    def of(cls, state: ServerState, loop: asyncio.AbstractEventLoop) -> "_Monitor":
+        monitor: _Monitor | None = getattr(state, "monitor", None)
+        if monitor is None or monitor.loop is not loop:
+            monitor = cls(loop)
+            state.monitor = monitor  # type: ignore[attr-defined]
+        return monitor
 
     def add(self, connection: "BoundedProtocol") -> None:
         self.connections.add(connection)
-        self.of_address[connection.network] += 1
-        if not self._is_looking:
-            self._is_looking = True
-            self.loop.call_later(LOOK_SECONDS, self._look)
+        self.of_network[connection.network] += 1
+        if not self._is_scheduled:
+            self._is_scheduled = True
+            self.loop.call_later(CHECK_SECONDS, self._check)
 
     def discard(self, connection: "BoundedProtocol") -> None:
         if connection in self.connections:
             self.connections.discard(connection)
-            self.of_address[connection.network] -= 1
-            if not self.of_address[connection.network]:
-                del self.of_address[connection.network]
+            self.of_network[connection.network] -= 1
+            if not self.of_network[connection.network]:
+                del self.of_network[connection.network]
 
     def refusal(self, network: str) -> str:
-        """Why a further connection may not be; empty where it may."""
-        if len(self.connections) >= most_connections():
+        """Return the reason to refuse another connection; empty if it is allowed."""
+        if len(self.connections) >= max_connections():
             return "too_many_connections"
-        most = settings.WEB_MAX_CONNECTIONS_PER_ADDRESS
-        if most and not settings.TRUSTED_PROXIES and self.of_address[network] >= most:
+        limit = settings.WEB_MAX_CONNECTIONS_PER_ADDRESS
+        if limit and not settings.TRUSTED_PROXIES and self.of_network[network] >= limit:
             return "" if _is_local(network) else "too_many_connections_of_address"
         return ""
 
-    def _look(self) -> None:
+    def _check(self) -> None:
         now = self.loop.time()
         for connection in list(self.connections):
-            connection.look(now)
+            connection.check(now)
         if files.exhausted():
-            # uvloop closes what it can then not accept, without a word.
-            seldom(
-                "No more files can be opened: connections are refused. Raise LimitNOFILE, or ulimit -n",
+            # uvloop then closes new connections without a log line.
+            log_error(
+                "No file can be opened, so connections are refused. Raise LimitNOFILE or ulimit -n",
                 limit=files.limit(),
                 connections=len(self.connections),
             )
-        self._is_looking = bool(self.connections)
-        if self._is_looking:
-            self.loop.call_later(LOOK_SECONDS, self._look)
+        self._is_scheduled = bool(self.connections)
+        if self._is_scheduled:
+            self.loop.call_later(CHECK_SECONDS, self._check)
 
 
-def most_connections() -> int:
-    """Of one process: as set, but no more than it can open files for."""
-    possible, wanted = files.connections(), int(settings.WEB_MAX_CONNECTIONS)
-    return min(wanted, possible) if wanted else possible
+def max_connections() -> int:
+    """Return the limit of one process: the setting, but not more than it can open files for."""
+    possible, limit = files.connections(), int(settings.WEB_MAX_CONNECTIONS)
+    return min(limit, possible) if limit else possible
 
 
 def _is_local(network: str) -> bool:
-    """Whether it is this machine's own: a proxy on it speaks for all its clients."""
+    """Return True for this machine, where a proxy has the connections of all its clients."""
     try:
         return ip_address(network.partition("/")[0]).is_loopback
     except ValueError:
@@ -169,17 +171,17 @@ def _is_local(network: str) -> bool:
 
 class BoundedProtocol(HttpToolsProtocol):
     network = ""
-    # Bytes since the parser last told of something that it does not keep.
+    # Bytes since the last event of the parser that frees its buffer.
     _held = 0
-    # Until when the client has to have done its part, where it has one to do.
+    # The deadline of the client's next step, if it has one to take.
     _due: float | None = None
-    _is_within = False  # a message that has begun and not ended
-    _is_deaf = False
-    # What had been sent when it was last enough, and when that was.
+    _is_in_message = False  # the head or the body of a request is incomplete
+    _ignores_input = False
+    # The bytes sent at the last sufficient progress, and its time.
     _sent = 0
     _sent_at: float | None = None
 
-    _watch: _Watch
+    _monitor: _Monitor
     _wire: _Transport
     _working: RequestResponseCycle | None = None
 
@@ -187,19 +189,19 @@ class BoundedProtocol(HttpToolsProtocol):
         self._wire = _Transport(transport, self)
         super().connection_made(self._wire)  # type: ignore[arg-type]
         _bound_by_kernel(transport)
-        self._watch = _Watch.of(self.server_state, self.loop)
-        self.network = caller_of(self.client, ()).network
-        refusal = self._watch.refusal(self.network)
+        self._monitor = _Monitor.of(self.server_state, self.loop)
+        self.network = client_key(self.client, ()).network
+        refusal = self._monitor.refusal(self.network)
         self._due = self.loop.time() + settings.WEB_HEAD_SECONDS
         if refusal:
             self._turn_away(refusal)
             return
-        self._watch.add(self)
+        self._monitor.add(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._watch.discard(self)
-        # Of pipelined requests uvicorn lets only the last know, so the one that is worked on, a stream
-        # perhaps, would go on for ever.
+        self._monitor.discard(self)
+        # Of pipelined requests uvicorn notifies only the last one, so the current one, maybe a stream,
+        # would never end.
         for cycle in (self._working, *(cycle for cycle, _ in self.pipeline)):
             if cycle is not None and not cycle.response_complete:
                 cycle.disconnected = True
@@ -209,17 +211,17 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         self._held += len(data)
-        if self._is_deaf:
+        if self._ignores_input:
             if self._held > LINGER_BYTES:
                 self._wire.abort()
             return
         super().data_received(data)
-        # One read may bring the end of a body and the beginning of the next head.
+        # One read may hold the end of a body and the start of the next head.
         if self._held > MAX_HEAD_BYTES + CHUNK_BYTES and not self.transport.is_closing():
             self._refuse(431, "head_too_long")
 
     def on_message_begin(self) -> None:
-        self._is_within = True
+        self._is_in_message = True
         self._due = self.loop.time() + settings.WEB_HEAD_SECONDS
         super().on_message_begin()
 
@@ -230,7 +232,7 @@ class BoundedProtocol(HttpToolsProtocol):
         if len(self.pipeline) > MAX_PIPELINED:
             refusals.note("too_many_pipelined")
             self._wire.abort()
-            self._is_deaf = True
+            self._ignores_input = True
 
     def on_body(self, body: bytes) -> None:
         self._held = 0
@@ -239,13 +241,13 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         self._held = 0
         self._due = None
-        self._is_within = False
+        self._is_in_message = False
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
         now = self.loop.time()
-        if self._is_within:
-            # The rest of a body that has been answered already is not read for long.
+        if self._is_in_message:
+            # The rest of a body that is answered already is not read for long.
             self._due = now + settings.WEB_HEAD_SECONDS
         elif not self.pipeline:
             self._due = now + self.timeout_keep_alive + settings.WEB_HEAD_SECONDS
@@ -258,10 +260,10 @@ class BoundedProtocol(HttpToolsProtocol):
         super()._start_asgi_task(cycle, app)
 
     def _has_left(self, cycle: RequestResponseCycle) -> bool:
-        """Called in threads too."""
+        """Return whether the client has left; threads call it too."""
         if cycle.disconnected or not self.flow.read_paused:
             return cycle.disconnected
-        # What is not read does not show its end.
+        # A connection that is not read does not report its end.
         try:
             poll = select.poll()
             poll.register(self._wire.get_extra_info("socket").fileno(), select.POLLRDHUP)
@@ -270,9 +272,9 @@ class BoundedProtocol(HttpToolsProtocol):
             return True
 
     def _unsupported_upgrade_warning(self) -> None:
-        """To another protocol, which there is none of: this request is answered, no further one."""
+        """Answer this request, and no further one: no other protocol is supported."""
         refusals.note("upgrade")
-        self._is_deaf = True
+        self._ignores_input = True
         if self.cycle is not None:
             self.cycle.keep_alive = False
 
@@ -283,32 +285,31 @@ class BoundedProtocol(HttpToolsProtocol):
             super().shutdown()
 
     def is_sent_to(self) -> bool:
-        return self._is_within and not self._is_deaf
+        return self._is_in_message and not self._ignores_input
 
     def linger(self) -> None:
-        self._is_deaf = True
+        self._ignores_input = True
         self._due = self.loop.time() + LINGER_SECONDS
 
-    def look(self, now: float) -> None:
-        """Once a second: has the client done its part?"""
+    def check(self, now: float) -> None:
+        """Disconnect a client that is late."""
         if self._is_stalled(now):
             refusals.note("slow_reader")
             self._wire.abort()
         elif self._due is None or now < self._due:
             return
         elif self.flow.read_paused and not self._wire.lingers:
-            self._due = (
-                now + settings.WEB_HEAD_SECONDS
-            )  # it cannot go on: this server does not read
-        elif self._is_deaf:
+            # The client cannot go on, because this server does not read.
+            self._due = now + settings.WEB_HEAD_SECONDS
+        elif self._ignores_input:
             if not self._wire.get_write_buffer_size():
                 self._wire.end()
         elif self.cycle is not None and not self.cycle.response_complete:
             self._refuse(408, "slow_body")
-        elif self._is_within and self.cycle is not None and self.cycle.more_body:
-            self._wire.end()  # answered long since
+        elif self._is_in_message and self.cycle is not None and self.cycle.more_body:
+            self._wire.end()  # the answer is complete
         else:
-            self._refuse(408 if self._is_within else 0, "no_head")
+            self._refuse(408 if self._is_in_message else 0, "no_head")
 
     def _is_stalled(self, now: float) -> bool:
         unsent = self._wire.get_write_buffer_size()
@@ -316,15 +317,15 @@ class BoundedProtocol(HttpToolsProtocol):
             self._sent_at = None
             return False
         sent = self._wire.written - unsent
-        if self._sent_at is None or sent - self._sent >= LEAST_PROGRESS:
+        if self._sent_at is None or sent - self._sent >= MIN_PROGRESS:
             self._sent, self._sent_at = sent, now
         return now - self._sent_at > settings.WEB_SEND_SECONDS
 
     def _turn_away(self, reason: str) -> None:
         refusals.note(reason)
-        self._is_deaf = True
+        self._ignores_input = True
         self._wire.write(refusals.raw(503))
-        if len(self.connections) - len(self._watch.connections) > files.RESERVED // 4:
+        if len(self.connections) - len(self._monitor.connections) > files.RESERVED // 4:
             self._wire.end()
             return
         self._wire.lingers = True
@@ -335,7 +336,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def _refuse(self, status: int, reason: str) -> None:
         refusals.note(reason)
         working, cycle = self._working, self.cycle
-        # Not into the middle of another answer.
+        # Not in the middle of another answer.
         if status and (
             working is None
             or working.response_complete
@@ -350,15 +351,15 @@ class BoundedProtocol(HttpToolsProtocol):
 
 
 def _bound_by_kernel(transport: asyncio.Transport) -> None:
-    """What a closed connection has yet to send is the kernel's, which gives it up no sooner than after
-    many minutes by itself."""
+    """Limit the unsent bytes of a closed connection and the time that the kernel keeps them, which is
+    many minutes by default."""
     sock = transport.get_extra_info("socket")
     if sock is None or sock.family not in (socket.AF_INET, socket.AF_INET6):
         return
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
-        # After this server has given it up, which counts it.
+        # Twice the time after which this server disconnects, and counts, the client.
         patience = int(settings.WEB_SEND_SECONDS * 2000)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, patience)
     except OSError:
-        pass  # it is gone already
+        pass  # the client has left

@@ -13,6 +13,7 @@ from typing import Any, Self
 
 from agents.events import subscriber
 from config import asgi
+from config.server import threads as server
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,6 @@ def go(scene: Coroutine[Any, Any, None]) -> None:
     try:
         asyncio.run(whole())
     finally:
-        asgi._threads.reset()
+        server.threads.reset()
         for number, handler in handlers.items():
             signal.signal(number, handler)

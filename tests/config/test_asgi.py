@@ -13,7 +13,10 @@ from django.urls import path
 from django.views.decorators.csrf import csrf_exempt
 
 from config import asgi
-from config.server.callers import NOBODY, Held
+from config.server import bridge
+from config.server import threads as server
+from config.server.callers import UNKNOWN, HeldBytes
+from config.server.response import WSGIResponse, wsgi_environ
 from tests.chat.listening import Response, go, request
 
 pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.urls(__name__)]
@@ -80,7 +83,7 @@ def test_a_header_cannot_pass_for_another() -> None:
         "http_version": "1.1",
         "headers": [(b"x_forwarded_proto", b"https"), (b"a", b"1"), (b"a", b"2")],
     }
-    environ = asgi.environ(scope, b"")
+    environ = wsgi_environ(scope, b"")
     assert "HTTP_X_FORWARDED_PROTO" not in environ
     assert environ["HTTP_A"] == "1,2"
 
@@ -112,7 +115,7 @@ def test_nor_is_one_whose_length_begins_with_zeros(settings: Any) -> None:
         raise AssertionError
 
     async def scene() -> None:
-        assert await asgi._body(scope, receive, Held(), NOBODY) == b""
+        assert await bridge._read_body(scope, receive, HeldBytes(), UNKNOWN) == b""
 
     go(scene())
 
@@ -159,9 +162,9 @@ def test_a_client_that_leaves_within_its_body_costs_no_thread() -> None:
 
 def test_no_more_requests_at_once_than_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     at_once, most = 0, 0
-    begin: Callable[..., bytes] = asgi.Answer.begin
+    begin: Callable[..., bytes] = WSGIResponse.start
 
-    def counted(self: asgi.Answer, environ: dict[str, Any]) -> bytes:
+    def counted(self: WSGIResponse, environ: dict[str, Any]) -> bytes:
         nonlocal at_once, most
         at_once += 1
         most = max(most, at_once)
@@ -171,7 +174,7 @@ def test_no_more_requests_at_once_than_threads(monkeypatch: pytest.MonkeyPatch) 
         finally:
             at_once -= 1
 
-    monkeypatch.setattr(asgi.Answer, "begin", counted)
+    monkeypatch.setattr(WSGIResponse, "start", counted)
 
     async def one() -> None:
         async with request("/api/echo") as response:
@@ -182,4 +185,4 @@ def test_no_more_requests_at_once_than_threads(monkeypatch: pytest.MonkeyPatch) 
         await asyncio.gather(*several)
 
     go(scene())
-    assert 1 < most <= asgi.THREADS
+    assert 1 < most <= server.THREADS

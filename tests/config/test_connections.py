@@ -16,11 +16,11 @@ from django.urls import path
 from django.views.decorators.csrf import csrf_exempt
 from structlog.testing import capture_logs
 
-from config import asgi
-from config.server import pool, protocol, refusals
-from config.server.callers import Caller, Held, caller_of
-from config.server.pool import Full, Left, Pool
-from lib import seldom
+from config.server import bridge, pool, protocol, refusals
+from config.server import threads as server
+from config.server.callers import ClientKey, HeldBytes, client_key
+from config.server.pool import ClientLeft, Pool, QueueFull
+from lib import ratelimitedlog
 from tests.chat.listening import go
 from tests.chat.serving import serving
 
@@ -104,7 +104,7 @@ urlpatterns = [
 def scene(monkeypatch: pytest.MonkeyPatch) -> Iterator[Scene]:
     global scene_now
     scene_now = Scene()
-    monkeypatch.setattr(protocol, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(protocol, "CHECK_SECONDS", 0.05)
     yield scene_now
     scene_now.may_end.set()
 
@@ -158,16 +158,16 @@ async def until(condition: Callable[[], Any]) -> None:
 
 def number_left() -> int:
     """How many of those that wait have left."""
-    lines = asgi._threads().web._lines.values()
-    return sum(job.left() for line in lines for jobs in line.values() for job in jobs)
+    lines = server.threads().web._lines.values()
+    return sum(job.has_left() for line in lines for jobs in line.values() for job in jobs)
 
 
 async def held_threads(connect: Any, count: int, path: str = "/api/hold") -> list[Wire]:
     wires = [await connect() for _ in range(count)]
     for wire in wires:
         wire.ask(path)
-    await until(lambda: len(scene_now.begun) == asgi.THREADS)
-    await until(lambda: asgi._threads().web.length == count - asgi.THREADS)
+    await until(lambda: len(scene_now.begun) == server.THREADS)
+    await until(lambda: server.threads().web.length == count - server.THREADS)
     return wires
 
 
@@ -175,10 +175,10 @@ class TestWaiting:
     def test_what_nobody_waits_for_is_never_begun(self, scene: Scene) -> None:
         async def play() -> None:
             async with connecting() as connect:
-                wires = await held_threads(connect, asgi.THREADS + 20)
+                wires = await held_threads(connect, server.THREADS + 20)
                 post = await connect()
                 post.ask("/api/hold", method="POST", body='{"content": "Hello"}')
-                await until(lambda: asgi._threads().web.length == 21)
+                await until(lambda: server.threads().web.length == 21)
                 stays = await connect()
                 stays.ask("/api/quick")
                 for wire in [*wires, post]:
@@ -186,24 +186,24 @@ class TestWaiting:
                 await until(lambda: number_left() == 21)
                 scene.may_end.set()
                 assert (await stays.answer())[0] == 200
-                assert asgi._threads().web.length == 0
-                assert len(scene.begun) == asgi.THREADS + 1
+                assert server.threads().web.length == 0
+                assert len(scene.begun) == server.THREADS + 1
 
         go(play())
 
     def test_one_that_left_within_a_pipeline_is_not_begun_either(self, scene: Scene) -> None:
         async def play() -> None:
             async with connecting() as connect:
-                await held_threads(connect, asgi.THREADS)
+                await held_threads(connect, server.THREADS)
                 wire = await connect()
                 wire.ask("/api/hold")
                 wire.ask("/api/hold", method="POST", body="x" * 200_000)
-                await until(lambda: asgi._threads().web.length == 1)
+                await until(lambda: server.threads().web.length == 1)
                 wire.leave()
                 await until(lambda: number_left() == 1)
                 scene.may_end.set()
-                await until(lambda: asgi._threads().web.length == 0)
-                assert len(scene.begun) == asgi.THREADS
+                await until(lambda: server.threads().web.length == 0)
+                assert len(scene.begun) == server.THREADS
 
         go(play())
 
@@ -217,7 +217,7 @@ class TestWaiting:
                 quiet = await connect()
                 quiet.ask("/api/quick")
                 await quiet.answer()
-                await until(lambda: not asgi._threads().answers.total)
+                await until(lambda: not server.threads().answers.total)
                 assert scene.begun.count("piece") < 60
 
         go(play())
@@ -225,19 +225,19 @@ class TestWaiting:
     def test_another_caller_is_begun_at_once(self, scene: Scene) -> None:
         async def play() -> None:
             async with connecting() as connect:
-                await held_threads(connect, asgi.THREADS + 20)
+                await held_threads(connect, server.THREADS + 20)
                 for header in ("Cookie: sessionid=another", "Authorization: Bearer another"):
                     other = await connect()
                     other.ask("/api/quick", header)
                     assert (await other.answer())[0] == 200
-                assert scene.begun.count("/api/hold") == asgi.THREADS
+                assert scene.begun.count("/api/hold") == server.THREADS
 
         go(play())
 
     def test_probes_wait_for_nobody(self) -> None:
         async def play() -> None:
             async with connecting() as connect:
-                await held_threads(connect, asgi.THREADS + 20)
+                await held_threads(connect, server.THREADS + 20)
                 for probe in ("/healthz", "/readyz", "/metrics"):
                     wire = await connect()
                     wire.ask(probe)
@@ -251,12 +251,12 @@ class TestWaiting:
                 for _ in range(20):
                     wire = await connect()
                     wire.ask("/login", method="POST", body="username=a&password=b")
-                await until(lambda: len(scene.begun) == asgi.LOGIN_THREADS)
+                await until(lambda: len(scene.begun) == server.LOGIN_THREADS)
                 for asked in ("/healthz", "/api/quick"):
                     wire = await connect()
                     wire.ask(asked)
                     assert (await wire.answer())[0] == 200
-                assert scene.begun.count("/login") == asgi.LOGIN_THREADS
+                assert scene.begun.count("/login") == server.LOGIN_THREADS
 
         go(play())
 
@@ -265,7 +265,7 @@ class TestWaiting:
 
         async def play() -> None:
             async with connecting() as connect:
-                wires = await held_threads(connect, asgi.THREADS + 4)
+                wires = await held_threads(connect, server.THREADS + 4)
                 more = await connect()
                 more.ask("/api/hold")
                 status, headers, body = await more.answer()
@@ -292,14 +292,14 @@ class TestWaiting:
 
 
 class TestTurns:
-    def order(self, callers: list[Caller]) -> list[Caller]:
+    def order(self, callers: list[ClientKey]) -> list[ClientKey]:
         """In which jobs that came in this order are begun, in one thread."""
-        begun: list[Caller] = []
+        begun: list[ClientKey] = []
         may_begin = threading.Event()
 
         async def play() -> None:
             threads = Pool("test", 1)
-            first = threads.submit(Caller("first"), may_begin.wait)
+            first = threads.submit(ClientKey("first"), may_begin.wait)
             jobs = [
                 threads.submit(each, lambda each=each: begun.append(each))  # type: ignore[misc]
                 for each in callers
@@ -311,7 +311,7 @@ class TestTurns:
         return begun
 
     def test_addresses_take_turns_and_so_do_the_callers_of_one(self) -> None:
-        a1, a2, b = Caller("a", b"1"), Caller("a", b"2"), Caller("b", b"")
+        a1, a2, b = ClientKey("a", b"1"), ClientKey("a", b"2"), ClientKey("b", b"")
         assert self.order([a1, a1, a1, a1, a2, b, b]) == [a1, b, a1, b, a2, a1, a1] or self.order(
             [a1, a1, a1, a1, a2, b, b]
         ) == [a1, b, a2, b, a1, a1, a1]
@@ -324,8 +324,8 @@ class TestTurns:
             threads = Pool("test", 1)
             for _ in range(3):
                 with pytest.raises(LookupError):
-                    await threads.submit(Caller("a"), broken)
-            assert await threads.submit(Caller("a"), lambda: 1) == 1
+                    await threads.submit(ClientKey("a"), broken)
+            assert await threads.submit(ClientKey("a"), lambda: 1) == 1
 
         asyncio.run(play())
 
@@ -337,14 +337,14 @@ class TestTurns:
 
         async def play() -> None:
             threads = Pool("test", 1, waiting=3)
-            begun = threads.submit(Caller("a"), may_begin.wait)
+            begun = threads.submit(ClientKey("a"), may_begin.wait)
             await until(lambda: threads.length == 0)
-            left = [threads.submit(Caller("a"), may_begin.wait, lambda: True) for _ in range(3)]
-            stays = threads.submit(Caller("a"), lambda: "stays")
+            left = [threads.submit(ClientKey("a"), may_begin.wait, lambda: True) for _ in range(3)]
+            stays = threads.submit(ClientKey("a"), lambda: "stays")
             may_begin.set()
             assert await stays == "stays"
             for job in left:
-                with pytest.raises(Left):
+                with pytest.raises(ClientLeft):
                     await job
             assert await begun
 
@@ -363,10 +363,10 @@ class TestTurns:
 
         async def play() -> None:
             threads = Pool("test", 3, spare=2, waiting=100)
-            jobs = [threads.submit(Caller("a"), work) for _ in range(150)]
+            jobs = [threads.submit(ClientKey("a"), work) for _ in range(150)]
             may_begin.set()
             results = await asyncio.gather(*jobs, return_exceptions=True)
-            refused = [result for result in results if isinstance(result, Full)]
+            refused = [result for result in results if isinstance(result, QueueFull)]
             assert 47 <= len(refused) <= 50
 
         asyncio.run(play())
@@ -379,39 +379,44 @@ class TestWhoAsks:
             (b"x-forwarded-for", b"198.51.100.1, 203.0.113.9"),
             (b"cookie", b"a=b; sessionid=s"),
         ]
-        assert caller_of(("127.0.0.1", 1), headers) == Caller("127.0.0.1", b"s")
+        assert client_key(("127.0.0.1", 1), headers) == ClientKey("127.0.0.1", b"s")
         settings.TRUSTED_PROXIES = 1
-        assert caller_of(("127.0.0.1", 1), headers) == Caller("203.0.113.9", b"s")
+        assert client_key(("127.0.0.1", 1), headers) == ClientKey("203.0.113.9", b"s")
 
     def test_with_ipv6_one_has_a_whole_network(self) -> None:
-        assert caller_of(("2001:db8::1", 1), ()) == caller_of(("2001:db8::2", 1), ())
-        assert caller_of(None, ()) == Caller("unknown")
+        assert client_key(("2001:db8::1", 1), ()) == client_key(("2001:db8::2", 1), ())
+        assert client_key(None, ()) == ClientKey("unknown")
 
     def test_shares_of_what_is_held(self, settings: Any) -> None:
         settings.WEB_MAX_HELD_BYTES = 80
-        held, one, other, away = Held(), Caller("a", b"1"), Caller("a", b"2"), Caller("b")
+        held, one, other, away = (
+            HeldBytes(),
+            ClientKey("a", b"1"),
+            ClientKey("a", b"2"),
+            ClientKey("b"),
+        )
         held.add(one, 10)
-        assert held.is_too_much(one)
-        assert not held.is_too_much(other)
+        assert held.is_full_for(one)
+        assert not held.is_full_for(other)
         held.add(other, 35)
-        assert held.is_too_much(Caller("a", b"3"))
-        assert not held.is_too_much(away)
+        assert held.is_full_for(ClientKey("a", b"3"))
+        assert not held.is_full_for(away)
         held.add(away, 35)
-        assert held.is_too_much(Caller("c"))
+        assert held.is_full_for(ClientKey("c"))
         for caller, size in ((one, 10), (other, 35), (away, 35)):
             held.add(caller, -size)
-        assert (held.total, dict(held._of_caller)) == (0, {})
+        assert (held.total, dict(held._of_client)) == (0, {})
 
     def test_addresses_that_have_something_leave_room_for_others(self, settings: Any) -> None:
         settings.WEB_MAX_HELD_BYTES = 1000
-        held = Held()
-        many = [Caller(f"a{number}", b"") for number in range(10)]
+        held = HeldBytes()
+        many = [ClientKey(f"a{number}", b"") for number in range(10)]
         for _ in range(100):
             for caller in many:
-                if not held.is_too_much(caller):
+                if not held.is_full_for(caller):
                     held.add(caller, 10)
         assert held.total == 750
-        assert not held.is_too_much(Caller("b"))
+        assert not held.is_full_for(ClientKey("b"))
 
 
 async def drip(wire: Wire, drop: bytes) -> None:
@@ -498,8 +503,8 @@ class TestTime:
                 for wire in wires:
                     wire.writer.transport.pause_reading()
                     wire.ask(path)
-                await until(lambda: asgi._threads().answers.total)
-                await until(lambda: not asgi._threads().answers.total)
+                await until(lambda: server.threads().answers.total)
+                await until(lambda: not server.threads().answers.total)
 
         go(play())
 
@@ -528,18 +533,18 @@ class TestMemory:
 
         async def play() -> None:
             async with connecting() as connect:
-                wires: list[Any] = await held_threads(connect, asgi.THREADS, "/api/big-later")
+                wires: list[Any] = await held_threads(connect, server.THREADS, "/api/big-later")
                 for wire in wires:
                     wire.writer.transport.pause_reading()
                 scene.may_end.set()
-                answers = asgi._threads().answers
-                await until(lambda: asgi._threads().web._busy == 0)
+                answers = server.threads().answers
+                await until(lambda: server.threads().web._busy == 0)
                 assert answers.total == 3 * BIG
                 for wire in wires:
                     wire.writer.transport.resume_reading()
                 heads = [await wire.reader.readline() for wire in wires]
                 assert sum(b" 200 " in head for head in heads) == 3
-                assert sum(b" 503 " in head for head in heads) == asgi.THREADS - 3
+                assert sum(b" 503 " in head for head in heads) == server.THREADS - 3
 
         go(play())
 
@@ -548,11 +553,11 @@ class TestMemory:
 
         async def play() -> None:
             async with connecting() as connect:
-                for _ in range(asgi.THREADS):
+                for _ in range(server.THREADS):
                     wire = await connect(limit=1024)
                     wire.writer.transport.pause_reading()
                     wire.ask("/api/big")
-                await until(lambda: asgi._threads().answers.total >= 3 * BIG)
+                await until(lambda: server.threads().answers.total >= 3 * BIG)
                 refused = await connect()
                 refused.ask("/api/quick")
                 assert (await refused.answer())[0] == 503
@@ -573,7 +578,7 @@ class TestMemory:
                     + b"x" * 800_000
                 )
                 assert (await wire.answer())[0] == 503
-                assert not asgi._threads().answers.total
+                assert not server.threads().answers.total
 
         go(play())
         assert not scene.begun
@@ -605,7 +610,7 @@ class TestMemory:
         async def play() -> None:
             async with connecting() as connect:
                 wire = await connect()
-                wire.ask("/api/quick", *["a: b"] * (asgi.MAX_HEADERS + 1))
+                wire.ask("/api/quick", *["a: b"] * (bridge.MAX_HEADERS + 1))
                 assert (await wire.answer())[0] == 431
 
         go(play())
@@ -629,7 +634,9 @@ class TestPlaces:
     ) -> None:
         settings.WEB_MAX_CONNECTIONS = 3
         monkeypatch.setattr(
-            refusals, "_seldom", seldom.Seldom(structlog.get_logger("test").warning)
+            refusals,
+            "log_warning",
+            ratelimitedlog.RateLimitedLog(structlog.get_logger("test").warning),
         )
 
         async def play() -> None:
@@ -663,8 +670,8 @@ class TestPlaces:
         self, settings: Any
     ) -> None:
         settings.WEB_MAX_CONNECTIONS_PER_ADDRESS = 2
-        watch = protocol._Watch(asyncio.new_event_loop())
-        watch.of_address.update({"203.0.113.9": 2, "127.0.0.1": 2, "2001:db8::/64": 2})
+        watch = protocol._Monitor(asyncio.new_event_loop())
+        watch.of_network.update({"203.0.113.9": 2, "127.0.0.1": 2, "2001:db8::/64": 2})
         assert watch.refusal("203.0.113.9") == "too_many_connections_of_address"
         assert watch.refusal("2001:db8::/64") == "too_many_connections_of_address"
         assert watch.refusal("127.0.0.1") == watch.refusal("203.0.113.10") == ""

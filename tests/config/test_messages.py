@@ -11,7 +11,7 @@ from celery import current_app
 
 from agents import tasks
 from config.server import messages
-from config.server.messages import Unusable
+from config.server.messages import InvalidMessage
 from tests.agents.conftest import Broker, _celery, broker  # noqa: F401
 from tests.fuzz.examples import anything, tried
 
@@ -75,7 +75,7 @@ def test_every_task_of_the_house_passes(redis: Any, broker: Any, name: str) -> N
 )
 def test_what_is_no_message(raw: bytes) -> None:
     for check in (messages.message, messages.task, messages.command, messages.unacknowledged):
-        with pytest.raises(Unusable):
+        with pytest.raises(InvalidMessage):
             check(raw)
 
 
@@ -117,7 +117,7 @@ def test_what_is_no_message(raw: bytes) -> None:
     ],
 )
 def test_a_message_that_this_worker_cannot_do(ours: dict[str, Any], path: str, value: Any) -> None:
-    with pytest.raises(Unusable) as refused:
+    with pytest.raises(InvalidMessage) as refused:
         messages.task(changed(ours, path, value))
 
     assert "\n" not in str(refused.value)
@@ -148,7 +148,7 @@ def test_a_clock_that_no_later_message_could_pass(ours: dict[str, Any], clock: A
     """The worker would adopt it, and send answers that are refused as these are."""
     command = changed(ours, "headers/clock", clock)
     for check in (messages.message, messages.command):
-        with pytest.raises(Unusable, match="clock"):
+        with pytest.raises(InvalidMessage, match="clock"):
             check(command)
 
 
@@ -156,5 +156,5 @@ def test_a_clock_that_no_later_message_could_pass(ours: dict[str, Any], clock: A
 def test_nothing_but_that_is_raised(found: Any) -> None:
     raw = json.dumps(found).encode("utf-8", "surrogatepass")
     for check in (messages.message, messages.task, messages.command, messages.unacknowledged):
-        with contextlib.suppress(Unusable):
+        with contextlib.suppress(InvalidMessage):
             check(raw)

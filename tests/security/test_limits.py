@@ -16,7 +16,8 @@ from rest_framework.test import APIClient
 
 from chat.api import views
 from chat.jsonapi import pagination
-from config import asgi
+from config.server import bridge
+from config.server import threads as server
 from lib import jsonapi
 from realm import models, tokens
 from realm.models import BotCommand, BotRegistration, User
@@ -175,7 +176,7 @@ class TestWaiting:
         self, client: APIClient, redis: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         # Fewer than there are threads: the others go on answering.
-        assert views.WAITING_SEATS._initial_value < asgi.THREADS  # type: ignore[attr-defined]
+        assert views.WAITING_SEATS._initial_value < server.THREADS  # type: ignore[attr-defined]
         seats = threading.BoundedSemaphore(1)
         monkeypatch.setattr(views, "WAITING_SEATS", seats)
         with seats:
@@ -201,11 +202,11 @@ class TestHeads:
     @pytest.mark.parametrize(
         ("path", "headers"),
         [
-            ("/api?q=" + "x" * asgi.MAX_HEAD_BYTES, {}),
-            ("/api/" + "x" * asgi.MAX_HEAD_BYTES, {}),
-            ("/api", {"x-long": "x" * asgi.MAX_HEAD_BYTES}),
+            ("/api?q=" + "x" * bridge.MAX_HEAD_BYTES, {}),
+            ("/api/" + "x" * bridge.MAX_HEAD_BYTES, {}),
+            ("/api", {"x-long": "x" * bridge.MAX_HEAD_BYTES}),
             ("/api", {f"x-{number}": "x" * 30 for number in range(2000)}),
-            ("/admin/", {"cookie": "x" * asgi.MAX_HEAD_BYTES}),
+            ("/admin/", {"cookie": "x" * bridge.MAX_HEAD_BYTES}),
         ],
         ids=["query", "path", "header", "headers", "cookie"],
     )
@@ -302,12 +303,12 @@ def test_fifty_guesses_at_once_are_no_more_than_a_few_after_the_other() -> None:
         finally:
             connection.close()
 
-    with ThreadPoolExecutor(asgi.THREADS) as threads:
+    with ThreadPoolExecutor(server.THREADS) as threads:
         statuses = list(threads.map(guess, range(50)))
 
     tried = statuses.count(200)
     # Those that are under way when the lock falls.
-    assert tried <= 5 + asgi.THREADS
+    assert tried <= 5 + server.THREADS
     assert statuses.count(429) == 50 - tried
     assert AccessAttempt.objects.get().failures_since_start >= 5
     right = {"username": "admin", "password": "right-password"}

@@ -1,10 +1,14 @@
-"""Django's SQLite backend, with a queue for the writers.
+"""Django's SQLite backend with a queue of writers.
 
-SQLite lets one writer in at a time. The others sleep and ask again, for longer and longer, and come
-in whatever order: the database idles while they sleep, and some starve for seconds. Here a
-transaction waits on locks before it begins, so that the next one is woken at once: the threads of a
-process on one of their own, then the processes on a file beside the database. What writes often
-does so in a transaction, be it of one statement: a bare statement asks without queueing.
+SQLite allows one writer at a time. The others sleep and retry, with growing pauses and in no order: the
+database idles while they sleep, and some starve for seconds. Here a transaction waits on locks before
+it begins, so that the next one is woken at once: the threads of a process on a lock of the process,
+then the processes on a file beside the database. Code that writes often does so in a transaction, even
+for one statement: a bare statement does not queue.
+
+It can go when Python's sqlite3 offers SQLite's own blocking locks (sqlite3_setlk_timeout, SQLite 3.50,
+a compile-time option) and Django sets them. Django's `transaction_mode` (ticket 29280), which the
+settings use, does not queue.
 """
 
 import fcntl
@@ -18,13 +22,13 @@ from django.db.utils import OperationalError
 _turn = threading.Lock()
 
 
-def _forget_turn() -> None:
-    """The thread that had the turn when the process forked is not in the child."""
+def _reset_turn() -> None:
+    """Free the lock in a child process, which does not have the thread that holds it."""
     global _turn
     _turn = threading.Lock()
 
 
-os.register_at_fork(after_in_child=_forget_turn)
+os.register_at_fork(after_in_child=_reset_turn)
 
 
 class DatabaseWrapper(base.DatabaseWrapper):
@@ -71,8 +75,8 @@ class DatabaseWrapper(base.DatabaseWrapper):
             if self._file is None:
                 path = f"{self.settings_dict['NAME']}.lock"
                 self._file = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-            # Without a limit, but at most one thread of a process waits here: the others give up
-            # above. The lock of a process that dies is free.
+            # Without a time limit, but at most one thread of a process waits here: the others time
+            # out above. The kernel releases the lock of a process that dies.
             fcntl.flock(self._file, fcntl.LOCK_EX)
         except OSError as error:
             raise OperationalError(

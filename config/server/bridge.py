@@ -1,0 +1,250 @@
+"""The application for an ASGI server, in front of Django's WSGI handler.
+
+The WSGI handler runs in one of a few threads: that serves several times the requests of Django's own
+ASGI handler with synchronous views, and never opens more database connections than threads. Only a body
+that is an async iterator, an event stream, is served by the event loop: thousands of streams may be
+open while all threads are free.
+
+Requests that wait for a thread are bounded and take turns (config.server.pool); if the client leaves
+before a thread is free, its request is dropped. Probes have threads of their own, so that load is never
+mistaken for a failure, and so have requests that hash a password.
+
+It can go when Django's ASGI handler runs synchronous views in a bounded pool with the throughput of
+WSGI; today each request starts a thread of its own (django/asgiref#218, #306).
+"""
+
+import asyncio
+import functools
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+from django.conf import settings
+
+from config.server.response import WSGIResponse, wsgi_environ
+
+# The apps are loaded now; the next imports need them.
+# isort: split
+from config.server import refusals
+from config.server.callers import ClientKey, HeldBytes, client_key
+from config.server.pool import ClientLeft, QueueFull
+from config.server.streaming import Message, Receive, Send, send_stream, wait_for_disconnect
+from config.server.threads import threads
+
+# The part of a response that is passed to the connection at a time.
+PIECE_BYTES = 64 * 1024
+# Of an address with all headers: more than clients need, and less than keeps a thread busy.
+MAX_HEAD_BYTES = 64 * 1024
+MAX_HEADERS = 200
+# In a scope's extensions, from config.server.protocol: a function that returns True once the client has
+# left.
+HAS_LEFT = "botrealm.left"
+
+
+async def application(scope: Message, receive: Receive, send: Send) -> None:
+    if scope["type"] != "http":
+        raise ValueError(f"The scope {scope['type']} is not supported.")
+    if _head_size(scope) > MAX_HEAD_BYTES or len(scope["headers"]) > MAX_HEADERS:
+        await _refuse(431, "head_too_long", scope, send)
+        return
+    exchange = _Exchange(scope, receive, send)
+    try:
+        await exchange.run()
+    finally:
+        exchange.end()
+
+
+class TooManyBytes(Exception):
+    """A client, or all together, hold as many bytes as allowed."""
+
+
+class _Exchange:
+    """One request and its response."""
+
+    def __init__(self, scope: Message, receive: Receive, send: Send) -> None:
+        self.scope, self.receive, self.send = scope, receive, send
+        self.threads = threads()
+        self.pool = self.threads.for_request(scope)
+        self.is_bounded = self.threads.is_bounded(self.pool)
+        self.client = client_key(scope.get("client"), scope["headers"])
+        self.response = WSGIResponse()
+        # If the connection cannot report it, a task waits for the client to leave.
+        has_left = (scope.get("extensions") or {}).get(HAS_LEFT)
+        self.has_left: Callable[[], bool] = has_left or self._has_disconnected
+        self.watches_client = has_left is None
+        self.leaving: asyncio.Task[None] | None = None
+        self.held = 0
+
+    async def run(self) -> None:
+        bodies, client = self.threads.bodies, self.client
+        if self._is_full():
+            await self._refuse(503, "bytes_held")
+            return
+        try:
+            body = await _read_body(self.scope, self.receive, bodies, client)
+        except TimeoutError:
+            await self._refuse(408, "slow_body")
+            return
+        except TooManyBytes:
+            await self._refuse(503, "bytes_held")
+            return
+        if body is None:  # the client has left
+            return
+        size = len(body)
+        bodies.add(client, size)
+        try:
+            if self.watches_client:
+                self.leaving = asyncio.create_task(wait_for_disconnect(self.receive))
+            start = functools.partial(self._start, wsgi_environ(self.scope, body))
+            del body
+            chunk = await self.pool.submit(client, start, self.has_left)
+        except ClientLeft:
+            refusals.note("client_left")
+            # A connection that is not read at the moment has yet to notice.
+            with suppress(TimeoutError):
+                async with asyncio.timeout(1):
+                    await (self.leaving or wait_for_disconnect(self.receive))
+            return
+        except QueueFull:
+            await self._refuse(503, "too_many_waiting")
+            return
+        except TooManyBytes:
+            await self._refuse(503, "bytes_held")
+            return
+        finally:
+            bodies.add(client, -size)
+        await self._reply(chunk)
+
+    def _start(self, environ: dict[str, Any]) -> bytes:
+        """Call the application, in a thread. Check the limit again first: many requests may have passed
+        the first check together, and others may since hold answers that are not read."""
+        if self._is_full():
+            raise TooManyBytes
+        chunk = self.response.start(environ)
+        if not self._try_hold(len(chunk)):
+            self.response.close()
+            raise TooManyBytes
+        return chunk
+
+    def _try_hold(self, size: int) -> bool:
+        """Hold a response if there is room. Several that started side by side could exceed the limit
+        many times; a request that may have changed something is answered anyway."""
+        is_safe = self.scope["method"] in ("GET", "HEAD")
+        if size <= PIECE_BYTES or not (is_safe and self.is_bounded):
+            self._hold(size)
+            return True
+        self.held = size if self.threads.answers.try_add(self.client, size) else 0
+        return bool(self.held)
+
+    def _next(self) -> bytes:
+        chunk = self.response.next()
+        self._hold(len(chunk))
+        return chunk
+
+    def _hold(self, size: int) -> None:
+        """Count the bytes of the response that wait for the client now."""
+        size = 0 if size <= PIECE_BYTES else size
+        self.threads.answers.add(self.client, size - self.held)
+        self.held = size
+
+    def _is_full(self) -> bool:
+        return self.is_bounded and self.threads.answers.is_full_for(self.client)
+
+    async def _refuse(self, status: int, reason: str) -> None:
+        await _refuse(status, reason, self.scope, self.send)
+
+    async def _reply(self, chunk: bytes) -> None:
+        response, send = self.response, self.send
+        await self._send(
+            {
+                "type": "http.response.start",
+                "status": response.status,
+                "headers": response.headers,
+            }
+        )
+        if response.stream and self.scope["method"] != "HEAD":
+            leaving = self.leaving or asyncio.create_task(wait_for_disconnect(self.receive))
+            await send_stream(response.stream, leaving, send)
+            return
+        if response.more and self.scope["method"] == "HEAD":
+            await self.pool.resume(self.client, response.close)
+        while response.more:
+            await self._send_body(chunk, more=True)
+            if self.has_left():
+                await self.pool.resume(self.client, response.close)
+                return
+            chunk = await self.pool.resume(self.client, self._next)
+        await self._send_body(chunk, more=False)
+
+    async def _send_body(self, chunk: bytes, *, more: bool) -> None:
+        size = len(chunk)
+        if size <= PIECE_BYTES:
+            await self._send({"type": "http.response.body", "body": chunk, "more_body": more})
+            return
+        view = memoryview(chunk)
+        for start in range(0, size, PIECE_BYTES):
+            is_last = start + PIECE_BYTES >= size
+            piece = bytes(view[start : start + PIECE_BYTES])
+            await self._send(
+                {"type": "http.response.body", "body": piece, "more_body": more or not is_last}
+            )
+            if self.has_left():
+                return
+
+    async def _send(self, message: Message) -> None:
+        if not self.watches_client:  # the connection limits the time itself
+            await self.send(message)
+            return
+        async with asyncio.timeout(settings.WEB_SEND_SECONDS):
+            await self.send(message)
+
+    def _has_disconnected(self) -> bool:
+        return self.leaving is not None and self.leaving.done()
+
+    def end(self) -> None:
+        self._hold(0)
+        if self.leaving is not None:
+            self.leaving.cancel()
+
+
+def _head_size(scope: Message) -> int:
+    address = len(scope.get("raw_path") or scope["path"]) + len(scope["query_string"])
+    return address + sum(len(name) + len(value) for name, value in scope["headers"])
+
+
+async def _refuse(status: int, reason: str, scope: Message, send: Send) -> None:
+    refusals.note(reason)
+    headers, body = refusals.answer(status, scope["path"])
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+async def _read_body(
+    scope: Message, receive: Receive, held: HeldBytes, client: ClientKey
+) -> bytes | None:
+    """Return the whole body, or None if the client leaves. A body that is too long, or has no length,
+    is not read: Django refuses it by its head. Raises `TimeoutError`, `TooManyBytes`."""
+    length = next((value for name, value in scope["headers"] if name == b"content-length"), b"")
+    # With leading zeros, any number may have any number of digits.
+    digits = length.lstrip(b"0")
+    if not digits.isdigit() or int(digits[:12]) > settings.DATA_UPLOAD_MAX_MEMORY_SIZE:
+        return b""
+    read = 0
+    pieces, more = [], True
+    try:
+        async with asyncio.timeout(settings.WEB_BODY_SECONDS):
+            while more:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    return None
+                piece = message.get("body", b"")
+                pieces.append(piece)
+                more = message.get("more_body", False)
+                if more:
+                    read += len(piece)
+                    held.add(client, len(piece))
+                    if held.is_full_for(client):
+                        raise TooManyBytes
+    finally:
+        held.add(client, -read)
+    return b"".join(pieces)
