@@ -1,5 +1,5 @@
-"""A database of any size: some of `console.demo`'s history as it comes, and then copies of it, which
-the database makes itself with other ids and other times."""
+"""A database of any size: a sample history (sample.py), and copies of it that the database makes with
+other ids and times."""
 
 from __future__ import annotations
 
@@ -10,26 +10,13 @@ from typing import Any
 from django.db import connection, transaction
 from django.db.models import AutoField, DateTimeField, ForeignKey, Max, Model, UUIDField
 
-from agents.models import Attempt, Event, Run, Step, Summary
+from agents.models import Run
 from agents.usage import rollups
-from botrunner.models import Conversation, Reply, RoomEvent
+from botrunner.models import RoomEvent
 from chat.models import Message, Thread
-from console.demo import History
+from tests.benchmarks.sample import TABLES, History
 
 ORIGINALS = 20_000
-# In the order of their foreign keys.
-TABLES: list[type[Model]] = [
-    Thread,
-    Conversation,
-    Message,
-    Run,
-    Attempt,
-    Step,
-    Event,
-    Summary,
-    RoomEvent,
-    Reply,
-]
 OWN = {Thread, Message, Run, RoomEvent}
 # What is unique or names a row, though it is no key.
 NAMES = {"request_event_id", "correlation_id", "event_id", "key", "root"}
@@ -40,7 +27,7 @@ def seed(runs: int, *, days: int = 30) -> None:
     """`runs` runs with all that belongs to them, counted in the rollups."""
     begun = time.perf_counter()
     originals = min(runs, ORIGINALS)
-    History(runs=originals, days=days).tell()
+    History(runs=originals, days=days).write_all()
     _say(f"{originals} runs", begun)
     copies = round(runs / originals) - 1
     room_events = RoomEvent.objects.aggregate(Max("pk"))["pk__max"] or 0

@@ -15,11 +15,11 @@ from agents.runs import execution
 from agents.usage import rollups
 from botrunner.models import Session
 from console import charts, home
-from console.demo import History
 from lib.formats import duration, money
 from realm.models import User
 from tests import factories
 from tests.agents.test_admin import queries_of
+from tests.benchmarks.sample import History
 from tests.fakes.llm import Failure, FakeLLM
 
 pytestmark = pytest.mark.django_db
@@ -55,7 +55,7 @@ def test_an_empty_system_is_told_what_to_do(admin_client: Client) -> None:
     page = text_of(admin_client)
 
     assert "No runs yet" in page
-    assert "seed_demo" in page
+    assert "tests.benchmarks.demo" in page
     assert "celery -A config worker" in page
 
 
@@ -184,7 +184,7 @@ def test_whoever_may_not_see_runs_sees_no_figures(client: Client) -> None:
 def test_the_home_costs_the_same_with_few_runs_and_with_many(admin_client: Client) -> None:
     counts = []
     for _ in range(2):
-        History(runs=120, days=6).tell()
+        History(runs=120, days=6).write_all()
         while rollups.fold():
             pass
         counts.append(queries_of(admin_client, "/admin/?range=7d"))

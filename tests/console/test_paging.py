@@ -4,7 +4,6 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from django.core.management import CommandError, call_command
 from django.db import connection
 from django.test import Client
 from django.utils import timezone
@@ -14,10 +13,10 @@ from agents.usage import rollups
 from botrunner.models import Reply, RoomEvent
 from chat.models import Message, Thread
 from console import paging
-from console.demo import History
 from tests import factories
 from tests.benchmarks import admin as bench
-from tests.benchmarks import seed
+from tests.benchmarks import demo, seed
+from tests.benchmarks.sample import History
 from tests.plans import explain
 
 pytestmark = pytest.mark.django_db
@@ -142,7 +141,7 @@ QUERIES = {
 
 @pytest.mark.parametrize("name", QUERIES)
 def test_lists_filters_and_figures_read_an_index(name: str) -> None:
-    History(runs=300).tell()
+    History(runs=300).write_all()
     with connection.cursor() as cursor:
         cursor.execute("ANALYZE")
     query, index = QUERIES[name]
@@ -174,7 +173,7 @@ def test_no_page_of_the_admin_takes_many_queries(part: str) -> None:
 class TestSeeds:
     def test_a_week_for_a_trial_is_made_up(self, settings: Any, capsys: Any) -> None:
         settings.DEBUG = True
-        call_command("seed_demo", runs=150)
+        demo.main(["--runs", "150"])
 
         assert Run.objects.count() == 150
         assert not Run.objects.unfinished().exists()
@@ -198,14 +197,14 @@ class TestSeeds:
         settings.DEBUG = True
         factories.ask()
 
-        with pytest.raises(CommandError, match="--force"):
-            call_command("seed_demo", runs=5)
-        call_command("seed_demo", runs=5, force=True)
+        with pytest.raises(SystemExit, match="--force"):
+            demo.main(["--runs", "5"])
+        demo.main(["--runs", "5", "--force"])
         assert Run.objects.count() == 6
 
     def test_production_is_left_alone(self) -> None:
-        with pytest.raises(CommandError, match="DEBUG is off"):
-            call_command("seed_demo", runs=5, force=True)
+        with pytest.raises(SystemExit, match="DEBUG is off"):
+            demo.main(["--runs", "5", "--force"])
 
     def test_copies_are_whole(self, monkeypatch: Any) -> None:
         monkeypatch.setattr(seed, "ORIGINALS", 40)

@@ -146,8 +146,10 @@ def ask(tab: Tab, question: str, *, until: str = ".turn:last-child[data-status=c
 def of_the_console(browser: Browser, names: list[str]) -> None:
     with LLMProcess() as llm, Stack(llm.url, CHAT_DEFAULT_MODEL="gpt-4o-mini") as stack:
         llm.configure(latency=0.2)
-        manage(stack, "seed_demo", "--failing", "0.1")
-        pages = json.loads(manage(stack, "shell", "--verbosity", "0", "--command", PICK))
+        run_python(stack, "-m", "tests.benchmarks.demo", "--failing", "0.1")
+        pages = json.loads(
+            run_python(stack, "manage.py", "shell", "--verbosity", "0", "--command", PICK)
+        )
         for shot in SHOTS:
             if not names or shot.name in names:
                 with opened(browser, stack, shot) as tab:
@@ -164,12 +166,12 @@ def of_the_console(browser: Browser, names: list[str]) -> None:
                 photograph(tab, "cancelled")
 
 
-def manage(stack: Stack, *command: str) -> str:
-    """What a management command prints that runs beside the stack."""
+def run_python(stack: Stack, *arguments: str) -> str:
+    """Run Python with the settings of the stack. Return its output."""
     done = subprocess.run(
-        [sys.executable, "manage.py", *command],
+        [sys.executable, *arguments],
         cwd=BASE_DIR,
-        # Made-up runs are refused where it is off.
+        # Sample runs require DEBUG.
         env=stack.env | {"REDIS_URL": stack.redis_url, "DEBUG": "true", "LOG_LEVELS": "*=none"},
         stdout=subprocess.PIPE,
         text=True,

@@ -1,5 +1,5 @@
-"""Made-up history: what a system of some weeks would have on record. For trying the admin, and for
-measuring it (tests.benchmarks.admin)."""
+"""A sample history: the rows of a system that has run for some weeks. For trying the admin (demo.py)
+and for measuring it (seed.py)."""
 
 import random
 import uuid
@@ -26,7 +26,7 @@ from realm.models import BotCommand, BotRegistration, User
 Write = Callable[[type[Model], list[dict[str, Any]]], None]
 
 PEOPLE = ["alice", "bob", "charlie", "dana", "erik", "fatima"]
-MEMBERS = 4  # so many of them have a registration
+MEMBERS = 4  # users with a registration
 ROOMS = ["support", "release-train", "data-team", "lunch", "on-call", "onboarding", "legal", "lab"]
 MODELS = {"gpt-4o-mini": 70, "gpt-4o": 20, "llama3.2": 10}
 PRICES = {"gpt-4o-mini": ("0.15", "0.60", "0.075"), "gpt-4o": ("2.50", "10", "1.25")}
@@ -52,13 +52,26 @@ FAILURES = {
     "key_refused": ("The model refused the server's key.", 5),
     "internal": ("Something went wrong in the server.", 3),
 }
-# What people say in a room to each other.
+# Room messages that trigger nothing.
 REMARKS = ["Good morning!", "I am back at two.", "ask the bot?", "Thanks", "Who has the key?"]
 REMARK_SHARE = 0.2
 FAILING = 0.04
 TOOL_SHARE, MATRIX_SHARE, STREAM_SHARE = 0.1, 0.35, 0.08
 MEAN_TURNS = 5
 BATCH = 5000
+# In the order of their foreign keys.
+TABLES: list[type[Model]] = [
+    Thread,
+    Conversation,
+    Message,
+    Run,
+    Attempt,
+    Step,
+    Event,
+    Summary,
+    RoomEvent,
+    Reply,
+]
 
 
 def create(model: type[Model], rows: list[dict[str, Any]]) -> None:
@@ -68,7 +81,7 @@ def create(model: type[Model], rows: list[dict[str, Any]]) -> None:
 @dataclass
 class History:
     """`runs` runs over the last `days` days, written by `write` in batches; `failing` is the share of
-    them that fails, but for the outage."""
+    failed runs outside the outage."""
 
     runs: int
     days: int = 7
@@ -80,7 +93,7 @@ class History:
     registrations: dict[int, BotRegistration] = field(default_factory=dict)  # by their users
 
     def __post_init__(self) -> None:
-        self.random = random.Random(self.seed)  # noqa: S311
+        self.random = random.Random(self.seed)
         self.now = timezone.now()
         self.end = self.now - timedelta(minutes=2)
         self.begin = self.end - timedelta(days=self.days)
@@ -90,22 +103,22 @@ class History:
         self._event_id = 0
         self._questions: list[dict[str, Any]] = []
 
-    def tell(self) -> int:
-        """Write it all. How many runs."""
-        self._cast()
-        made = 0
-        for thread in self._threads():
-            made += thread
+    def write_all(self) -> int:
+        """Write the whole history. Return the number of runs."""
+        self._create_users_and_rooms()
+        count = 0
+        for runs in self._threads():
+            count += runs
             if sum(map(len, self._rows.values())) >= BATCH:
                 self._flush()
         self._flush()
-        # Their ids were given, as replies name them.
+        # Room events got explicit ids, as replies refer to them.
         with connection.cursor() as cursor:
             for statement in connection.ops.sequence_reset_sql(no_style(), [RoomEvent]):
                 cursor.execute(statement)
-        return made
+        return count
 
-    def _cast(self) -> None:
+    def _create_users_and_rooms(self) -> None:
         for name in PEOPLE:
             self.users.append(User.objects.of_matrix_id(f"@{name}:demo.localhost"))
         session, _ = Session.objects.get_or_create(
@@ -153,13 +166,13 @@ class History:
         self._event_id = last or 0
 
     def _threads(self) -> Iterator[int]:
-        """Writes a thread at a time; yields how many runs it has."""
-        left = self.runs
-        while left > 0:
-            turns = min(left, 1 + int(self.random.expovariate(1 / (MEAN_TURNS - 1))))
-            # One in which everything takes long, for somebody to ask why.
-            self._thread(turns, slow=left == self.runs)
-            left -= turns
+        """Write the threads; yield the number of runs of each."""
+        remaining = self.runs
+        while remaining > 0:
+            turns = min(remaining, 1 + int(self.random.expovariate(1 / (MEAN_TURNS - 1))))
+            # The first thread is slow, as an example to investigate.
+            self._thread(turns, slow=remaining == self.runs)
+            remaining -= turns
             yield turns
 
     def _thread(self, turns: int, *, slow: bool) -> None:
@@ -282,7 +295,7 @@ class History:
         *,
         slow: bool,
     ) -> datetime:
-        """Writes an attempt and its steps, and adds what it took to the run."""
+        """Write an attempt and its steps, add its usage to the run and return its end."""
         error = FAILURES[code][0] if code else ""
         took = self._seconds(20 if slow else 60 if code == "timeout" else 1.4, most=300)
         took = min(took, self.now - began)
@@ -356,8 +369,8 @@ class History:
         )
 
     def _events(self, run: dict[str, Any], question: str, answer: str) -> None:
-        told = {"runId": run["id"], "threadId": run["thread_id"]}
-        outcome = {"requestEventId": str(run["request_event_id"]), **told}
+        ids = {"runId": run["id"], "threadId": run["thread_id"]}
+        outcome = {"requestEventId": str(run["request_event_id"]), **ids}
         payloads = {
             Run.Status.COMPLETED: {"output": answer},
             Run.Status.FAILED: {"error": run["safe_error"]},
@@ -368,7 +381,7 @@ class History:
                 run["request_event_id"],
                 Event.Type.REQUESTED,
                 run["created_at"],
-                {**told, "prompt": question, "model": run["model"]},
+                {**ids, "prompt": question, "model": run["model"]},
             ),
             (
                 uuid.uuid4(),
@@ -469,18 +482,6 @@ class History:
         self._rows.setdefault(model, []).append(row)
 
     def _flush(self) -> None:
-        # In the order of their foreign keys.
-        for model in (
-            Thread,
-            Conversation,
-            Message,
-            Run,
-            Attempt,
-            Step,
-            Event,
-            Summary,
-            RoomEvent,
-            Reply,
-        ):
+        for model in TABLES:
             if rows := self._rows.pop(model, None):
                 self.write(model, rows)
