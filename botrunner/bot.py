@@ -15,7 +15,7 @@ from django.db import DataError, IntegrityError
 from redis.exceptions import RedisError
 
 from agents.events import stream
-from agents.events.schema import Malformed, Told
+from agents.events.schema import MalformedEvent, ParsedEvent
 from botrunner import retention
 from botrunner.aio import database_sync_to_async, pause, run_until
 from botrunner.incoming import handling, invitations, recording
@@ -235,8 +235,8 @@ class Bot:
         group = settings.BOT_RUNNER_CONSUMER_GROUP
         run_ids = []
         for entry in await asyncio.to_thread(stream.subscribe, group, self.holder):
-            with contextlib.suppress(Malformed):
-                told = Told.parse(entry.raw)
+            with contextlib.suppress(MalformedEvent):
+                told = ParsedEvent.parse(entry.raw)
                 if told.ended_thread and (run_id := told.optional_text("runId")):
                     run_ids.append(run_id)
         if run_ids:

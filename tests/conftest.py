@@ -202,7 +202,7 @@ def _patience() -> Iterator[None]:
     `monkeypatch`: what a test patches would be undone after the database was made empty."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stream, "REQUEST_SECONDS", 30)
-        patch.setattr(publisher, "TELL_SECONDS", 30)
+        patch.setattr(publisher, "PUBLISH_SECONDS", 30)
         patch.setattr(throttles, "REDIS_SECONDS", 30)
         patch.setattr(revocations, "PUBLISH_SECONDS", 30)
         patch.setattr(health, "PATIENCE_SECONDS", 30)

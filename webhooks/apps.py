@@ -10,5 +10,5 @@ class HooksConfig(AppConfig):
         from agents.worker.maintenance import CHORES
         from webhooks import deliveries, sender
 
-        hooks.wanted = deliveries.wanted
+        hooks.needs_delivery = deliveries.needs_delivery
         CHORES.append((sender.Sender().tick, sender.SECONDS))

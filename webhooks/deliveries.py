@@ -41,7 +41,7 @@ BATCH_DELIVERIES = 1000
 MAX_OUTPUT_BYTES = 1024**2
 
 
-def wanted(type: str) -> Any:
+def needs_delivery(type: str) -> Any:
     """For agents.events.hooks."""
     column = EVENTS.get(_name(type))
     return _is_anybody(column) if column else None

@@ -1,13 +1,13 @@
-"""What an app to the right wants to know of outcomes; it says so here when it is ready."""
+"""Hooks that other apps set when they are ready (`AppConfig.ready`)."""
 
 from collections.abc import Callable
 from typing import Any
 
 
-def nobody(type: str) -> Any:
+def _never(type: str) -> Any:
     return None
 
 
-# Whether somebody is to be told of an outcome of this type, as an expression: the database works it out
-# in the statement that writes the event, so that it costs no query, and misses nobody by a cache.
-wanted: Callable[[str], Any] = nobody
+# Set by webhooks.apps: does an outcome of this type need a delivery? It returns an expression, which
+# the database evaluates in the statement that writes the event: no extra query, and no stale cache.
+needs_delivery: Callable[[str], Any] = _never

@@ -1,9 +1,9 @@
-"""What runs tell, for those who listen in this process: the web server's side of
+"""Deliver the progress of runs to subscribers in this process: the counterpart of
 agents.events.publisher.
 
-One task for the process hears the one channel that all runs tell on and hands out what somebody here
-waits for. Who begins, comes back or has fallen behind reads the run's stream in Redis from where it
-stands. An idle listener costs its memory: no thread, no connection, no query.
+One task of the process receives the channel on which all runs publish, and passes events on to
+their subscriptions. A subscription that is new, resumed or behind reads the run's stream in Redis from
+its position. An idle one costs memory only: no thread, no connection, no query.
 """
 
 import asyncio
@@ -25,15 +25,15 @@ from lib.redis import async_client
 
 logger = logging.getLogger(__name__)
 
-# More than this is not kept for a slow listener; it reads on from Redis.
-MOST_WAITING = 500
+# A slower subscription drops its pending events, and reads on from Redis.
+MAX_PENDING = 500
 BATCH = 1000
 MAX_PAUSE_SECONDS = 5.0
 LINGER_SECONDS = 30.0
 
 
-class Place(NamedTuple):
-    """The id of an event: which attempt tells it, and its number there."""
+class EventId(NamedTuple):
+    """The id of an event: the attempt, and its number there."""
 
     attempt: int
     number: int
@@ -42,216 +42,217 @@ class Place(NamedTuple):
         return f"{self.attempt}-{self.number}"
 
 
-class Told(NamedTuple):
-    place: Place
+class StreamEvent(NamedTuple):
+    id: EventId
     type: str
     data: str  # JSON
 
 
 class Gap(NamedTuple):
-    """Events that are nowhere to be had any more, both ends included."""
+    """Events that are lost, both ends included."""
 
-    first: Place
-    last: Place
+    first: EventId
+    last: EventId
 
 
-class Listener:
-    """One listener of a run, standing at `place`: the last event that it knows."""
+class RunSubscription:
+    """A subscription to a run. `last_id`: the last event that it has received."""
 
-    def __init__(self, hub: "Hub", run_id: str, place: Place) -> None:
+    def __init__(self, subscriber: "Subscriber", run_id: str, last_id: EventId) -> None:
         self.run_id = run_id
-        self.place = place
-        # The run has ended, as far as anybody has told; its outcome is in the database.
+        self.last_id = last_id
+        # The run has ended; its outcome is in the database.
         self.ended = False
-        # All that it told before it ended has been taken.
+        # All events before the end have been received.
         self.up_to_date = False
-        self._hub = hub
+        self._subscriber = subscriber
         self._behind = True
-        self._roused = False
-        self._waiting: deque[Told] = deque()
-        self._news = asyncio.Event()
+        self._woken = False
+        self._pending: deque[StreamEvent] = deque()
+        self._changed = asyncio.Event()
 
-    async def take(self, seconds: float) -> list[Told | Gap]:
-        """What is new, in order; nothing after `seconds` without news, when roused, or once the run
+    async def receive(self, seconds: float) -> list[StreamEvent | Gap]:
+        """Return new events in order; none after `seconds` without any, after `wake`, or once the run
         has ended."""
         until = asyncio.get_running_loop().time() + seconds
-        while not (found := await self._next()) and not self.ended:
-            if self._roused:
-                self._roused = False
+        while not (events := await self._next()) and not self.ended:
+            if self._woken:
+                self._woken = False
                 return []
-            # Around nothing but this: redis-py swallows a cancellation now and then.
+            # The time-out is around this alone: redis-py sometimes swallows a cancellation.
             try:
                 async with asyncio.timeout_at(until):
-                    await self._news.wait()
+                    await self._changed.wait()
             except TimeoutError:
                 return []
-        return found
+        return events
 
-    async def _next(self) -> list[Told | Gap]:
-        self._news.clear()
+    async def _next(self) -> list[StreamEvent | Gap]:
+        self._changed.clear()
         ended, behind = self.ended, self._behind
-        read: list[Told] = []
-        if behind or not self._follows(self._waiting):
-            # Set before, as it may fall behind while it reads; true unless reading goes well.
+        stored: list[StreamEvent] = []
+        if behind or not self._is_contiguous(self._pending):
+            # Set before, as it may fall behind while it reads; true unless reading succeeds.
             self._behind, behind = False, True
             try:
-                read = await self._hub.read(self.run_id, self.place)
-                behind = len(read) == BATCH
+                stored = await self._subscriber.read(self.run_id, self.last_id)
+                behind = len(stored) == BATCH
             except RedisError:
-                # It may be there yet. What Redis does not have is said when Redis says so: it wakes
-                # all listeners when it is back.
+                # The events may still exist. When Redis is back, all subscriptions are woken and read
+                # again; only then is a gap known.
                 self.up_to_date = ended
                 return []
             finally:
                 self._behind = self._behind or behind
-        found = read if self._behind else sorted({*read, *self._waiting})
-        self._waiting.clear()
+        events = stored if self._behind else sorted({*stored, *self._pending})
+        self._pending.clear()
         self.up_to_date = ended and not self._behind
-        return list(self._in_order(found))
+        return list(self._in_order(events))
 
-    def _follows(self, found: Iterable[Told]) -> bool:
-        return not any(isinstance(each, Gap) for each in self._in_order(found, move=False))
+    def _is_contiguous(self, events: Iterable[StreamEvent]) -> bool:
+        return not any(isinstance(each, Gap) for each in self._in_order(events, advance=False))
 
-    def _in_order(self, found: Iterable[Told], *, move: bool = True) -> Iterator[Told | Gap]:
-        place = self.place
-        for told in found:
-            if told.place <= place:
+    def _in_order(
+        self, events: Iterable[StreamEvent], *, advance: bool = True
+    ) -> Iterator[StreamEvent | Gap]:
+        last_id = self.last_id
+        for event in events:
+            if event.id <= last_id:
                 continue
-            attempt, number = told.place
-            expected = place.number + 1 if attempt == place.attempt else 1
+            attempt, number = event.id
+            expected = last_id.number + 1 if attempt == last_id.attempt else 1
             if number > expected:
-                yield Gap(Place(attempt, expected), Place(attempt, number - 1))
-            place = told.place
-            if move:
-                self.place = place
-            yield told
+                yield Gap(EventId(attempt, expected), EventId(attempt, number - 1))
+            last_id = event.id
+            if advance:
+                self.last_id = last_id
+            yield event
 
-    def hear(self, news: Iterable[Told]) -> None:
-        self._waiting.extend(news)
-        if len(self._waiting) > MOST_WAITING:
+    def push(self, events: Iterable[StreamEvent]) -> None:
+        self._pending.extend(events)
+        if len(self._pending) > MAX_PENDING:
             self.fall_behind()
-        self._news.set()
+        self._changed.set()
 
     def fall_behind(self) -> None:
-        self._waiting.clear()
+        self._pending.clear()
         self._behind = True
-        self._news.set()
+        self._changed.set()
 
     def end(self) -> None:
         self.ended = True
-        self._news.set()
+        self._changed.set()
 
-    def rouse(self) -> None:
-        """Have `take` return, news or none."""
-        self._roused = True
-        self._news.set()
+    def wake(self) -> None:
+        """Make `receive` return, with or without events."""
+        self._woken = True
+        self._changed.set()
 
 
-class Hub:
-    """The listeners of one event loop."""
+class Subscriber:
+    """The subscriptions of one event loop."""
 
-    def __init__(self, which_ended: Callable[[list[str]], Awaitable[Iterable[str]]]) -> None:
-        """`which_ended` asks the database which of these runs have ended: for when Redis, which
-        tells it otherwise, was away."""
-        self._which_ended = which_ended
-        # Called with what was heard of rights that were taken away; `None`: something may have been.
-        self.revoked: Callable[[dict[str, Any] | None], None] = lambda news: None
-        self._runs: dict[str, set[Listener]] = defaultdict(set)
+    def __init__(self, find_ended: Callable[[list[str]], Awaitable[Iterable[str]]]) -> None:
+        """`find_ended` reads from the database the runs of a list that have ended, in case Redis was
+        unavailable when they did."""
+        self._find_ended = find_ended
+        # Called with revoked rights as they are published; with `None` if some may have been missed.
+        self.revoked: Callable[[dict[str, Any] | None], None] = lambda revocation: None
+        self._runs: dict[str, set[RunSubscription]] = defaultdict(set)
         self._threads: dict[str, set[asyncio.Event]] = defaultdict(set)
         self._task: asyncio.Task[None] | None = None
-        self._calls: set[asyncio.Task[None]] = set()
+        self._announcing: set[asyncio.Task[None]] = set()
         self._left_at = 0.0
         self._failures = 0
-        # A Redis that was restarted is found out by a connection that is dead. What goes over these
-        # may go twice.
+        # A dead connection shows that Redis was restarted. Commands of this client are safe to repeat.
         self._redis = async_client(timeout=5, connect_timeout=2, retries=1)
 
     @contextmanager
-    def run(self, run_id: str, place: Place) -> Iterator[Listener]:
-        """Listen to a run, from after `place` on. Ask whether it has ended after entering: what was
-        told before is not told again."""
-        listener = Listener(self, run_id, place)
-        with self._kept(self._runs, run_id, listener):
-            self._call([run_id])
-            yield listener
+    def subscribe(self, run_id: str, after: EventId) -> Iterator[RunSubscription]:
+        """Subscribe to the events of a run after `after`. Check whether it has ended after entering: an
+        earlier end is not published again."""
+        subscription = RunSubscription(self, run_id, after)
+        with self._registered(self._runs, run_id, subscription):
+            self._announce([run_id])
+            yield subscription
 
     @contextmanager
-    def thread(self, thread_id: str) -> Iterator[asyncio.Event]:
-        """An event that is set when a run of the thread was asked for or has ended."""
-        news = asyncio.Event()
-        with self._kept(self._threads, thread_id, news):
-            yield news
+    def watch_thread(self, thread_id: str) -> Iterator[asyncio.Event]:
+        """Yield an event that is set when a run of the thread is requested or ends."""
+        changed = asyncio.Event()
+        with self._registered(self._threads, thread_id, changed):
+            yield changed
 
     @contextmanager
-    def _kept(self, table: dict[str, set[Any]], key: str, who: Any) -> Iterator[None]:
-        table[key].add(who)
+    def _registered(self, table: dict[str, set[Any]], key: str, entry: Any) -> Iterator[None]:
+        table[key].add(entry)
         if self._task is None:
             self._task = asyncio.create_task(self._listen())
         try:
             yield
         finally:
-            table[key].discard(who)
+            table[key].discard(entry)
             if not table[key]:
                 del table[key]
             self._left_at = time.monotonic()
 
     async def close(self) -> None:
-        """Let go of Redis."""
-        tasks = [*self._calls, *([self._task] if self._task else [])]
-        while left := [task for task in tasks if not task.done()]:
-            for task in left:
+        """Stop, and close the connections to Redis."""
+        tasks = [*self._announcing, *([self._task] if self._task else [])]
+        while running := [task for task in tasks if not task.done()]:
+            for task in running:
                 task.cancel()
-            await asyncio.wait(left, timeout=0.2)
+            await asyncio.wait(running, timeout=0.2)
         await self._redis.connection_pool.disconnect()
 
-    async def read(self, run_id: str, place: Place) -> list[Told]:
-        """At most `BATCH` events of a run after `place`. Raises `RedisError`."""
-        after = f"{place.attempt}-{place.number + 1}"
-        found: Any = await self._redis.xrange(publisher.stream_of(run_id), after, "+", count=BATCH)
-        return list(_usable(found))
+    async def read(self, run_id: str, after: EventId) -> list[StreamEvent]:
+        """Return at most `BATCH` events of a run after `after`. Raises `RedisError`."""
+        start = f"{after.attempt}-{after.number + 1}"
+        rows: Any = await self._redis.xrange(publisher.stream_key(run_id), start, "+", count=BATCH)
+        return list(_parse_stored(rows))
 
-    async def remembers(self, run_id: str) -> bool:
-        """Whether Redis has anything of what a run told. Raises `RedisError`."""
-        return bool(await self._redis.exists(publisher.stream_of(run_id)))
+    async def has_stream(self, run_id: str) -> bool:
+        """Return whether Redis has any event of a run. Raises `RedisError`."""
+        return bool(await self._redis.exists(publisher.stream_key(run_id)))
 
-    def _call(self, run_ids: list[str]) -> None:
-        """Have the workers tell of these runs."""
-        task = asyncio.create_task(self._send_call(run_ids))
-        self._calls.add(task)
-        task.add_done_callback(self._calls.discard)
+    def _announce(self, run_ids: list[str]) -> None:
+        """Have the workers publish the events of these runs."""
+        task = asyncio.create_task(self._send_announcement(run_ids))
+        self._announcing.add(task)
+        task.add_done_callback(self._announcing.discard)
 
-    async def _send_call(self, run_ids: list[str]) -> None:
-        with suppress(RedisError):  # called again when Redis is back
+    async def _send_announcement(self, run_ids: list[str]) -> None:
+        with suppress(RedisError):  # repeated when Redis is back
             for first in range(0, len(run_ids), 500):
-                call = orjson.dumps({"called": run_ids[first : first + 500]})
-                await self._redis.publish(publisher.called_channel(), call)
+                message = orjson.dumps({"subscribed": run_ids[first : first + 500]})
+                await self._redis.publish(publisher.control_channel(), message)
 
-    def _wanted(self) -> bool:
-        """A little longer than there are listeners: the next one may come soon."""
+    def _is_needed(self) -> bool:
+        """Return whether there are subscriptions, or were a moment ago: the next may come soon."""
         return bool(
             self._runs or self._threads or time.monotonic() - self._left_at < LINGER_SECONDS
         )
 
     async def _listen(self) -> None:
-        while self._wanted():
+        while self._is_needed():
             try:
                 if self._failures:
-                    await self._look()
-                await self._hear()
+                    await self._poll_database()
+                await self._receive()
             except RedisError as error:
                 if not self._failures:
-                    logger.warning("Listeners hear nothing: Redis is away (%s)", error)
+                    logger.warning("Subscriber failed, retrying: Redis unavailable (%s)", error)
                 self._failures += 1
             except Exception:
-                # The database, or a defect: whoever listens must not be left alone for good.
-                logger.exception("Listening broke; it begins anew")
+                # The database, or a defect: open streams must not starve.
+                logger.exception("Subscriber failed, retrying")
                 self._failures += 1
             if self._failures:
-                longest = min(MAX_PAUSE_SECONDS, 0.25 * 2.0**self._failures)
-                await asyncio.sleep(random.uniform(0.1, longest))  # noqa: S311
+                max_pause = min(MAX_PAUSE_SECONDS, 0.25 * 2.0**self._failures)
+                await asyncio.sleep(random.uniform(0.1, max_pause))  # noqa: S311
         self._task = None
 
-    async def _hear(self) -> None:
+    async def _receive(self) -> None:
         async with self._redis.pubsub() as pubsub:
             channels = {stream.live_channel(), revocations.channel()}
             await pubsub.subscribe(*channels)
@@ -259,94 +260,94 @@ class Hub:
                 while (await pubsub.get_message(timeout=5) or {}).get("type") != "subscribe":
                     pass
             if self._failures:
-                logger.info("Listeners hear Redis again")
+                logger.info("Subscriber recovered")
                 self._failures = 0
-            # From here on nothing is missed. What was told before is read, or asked for.
-            for listener in self._all():
-                listener.fall_behind()
-            self._call(list(self._runs))
+            # From here on nothing is missed. Earlier events are read from the streams.
+            for subscription in self._subscriptions():
+                subscription.fall_behind()
+            self._announce(list(self._runs))
             self.revoked(None)
-            await self._look()
-            called = time.monotonic()
-            while self._wanted():
+            await self._poll_database()
+            announced_at = time.monotonic()
+            while self._is_needed():
                 message = await pubsub.get_message(timeout=1)
                 if message and message["type"] == "message":
-                    self._heed(message)
-                if time.monotonic() - called > publisher.CALL_SECONDS:
-                    self._call(list(self._runs))
-                    called = time.monotonic()
+                    self._handle(message)
+                if time.monotonic() - announced_at > publisher.ANNOUNCE_SECONDS:
+                    self._announce(list(self._runs))
+                    announced_at = time.monotonic()
 
-    def _heed(self, message: dict[str, Any]) -> None:
+    def _handle(self, message: dict[str, Any]) -> None:
         channel = message["channel"].decode()
         try:
-            news = orjson.loads(message["data"])
+            data = orjson.loads(message["data"])
             if channel == revocations.channel():
-                self.revoked(dict(news))
+                self.revoked(dict(data))
             else:
-                self._hand_out(news)
+                self._deliver(data)
         except (TypeError, ValueError, AttributeError):
-            logger.warning("News that make no sense were heard on %s", channel)
+            logger.warning("Invalid message on %s ignored", channel)
 
-    def _hand_out(self, news: dict[str, Any]) -> None:
-        for run_id, attempt, events in news.get("told", ()):
-            if listeners := self._runs.get(run_id):
-                told = [_told(attempt, *event) for event in events]
-                for listener in listeners:
-                    listener.hear(told)
-        if event := news.get("event"):
+    def _deliver(self, message: dict[str, Any]) -> None:
+        for run_id, attempt, rows in message.get("progress", ()):
+            if subscriptions := self._runs.get(run_id):
+                events = [_parse_event(attempt, *row) for row in rows]
+                for subscription in subscriptions:
+                    subscription.push(events)
+        if event := message.get("event"):
             kind, run_id, thread_id = event
             if kind != "agent.run.requested":
-                for listener in self._runs.get(run_id, ()):
-                    listener.end()
-            for thread in self._threads.get(thread_id, ()):
-                thread.set()
-        if news.get("who"):
-            self._call(list(self._runs))
+                for subscription in self._runs.get(run_id, ()):
+                    subscription.end()
+            for changed in self._threads.get(thread_id, ()):
+                changed.set()
+        if message.get("announce"):
+            self._announce(list(self._runs))
 
-    async def _look(self) -> None:
-        """Ask the database what Redis may not have told."""
+    async def _poll_database(self) -> None:
+        """Find the outcomes that Redis may have missed."""
         if self._runs:
-            for run_id in await self._which_ended(list(self._runs)):
-                for listener in self._runs.get(run_id, ()):
-                    listener.end()
-        for threads in self._threads.values():
-            for news in threads:
-                news.set()
+            for run_id in await self._find_ended(list(self._runs)):
+                for subscription in self._runs.get(run_id, ()):
+                    subscription.end()
+        for watchers in self._threads.values():
+            for changed in watchers:
+                changed.set()
 
-    def _all(self) -> Iterator[Listener]:
-        for listeners in self._runs.values():
-            yield from listeners
-
-
-_hubs: WeakKeyDictionary[asyncio.AbstractEventLoop, Hub] = WeakKeyDictionary()
+    def _subscriptions(self) -> Iterator[RunSubscription]:
+        for subscriptions in self._runs.values():
+            yield from subscriptions
 
 
-def hub(which_ended: Callable[[list[str]], Awaitable[Iterable[str]]]) -> Hub:
-    """That of the running event loop."""
+_subscribers: WeakKeyDictionary[asyncio.AbstractEventLoop, Subscriber] = WeakKeyDictionary()
+
+
+def current(find_ended: Callable[[list[str]], Awaitable[Iterable[str]]]) -> Subscriber:
+    """Return the subscriber of the running event loop."""
     loop = asyncio.get_running_loop()
-    if loop not in _hubs:
-        _hubs[loop] = Hub(which_ended)
-    return _hubs[loop]
+    if loop not in _subscribers:
+        _subscribers[loop] = Subscriber(find_ended)
+    return _subscribers[loop]
 
 
-def _told(attempt: Any, number: Any, type: Any, data: Any) -> Told:
-    """Raises `TypeError` for what no worker tells."""
+def _parse_event(attempt: Any, number: Any, type: Any, data: Any) -> StreamEvent:
+    """Return an event of the channel. Raises `TypeError`."""
     if not (isinstance(attempt, int) and isinstance(number, int)):
-        raise TypeError("a place is two numbers")
+        raise TypeError("an event id is two numbers")
     if not (isinstance(type, str) and isinstance(data, str)):
         raise TypeError("an event is a type and data")
-    return Told(Place(attempt, number), type, data)
+    return StreamEvent(EventId(attempt, number), type, data)
 
 
-def _usable(entries: Any) -> Iterator[Told]:
-    for entry, fields in entries:
+def _parse_stored(rows: Any) -> Iterator[StreamEvent]:
+    for entry, fields in rows:
         try:
-            yield Told(_place(entry), fields[b"type"].decode(), fields[b"data"].decode())
+            yield StreamEvent(_parse_id(entry), fields[b"type"].decode(), fields[b"data"].decode())
         except (LookupError, ValueError):
-            # Any program may have written it; a listener is told of the gap, if there is one.
-            logger.warning("An entry that makes no sense stands on the stream of a run")
+            # Another program may have written it; subscribers get a gap, if there is one.
+            logger.warning("Invalid entry on the stream of a run ignored")
 
 
-def _place(entry: bytes) -> Place:
+def _parse_id(entry: bytes) -> EventId:
     attempt, _, number = entry.partition(b"-")
-    return Place(int(attempt), int(number))
+    return EventId(int(attempt), int(number))

@@ -58,7 +58,7 @@ def execute(run_id: str) -> str | None:
         with (
             _tagged(run),
             leases.heartbeat().hold(run) as lease,
-            publisher.desk().feed(run.pk, run.attempt, stop=lease.lose) as feed,
+            publisher.current().feed(run.pk, run.attempt, stop=lease.lose) as feed,
         ):
             return run.thread_id if _attempt(run, lease, feed) else None
 
@@ -111,7 +111,7 @@ def _leave(run: Run) -> None:
     fairness.left.set()
 
 
-def _attempt(run: Run, lease: leases.Lease, feed: publisher.Feed) -> bool:
+def _attempt(run: Run, lease: leases.Lease, feed: publisher.RunFeed) -> bool:
     purse = limits.Purse(run.asker, run.place)
     transcript = loop.Transcript(watcher=feed, purse=purse)
     try:

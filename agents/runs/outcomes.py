@@ -280,7 +280,7 @@ def announce(
         type=Event.Type(told),
         correlation_id=run.correlation_id,
         to_count=to_count,
-        to_deliver=hooks.wanted(Event.Type(told)),
+        to_deliver=hooks.needs_delivery(Event.Type(told)),
         payload={
             "requestEventId": str(run.request_event_id),
             "runId": run.pk,

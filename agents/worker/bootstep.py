@@ -39,7 +39,7 @@ from redis.exceptions import RedisError
 
 from agents import inbox, retention, tasks
 from agents.events import publisher, stream
-from agents.events.schema import Malformed, Told
+from agents.events.schema import MalformedEvent, ParsedEvent
 from agents.llm import completions
 from agents.models import DeletedRun, Event, Run
 from agents.runs import execution, fairness, memory
@@ -132,20 +132,20 @@ class Reader:
         )
         return list(filter(None, following))
 
-    def _parse(self, entries: list[stream.Entry]) -> Iterator[tuple[stream.Entry, Told]]:
+    def _parse(self, entries: list[stream.Entry]) -> Iterator[tuple[stream.Entry, ParsedEvent]]:
         for entry in entries:
             try:
-                yield entry, Told.parse(entry.raw)
-            except Malformed as error:
+                yield entry, ParsedEvent.parse(entry.raw)
+            except MalformedEvent as error:
                 stream.dead_letter(entry, str(error))
 
-    def _take_in(self, entry: stream.Entry, event: Told) -> bool:
+    def _take_in(self, entry: stream.Entry, event: ParsedEvent) -> bool:
         """Make a run of another program's request. False when nothing can be made of it. Raises
         `inbox.Limited`."""
         try:
             if event.payload.get("promptTruncated"):
                 # One of ours, whose run has been deleted since.
-                raise Malformed("its prompt is not whole, and its run is not there")
+                raise MalformedEvent("its prompt is not whole, and its run is not there")
             with tagged(request_id=str(event.id)):
                 inbox.ask(
                     content=event.text("prompt"),
@@ -163,7 +163,7 @@ class Reader:
         except inbox.UnknownThread as error:
             stream.dead_letter(entry, _of_room(event.payload["threadId"]) or str(error))
             return False
-        except (Malformed, inbox.Refused) as error:
+        except (MalformedEvent, inbox.Refused) as error:
             if isinstance(error, inbox.Deleted) and _was_deleted(event.run_id):
                 # Asked before its thread was deleted, with all that was said there.
                 logger.info("The run of a request on the stream was deleted")
@@ -389,7 +389,7 @@ class Runtime(bootsteps.StartStopStep):
         self.loops = [
             Loop("reader", read),
             Loop("keeper", Keeper(reader).tick, every=SWEEP_SECONDS),
-            Loop("listener", publisher.desk().hear),
+            Loop("listener", publisher.current().listen),
         ]
         # Of its own, and on to the end: what takes long is done by others, and a worker that waits
         # for its last runs is still there.

@@ -16,7 +16,7 @@ from typing import Any
 
 import orjson
 
-from agents.events.subscriber import Gap, Hub, Place, Told
+from agents.events.subscriber import EventId, Gap, StreamEvent, Subscriber
 from agents.models import Run
 from botrunner.aio import cpu_sync_to_async, database_sync_to_async
 from botrunner.matrix.client import Homeserver
@@ -45,7 +45,7 @@ END = 1 << 62  # no event of an attempt has such a number
 @dataclass(eq=False)
 class Draft:
     reply: Reply
-    place: Place  # what was told up to here belongs to an earlier outcome
+    last_id: EventId  # what was told up to here belongs to an earlier outcome
     text: str = ""
     shown: str = ""
     # Nothing is sent any more.
@@ -62,11 +62,11 @@ class Draft:
     # The transaction ids of edits must not be those of another process.
     _name: str = field(default_factory=lambda: secrets.token_hex(4))
 
-    def hear(self, told: Told | Gap) -> None:
-        place = told.last if isinstance(told, Gap) else told.place
-        if place.attempt != self.place.attempt:
+    def hear(self, told: StreamEvent | Gap) -> None:
+        place = told.last if isinstance(told, Gap) else told.id
+        if place.attempt != self.last_id.attempt:
             self._begin_anew(step=0)
-        self.place = place
+        self.last_id = place
         if isinstance(told, Gap):
             self._whole = False
         elif told.type == "message.delta":
@@ -112,7 +112,7 @@ class Drafts:
     def __init__(self, homeserver: Homeserver, session: Session) -> None:
         self.homeserver = homeserver
         self.session = session
-        self._hub = Hub(database_sync_to_async(_ended))
+        self._subscriber = Subscriber(database_sync_to_async(_ended))
         self._drafts: dict[int, Draft] = {}
         self._due: dict[str, float] = {}  # when a room may be told more
         self._pace = PACE_SECONDS
@@ -173,18 +173,18 @@ class Drafts:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await self._hub.close()
+        await self._subscriber.close()
 
     async def _listen(self, draft: Draft) -> None:
         run_id = str(draft.reply.run_id)
         try:
-            with self._hub.run(run_id, draft.place) as listener:
-                while not (listener.ended or draft.over):
+            with self._subscriber.subscribe(run_id, draft.last_id) as subscription:
+                while not (subscription.ended or draft.over):
                     wait = self._wait_of(draft)
                     if wait <= 0:
                         await self._show(draft)
                         continue
-                    for told in await listener.take(wait):
+                    for told in await subscription.receive(wait):
                         draft.hear(told)
         except DATABASE_ERRORS as error:
             logger.info("The answer of run %s is not shown while it is written: %s", run_id, error)
@@ -280,9 +280,9 @@ def _owed(session: Session, known: Iterable[int], device_id: str) -> list[Reply]
     ]
 
 
-def _before(reply: Reply) -> Place:
+def _before(reply: Reply) -> EventId:
     """After all that was told of outcomes before the one that is owed."""
-    return Place(reply.run.attempt_base if reply.run else 0, END)
+    return EventId(reply.run.attempt_base if reply.run else 0, END)
 
 
 def _ended(run_ids: list[str]) -> list[str]:

@@ -20,7 +20,7 @@ from rest_framework import exceptions
 from rest_framework.request import Request
 
 from agents.events import subscriber
-from agents.events.subscriber import Gap, Place, Told
+from agents.events.subscriber import EventId, Gap, StreamEvent
 from agents.models import Run
 from chat import rights
 from chat.models import fitting, read_contents
@@ -37,7 +37,7 @@ KEEP_ALIVE_SECONDS = 15.0
 # How many turns of a thread are read at a time, fewer where they are long.
 TURNS = 50
 END = 1 << 62  # no event has such a number: the place of an attempt's end
-START = Place(0, 0)
+START = EventId(0, 0)
 PLACE = re.compile(r"([0-9]{1,5})-([0-9]{1,10}|end)\Z", re.ASCII)
 KEEP_ALIVE = b": \n\n"
 # A client that was cut off comes back after this many milliseconds.
@@ -128,7 +128,7 @@ def _quality(value: str) -> float:
         return 0.0
 
 
-def place_asked(request: Request) -> Place | None:
+def place_asked(request: Request) -> EventId | None:
     """Where a client wants to go on: after this. None: from the beginning."""
     value = _after(request)
     if not value:
@@ -136,7 +136,7 @@ def place_asked(request: Request) -> Place | None:
     found = PLACE.match(value)
     if not found:
         raise exceptions.ParseError("That is the id of no event of a run.")
-    return Place(int(found[1]), END if found[2] == "end" else int(found[2]))
+    return EventId(int(found[1]), END if found[2] == "end" else int(found[2]))
 
 
 def number_asked(request: Request) -> int:
@@ -152,7 +152,7 @@ def _after(request: Request) -> str:
 
 
 async def run_events(
-    run: Run, after: Place | None, caller: Caller, accepted: AcceptedJSON | None = None
+    run: Run, after: EventId | None, caller: Caller, accepted: AcceptedJSON | None = None
 ) -> AsyncGenerator[bytes]:
     """The events of a run from after `after` on, up to its outcome, for as long as `caller` has the
     right to them. `accepted`: what is told first."""
@@ -161,17 +161,17 @@ async def run_events(
         yield _frame(str(START), "run.accepted", accepted)
     elif after is None:
         yield _frame(str(START), "run.status", {"status": run.status, "attempt": run.attempt})
-    hub, watch = _hub()
+    events, watch = _hub()
     with (
-        hub.run(run.pk, after or START) as listener,
-        watch.guard(caller, run.thread_id, listener.rouse) as guard,
+        events.subscribe(run.pk, after or START) as subscription,
+        watch.guard(caller, run.thread_id, subscription.wake) as guard,
     ):
         # Beside the telling: in a rush the database has others to serve, and tokens need not wait.
-        looking = asyncio.create_task(_end_if_ended(listener))
-        last: Told | Gap | None = None
+        looking = asyncio.create_task(_end_if_ended(subscription))
+        last: StreamEvent | Gap | None = None
         try:
-            while not (listener.ended and listener.up_to_date):
-                found = await listener.take(guard.patience(KEEP_ALIVE_SECONDS))
+            while not (subscription.ended and subscription.up_to_date):
+                found = await subscription.receive(guard.patience(KEEP_ALIVE_SECONDS))
                 if not guard.is_fresh():
                     await guard.check()
                 last = found[-1] if found else last
@@ -179,11 +179,11 @@ async def run_events(
                 yield b"".join(map(_told, found)) or KEEP_ALIVE
             if (
                 after
-                and listener.place == after
+                and subscription.last_id == after
                 and after.number < END
-                and not await _remembers(hub, run.pk)
+                and not await _remembers(events, run.pk)
             ):
-                yield _gap(str(Place(after.attempt, after.number + 1)), f"{after.attempt}-end")
+                yield _gap(str(EventId(after.attempt, after.number + 1)), f"{after.attempt}-end")
                 last = None
             await guard.check()
             outcome = await _unit(_outcome, caller, run.pk, last)
@@ -198,20 +198,20 @@ async def run_events(
             looking.cancel()
 
 
-async def _end_if_ended(listener: subscriber.Listener) -> None:
+async def _end_if_ended(subscription: subscriber.RunSubscription) -> None:
     while True:
         try:
-            if await _which_ended([listener.run_id]):
-                listener.end()
+            if await _which_ended([subscription.run_id]):
+                subscription.end()
             return
         except TRANSIENT_ERRORS as error:
-            logger.warning("A listener cannot look whether its run has ended: %s", error)
+            logger.warning("A subscription cannot look whether its run has ended: %s", error)
             await asyncio.sleep(2)
 
 
-async def _remembers(hub: subscriber.Hub, run_id: str) -> bool:
+async def _remembers(events: subscriber.Subscriber, run_id: str) -> bool:
     try:
-        return await hub.remembers(run_id)
+        return await events.has_stream(run_id)
     except RedisError:
         return False
 
@@ -221,8 +221,8 @@ async def thread_events(thread_id: str, after: int, caller: Caller) -> AsyncGene
     the right to it. Numbers count the questions and outcomes in the order of the conversation: 2n+1 is
     the question of turn n, 2n+2 its outcome."""
     yield RETRY
-    hub, watch = _hub()
-    with hub.thread(thread_id) as news, watch.guard(caller, thread_id, news.set) as guard:
+    events, watch = _hub()
+    with events.watch_thread(thread_id) as news, watch.guard(caller, thread_id, news.set) as guard:
         try:
             while True:
                 news.clear()
@@ -297,11 +297,11 @@ def _numbered(runs: Any) -> Iterator[tuple[int, str, dict[str, Any]]]:
         yield run.position + 2, f"run.{run.status}", {"run": run_json(run), **answer}
 
 
-def _hub() -> tuple[subscriber.Hub, rights.Watch]:
+def _hub() -> tuple[subscriber.Subscriber, rights.Watch]:
     """Those of the running event loop."""
-    hub, watch = subscriber.hub(_which_ended), rights.watch(_looked_up)
-    hub.revoked = partial(_revoked, watch)
-    return hub, watch
+    events, watch = subscriber.current(_which_ended), rights.watch(_looked_up)
+    events.revoked = partial(_revoked, watch)
+    return events, watch
 
 
 def _revoked(watch: rights.Watch, news: dict[str, Any] | None) -> None:
@@ -328,7 +328,7 @@ def _ended(run_ids: list[str]) -> list[str]:
     return [run_id for run_id in run_ids if run_id not in going_on]
 
 
-def _outcome(caller: Caller, run_id: str, last: Told | Gap | None) -> bytes | None:
+def _outcome(caller: Caller, run_id: str, last: StreamEvent | Gap | None) -> bytes | None:
     """`last`: what was told before it. None where the caller has no such run any more."""
     visible = Run.objects.visible_to(caller.user)
     run = visible.select_related("answer").filter(pk=run_id).first()
@@ -336,19 +336,23 @@ def _outcome(caller: Caller, run_id: str, last: Told | Gap | None) -> bytes | No
         return None
     end = f"{run.attempt}-end"
     outcome = _frame(end, f"run.{run.status}", {"run": run_json(run)})
-    if isinstance(last, Told) and run.status == Run.Status.COMPLETED and _breaks_off(run, last):
-        attempt, number = last.place
-        begins = Place(run.attempt, number + 1 if attempt == run.attempt else 1)
+    if (
+        isinstance(last, StreamEvent)
+        and run.status == Run.Status.COMPLETED
+        and _breaks_off(run, last)
+    ):
+        attempt, number = last.id
+        begins = EventId(run.attempt, number + 1 if attempt == run.attempt else 1)
         return _gap(str(begins), end) + outcome
     return outcome
 
 
-def _breaks_off(run: Run, last: Told) -> bool:
+def _breaks_off(run: Run, last: StreamEvent) -> bool:
     """Whether the telling of a run that was answered ends before its last step: Redis was wiped, or
     did not come back until it was too late."""
     steps = run.steps.filter(attempt=run.attempt).count()
     finished = orjson.loads(last.data)["step"] if last.type == "step.finished" else 0
-    return finished < steps or last.place.attempt < run.attempt
+    return finished < steps or last.id.attempt < run.attempt
 
 
 async def _unit(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -364,10 +368,10 @@ async def _unit(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> 
     return await asyncio.to_thread(fresh)
 
 
-def _told(told: Told | Gap) -> bytes:
+def _told(told: StreamEvent | Gap) -> bytes:
     if isinstance(told, Gap):
         return _gap(str(told.first), str(told.last))
-    return f"id: {told.place}\nevent: {told.type}\ndata: {told.data}\n\n".encode()
+    return f"id: {told.id}\nevent: {told.type}\ndata: {told.data}\n\n".encode()
 
 
 def _run_deleted(run_id: str) -> bytes:

@@ -12,7 +12,7 @@ from django.db import IntegrityError, OperationalError, connection
 from django.db.models.functions import Now
 from django.utils import timezone
 
-from agents.events import publisher as live
+from agents.events import publisher
 from agents.models import Attempt, Event, Run, Step
 from agents.runs import commands, execution, memory, outcomes
 from chat.models import Message
@@ -571,6 +571,8 @@ def wait_for_words(run: Run, words: str) -> None:
 
 
 def _read_so_far(run: Run) -> str:
-    feed = live.desk()._feeds.get(run.pk)
-    told = list(feed._untold) if feed else []
-    return "".join(piece for each in told if isinstance(each, live.Text) for piece in each.pieces)
+    feed = publisher.current()._feeds.get(run.pk)
+    told = list(feed._buffer) if feed else []
+    return "".join(
+        piece for each in told if isinstance(each, publisher.Text) for piece in each.pieces
+    )

@@ -653,19 +653,19 @@ class TestWaiting:
 
 class TestTokens:
     def test_what_is_kept_of_an_attempt_is_bounded(self, redis: Redis) -> None:
-        desk = publisher.desk()
+        running = publisher.current()
         heard = redis.pubsub(ignore_subscribe_messages=True)
         heard.subscribe(stream.live_channel())
         heard.get_message(timeout=5)
-        with desk.feed("run_1", 1, stop=lambda: None) as feed:
-            feed.call()
+        with running.feed("run_1", 1, stop=lambda: None) as feed:
+            feed.start()
             for _ in range(8):
-                feed.tell("message.delta", {"text": "a" * 250_000})
-                desk.flush(feed)
+                feed.publish("message.delta", {"text": "a" * 250_000})
+                running.flush(feed)
         told = []
         while message := heard.get_message(timeout=1):
-            told += orjson.loads(message["data"]).get("told", [])
+            told += orjson.loads(message["data"]).get("progress", [])
         heard.close()
 
-        assert 3 <= redis.xlen(publisher.stream_of("run_1")) <= 5
+        assert 3 <= redis.xlen(publisher.stream_key("run_1")) <= 5
         assert [number for _, _, events in told for number, *_ in events] == list(range(1, 10))

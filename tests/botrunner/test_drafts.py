@@ -40,11 +40,11 @@ def _quick(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Less patience; and a worker that hears what is called for."""
     for name, seconds in (("PATIENCE", 0.02), ("PACE", PACE), ("PAUSE", 0.05)):
         monkeypatch.setattr(drafts, f"{name}_SECONDS", seconds)
-    loop = Loop("listener", publisher.desk().hear)
+    loop = Loop("listener", publisher.current().listen)
     loop.start()
     until = time.monotonic() + 60
-    while not dict(redis.pubsub_numsub(publisher.called_channel()))[
-        publisher.called_channel().encode()
+    while not dict(redis.pubsub_numsub(publisher.control_channel()))[
+        publisher.control_channel().encode()
     ]:
         assert time.monotonic() < until
         time.sleep(0.01)
@@ -141,7 +141,7 @@ class Stage:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await self.drafts._hub.close()
+        await self.drafts._subscriber.close()
 
     async def restart(self) -> None:
         await self.kill()
@@ -374,7 +374,7 @@ def test_a_new_attempt_takes_the_place_of_the_old_ones_text() -> None:
     async def scene(stage: Stage) -> None:
         run_id = await stage.ask()
         for attempt, words in ((1, "wrong"), (2, "right")):
-            with publisher.desk().feed(run_id, attempt, stop=lambda: None) as feed:
+            with publisher.current().feed(run_id, attempt, stop=lambda: None) as feed:
                 feed.step_started("model", "m")
                 feed.text(words)
                 await stage.until(lambda words=words: stage.homeserver.bodies == [words])
@@ -385,7 +385,7 @@ def test_a_new_attempt_takes_the_place_of_the_old_ones_text() -> None:
 def test_what_was_written_before_a_tool_was_called_is_not_the_answer() -> None:
     async def scene(stage: Stage) -> None:
         run_id = await stage.ask()
-        with publisher.desk().feed(run_id, 1, stop=lambda: None) as feed:
+        with publisher.current().feed(run_id, 1, stop=lambda: None) as feed:
             for words in ("Let me see", "It is so"):
                 feed.step_started("model", "m")
                 feed.text(words)
@@ -397,13 +397,13 @@ def test_what_was_written_before_a_tool_was_called_is_not_the_answer() -> None:
 def test_of_what_has_holes_nothing_is_shown(redis: Redis) -> None:
     async def scene(stage: Stage) -> None:
         run_id = await stage.ask()
-        with publisher.desk().feed(run_id, 1, stop=lambda: None) as feed:
+        with publisher.current().feed(run_id, 1, stop=lambda: None) as feed:
             feed.step_started("model", "m")
             feed.text("one ")
             await stage.until(lambda: stage.homeserver.bodies == ["one "])
-            feed.call()
+            feed.start()
             with feed._lock:
-                feed._told += 1  # an event that is nowhere
+                feed._number += 1  # an event that is nowhere
             feed.text("three ")
             feed.step_started("model", "m")
             feed.text("anew")
@@ -445,7 +445,7 @@ class TestCancelling:
 
         async def scene(stage: Stage) -> None:
             run_id = await stage.ask()
-            with publisher.desk().feed(run_id, 1, stop=lambda: None) as feed:
+            with publisher.current().feed(run_id, 1, stop=lambda: None) as feed:
                 feed.step_started("model", "m")
                 feed.text("So far")
                 await stage.until(lambda: stage.homeserver.sent)
@@ -509,7 +509,7 @@ class TestCancelling:
     ) -> None:
         async def scene(stage: Stage) -> None:
             run_id = await stage.ask()
-            with publisher.desk().feed(run_id, 1, stop=lambda: None) as feed:
+            with publisher.current().feed(run_id, 1, stop=lambda: None) as feed:
                 await database_sync_to_async(execution.claim)(run_id)
                 feed.step_started("model", "m")
                 feed.text("old words")

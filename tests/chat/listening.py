@@ -140,9 +140,9 @@ def go(scene: Coroutine[Any, Any, None]) -> None:
         try:
             await scene
         finally:
-            for hub in subscriber._hubs.values():
+            for hub in subscriber._subscribers.values():
                 await hub.close()
-            subscriber._hubs.clear()
+            subscriber._subscribers.clear()
 
     try:
         asyncio.run(whole())

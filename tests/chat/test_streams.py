@@ -34,11 +34,11 @@ TALK = Reply(("one ", "two ", "three ", "four "), delta_latency=0.1)
 
 @pytest.fixture(autouse=True)
 def _worker_hears(redis: Redis) -> Iterator[None]:
-    loop = Loop("listener", publisher.desk().hear)
+    loop = Loop("listener", publisher.current().listen)
     loop.start()
     until = time.monotonic() + 60
-    while not dict(redis.pubsub_numsub(publisher.called_channel()))[
-        publisher.called_channel().encode()
+    while not dict(redis.pubsub_numsub(publisher.control_channel()))[
+        publisher.control_channel().encode()
     ]:
         assert time.monotonic() < until
         time.sleep(0.01)
@@ -47,7 +47,7 @@ def _worker_hears(redis: Redis) -> Iterator[None]:
         if isinstance(thread, Worker):
             thread.join(60)
     loop.stopping.set()
-    redis.publish(publisher.called_channel(), b"{}")
+    redis.publish(publisher.control_channel(), b"{}")
     loop.join(60)
     assert not loop.is_alive()
 
@@ -131,7 +131,7 @@ def test_who_comes_late_is_told_what_was_said_before(model: FakeLLM) -> None:
 def test_nothing_goes_to_redis_where_nobody_listens(model: FakeLLM, redis: Redis) -> None:
     run = ask("Hi")
     execution.execute(run.pk)
-    assert not redis.exists(publisher.stream_of(run.pk))
+    assert not redis.exists(publisher.stream_key(run.pk))
 
 
 def test_it_goes_on_after_any_event_in_any_process(model: FakeLLM) -> None:
@@ -182,9 +182,9 @@ def test_who_had_the_outcome_is_told_to_stop_asking(model: FakeLLM) -> None:
 
 def test_what_redis_forgot_is_said(model: FakeLLM, redis: Redis) -> None:
     run = ask("Hi")
-    publisher.desk().heed({"called": [run.pk]})
+    publisher.current().handle({"subscribed": [run.pk]})
     execution.execute(run.pk)
-    assert redis.exists(publisher.stream_of(run.pk))
+    assert redis.exists(publisher.stream_key(run.pk))
     redis.flushall()
 
     async def scene() -> None:
@@ -209,7 +209,7 @@ def test_an_end_that_nobody_heard_is_said(model: FakeLLM, redis: Redis) -> None:
             working = asyncio.create_task(asyncio.to_thread(execution.execute, run.pk))
             *_, token = await response.until("message.delta")
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(publisher.Desk, "_pipe", deaf)
+                patch.setattr(publisher.Publisher, "_send_batch", deaf)
                 may_end.set()
                 await working
             *_, gap, outcome = await response.until("run.completed")
@@ -221,19 +221,19 @@ def test_an_end_that_nobody_heard_is_said(model: FakeLLM, redis: Redis) -> None:
     go(scene())
 
 
-def deaf(desk: publisher.Desk, news: Any) -> None:
+def deaf(publisher_: publisher.Publisher, news: Any) -> None:
     raise RedisConnectionError
 
 
 def test_what_was_trimmed_is_said(model: FakeLLM, redis: Redis) -> None:
     run = ask("Hi")
     execution.claim(run.pk)
-    with publisher.desk().feed(run.pk, 1, stop=lambda: None) as feed:
-        feed.call()
-        feed.tell("step.started", {})
-        feed.tell("step.finished", {})
+    with publisher.current().feed(run.pk, 1, stop=lambda: None) as feed:
+        feed.start()
+        feed.publish("step.started", {})
+        feed.publish("step.finished", {})
         feed.finish()
-        redis.xtrim(publisher.stream_of(run.pk), minid="1-3", approximate=False)
+        redis.xtrim(publisher.stream_key(run.pk), minid="1-3", approximate=False)
 
         async def scene() -> None:
             path = f"/api/chat/runs/{run.pk}/events?after=1-1"
@@ -257,16 +257,16 @@ def test_a_new_attempt_begins_anew(model: FakeLLM) -> None:
         async with request(f"/api/chat/runs/{run.pk}/events") as response:
             await response.event()
             for attempt in (1, 2):
-                with publisher.desk().feed(run.pk, attempt, stop=lambda: None) as feed:
+                with publisher.current().feed(run.pk, attempt, stop=lambda: None) as feed:
                     feed.text(f"from attempt {attempt}")
                     status, text = await response.event(), await response.event()
                     assert (status.id, status.data["attempt"]) == (f"{attempt}-1", attempt)
                     assert text.data["text"] == f"from attempt {attempt}"
             # The first worker is not dead, it was slow: it is not heard any more.
-            with publisher.desk().feed(run.pk, 1, stop=lambda: None) as feed:
-                feed.call()
+            with publisher.current().feed(run.pk, 1, stop=lambda: None) as feed:
+                feed.start()
                 feed.text("late")
-            with publisher.desk().feed(run.pk, 3, stop=lambda: None) as feed:
+            with publisher.current().feed(run.pk, 3, stop=lambda: None) as feed:
                 assert (await response.event()).id == "3-1"
 
     go(scene())
@@ -362,7 +362,7 @@ def test_a_client_that_leaves_leaves_nothing_behind() -> None:
     run = ask("Hi")
 
     async def scene() -> None:
-        hub = subscriber.hub(streams._which_ended)
+        hub = subscriber.current(streams._which_ended)
         async with request(f"/api/chat/runs/{run.pk}/events") as response:
             await response.event()
             await wait_for(lambda: run.pk in hub._runs)
@@ -371,8 +371,8 @@ def test_a_client_that_leaves_leaves_nothing_behind() -> None:
         async with request(f"/api/chat/runs/{run.pk}/events") as response:
             response.reading.clear()
             await asyncio.sleep(0.1)
-            with publisher.desk().feed(run.pk, 1, stop=lambda: None) as feed:
-                feed.call()
+            with publisher.current().feed(run.pk, 1, stop=lambda: None) as feed:
+                feed.start()
                 await asyncio.sleep(0.1)
         assert not hub._runs
 
@@ -386,19 +386,19 @@ async def wait_for(condition: Any, seconds: float = 60) -> None:
 
 
 def test_a_slow_client_misses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(subscriber, "MOST_WAITING", 5)
+    monkeypatch.setattr(subscriber, "MAX_PENDING", 5)
     monkeypatch.setattr(subscriber, "BATCH", 7)
     run = ask("Hi")
 
     async def scene() -> None:
         async with request(f"/api/chat/runs/{run.pk}/events") as response:
             await response.event()
-            with publisher.desk().feed(run.pk, 1, stop=lambda: None) as feed:
-                feed.call()
+            with publisher.current().feed(run.pk, 1, stop=lambda: None) as feed:
+                feed.start()
                 await response.event()
                 response.reading.clear()
                 for number in range(50):
-                    feed.tell("step.started", {"step": number})
+                    feed.publish("step.started", {"step": number})
                     await asyncio.to_thread(feed.finish)
                 response.reading.set()
                 events = [await response.event() for _ in range(50)]
@@ -561,9 +561,9 @@ def test_a_number_that_is_none_is_refused(value: str) -> None:
 def test_the_breaker_spares_a_run_a_redis_that_is_away(model: FakeLLM, settings: Any) -> None:
     run = ask("Hi")
     model.script(Reply(tuple("many words " * 20), delta_latency=0.005))
-    publisher._teller.reset()
+    publisher._publish_client.reset()
     settings.REDIS_URL = "redis://127.0.0.1:1"
-    publisher.desk().heed({"called": [run.pk]})
+    publisher.current().handle({"subscribed": [run.pk]})
     execution.execute(run.pk)
     run.refresh_from_db()
     assert run.status == "completed"

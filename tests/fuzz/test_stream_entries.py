@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from redis import Redis
 
 from agents.events import publisher, stream, subscriber
-from agents.events.schema import Malformed, Told
+from agents.events.schema import MalformedEvent, ParsedEvent
 from agents.models import Run
 from agents.worker import bootstep
 from lib import revocations
@@ -39,8 +39,8 @@ RAW = st.one_of(
 @tried(120, raw=st.one_of(st.none(), RAW))
 def test_an_entry_is_an_event_or_is_not(raw: bytes | None) -> None:
     try:
-        told = Told.parse(raw)
-    except Malformed as error:
+        told = ParsedEvent.parse(raw)
+    except MalformedEvent as error:
         assert str(error)
         return
     assert told.run_id is None or len(told.run_id) <= 64
@@ -71,20 +71,20 @@ def test_a_worker_reads_on(redis: Redis, broker: Broker, raws: list[bytes], fiel
 
 NEWS = objects(
     {
-        "told": odd(st.lists(odd(st.tuples(words, st.integers(), odd(st.lists(anything)))))),
+        "progress": odd(st.lists(odd(st.tuples(words, st.integers(), odd(st.lists(anything)))))),
         "event": odd(st.lists(words, min_size=3, max_size=3)),
     },
-    who=anything,
-    called=odd(st.lists(words, max_size=2)),
+    announce=anything,
+    subscribed=odd(st.lists(words, max_size=2)),
     stop=words,
 )
 
 
-def hub() -> subscriber.Hub:
+def hub() -> subscriber.Subscriber:
     async def which_ended(run_ids: list[str]) -> list[str]:
         return []
 
-    made = subscriber.Hub(which_ended)
+    made = subscriber.Subscriber(which_ended)
     made._call = lambda run_ids: None  # type: ignore[method-assign]
     return made
 
@@ -94,11 +94,11 @@ def test_news_that_make_no_sense_are_passed_by(news: Any, raw: bytes) -> None:
     hearing = hub()
     for told in (json.dumps(news).encode("utf-8", "surrogatepass"), raw):
         for channel in (stream.live_channel(), revocations.channel()):
-            hearing._heed({"channel": channel.encode(), "data": told})
+            hearing._handle({"channel": channel.encode(), "data": told})
 
 
 @tried(80, call=st.one_of(NEWS, anything))
 def test_calls_that_make_no_sense_are_passed_by(redis_server: str, call: Any) -> None:
-    desk = publisher.Desk()
+    running = publisher.Publisher()
     with suppress(TypeError, AttributeError):  # which `hear` says and passes by
-        desk.heed(call)
+        running.handle(call)

@@ -49,7 +49,7 @@ def heard() -> None:
     """As the web process hears what runs do."""
 
     async def ping() -> None:
-        hub = subscriber.Hub(lambda _: asyncio.sleep(0, []))
+        hub = subscriber.Subscriber(lambda _: asyncio.sleep(0, []))
         try:
             await hub._redis.ping()
         finally:
@@ -62,8 +62,8 @@ KINDS: dict[str, Callable[[], Any]] = {
     "publisher": lambda: stream._publisher().ping(),
     "consumer": lambda: stream.consumer().ping(),
     "observer": lambda: stream.check_writable(),
-    "tokens": lambda: publisher._teller().ping(),
-    "calls": lambda: publisher._hearer().ping(),
+    "tokens": lambda: publisher._publish_client().ping(),
+    "calls": lambda: publisher._control_client().ping(),
     "listeners": heard,
     "cache": lambda: caches["default"].client.get_client().ping(),
     "throttles": lambda: throttles.redis().ping(),

@@ -249,15 +249,15 @@ def test_no_token_is_told_a_second_after_the_loss_without_redis(
 
     async def play() -> None:
         async with opened("run", scene) as response:
-            with publisher.desk().feed(scene.run.pk, 1, stop=lambda: None) as feed:
-                feed.call()
-                feed.tell("step.started", {"step": 0})
+            with publisher.current().feed(scene.run.pk, 1, stop=lambda: None) as feed:
+                feed.start()
+                feed.publish("step.started", {"step": 0})
                 await in_thread(feed.finish)
                 await response.until("step.started")
                 await in_thread(lose, scene)
                 lost_at = time.monotonic()
                 for number in range(1, 10_000):
-                    feed.tell("step.started", {"step": number, "at": time.monotonic()})
+                    feed.publish("step.started", {"step": number, "at": time.monotonic()})
                     await in_thread(feed.finish)
                     if response.over:
                         break
