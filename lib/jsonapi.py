@@ -495,7 +495,7 @@ def _check_include(serializer: Any, value: str) -> None:
 
 def _check_sparse_fields(serializer: Any, parameter: str, value: str) -> None:
     wanted = parameter.removeprefix("fields[").removesuffix("]")
-    for told in told_here(serializer):
+    for told in document_kinds(serializer):
         if get_resource_type_from_serializer(told) == wanted and parameter.endswith("]"):
             break
     else:
@@ -506,7 +506,7 @@ def _check_sparse_fields(serializer: Any, parameter: str, value: str) -> None:
             raise Malformed("The resource has no such field.", parameter=parameter)
 
 
-def told_here(serializer: Any) -> list[Any]:
+def document_kinds(serializer: Any) -> list[Any]:
     """The kinds of resources that a document about this one may have."""
     kinds = [serializer]
     for kind in kinds:

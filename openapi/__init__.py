@@ -1,5 +1,5 @@
-"""Describes the HTTP API: `python -m openapi` writes docs/openapi.yaml, which is what is served.
+"""The OpenAPI description: `python -m openapi` writes docs/openapi.yaml, which the server serves.
 
-Of JSON:API the shapes are read from the serializers; what plain JSON and the streams say stands in
-`plain`. None of this is needed at run time.
+JSON:API schemas derive from the serializers, plain JSON schemas from `chat.representation`; operations
+of plain JSON are in `plain`. None of this is needed at run time.
 """

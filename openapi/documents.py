@@ -1,4 +1,4 @@
-"""What is told in JSON:API: read from the views, their serializers, filters and sorts."""
+"""JSON:API operations, derived from the views, their serializers, filters and sorts."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -12,7 +12,7 @@ from rest_framework_json_api.utils import (
 
 from chat.jsonapi import pagination, views
 from chat.jsonapi.serializers import OfThread, ResourceSerializer
-from lib.jsonapi import MAX_INCLUDE_DEPTH, JSONAPIView, told_here
+from lib.jsonapi import MAX_INCLUDE_DEPTH, JSONAPIView, document_kinds
 from openapi import realm
 from openapi.parts import (
     ID,
@@ -24,7 +24,6 @@ from openapi.parts import (
     RUN_ID,
     THREAD_ID,
     Schema,
-    answer,
     content,
     in_path,
     many,
@@ -34,6 +33,7 @@ from openapi.parts import (
     record,
     ref,
     refusals,
+    response,
     text,
 )
 from openapi.plain import MESSAGE_EXAMPLE, RUN_EXAMPLE, THREAD_EXAMPLE
@@ -54,12 +54,17 @@ def _to(kind: str) -> Schema:
     return {"type": kind, "id": EXAMPLE_IDS[kind]}
 
 
-def _example(kind: str, told: Schema, **linkage: str | None) -> Schema:
-    made = {"type": kind, "id": EXAMPLE_IDS[kind], "attributes": told, **_links(kind, *linkage)}
+def _example(kind: str, attributes: Schema, **linkage: str | None) -> Schema:
+    example = {
+        "type": kind,
+        "id": EXAMPLE_IDS[kind],
+        "attributes": attributes,
+        **_links(kind, *linkage),
+    }
     for name, target in linkage.items():
-        if kind != "threads":  # whose relationships are lists, told where they are included
-            made["relationships"][name]["data"] = _to(target) if target else None
-    return made
+        if kind != "threads":  # its relationships are lists, shown only if included
+            example["relationships"][name]["data"] = _to(target) if target else None
+    return example
 
 
 NOT_ATTRIBUTES = {"id", "threadId"}
@@ -73,14 +78,14 @@ EXAMPLES = {
     ),
     "messages": _example(
         "messages",
-        {name: said for name, said in MESSAGE_EXAMPLE.items() if name not in NOT_ATTRIBUTES}
+        {name: value for name, value in MESSAGE_EXAMPLE.items() if name not in NOT_ATTRIBUTES}
         | {"position": 0},
         thread="threads",
         run="runs",
     ),
     "runs": _example(
         "runs",
-        {name: said for name, said in RUN_EXAMPLE.items() if name not in NOT_ATTRIBUTES}
+        {name: value for name, value in RUN_EXAMPLE.items() if name not in NOT_ATTRIBUTES}
         | {
             "source": "http",
             "attempt": 1,
@@ -122,18 +127,18 @@ def identifier(kind: str) -> Schema:
 
 
 class RelationshipObject:
-    """A relationship as it is told: links, and which ones where that is known."""
+    """Links, and resource identifiers if they are loaded."""
 
     def __init__(self, field: Any, drf_spectactular_field_schema: Schema) -> None:
         one = identifier(field.kind)
         data = many(one) if isinstance(field, OfThread) else {"oneOf": [one, {"type": "null"}]}
         links = record(self=LINK, related=LINK)
-        self.told = record(
+        self.schema = record(
             *(["data"] if isinstance(field, OfThread) else []), links=links, data=data
         )
 
     def __dict__(self) -> Schema:  # type: ignore[override]
-        return self.told
+        return self.schema
 
 
 class ResourceObject(JsonApiResourceObject):
@@ -141,31 +146,31 @@ class ResourceObject(JsonApiResourceObject):
 
     def patch(self) -> None:
         super().patch()
-        told = self._schema["properties"]
+        members = self._schema["properties"]
         for member in ("attributes", "relationships"):
-            if member in told:
-                told[member]["additionalProperties"] = False
-                told[member].pop("required", None)  # fields[...] leaves out what it likes
-        for told_as in told["attributes"]["properties"].values():
-            # What depends on the database, and a mark of drf-spectacular's own.
+            if member in members:
+                members[member]["additionalProperties"] = False
+                members[member].pop("required", None)  # fields[...] may omit any of them
+        for attribute in members["attributes"]["properties"].values():
+            # Keywords that depend on the database, and a mark of drf-spectacular.
             for noise in (
                 "x-spec-enum-id",
-                *(["maximum", "format"] if "minimum" in told_as else []),
+                *(["maximum", "format"] if "minimum" in attribute else []),
             ):
-                told_as.pop(noise, None)
+                attribute.pop(noise, None)
         hidden = [name for name, field in self.serializer.fields.items() if field.write_only]
         for name in hidden:
-            told["attributes"]["properties"].pop(format_field_name(name))
-        told["id"] = text()
+            members["attributes"]["properties"].pop(format_field_name(name))
+        members["id"] = text()
         self._schema["required"] = ["type", "id"]
         if example := EXAMPLES.get(get_resource_type_from_serializer(self.serializer)):
             self._schema["example"] = example
         if isinstance(self.serializer, ResourceSerializer):
-            told["links"] = record(self=LINK)
+            members["links"] = record(self=LINK)
             self._schema["required"].append("links")
 
 
-class Documents(JsonApiAutoSchema):
+class DocumentSchema(JsonApiAutoSchema):
     json_api_resource_object_converter_class = ResourceObject
     view: Any
 
@@ -173,7 +178,7 @@ class Documents(JsonApiAutoSchema):
         path, _, _, method, registry = args
         self.registry, self.path, self.method = registry, path, method
         if not isinstance(self.view, JSONAPIView):
-            raise LookupError(f"{method} {path} is described nowhere: see openapi/plain.py")
+            raise LookupError(f"{method} {path} is not described: add it to openapi/plain.py")
         if method.lower() not in self.view.http_method_names:
             return None
         if isinstance(self.view, views.ResourcesView):
@@ -181,7 +186,7 @@ class Documents(JsonApiAutoSchema):
         return realm.OPERATIONS[method, path](self)
 
     def resource(self, serializer: Any) -> Schema:
-        """The component of what a serializer tells."""
+        """Return a reference to the component of a serializer."""
         return self.resolve_serializer(serializer, "response").ref
 
     def _get_serializer_name(self, *args: Any, **kwargs: Any) -> str:
@@ -191,10 +196,10 @@ class Documents(JsonApiAutoSchema):
         view, kind = self.view, self.view.serializer_class
         name = get_resource_type_from_serializer(kind)
         if self.method == "POST":
-            return self._ask(kind)
+            return self._create_message(kind)
         parameters = [self._owner()] if "{id}" in self.path else []
         words = self.path.removeprefix("/api/").replace("{id}", "").split("/")
-        made: Schema = {
+        built: Schema = {
             "operationId": "get"
             + "".join(word.capitalize() for word in words if word)
             + ("ById" if self.path.endswith("{id}") else ""),
@@ -202,28 +207,28 @@ class Documents(JsonApiAutoSchema):
         }
         refused = [400, 401, 403, 406, 415, 503] + ([404] if parameters else [])
         if isinstance(view, views.LinkageView):
-            told, parameters = self._linkage(parameters)
-            made["summary"] = f"Which {name} {words[0]}/{{id}} leads to as `{view.relation}`"
+            body, parameters = self._linkage(parameters)
+            built["summary"] = f"List the ids of `{view.relation}` of {words[0]}/{{id}}"
         elif isinstance(view, views.CollectionView):
             parameters += [*self._list_parameters(), *self._shape_parameters()]
-            told = record(
+            body = record(
                 "included",
                 links=ref("PageLinks"),
                 data=many(self.resource(kind)),
                 included=self._included(),
             )
-            made["summary"] = f"A page of {name}"
+            built["summary"] = f"List {name}"
         else:
             parameters += self._shape_parameters()
             one = self.resource(kind)
             nullable = isinstance(view, views.RelatedView)
             data = {"oneOf": [one, {"type": "null"}]} if nullable else one
-            told = record("included", data=data, included=self._included())
-            made["summary"] = f"One of {name}"
-        return made | {
+            body = record("included", data=data, included=self._included())
+            built["summary"] = f"Get one of {name}"
+        return built | {
             "parameters": parameters,
             "responses": {
-                "200": answer("It is there.", content(MEDIA_TYPE, told)),
+                "200": response("Found.", content(MEDIA_TYPE, body)),
                 **refusals(*refused),
             },
         }
@@ -234,7 +239,7 @@ class Documents(JsonApiAutoSchema):
         return in_path("id", schema) | {"example": EXAMPLE_IDS[kind]}
 
     def _included(self) -> Schema:
-        kinds = told_here(self.view.serializer_class)
+        kinds = document_kinds(self.view.serializer_class)
         return many({"oneOf": [self.resource(kind) for kind in kinds]})
 
     def _linkage(self, parameters: list[Schema]) -> tuple[Schema, list[Schema]]:
@@ -244,8 +249,8 @@ class Documents(JsonApiAutoSchema):
         if not isinstance(relationship, OfThread):
             data: Schema = {"oneOf": [one, {"type": "null"}]}
             return record(links=record(**links), data=data), parameters
-        told = record(links=record(**links, prev=LINK, next=LINK), data=many(one))
-        return told, parameters + list(self._page_parameters())
+        body = record(links=record(**links, prev=LINK, next=LINK), data=many(one))
+        return body, parameters + list(self._page_parameters())
 
     def _page_parameters(self) -> Iterator[Schema]:
         size = {
@@ -254,53 +259,55 @@ class Documents(JsonApiAutoSchema):
             "maximum": pagination.MAX_SIZE,
             "default": pagination.SIZE,
         }
-        yield query("page[size]", "How many at the most: fewer where they are long.", size)
+        yield query("page[size]", "Maximum page size. Long messages make a page smaller.", size)
         of_messages = self.view.serializer_class.Meta.resource_name == "messages"
         row = r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}" if of_messages else "[A-Za-z0-9_-]{1,64}"
         for side in pagination.SIDES:
-            place = text(pattern=rf"^[0-9]{{1,16}}\.{row}$")
-            yield query(f"page[{side}]", "Taken from a link to a page.", place)
+            cursor = text(pattern=rf"^[0-9]{{1,16}}\.{row}$")
+            yield query(f"page[{side}]", "A cursor from a page link.", cursor)
 
     def _list_parameters(self) -> Iterator[Schema]:
         yield from self._page_parameters()
         sorts = [sign + name for name in self.view.sorts for sign in ("", "-")]
         first, order = next(iter(self.view.sorts.items()))
-        usual = f"-{first}" if order[0].startswith("-") else first
-        yield query("sort", "The order; `-` turns it round.", text(enum=sorts, default=usual))
+        default = f"-{first}" if order[0].startswith("-") else first
+        yield query("sort", "Sort order; `-` reverses it.", text(enum=sorts, default=default))
         for name, chosen in self.view.serializer_class.filters.items():
             if chosen.choices:
                 some = many(text(enum=list(chosen.choices))) | {"minItems": 1}
-                yield query(f"filter[{name}]", "One of these.", some, style="form", explode=False)
+                yield query(
+                    f"filter[{name}]", "One of these values.", some, style="form", explode=False
+                )
             else:
                 exact = text(maxLength=chosen.max_length, pattern=r"^[^\x00]*$")
-                yield query(f"filter[{name}]", "Just this.", exact)
+                yield query(f"filter[{name}]", "Exactly this value.", exact)
 
     def _shape_parameters(self) -> Iterator[Schema]:
         kind = self.view.serializer_class
         paths = many(text(enum=sorted(include_paths(kind)))) | {"maxItems": 20}
         yield query(
             "include",
-            f"Paths of up to {MAX_INCLUDE_DEPTH} steps to what is added; of a thread the last turns.",
+            f"Relationship paths, up to {MAX_INCLUDE_DEPTH} steps; of a thread, its last turns.",
             paths,
             style="form",
             explode=False,
         )
-        for told in told_here(kind):
-            names = [format_field_name(name) for name in told().fields]
+        for related in document_kinds(kind):
+            names = [format_field_name(name) for name in related().fields]
             yield query(
-                f"fields[{get_resource_type_from_serializer(told)}]",
-                "Tell only these.",
+                f"fields[{get_resource_type_from_serializer(related)}]",
+                "Return only these fields.",
                 many(text(enum=names)),
                 style="form",
                 explode=False,
             )
 
-    def _ask(self, kind: Any) -> Schema:
-        told = record("included", data=self.resource(kind), included=self._included())
+    def _create_message(self, kind: Any) -> Schema:
+        body = record("included", data=self.resource(kind), included=self._included())
         linkage = needing(type={"const": "threads"}, id=text(pattern=ID))
-        question = new_resource(
+        document = new_resource(
             "messages",
-            ref("NewMessage"),
+            ref("MessageAttributes"),
             thread=needing(data={"oneOf": [linkage, {"type": "null"}]}),
         )
         example = {
@@ -312,14 +319,14 @@ class Documents(JsonApiAutoSchema):
         }
         return {
             "operationId": "postMessages",
-            "summary": "Ask",
+            "summary": "Send a message",
             "tags": ["resources"],
             "parameters": [IDEMPOTENCY_KEY, *self._shape_parameters()],
-            "requestBody": {"required": True, "content": content(MEDIA_TYPE, question, example)},
+            "requestBody": {"required": True, "content": content(MEDIA_TYPE, document, example)},
             "responses": {
-                "201": answer(
-                    "Asked: its run tells what becomes of it.",
-                    content(MEDIA_TYPE, told),
+                "201": response(
+                    "Created; its run is queued.",
+                    content(MEDIA_TYPE, body),
                     Location="The message.",
                     **REPLAYED,
                 ),

@@ -1,5 +1,5 @@
-"""The whole description: drf-spectacular walks the addresses and reads the serializers;
-drf-spectacular-jsonapi makes resource objects of them."""
+"""The OpenAPI description. drf-spectacular walks the URLs and reads the serializers;
+drf-spectacular-jsonapi turns them into resource objects."""
 
 from typing import Any
 
@@ -16,8 +16,8 @@ from openapi.parts import DOCUMENT_RESPONSES, DOCUMENT_SCHEMAS
 
 SETTINGS = {
     "TITLE": "Botrealm",
-    "DESCRIPTION": "Ask agents over HTTP, in plain JSON or JSON:API, and register bots for Matrix "
-    "rooms. docs/reference/http.md tells it with examples.",
+    "DESCRIPTION": "Send messages to agents over HTTP, in plain JSON or JSON:API, and register bots "
+    "for Matrix rooms. docs/reference/http.md has examples.",
     "ENUM_GENERATE_CHOICE_DESCRIPTION": False,
     "POSTPROCESSING_HOOKS": [],
     "VERSION": settings.VERSION,
@@ -25,9 +25,12 @@ SETTINGS = {
     "COMPONENT_SPLIT_REQUEST": True,
     "SCHEMA_PATH_PREFIX": "",
     "TAGS": [
-        {"name": "chat", "description": "Plain JSON and streams."},
-        {"name": "resources", "description": "The same as JSON:API resources."},
-        {"name": "realm", "description": "The realm server: sessions, bots and their commands."},
+        {"name": "chat", "description": "Plain JSON and event streams."},
+        {"name": "resources", "description": "JSON:API resources."},
+        {
+            "name": "realm",
+            "description": "The realm server: sessions, bots, commands and webhooks.",
+        },
     ],
     "SECURITY": [{"realmToken": []}, {"session": []}],
     "APPEND_COMPONENTS": {
@@ -38,22 +41,22 @@ SETTINGS = {
                 "type": "http",
                 "scheme": "bearer",
                 "bearerFormat": "JWT",
-                "description": "A realm-server JWT, as `POST /_server-session` gives it.",
+                "description": "A realm-server JWT from `POST /_server-session`.",
             },
             "session": {
                 "type": "apiKey",
                 "in": "cookie",
                 "name": "sessionid",
-                "description": "Of whoever has signed in to the admin. What is not a GET needs the "
-                "CSRF token in `X-CSRFToken` as well.",
+                "description": "The session of a signed-in user. Requests other than GET also need the "
+                "CSRF token in `X-CSRFToken`.",
             },
         },
     },
 }
 
 
-class Description(documents.Documents):
-    """Of plain JSON as it stands in `plain`; of documents, as they are read from their views."""
+class OperationSchema(documents.DocumentSchema):
+    """Takes plain JSON operations from `plain` and derives JSON:API operations from their views."""
 
     def get_operation(self, *args: Any) -> Any:
         path, _, _, method, _ = args
@@ -62,24 +65,26 @@ class Description(documents.Documents):
         return super().get_operation(*args)
 
 
-class Generator(SchemaGenerator):
+class DescriptionGenerator(SchemaGenerator):
     def parse(self, *args: Any, **kwargs: Any) -> Any:
         paths = super().parse(*args, **kwargs)
-        gone = {path for _, path in plain.OPERATIONS} - paths.keys()
-        if gone:
-            raise LookupError(f"Described, but not served: {', '.join(sorted(gone))}")
+        unknown = {path for _, path in plain.OPERATIONS} - paths.keys()
+        if unknown:
+            raise LookupError(
+                f"openapi/plain.py describes unknown paths: {', '.join(sorted(unknown))}"
+            )
         return paths
 
 
-def described() -> str:
-    """docs/openapi.yaml as it should be. Raises where something cannot be described."""
+def generate() -> str:
+    """Return the text of docs/openapi.yaml. Raises `ValueError` if something cannot be described."""
     framework = settings.REST_FRAMEWORK | {
-        "DEFAULT_SCHEMA_CLASS": f"{__name__}.{Description.__qualname__}"
+        "DEFAULT_SCHEMA_CLASS": f"{__name__}.{OperationSchema.__qualname__}"
     }
     with override_settings(REST_FRAMEWORK=framework), patched_settings(SETTINGS):
-        schema = Generator().get_schema(public=True)
+        schema = DescriptionGenerator().get_schema(public=True)
     if drainage.GENERATOR_STATS:
         drainage.GENERATOR_STATS.emit_summary()
-        raise ValueError("There is more than drf-spectacular understands; see above.")
+        raise ValueError("drf-spectacular reported warnings; see above.")
     validate_schema(schema)
     return OpenApiYamlRenderer().render(schema, renderer_context={}).decode()

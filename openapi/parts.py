@@ -1,7 +1,9 @@
-"""What the descriptions are put together from."""
+"""Building blocks of the description."""
 
+from datetime import datetime
 from http import HTTPStatus
-from typing import Any
+from typing import Annotated, Any, Literal, NotRequired, get_args, get_origin, get_type_hints
+from uuid import UUID
 
 Schema = dict[str, Any]
 
@@ -12,19 +14,19 @@ THREAD_ID = "thr_rvkmhzylpo432eckkhos50c1"
 MESSAGE_ID = "3901cc45-3424-47b8-aecd-a9be5a6ab1ec"
 
 REASONS = {
-    204: "There is nothing to tell.",
-    400: "The request is wrong; the answer says where.",
-    401: "Nobody has proven who they are, or the token is not good.",
-    403: "It may not be done: a session without its CSRF token, or what is somebody else's to do.",
-    404: "There is no such thing, or it belongs to somebody else.",
-    406: "The Accept header names nothing that is spoken here.",
-    409: "The state of things forbids it.",
+    204: "No events are left.",
+    400: "Invalid request; the error names the field.",
+    401: "Not authenticated: no credentials, or the token is invalid or expired.",
+    403: "Not permitted: the CSRF token is missing, or another user owns the resource.",
+    404: "Not found, or not visible to you.",
+    406: "The Accept header names no supported media type.",
+    409: "Conflicts with the current state.",
     411: "Send the body with a Content-Length.",
     413: "The body is too large.",
-    415: "The body is of a media type that is not understood here.",
-    422: "The Idempotency-Key stands for another request.",
-    429: "A limit is reached; the answer says which, and `Retry-After` when to try again.",
-    502: "The homeserver says what makes no sense.",
+    415: "The media type of the body is not supported.",
+    422: "The Idempotency-Key was used with another request.",
+    429: "Rate limit or quota exceeded; `Retry-After` says when to retry.",
+    502: "The homeserver returned an invalid response.",
     503: "The database is busy. Please try again.",
 }
 
@@ -37,12 +39,8 @@ def text(**more: Any) -> Schema:
     return {"type": "string", **more}
 
 
-def moment(*, null: bool = False) -> Schema:
-    return {"type": ["string", "null"] if null else "string", "format": "date-time"}
-
-
 def record(*optional: str, **properties: Schema) -> Schema:
-    """An object that has these and nothing else; all of them but the optional ones always."""
+    """An object with exactly these properties, required unless named in `optional`."""
     return {
         "type": "object",
         "properties": properties,
@@ -52,13 +50,13 @@ def record(*optional: str, **properties: Schema) -> Schema:
 
 
 def needing(**properties: Schema) -> Schema:
-    """An object that must have these. What else it has is ignored."""
+    """An object with at least these properties; others are ignored."""
     return {"type": "object", "properties": properties, "required": list(properties)}
 
 
-# Members of a resource are no attributes.
+# Members of a resource object cannot be attributes.
 ATTRIBUTE_NAMES = {"propertyNames": {"not": {"enum": ["id", "type"]}}}
-# A relationship that nobody knows is ignored, but is one.
+# An unknown relationship is ignored, but must be valid.
 LINKAGE = {
     "type": "object",
     "properties": {"data": {"type": ["array", "null"], "maxItems": 0}},
@@ -67,7 +65,7 @@ LINKAGE = {
 
 
 def new_resource(kind: str, attributes: Schema, **relationships: Schema) -> Schema:
-    """The document that makes one."""
+    """The document that creates a resource."""
     data = needing(type={"const": kind}, attributes=attributes)
     data["properties"]["relationships"] = {
         "type": "object",
@@ -76,6 +74,35 @@ def new_resource(kind: str, attributes: Schema, **relationships: Schema) -> Sche
         "additionalProperties": LINKAGE,
     }
     return needing(data=data | {"not": {"required": ["id"]}})
+
+
+def schema_of(hint: Any) -> Schema:
+    """Derive a schema from a type annotation; typed dicts become references to components."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        keywords = {name: value for part in arguments[1:] for name, value in part.items()}
+        return schema_of(arguments[0]) | keywords
+    if origin is NotRequired:
+        return schema_of(arguments[0])
+    if origin is Literal:
+        return {"const": arguments[0]}
+    return dict(TYPES[hint]) if hint in TYPES else ref(hint.__name__.removesuffix("JSON"))
+
+
+TYPES: dict[type, Schema] = {
+    str: {"type": "string"},
+    int: {"type": "integer"},
+    bool: {"type": "boolean"},
+    datetime: {"type": "string", "format": "date-time"},
+    UUID: {"type": "string", "format": "uuid"},
+}
+
+
+def component_of(kind: Any) -> Schema:
+    """Derive the schema of a typed dict."""
+    hints = get_type_hints(kind, include_extras=True)
+    properties = {name: schema_of(hint) for name, hint in hints.items()}
+    return record(*kind.__optional_keys__, **properties)
 
 
 def many(items: Schema) -> Schema:
@@ -95,24 +122,24 @@ def in_path(name: str, schema: Schema) -> Schema:
 
 
 def content(kind: str, schema: Schema, example: Any = None, **examples: Any) -> Schema:
-    told: Schema = {"schema": schema}
+    media_type: Schema = {"schema": schema}
     if example is not None:
-        told["example"] = example
+        media_type["example"] = example
     if examples:
-        told["examples"] = {name: {"value": value} for name, value in examples.items()}
-    return {kind: told}
+        media_type["examples"] = {name: {"value": value} for name, value in examples.items()}
+    return {kind: media_type}
 
 
-def answer(description: str, told: Schema | None = None, **headers: str) -> Schema:
-    made: Schema = {"description": description}
-    if told:
-        made["content"] = told
+def response(description: str, body: Schema | None = None, **headers: str) -> Schema:
+    built: Schema = {"description": description}
+    if body:
+        built["content"] = body
     if headers:
-        made["headers"] = {
+        built["headers"] = {
             name.replace("_", "-"): {"description": why, "schema": text()}
             for name, why in headers.items()
         }
-    return made
+    return built
 
 
 LINK: Schema = {"type": ["string", "null"], "format": "uri-reference"}
@@ -122,29 +149,29 @@ DOCUMENT_SCHEMAS: dict[str, Schema] = {
         "source",
         "meta",
         status=text(pattern="^[1-5][0-9]{2}$"),
-        code=text(description="What went wrong, for programs. It does not change."),
+        code=text(description="A stable error code."),
         title=text(),
         detail=text(),
         source=record(
             "pointer",
             "parameter",
             "header",
-            pointer=text(format="json-pointer", description="Where in the document."),
-            parameter=text(description="Which query parameter."),
-            header=text(description="Which header."),
+            pointer=text(format="json-pointer", description="The invalid member of the document."),
+            parameter=text(description="The invalid query parameter."),
+            header=text(description="The invalid header."),
         ),
-        meta=record(request_id=text(description="As in `X-Request-ID`.")),
+        meta=record(request_id=text(description="The same as `X-Request-ID`.")),
     ),
     "PageLinks": record(prev=LINK, next=LINK),
 }
 
 
 def refusals(*codes: int) -> dict[str, Schema]:
-    """In JSON:API."""
+    """The error responses of JSON:API operations."""
     return {str(code): ref(f"Document{code}", "responses") for code in sorted(codes)}
 
 
-# What is told beside the status, where one code is as good an example as any.
+# Example error codes.
 CODES = {
     400: "malformed",
     401: "not_authenticated",
@@ -152,8 +179,8 @@ CODES = {
     404: "not_found",
     429: "rate_limited",
 }
-# Headers that come with a refusal.
-WITH = {429: {"Retry_After": "Seconds until another try may be worth it."}}
+# Headers of error responses.
+WITH = {429: {"Retry_After": "Seconds to wait before a retry."}}
 PLACES = {400: {"parameter": "include"}, 409: {"pointer": "/data/type"}}
 
 
@@ -171,7 +198,7 @@ def refused(code: int) -> Schema:
 
 
 DOCUMENT_RESPONSES = {
-    f"Document{code}": answer(
+    f"Document{code}": response(
         why, content(MEDIA_TYPE, ref("Errors"), refused(code)), **WITH.get(code, {})
     )
     for code, why in REASONS.items()
@@ -180,12 +207,12 @@ DOCUMENT_RESPONSES = {
 
 IDEMPOTENCY_KEY = header(
     "Idempotency-Key",
-    "The same key with the same request gets the first answer again, for good.",
-    # Printable, as Latin-1 has it; blanks at its ends are not part of a header.
+    "A repeat with the same key and request returns the first response; keys do not expire.",
+    # Printable Latin-1; blanks at its ends are not part of a header.
     text(
         minLength=1,
         maxLength=255,
         pattern=r"^[!-~\xa1-\xac\xae-\xff]([ -~\xa1-\xac\xae-\xff]*[!-~\xa1-\xac\xae-\xff])?$",
     ),
 )
-REPLAYED = {"Idempotency_Replayed": "`true` where the answer is that of an earlier request."}
+REPLAYED = {"Idempotency_Replayed": "`true` if the response is that of an earlier request."}

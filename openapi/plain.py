@@ -1,11 +1,18 @@
-"""The chat server's plain JSON, and its streams."""
+"""Operations of the chat API in plain JSON, and its streams."""
 
 from typing import Any
 
 from agents import inbox
-from agents.models import Run
 from chat.api.views import MAX_PAGE
-from chat.models import MAX_TITLE_LENGTH, Message
+from chat.models import MAX_TITLE_LENGTH
+from chat.representation import (
+    AcceptedJSON,
+    FinishedJSON,
+    MessageJSON,
+    RunJSON,
+    ThreadJSON,
+    UsageJSON,
+)
 from openapi.parts import (
     ATTRIBUTE_NAMES,
     CODES,
@@ -18,145 +25,91 @@ from openapi.parts import (
     THREAD_ID,
     WITH,
     Schema,
-    answer,
+    component_of,
     content,
     header,
     in_path,
     many,
-    moment,
     query,
     record,
     ref,
+    response,
     text,
 )
 
 JSON = "application/json"
 OK: Schema = {"const": True}
-COUNT: Schema = {"type": "integer", "minimum": 0}
 VISIBLE = r"^[^\x00]*[!-~][^\x00]*$"
-CONTENT = text(minLength=1, pattern=VISIBLE, description="What is asked.")
-WISHES: dict[str, Schema] = {
+CONTENT = text(minLength=1, pattern=VISIBLE, description="The text of the message.")
+OPTIONS: dict[str, Schema] = {
     "model": {
         "type": ["string", "null"],
         "minLength": 1,
         "maxLength": inbox.MAX_MODEL_LENGTH,
         "pattern": VISIBLE,
-        "description": "One of `GET /api/chat/models`; the default one where it is left out.",
+        "description": "One of `GET /api/chat/models`. Defaults to its `default`.",
     },
     "correlationId": {
         "type": ["string", "null"],
         "minLength": 1,
         "maxLength": inbox.MAX_CORRELATION_LENGTH,
         "pattern": VISIBLE,
-        "description": "The client's own; events and the run carry it.",
+        "description": "An id of the client, repeated in events and the run.",
     },
     "whenBusy": {
         "enum": [*inbox.WhenBusy, None],
-        "description": "What becomes of it while runs of its thread have not ended: it waits, is "
-        "answered together with those that wait, is refused (409), or cancels them.",
+        "description": "What to do if the thread has an unfinished run: queue the message, merge it "
+        "with queued ones, reject it (409), or cancel the runs.",
     },
     "deadlineSeconds": {
         "type": ["integer", "null"],
         "minimum": 1,
         "maximum": inbox.MAX_DEADLINE_SECONDS,
-        "description": "What has not ended by then fails.",
+        "description": "The run fails if it has not finished by then.",
     },
 }
-STATUSES = text(enum=Run.Status.values)
 
 SCHEMAS = {
     "ServerSentEvent": record(
         "id",
         "retry",
-        id=text(description="What `Last-Event-ID` may name to go on after it."),
-        event=text(description="Its type; docs/reference/http.md has the table."),
+        id=text(description="Send it as `Last-Event-ID` to resume after this event."),
+        event=text(description="The event type; docs/reference/http.md lists them."),
         data=text(contentMediaType="application/json"),
         retry={"type": "integer"},
     ),
     "Error": record(
         "code",
         ok={"const": False},
-        error=text(description="What is wrong, safe to show."),
+        error=text(description="What went wrong. Safe to show to users."),
         code=text(
-            description="For programs, and does not change: with 429 the kind of limit, with 409 "
-            "`id_deleted` where `threadId` is that of a deleted thread."
+            description="A stable error code: the kind of limit (429), or `id_deleted` (409) if "
+            "`threadId` is the id of a deleted thread."
         ),
     ),
-    "Usage": record(promptTokens=COUNT, completionTokens=COUNT, totalTokens=COUNT),
-    "Thread": record(
-        id=text(pattern=ID),
-        title=text(maxLength=MAX_TITLE_LENGTH, description="Empty where nobody gave it one."),
-        preview=text(description="The first words that were asked in it."),
-        archived={"type": "boolean"},
-        createdAt=moment(),
-        updatedAt=moment(),
-    ),
-    "Run": record(
-        "deadlineAt",
-        "mergedInto",
-        "output",
-        "safeError",
-        "errorCode",
-        id=text(pattern=ID),
-        threadId=text(pattern=ID),
-        correlationId=text(),
-        status=STATUSES,
-        model=text(),
-        usage=ref("Usage"),
-        createdAt=moment(),
-        updatedAt=moment(),
-        output=text(description="The answer, as Markdown. Of a completed run."),
-        deadlineAt=moment(),
-        mergedInto=text(pattern=ID, description="The run that answers its question too."),
-        safeError=text(description="What went wrong. Of a failed run."),
-        errorCode=text(description="The same for programs."),
-    ),
-    "Message": record(
-        id=text(format="uuid"),
-        threadId=text(pattern=ID),
-        role=text(enum=Message.Role.values),
-        content=text(),
-        correlationId=text(),
-        createdAt=moment(),
-    ),
-    "Question": {
+    "MessageRequest": {
         "type": "object",
         "properties": {
             "content": CONTENT,
-            **WISHES,
+            **OPTIONS,
             "threadId": {
                 "type": ["string", "null"],
                 "pattern": ID,
-                "description": "Where to ask. A new name begins a thread, and so does none.",
+                "description": "The thread of the message. A new id or none creates a thread.",
             },
         },
         "required": ["content"],
     },
-    "NewMessage": {
+    "MessageAttributes": {
         "type": "object",
-        "properties": {"content": CONTENT, **WISHES},
+        "properties": {"content": CONTENT, **OPTIONS},
         "required": ["content"],
         **ATTRIBUTE_NAMES,
     },
-    "Accepted": record(
-        ok=OK,
-        status={"const": "accepted"},
-        runId=text(pattern=ID),
-        threadId=text(pattern=ID),
-        messageId=text(format="uuid"),
-        model=text(),
-        correlationId=text(),
-    ),
-    "Ended": record(
-        ok=OK,
-        status=STATUSES,
-        runId=text(pattern=ID),
-        threadId=text(pattern=ID),
-        messageId=text(format="uuid"),
-        model=text(),
-        correlationId=text(),
-        run=ref("Run"),
-    ),
+    **{
+        kind.__name__.removesuffix("JSON"): component_of(kind)
+        for kind in (UsageJSON, ThreadJSON, RunJSON, MessageJSON, AcceptedJSON, FinishedJSON)
+    },
 }
 RUN_EXAMPLE = {
     "id": RUN_ID,
@@ -199,13 +152,13 @@ STREAM_EXAMPLE = (
     'id: 1-1\nevent: message.delta\ndata: {"step":1,"text":"It is "}\n\n'
     'id: 1-end\nevent: run.completed\ndata: {"run":{"id":"' + RUN_ID + '"}}\n\n'
 )
-GO_ON = "Go on after this event, as `after` says it too."
-# Empty: from the beginning, which is how a browser says it.
+RESUME = "Resume after this event. The same as `after`."
+# Browsers send an empty id to start from the beginning.
 RUN_EVENT = "^([0-9]{1,5}-([0-9]{1,10}|end))?$"
 
 
 def events(description: str) -> Schema:
-    return answer(
+    return response(
         description,
         content("text/event-stream", ref("ServerSentEvent"), STREAM_EXAMPLE),
         Cache_Control="`no-store`",
@@ -213,7 +166,7 @@ def events(description: str) -> Schema:
 
 
 RESPONSES = {
-    f"Plain{code}": answer(
+    f"Plain{code}": response(
         why,
         content(
             JSON,
@@ -234,20 +187,20 @@ def refusals(*codes: int) -> dict[str, Schema]:
 def operation(
     name: str,
     summary: str,
-    answers: dict[str, Schema],
+    responses: dict[str, Schema],
     *refused: int,
     description: str = "",
     **more: Any,
 ) -> Schema:
-    made: Schema = {"operationId": name, "summary": summary, "tags": ["chat"]}
+    built: Schema = {"operationId": name, "summary": summary, "tags": ["chat"]}
     if description:
-        made["description"] = description
-    return made | more | {"responses": answers | refusals(*refused, 401, 403, 503)}
+        built["description"] = description
+    return built | more | {"responses": responses | refusals(*refused, 401, 403, 503)}
 
 
-def told(description: str, example: Any, **properties: Schema) -> dict[str, Schema]:
+def ok_response(description: str, example: Any, **properties: Schema) -> dict[str, Schema]:
     schema = record(ok=OK, **properties)
-    return {"200": answer(description, content(JSON, schema, {"ok": True, **example}))}
+    return {"200": response(description, content(JSON, schema, {"ok": True, **example}))}
 
 
 THREAD_PATH = in_path("thread_id", text(pattern=ID)) | {"example": THREAD_ID}
@@ -256,30 +209,30 @@ RUN_PATH = in_path("run_id", text(pattern=ID)) | {"example": RUN_ID}
 OPERATIONS: dict[tuple[str, str], Schema] = {
     ("GET", "/api"): {
         "operationId": "isRunning",
-        "summary": "Say that the API is there",
+        "summary": "Check that the API is running",
         "tags": ["chat"],
         "security": [],
-        "responses": told(
-            "It is.", {"message": "API is running"}, message={"const": "API is running"}
+        "responses": ok_response(
+            "It is running.", {"message": "API is running"}, message={"const": "API is running"}
         ),
     },
     ("POST", "/api/chat/messages"): operation(
-        "ask",
-        "Ask",
+        "sendMessage",
+        "Send a message",
         {
-            "200": answer(
-                "The outcome came while the client waited; or the stream of the run.",
+            "200": response(
+                "The run finished while the client waited, or the stream of the run.",
                 content(
                     JSON,
-                    ref("Ended"),
+                    ref("Finished"),
                     ACCEPTED_EXAMPLE | {"status": "completed", "run": RUN_EXAMPLE},
                 )
                 | content("text/event-stream", ref("ServerSentEvent"), STREAM_EXAMPLE),
-                Preference_Applied="The seconds that were waited at most.",
+                Preference_Applied="The maximum wait, in seconds.",
                 **REPLAYED,
             ),
-            "202": answer(
-                "Accepted: it will be answered.",
+            "202": response(
+                "Accepted; the run is queued.",
                 content(JSON, ref("Accepted"), ACCEPTED_EXAMPLE),
                 Location="The run.",
                 **REPLAYED,
@@ -292,20 +245,19 @@ OPERATIONS: dict[tuple[str, str], Schema] = {
         413,
         422,
         429,
-        description="The message, its run and the event that asks for it are recorded together. With "
-        "`Prefer: wait=N` the outcome is waited for; with `Accept: text/event-stream` the answer is "
-        "the stream of the run.",
+        description="The message, its run and its event are committed together. `Prefer: wait=N` "
+        "waits for the outcome; `Accept: text/event-stream` returns the stream of the run.",
         parameters=[
-            header("Prefer", "`wait=30`: wait so many seconds for the outcome."),
+            header("Prefer", "`wait=30`: wait up to 30 seconds for the outcome."),
             IDEMPOTENCY_KEY,
         ],
         requestBody={
             "required": True,
             "content": content(
                 JSON,
-                ref("Question"),
-                short={"content": "Where is my order?"},
-                whole={
+                ref("MessageRequest"),
+                minimal={"content": "Where is my order?"},
+                full={
                     "content": "And tomorrow?",
                     "model": "gpt-4o-mini",
                     "threadId": THREAD_ID,
@@ -316,9 +268,9 @@ OPERATIONS: dict[tuple[str, str], Schema] = {
     ),
     ("GET", "/api/chat/threads"): operation(
         "listThreads",
-        "One's threads, the last asked in first",
-        told(
-            "`next` is the `before` of the page after it.",
+        "List threads, most recent first",
+        ok_response(
+            "Pass `next` as `before` for the next page.",
             {"threads": [THREAD_EXAMPLE], "next": None},
             threads=many(ref("Thread")),
             next={"type": ["string", "null"], "pattern": ID},
@@ -326,22 +278,22 @@ OPERATIONS: dict[tuple[str, str], Schema] = {
         400,
         404,
         parameters=[
-            query("limit", "How many.", {"type": "integer", "minimum": 1, "maximum": MAX_PAGE}),
-            query("before", "A thread: those after it in this order.", text(pattern=ID)),
-            query("archived", "With those that are archived.", {"type": "boolean"}),
+            query("limit", "Page size.", {"type": "integer", "minimum": 1, "maximum": MAX_PAGE}),
+            query("before", "The id of the last thread of the previous page.", text(pattern=ID)),
+            query("archived", "Include archived threads.", {"type": "boolean"}),
         ],
     ),
     ("GET", "/api/chat/threads/{thread_id}"): operation(
-        "readThread",
-        "A thread",
-        told("The thread.", {"thread": THREAD_EXAMPLE}, thread=ref("Thread")),
+        "getThread",
+        "Get a thread",
+        ok_response("The thread.", {"thread": THREAD_EXAMPLE}, thread=ref("Thread")),
         404,
         parameters=[THREAD_PATH],
     ),
     ("PATCH", "/api/chat/threads/{thread_id}"): operation(
-        "changeThread",
-        "Give a thread a title, archive it or bring it back",
-        told("As it is now.", {"thread": THREAD_EXAMPLE}, thread=ref("Thread")),
+        "updateThread",
+        "Rename, archive or unarchive a thread",
+        ok_response("The updated thread.", {"thread": THREAD_EXAMPLE}, thread=ref("Thread")),
         400,
         404,
         411,
@@ -364,16 +316,16 @@ OPERATIONS: dict[tuple[str, str], Schema] = {
     ),
     ("DELETE", "/api/chat/threads/{thread_id}"): operation(
         "deleteThread",
-        "Delete a thread with all that was said in it",
-        {"204": answer("It is gone; what went on in it is cancelled.")},
+        "Delete a thread and its messages",
+        {"204": response("Deleted. Its unfinished runs are cancelled.")},
         404,
         parameters=[THREAD_PATH],
     ),
     ("GET", "/api/chat/threads/{thread_id}/messages"): operation(
-        "readMessages",
-        "Read a thread, the newest page first",
-        told(
-            "The messages in the order asked; `next` is the `before` of the page before them.",
+        "listMessages",
+        "List the messages of a thread, newest page first",
+        ok_response(
+            "A page in chronological order. Pass `next` as `before` for the previous page.",
             {"messages": [MESSAGE_EXAMPLE], "next": None},
             messages=many(ref("Message")),
             next={"type": ["string", "null"], "format": "uuid"},
@@ -384,19 +336,19 @@ OPERATIONS: dict[tuple[str, str], Schema] = {
             THREAD_PATH,
             query(
                 "limit",
-                "How many at the most: fewer where they are long.",
+                "Maximum page size. Long messages make a page smaller.",
                 {"type": "integer", "minimum": 1, "maximum": MAX_PAGE},
             ),
-            query("before", "A message: those before it.", text(format="uuid")),
+            query("before", "The id of the first message of the page after.", text(format="uuid")),
         ],
     ),
     ("GET", "/api/chat/threads/{thread_id}/events"): operation(
-        "followThread",
-        "Listen to a thread",
+        "streamThread",
+        "Stream the events of a thread",
         {
             "200": events(
                 "`message.created` and the outcomes of runs, numbered 1, 2, 3 ... Ends with "
-                "`stream.closed` when the right to it is lost or the thread is deleted."
+                "`stream.closed` if access is lost or the thread is deleted."
             )
         },
         400,
@@ -404,42 +356,42 @@ OPERATIONS: dict[tuple[str, str], Schema] = {
         429,
         parameters=[
             THREAD_PATH,
-            query("after", "The number of the last event seen.", text(pattern="^[0-9]{0,9}$")),
-            header("Last-Event-ID", GO_ON, text(pattern="^[0-9]{0,9}$")),
+            query("after", "The number of the last event received.", text(pattern="^[0-9]{0,9}$")),
+            header("Last-Event-ID", RESUME, text(pattern="^[0-9]{0,9}$")),
         ],
     ),
     ("GET", "/api/chat/runs/{run_id}"): operation(
-        "readRun",
-        "What became of a question",
-        told("The run.", {"run": RUN_EXAMPLE}, run=ref("Run")),
+        "getRun",
+        "Get a run",
+        ok_response("The run.", {"run": RUN_EXAMPLE}, run=ref("Run")),
         404,
         parameters=[RUN_PATH],
     ),
     ("GET", "/api/chat/runs/{run_id}/events"): operation(
-        "followRun",
-        "Listen to a run",
+        "streamRun",
+        "Stream the events of a run",
         {
             "200": events(
-                "Status, steps and words as they come, up to the outcome, or to `stream.closed` when "
-                "the right to it is lost."
+                "Status, steps and text as they are produced, up to the outcome, or to "
+                "`stream.closed` if access is lost."
             ),
-            "204": answer("The outcome was told already: `after` names it."),
+            "204": response("No events are left: `after` is the id of the outcome."),
         },
         400,
         404,
         429,
         parameters=[
             RUN_PATH,
-            query("after", "The id of the last event seen.", text(pattern=RUN_EVENT)),
-            header("Last-Event-ID", GO_ON, text(pattern=RUN_EVENT)),
+            query("after", "The id of the last event received.", text(pattern=RUN_EVENT)),
+            header("Last-Event-ID", RESUME, text(pattern=RUN_EVENT)),
         ],
     ),
     ("POST", "/api/chat/runs/{run_id}/cancel"): operation(
         "cancelRun",
-        "End a run",
+        "Cancel a run",
         {
-            "202": answer(
-                "It has ended.",
+            "202": response(
+                "Cancelled.",
                 content(
                     JSON,
                     record(ok=OK, run=ref("Run")),
@@ -453,10 +405,10 @@ OPERATIONS: dict[tuple[str, str], Schema] = {
     ),
     ("POST", "/api/chat/runs/{run_id}/retry"): operation(
         "retryRun",
-        "Have a run begun anew that failed or was cancelled",
+        "Retry a failed or cancelled run",
         {
-            "202": answer(
-                "It begins anew.",
+            "202": response(
+                "Queued again.",
                 content(
                     JSON,
                     record(ok=OK, run=ref("Run")),
@@ -471,14 +423,17 @@ OPERATIONS: dict[tuple[str, str], Schema] = {
     ),
     ("GET", "/api/chat/models"): operation(
         "listModels",
-        "Which models may be asked",
-        told(
-            "The catalogue.",
+        "List the allowed models",
+        ok_response(
+            "The allowed models.",
             {"models": ["gpt-4o-mini"], "default": "gpt-4o-mini", "anyModel": True, "echo": False},
             models=many(text()),
             default=text(),
-            anyModel={"type": "boolean", "description": "Others may be asked for, too."},
-            echo={"type": "boolean", "description": "No model is set up: answers are echoes."},
+            anyModel={"type": "boolean", "description": "Other models are allowed as well."},
+            echo={
+                "type": "boolean",
+                "description": "No model is configured; answers echo the message.",
+            },
         ),
     ),
 }

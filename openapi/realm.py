@@ -1,4 +1,4 @@
-"""The realm server's documents."""
+"""Operations of the realm server."""
 
 from typing import Any
 
@@ -8,7 +8,6 @@ from openapi.parts import (
     ATTRIBUTE_NAMES,
     MEDIA_TYPE,
     Schema,
-    answer,
     content,
     in_path,
     many,
@@ -17,6 +16,7 @@ from openapi.parts import (
     query,
     record,
     refusals,
+    response,
     text,
 )
 from realm import openid
@@ -51,12 +51,12 @@ REFUSED = (401, 406, 415, 503)
 
 
 def resource(kind: str, **attributes: Schema) -> Schema:
-    """The document that makes one."""
+    """The document that creates a resource."""
     return new_resource(kind, needing(**attributes) | ATTRIBUTE_NAMES)
 
 
-def make(
-    name: str, summary: str, body: Schema, told: Schema, example: Any, *refused: int
+def create(
+    name: str, summary: str, body: Schema, resource_schema: Schema, example: Any, *refused: int
 ) -> Schema:
     return {
         "operationId": name,
@@ -64,55 +64,59 @@ def make(
         "tags": ["realm"],
         "requestBody": {"required": True, "content": content(MEDIA_TYPE, body, example)},
         "responses": {
-            "201": answer("It is there.", content(MEDIA_TYPE, record(data=told))),
+            "201": response("Created.", content(MEDIA_TYPE, record(data=resource_schema))),
             **refusals(400, 403, 404, 409, 411, 413, *refused, *REFUSED),
         },
     }
 
 
-def show(name: str, summary: str, told: Schema, *parameters: Schema, refused: Any = ()) -> Schema:
+def list_all(
+    name: str, summary: str, resource_schema: Schema, *parameters: Schema, refused: Any = ()
+) -> Schema:
     return {
         "operationId": name,
         "summary": summary,
         "tags": ["realm"],
         "parameters": list(parameters),
         "responses": {
-            "200": answer("All of them.", content(MEDIA_TYPE, record(data=many(told)))),
+            "200": response(
+                "All of them.", content(MEDIA_TYPE, record(data=many(resource_schema)))
+            ),
             **refusals(400, 403, 404, *refused, *REFUSED),
         },
     }
 
 
-def drop(name: str, kind: str, *, in_body: bool) -> Schema:
-    made: Schema = {
+def delete(name: str, kind: str, *, in_body: bool) -> Schema:
+    operation: Schema = {
         "operationId": name,
         "summary": f"Delete a {kind}, by its id in the {'body' if in_body else 'path'}",
         "tags": ["realm"],
         "responses": {
-            "204": answer("It is gone, or was."),
+            "204": response("Deleted, or did not exist."),
             **refusals(400, 403, 404, 409, 411, 413, *REFUSED),
         },
     }
     if not in_body:
-        return made | {"parameters": [in_path("id", text(format="uuid"))]}
-    which = {"type": {"const": kind}, "id": text(format="uuid")}
-    document = needing(data=needing(**which))
+        return operation | {"parameters": [in_path("id", text(format="uuid"))]}
+    identifier = {"type": {"const": kind}, "id": text(format="uuid")}
+    document = needing(data=needing(**identifier))
     example = {"data": {"type": kind, "id": BOT_ID}}
-    return made | {
+    return operation | {
         "requestBody": {"required": True, "content": content(MEDIA_TYPE, document, example)}
     }
 
 
 def fields(kind: str, *names: str) -> Schema:
     some = many(text(enum=list(names)))
-    return query(f"fields[{kind}]", "Tell only these.", some, style="form", explode=False)
+    return query(f"fields[{kind}]", "Return only these fields.", some, style="form", explode=False)
 
 
 def session(schema: Any) -> Schema:
     token = text(minLength=1, maxLength=openid.MAX_TOKEN_LENGTH, pattern="^[!-~]+$")
-    made = make(
+    operation = create(
         "openSession",
-        "A realm-server JWT for a Matrix OpenID token",
+        "Exchange a Matrix OpenID token for a realm-server JWT",
         needing(access_token=token),
         schema.resource(SessionSerializer),
         None,
@@ -122,21 +126,21 @@ def session(schema: Any) -> Schema:
     as_document = resource("server-session", access_token=token)
     body = content(
         "application/json",
-        made["requestBody"]["content"][MEDIA_TYPE]["schema"],
+        operation["requestBody"]["content"][MEDIA_TYPE]["schema"],
         {"access_token": ACCESS_TOKEN},
     )
-    made["requestBody"]["content"] = body | content(MEDIA_TYPE, as_document)
-    made["security"] = []
-    made["responses"]["201"]["headers"] = {
+    operation["requestBody"]["content"] = body | content(MEDIA_TYPE, as_document)
+    operation["security"] = []
+    operation["responses"]["201"]["headers"] = {
         "Authorization": {"description": "The JWT.", "schema": text()}
     }
-    return made
+    return operation
 
 
 def register(schema: Any) -> Schema:
-    return make(
+    return create(
         "registerBot",
-        "Register a bot for one's own Matrix id",
+        "Register a bot for your Matrix id",
         resource("bot-registration", username=text(pattern="^@[!-9;-~]+:[A-Za-z0-9.-]+$")),
         schema.resource(BotRegistrationSerializer),
         {"data": {"type": "bot-registration", "attributes": {"username": USER}}},
@@ -144,9 +148,9 @@ def register(schema: Any) -> Schema:
 
 
 def registrations(schema: Any) -> Schema:
-    told = schema.resource(BotRegistrationSerializer)
+    resource_schema = schema.resource(BotRegistrationSerializer)
     some = fields("bot-registration", "username", "enabled", "createdAt")
-    return show("listBots", "One's registered bots", told, some)
+    return list_all("listBots", "List your bots", resource_schema, some)
 
 
 def add_command(schema: Any) -> Schema:
@@ -157,9 +161,9 @@ def add_command(schema: Any) -> Schema:
         "filter": FILTER,
     }
     example = {"botId": BOT_ID, "command": "chat.reply", "filter": EXAMPLE_FILTER}
-    return make(
+    return create(
         "addCommand",
-        "Say what a bot does when an event passes a filter",
+        "Add a command that a bot runs when an event matches a filter",
         resource("bot-command", **attributes),
         schema.resource(BotCommandSerializer),
         {"data": {"type": "bot-command", "attributes": example}},
@@ -167,18 +171,17 @@ def add_command(schema: Any) -> Schema:
 
 
 def commands(schema: Any) -> Schema:
-    told = schema.resource(BotCommandSerializer)
+    resource_schema = schema.resource(BotCommandSerializer)
     some = fields("bot-command", "botId", "command", "filter", "createdAt")
-    of_bot = query("botId", "Those of one bot.", text(format="uuid"))
-    return show("listCommands", "The commands of one's bots", told, of_bot, some)
+    of_bot = query("botId", "Commands of one bot.", text(format="uuid"))
+    return list_all("listCommands", "List the commands of your bots", resource_schema, of_bot, some)
 
 
 def subscribe(schema: Any) -> Schema:
-    """Which hosts may be named, a setting says."""
     events = many(text(enum=list(EVENTS))) | {"minItems": 1}
-    made = make(
+    operation = create(
         "subscribe",
-        "Have the outcomes of one's runs posted to a URL",
+        "Deliver the outcomes of your runs to a URL",
         new_resource(
             "webhook-subscription",
             {
@@ -195,39 +198,47 @@ def subscribe(schema: Any) -> Schema:
         schema.resource(NewSubscriptionSerializer),
         {"data": {"type": "webhook-subscription", "attributes": {"url": HOOK_URL}}},
     )
-    made["description"] = (
-        "The answer has the secret that deliveries are signed with, once. The URL is kept in its "
-        "normal form; a second webhook to the same URL for the same runs is refused (409)."
+    operation["description"] = (
+        "The response contains the signing secret, which is not shown again. The URL is normalised; "
+        "a second webhook to the same URL for the same runs is rejected (409). Settings restrict the "
+        "allowed hosts."
     )
-    return made
+    return operation
 
 
 def subscriptions(schema: Any) -> Schema:
-    told = schema.resource(SubscriptionSerializer)
+    resource_schema = schema.resource(SubscriptionSerializer)
     names = ("url", "botId", "events", "enabled", "disabledReason", "createdAt")
-    return show("listWebhooks", "One's webhooks", told, fields("webhook-subscription", *names))
+    return list_all(
+        "listWebhooks",
+        "List your webhooks",
+        resource_schema,
+        fields("webhook-subscription", *names),
+    )
 
 
 OPERATIONS = {
     ("POST", "/_webhook-subscription"): subscribe,
     ("GET", "/_webhook-subscriptions"): subscriptions,
-    ("DELETE", "/_webhook-subscription"): lambda _: drop(
+    ("DELETE", "/_webhook-subscription"): lambda _: delete(
         "deleteWebhook", "webhook-subscription", in_body=True
     ),
-    ("DELETE", "/_webhook-subscription/{id}"): lambda _: drop(
+    ("DELETE", "/_webhook-subscription/{id}"): lambda _: delete(
         "deleteWebhookById", "webhook-subscription", in_body=False
     ),
     ("POST", "/_server-session"): session,
     ("POST", "/_bot-registration"): register,
     ("GET", "/_bot-registrations"): registrations,
-    ("DELETE", "/_bot-registration"): lambda _: drop("deleteBot", "bot-registration", in_body=True),
-    ("DELETE", "/_bot-registration/{id}"): lambda _: drop(
+    ("DELETE", "/_bot-registration"): lambda _: delete(
+        "deleteBot", "bot-registration", in_body=True
+    ),
+    ("DELETE", "/_bot-registration/{id}"): lambda _: delete(
         "deleteBotById", "bot-registration", in_body=False
     ),
     ("POST", "/_bot-commands"): add_command,
     ("GET", "/_bot-commands"): commands,
-    ("DELETE", "/_bot-commands"): lambda _: drop("deleteCommand", "bot-command", in_body=True),
-    ("DELETE", "/_bot-commands/{id}"): lambda _: drop(
+    ("DELETE", "/_bot-commands"): lambda _: delete("deleteCommand", "bot-command", in_body=True),
+    ("DELETE", "/_bot-commands/{id}"): lambda _: delete(
         "deleteCommandById", "bot-command", in_body=False
     ),
 }
