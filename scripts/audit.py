@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-LOCKS = ("base.txt", "dev.txt", "homeserver.txt", "redis.txt")
+LOCKS = ("base.txt", "local.txt", "dev.txt", "homeserver.txt", "redis.txt", "installer.txt")
 SERVICES = ("pypi", "osv")
 KNOWN_VULNERABLE = "requests==2.19.0"  # CVE-2018-18074
 PINNED = re.compile(r"^([A-Za-z0-9._-]+)(?:\[[^]]*\])?==([^\s;]+)", re.M)

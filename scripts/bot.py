@@ -1,5 +1,5 @@
-"""The bot runner of the local stack. Where the homeserver is the stack's own, it sees to the accounts
-first, so that there is one to log in to; then it turns into `manage.py runbot`.
+"""The bot runner of the local stack: create its accounts on the stack's own homeserver, then become
+`manage.py runbot`.
 """
 
 import os
@@ -12,9 +12,9 @@ import homeserver
 def main() -> None:
     if os.environ["STACK_HOMESERVER"] == "true":
         try:
-            homeserver.make_accounts(Path(os.environ["STACK_DIR"]) / "homeserver")
+            homeserver.create_accounts(Path(os.environ["STACK_DIR"]) / "homeserver")
         except (homeserver.CallFailed, OSError) as error:
-            sys.exit(f"The accounts of the homeserver could not be made: {error}")
+            sys.exit(f"The homeserver's accounts could not be created: {error}")
     os.execv(sys.executable, [sys.executable, "manage.py", "runbot"])  # noqa: S606
 
 

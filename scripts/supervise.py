@@ -1,4 +1,4 @@
-"""supervisord with output that people can read; scripts/stack.py turns into it.
+"""supervisord with readable output; scripts/stack.py becomes it.
 
 Each line of each program is printed under the program's name. Supervisor has no setting for that,
 and its event listeners, the documented way, are worse than a subclass: they tear characters at the
@@ -20,21 +20,21 @@ from supervisor.options import ServerOptions
 
 COLOURS = (36, 33, 35, 32, 34)
 OWN_NAME = "stack"
-# The block of scripts/ready.py is there to be copied from.
+# Commands are copied from the block of scripts/ready.py.
 WITHOUT_NAME = {"ready"}
 LONGEST_LINE = 1024 * 1024
 POLL_SECONDS = 0.1
-# A program that dies over and over is started again after 1 s, 2 s, 3 s and so on up to this.
+# A program that dies repeatedly is restarted after 1 s, 2 s, 3 s and so on up to this.
 LONGEST_PAUSE_SECONDS = 30
 PR_SET_PDEATHSIG = 1
 
 
 class Terminal(threading.Thread):
-    """Prints whole lines on stdout without making anybody wait.
+    """A printer of whole lines on stdout that blocks no other thread.
 
-    A terminal may stand still (Ctrl-S, a pager). If supervisord waited for it, the pipes of its
-    children would fill up and the children would stop as well; so this thread waits, and what does
-    not fit into `limit` bytes meanwhile is dropped and counted.
+    A terminal may be stopped (Ctrl-S, a pager). If supervisord waited for it, the pipes of its
+    children would fill up and the children would stop as well; so this thread waits, and output
+    beyond `limit` bytes is dropped and counted.
     """
 
     def __init__(self, limit: int = 16 * 1024 * 1024) -> None:
@@ -44,7 +44,7 @@ class Terminal(threading.Thread):
         self.coloured = os.isatty(1) and not os.environ.get("NO_COLOR")
         self._labels: dict[str, bytes] = {}
         self._queue: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-        # One thread writes each of these, so they need no lock.
+        # Each of these has one writing thread, so they need no lock.
         self._accepted = self._printed = self._dropped = 0
 
     def show(self, name: str, lines: list[bytes]) -> None:
@@ -53,7 +53,7 @@ class Terminal(threading.Thread):
             return
         if self._dropped:
             dropped, self._dropped = self._dropped, 0
-            self.show(OWN_NAME, [b"%d lines were not printed: stdout stood still" % dropped])
+            self.show(OWN_NAME, [b"%d lines were dropped: stdout was blocked" % dropped])
         label = self._label(name)
         data = b"".join(b"%s%s\n" % (label, line) for line in lines)
         self._accepted += len(data)
@@ -75,7 +75,7 @@ class Terminal(threading.Thread):
                     view = view[os.write(1, view) :]
                 self._printed += len(data)
         except OSError:
-            # The window was closed, or the other end of the pipe: nobody is left to stop the stack.
+            # The window or the pipe was closed: no reader is left to stop the stack.
             os.kill(os.getpid(), signal.SIGTERM)
 
     def finish(self, timeout: float) -> None:
@@ -87,7 +87,7 @@ terminal = Terminal()
 
 
 class LineDispatcher(dispatchers.POutputDispatcher):
-    """Hands on the output of one program line by line."""
+    """Forwards the output of one program line by line."""
 
     rest = b""
 
@@ -105,11 +105,11 @@ class LineDispatcher(dispatchers.POutputDispatcher):
 
 
 class OwnLog(loggers.Handler):
-    """Prints what supervisord says: who was started, who died and how."""
+    """Prints supervisord's own log: starts and exits of programs."""
 
     def emit(self, record: Any) -> None:
         message = record.asdict()["message"]
-        # That startsecs have passed is no news.
+        # It reports only that startsecs have passed.
         if not message.startswith("success: "):
             terminal.show(OWN_NAME, [message.encode()])
 
@@ -122,13 +122,13 @@ class Options(ServerOptions):
 
     def __init__(self) -> None:
         super().__init__()
-        # supervisord looks at signals and at what to start or stop next once per poll. Each of these
-        # would take the full second that it polls for, so that a start or a stop took several.
+        # supervisord handles signals, starts and stops once per poll. Each would take the full second of
+        # a poll, so that a start or a stop took several.
         poll = self.poller.poll
         self.poller.poll = lambda timeout: poll(min(timeout, POLL_SECONDS))
 
     def setsignals(self) -> None:
-        """The last call before the programs are started."""
+        """Set the handlers; the last call before the programs are started."""
         super().setsignals()
         # supervisord reloads on a hang-up; here it means that the window was closed.
         signal.signal(signal.SIGHUP, lambda *_: self.signal_receiver.receive(signal.SIGTERM, None))
@@ -137,10 +137,10 @@ class Options(ServerOptions):
         self.logger.addHandler(OwnLog())
 
     def cleanup_fds(self) -> None:
-        """Keep what is open: the lock on the stack's folder. Children close it before they start."""
+        """Keep open files: the lock on the stack's folder. Children close it before they start."""
 
     def setpgrp(self) -> None:
-        """Runs in the child. On Linux it is told to stop if supervisord is killed outright."""
+        """Ask Linux, in the child, to stop it if supervisord is killed."""
         super().setpgrp()
         with contextlib.suppress(AttributeError):
             LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
@@ -155,7 +155,7 @@ ENDS = (
 
 
 def clean_up_after(event: Any) -> None:
-    """Print a dead process's last, unfinished line, and end the children that it left behind.
+    """Print a dead process's last, unfinished line, and kill its remaining children.
 
     The server's own worker survives a SIGKILL of its parent, and would keep the port from the next.
     """
@@ -170,13 +170,13 @@ def clean_up_after(event: Any) -> None:
 
 
 def never_give_up(event: Any) -> None:
-    """Keep the count of a program that dies too quickly from growing for ever: supervisor waits a
-    second longer each time, and beyond `startretries` it would leave the program down."""
+    """Bound the restart count of a program that dies too quickly: supervisor waits a second longer each
+    time, and beyond `startretries` it would give the program up."""
     process = event.process
     pause = min(process.backoff, LONGEST_PAUSE_SECONDS)
     process.backoff, process.delay = pause, time.time() + pause
     terminal.show(
-        OWN_NAME, [b"%s is started again in %d s" % (process.config.name.encode(), pause)]
+        OWN_NAME, [b"restarting %s in %d s" % (process.config.name.encode(), pause)]
     )
 
 
