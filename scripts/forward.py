@@ -43,7 +43,7 @@ class Forwarder(socketserver.BaseRequestHandler):
             back.join()
 
 
-class Server(socketserver.ThreadingTCPServer):
+class ForwardingServer(socketserver.ThreadingTCPServer):
     allow_reuse_address = True
     daemon_threads = True
     request_queue_size = 128
@@ -112,4 +112,4 @@ if __name__ == "__main__":
         # Two for each connection.
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 65536) if hard > 0 else 65536, hard))
     TARGET = ("127.0.0.1", int(sys.argv[2]))
-    Server(("127.0.0.1", int(sys.argv[1])), Forwarder).serve_forever()
+    ForwardingServer(("127.0.0.1", int(sys.argv[1])), Forwarder).serve_forever()

@@ -59,8 +59,8 @@ def configuration(directory: Path, port: int, keys: dict[str, str]) -> dict[str,
 
 
 def no_limits() -> dict[str, Any]:
-    """Return limits that do not bind. By default a bot sends one message in five seconds, and is invited
-    once in five minutes."""
+    """Return limits that do not bind. By default a bot may send one message in five seconds, and be
+    invited once in five minutes."""
     free = {"per_second": 10_000, "burst_count": 10_000}
     return {
         "rc_message": free,

@@ -102,10 +102,10 @@ def matrix() -> str:
     demo = json.loads(DEMO.read_text())
     if "user" not in demo:
         return f"{demo['matrix_url']}, as {demo['bot']}"
-    login = f"{demo['matrix_url']}  user {demo['user']}, password {demo['password']}"
+    login = f"{demo['matrix_url']}  user {demo['user']}, password {demo['password']} (starting)"
     if demo["matrix_url"].endswith(f":{homeserver.PORT}"):
-        return f"{login} (rooms are starting)"
-    return f"{login} (rooms are starting)\n         (port {homeserver.PORT} is taken by another program)"
+        return login
+    return f"{login}\n         (port {homeserver.PORT} is taken by another program)"
 
 
 def main() -> None:

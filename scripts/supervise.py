@@ -122,8 +122,8 @@ class Options(ServerOptions):
 
     def __init__(self) -> None:
         super().__init__()
-        # supervisord handles signals, starts and stops once per poll. Each would take the full second of
-        # a poll, so that a start or a stop took several.
+        # supervisord handles signals, starts and stops once per poll. Each would take the full second
+        # of a poll, so that a start or a stop took several.
         poll = self.poller.poll
         self.poller.poll = lambda timeout: poll(min(timeout, POLL_SECONDS))
 
@@ -175,9 +175,7 @@ def never_give_up(event: Any) -> None:
     process = event.process
     pause = min(process.backoff, LONGEST_PAUSE_SECONDS)
     process.backoff, process.delay = pause, time.time() + pause
-    terminal.show(
-        OWN_NAME, [b"restarting %s in %d s" % (process.config.name.encode(), pause)]
-    )
+    terminal.show(OWN_NAME, [b"restarting %s in %d s" % (process.config.name.encode(), pause)])
 
 
 def run(config: Path) -> None:

@@ -25,7 +25,7 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def stack(database: dict[str, str]) -> Iterator[Stack]:
     with Stack(STACK_MATRIX="true", DEBUG="true", **database) as stack:
-        stack.wait("the bot to listen", lambda: "The bot listens" in stack.log(), 180)
+        stack.wait("the bot to listen", lambda: "Matrix rooms ready" in stack.log(), 180)
         yield stack  # whatever is left running afterwards is an error
 
 
