@@ -45,6 +45,8 @@ BASE_DIR = Path(__file__).resolve().parents[2]
 COMMAND = [sys.executable, "scripts/stack.py"]
 START_SECONDS = 180
 STOP_SECONDS = 90
+# Programs that end by themselves.
+RUN_ONCE = ("ready", "rooms")
 # What was killed at the end may take so long to be gone.
 VANISH_SECONDS = 5
 # All that is asked of a system under test comes from one caller.
@@ -251,7 +253,7 @@ class Stack:
                 f"{info['name']} ({info['statename']})"
                 for info in supervisor.getAllProcessInfo()
                 if info["start"]
-                and info["name"] != "ready"
+                and info["name"] not in RUN_ONCE
                 and info["statename"] not in ("RUNNING", "STARTING")
             ]
 
