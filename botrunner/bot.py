@@ -25,7 +25,7 @@ from botrunner.matrix import login, rooms
 from botrunner.matrix.client import Homeserver
 from botrunner.matrix.errors import KeysOutdated, LoginRefused, MatrixError, TokenRefused
 from botrunner.models import Session
-from botrunner.outgoing.replies import Sender
+from botrunner.outgoing.sender import ReplySender
 from lib.db import DATABASE_ERRORS, SERVICE_ERRORS
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class Bot:
             settings.MATRIX_URL, settings.BOT_RUNNER_USERNAME, settings.BOT_RUNNER_STORE
         )
         self.drafts = self._new_drafts()
-        self.sender = Sender(self.homeserver, session, self.drafts)
+        self.sender = ReplySender(self.homeserver, session, self.drafts)
         self._rooms: set[str] = set()  # that the bot is in
         self._lookup = rooms.Lookup(self.homeserver)
         self._batch: Batch | None = None

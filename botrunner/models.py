@@ -373,13 +373,13 @@ class Reply(models.Model):
         verbose_name_plural = "replies"
         permissions = [("resend_reply", "Can have replies sent again")]
         indexes = [
-            # replies.next_of(): the queue of a room.
+            # queue.next_of(): the queue of a room.
             models.Index(
                 fields=["room", "ready_at", "id"],
                 name="reply_ready",
                 condition=Q(status="ready"),
             ),
-            # replies.compose(), replies.typing_rooms()
+            # queue.load_ended(), queue.typing_rooms()
             models.Index(fields=["run"], name="reply_waiting", condition=Q(status="waiting")),
             # The filter of the admin's list.
             models.Index(fields=["status", "-id"], name="reply_by_status"),

@@ -304,7 +304,7 @@ class Run(models.Model):
             models.Index(fields=["model", "-created_at"], name="run_by_model"),
             models.Index(fields=["error_code", "-created_at"], name="run_by_error"),
             models.Index(fields=["place", "-created_at"], name="run_by_place"),
-            # botrunner.outgoing.replies.follow_retries(): few of many.
+            # botrunner.outgoing.queue.follow_retries(): few of many.
             models.Index(
                 fields=["retried_at"], name="run_retried", condition=Q(retried_at__isnull=False)
             ),

@@ -29,7 +29,7 @@ from botrunner.incoming.matching import (
 from botrunner.incoming.recording import SPOKEN, Kept, is_own_or_other_bots, kept_of
 from botrunner.matrix.events import TimelineEvent, storable
 from botrunner.models import Conversation, Reply, RoomEvent, Session
-from botrunner.outgoing.replies import parts_of
+from botrunner.outgoing.content import parts_of
 from botrunner.verdicts import stored
 from chat.models import Thread
 from lib.tracing import tagged

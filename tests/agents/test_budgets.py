@@ -14,7 +14,7 @@ from agents.models import Event, Limit, Run, Spending, today
 from agents.runs import execution, memory
 from agents.usage import limits
 from botrunner.models import Reply as RoomReply
-from botrunner.outgoing import replies
+from botrunner.outgoing import queue
 from chat.models import Thread
 from tests import factories
 from tests.agents.test_runs import in_background, reload
@@ -229,6 +229,6 @@ def test_in_a_room_a_run_that_finds_its_budget_gone_is_told_there(
     Spending.objects.create(scope="user:@alice:localhost", day=today(), tokens=1500)
     execution.execute(Run.objects.get().pk)
     reply = RoomReply.objects.select_related("run", "question").get()
-    [part] = replies.contents(reply)
+    [part] = queue.contents(reply)
     assert part["msgtype"] == "m.notice"
     assert "You may take 2,000 tokens a day" in part["body"]

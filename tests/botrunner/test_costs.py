@@ -13,7 +13,7 @@ from agents.runs import execution
 from botrunner.incoming import handling, recording
 from botrunner.incoming.recording import Batch, RoomNews
 from botrunner.models import Reply, RoomEvent
-from botrunner.outgoing import replies
+from botrunner.outgoing import queue
 from tests.botrunner.scenes import HOLDER, ME, ROOM, command, event, session, take_in
 
 pytestmark = pytest.mark.django_db
@@ -42,9 +42,9 @@ def test_a_question_and_its_reply_cost_seventeen_statements() -> None:
     run = Run.objects.unfinished().get()
     execution.execute(run.pk)
     with at_most(3):
-        ready = replies.compose(row, [run.pk])
+        ready = queue.compose(row, [run.pk])
         [reply] = ready.values()
-        outgoing = replies.next_of(reply.room_id, row.device_id, ready)
+        outgoing = queue.next_of(reply.room_id, row.device_id, ready)
     assert outgoing is not None
     # All that sending it looks at has been read.
     with at_most(0):
@@ -53,8 +53,8 @@ def test_a_question_and_its_reply_cost_seventeen_statements() -> None:
         assert outgoing.reply.question.created_at
         assert outgoing.reply.registration_id
     with at_most(2):
-        replies.part_sent(outgoing.reply, "$sent")
-        assert replies.next_of(outgoing.reply.room_id, row.device_id) is None
+        queue.record_part(outgoing.reply, "$sent")
+        assert queue.next_of(outgoing.reply.room_id, row.device_id) is None
     assert Reply.objects.get(run=run).status == Reply.Status.SENT
 
 

@@ -21,9 +21,9 @@ from botrunner.incoming import handling
 from botrunner.matrix.errors import MatrixError
 from botrunner.matrix.events import REPLY_FIELD
 from botrunner.models import Reply
-from botrunner.outgoing import drafts, replies
+from botrunner.outgoing import content as rendering, drafts, queue
 from botrunner.outgoing.drafts import Drafts
-from botrunner.outgoing.replies import Sender
+from botrunner.outgoing.sender import ReplySender
 from tests.botrunner.scenes import ME, ROOM, command, event, session, take_in
 from tests.fakes.llm import FakeLLM, Paced, held
 from tests.fakes.llm import Reply as Answer
@@ -126,7 +126,7 @@ class Stage:
 
     def _start(self) -> None:
         self.drafts = Drafts(self.homeserver, self.row)
-        self.sender = Sender(self.homeserver, self.row, self.drafts)
+        self.sender = ReplySender(self.homeserver, self.row, self.drafts)
 
     async def __aexit__(self, *exc: object) -> None:
         self.homeserver.slow.set()
@@ -228,7 +228,7 @@ def test_the_answer_is_in_the_room_while_it_is_written(model: FakeLLM) -> None:
         reply = await database_sync_to_async(
             Reply.objects.select_related("question", "run__answer").get
         )()
-        [whole] = await database_sync_to_async(replies.contents)(reply)
+        [whole] = await database_sync_to_async(queue.contents)(reply)
         assert whole["body"] == await database_sync_to_async(answer_of)(run_id)
         said, relation = homeserver.sent[0][1], whole.pop("m.relates_to")
         assert said["m.relates_to"] == relation
@@ -416,7 +416,7 @@ def test_of_what_has_holes_nothing_is_shown(redis: Redis) -> None:
 def test_of_a_long_answer_only_the_first_part_is_written_live(
     model: FakeLLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(replies, "MAX_CONTENT_BYTES", 3000)
+    monkeypatch.setattr(rendering, "MAX_CONTENT_BYTES", 3000)
     monkeypatch.setattr(drafts, "MAX_CONTENT_BYTES", 3000)
     lines = tuple(f"line {number}\n" for number in range(300))
 
@@ -502,7 +502,7 @@ class TestCancelling:
             )
 
         [body] = self.written(fail)
-        assert body == "So far\n\nSorry, this did not work. The model is gone."
+        assert body == "So far\n\nSorry, something went wrong. The model is gone."
 
     def test_of_a_run_that_is_asked_for_again_the_old_words_are_not_told(
         self, model: FakeLLM

@@ -76,7 +76,7 @@ def test_a_failure_and_a_long_answer_reach_the_room(
     room = world.invite(alice)
     failed = world.answer(alice, room, world.synapse.send(alice, room, "fail"))
     assert failed["msgtype"] == "m.notice"
-    assert failed["body"] == "Sorry, this did not work. The model refused the server's key."
+    assert failed["body"] == "Sorry, something went wrong. The model refused the server's key."
 
     world.synapse.send(alice, room, "long")
     world.wait("the whole answer", lambda: Reply.objects.filter(status="sent").count() == 2)

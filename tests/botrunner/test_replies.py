@@ -12,8 +12,9 @@ from agents.runs import execution
 from botrunner.matrix.errors import MatrixError
 from botrunner.matrix.events import REPLY_FIELD
 from botrunner.models import Reply, Room
-from botrunner.outgoing import replies
-from botrunner.outgoing.replies import MAX_CONTENT_BYTES, split
+from botrunner.outgoing import content as rendering
+from botrunner.outgoing import queue
+from botrunner.outgoing.content import MAX_CONTENT_BYTES, split
 from chat.markdown import to_html
 from tests.botrunner.scenes import ROOM, command, event, session, take_in
 from tests.factories import conversation
@@ -29,7 +30,7 @@ def ready(*texts: str, content: Any = "Hello") -> list[Reply]:
     for text in texts:
         take_in(row, event(content if content != "Hello" else text))
         execution.execute(Run.objects.latest("position").pk)
-    replies.compose(row)
+    queue.compose(row)
     return list(Reply.objects.order_by("id"))
 
 
@@ -48,9 +49,9 @@ def test_a_failure_is_said_in_plain_words() -> None:
     now = timezone.now()
     error = "The model is overloaded."
     Run.objects.update(status="failed", safe_error=error, finished_at=now, due_at=None)
-    replies.compose(row)
+    queue.compose(row)
     [content] = Reply.objects.get().parts
-    assert content["body"] == "Sorry, this did not work. The model is overloaded."
+    assert content["body"] == "Sorry, something went wrong. The model is overloaded."
     assert content["msgtype"] == "m.notice"
 
 
@@ -59,7 +60,7 @@ def test_what_was_cancelled_elsewhere_is_said() -> None:
     row = session()
     take_in(row, event())
     execution.cancel(Run.objects.get())
-    replies.compose(row)
+    queue.compose(row)
     assert Reply.objects.get().parts[0]["body"] == "This was cancelled."
 
 
@@ -71,14 +72,14 @@ def test_the_room_is_told_although_the_thread_was_deleted(composed: bool) -> Non
     run = Run.objects.get()
     if composed:
         execution.execute(run.pk)
-        replies.compose(row)
+        queue.compose(row)
     retention.delete_thread(run.thread)
-    replies.compose(row)
+    queue.compose(row)
 
     reply = Reply.objects.get()
     said = "Handled prompt: Hello"
     if not composed:
-        said = "Sorry, this cannot be done. The conversation was deleted."
+        said = "Sorry, I cannot do this. The conversation was deleted."
     assert (reply.status, reply.parts[0]["body"]) == (Reply.Status.READY, said)
     # And goes on to listen.
     take_in(row, event("Again"))
@@ -91,11 +92,11 @@ def test_questions_that_are_answered_together_get_one_reply(settings: Any) -> No
     row = session()
     take_in(row, event("one"))
     take_in(row, event("two"))
-    replies.compose(row)
+    queue.compose(row)
     assert [reply.status for reply in Reply.objects.order_by("id")] == ["dropped", "waiting"]
 
     execution.execute(Run.objects.latest("position").pk)
-    replies.compose(row)
+    queue.compose(row)
     first, second = Reply.objects.order_by("id")
     assert (first.status, second.status) == (Reply.Status.DROPPED, Reply.Status.READY)
     assert second.parts[0]["body"] == "Handled prompt: two"
@@ -108,47 +109,47 @@ def test_a_draft_whose_question_is_answered_with_a_later_one_says_so(settings: A
     take_in(row, event("one"))
     Reply.objects.update(drafted_at=timezone.now(), draft_id="$draft", device_id="DEVICE")
     take_in(row, event("two"))
-    replies.compose(row, drafts={Reply.objects.earliest("pk").pk: "Well, one"})
+    queue.compose(row, drafts={Reply.objects.earliest("pk").pk: "Well, one"})
 
     first, second = Reply.objects.order_by("id")
     assert (first.status, second.status) == (Reply.Status.READY, Reply.Status.WAITING)
-    assert first.parts[0]["body"] == "Well, one\n\nThis is answered with a later question."
+    assert first.parts[0]["body"] == "Well, one\n\nAnswered together with a later message."
 
 
 def test_a_refused_question_is_answered() -> None:
     command(prefix="!bot")
     row = session()
     take_in(row, event("!bot"))
-    replies.compose(row)
+    queue.compose(row)
     body = Reply.objects.get().parts[0]["body"]
-    assert body == "Sorry, this cannot be done. There was no question."
+    assert body == "Sorry, I cannot do this. There was no question."
 
 
 def test_a_reply_waits_for_the_one_before_it_in_the_room() -> None:
     first, second = ready("1", "2")
     room = first.room_id
-    replies.not_sent(first, MatrixError("M_LIMIT_EXCEEDED", status=429, retry_after=30))
-    assert replies.next_of(room, "DEVICE") is None
-    assert replies.rooms_to_serve(first.room.session) == [room]  # asked, and found to wait
+    queue.record_failure(first, MatrixError("M_LIMIT_EXCEEDED", status=429, retry_after=30))
+    assert queue.next_of(room, "DEVICE") is None
+    assert queue.rooms_to_serve(first.room.session) == [room]  # asked, and found to wait
 
     Reply.objects.update(due_at=None)
-    outgoing = replies.next_of(room, "DEVICE")
+    outgoing = queue.next_of(room, "DEVICE")
     assert outgoing is not None
     assert outgoing.reply == first
     assert not outgoing.moved
-    replies.part_sent(outgoing.reply, "$sent")
-    following = replies.next_of(room, "DEVICE")
+    queue.record_part(outgoing.reply, "$sent")
+    following = queue.next_of(room, "DEVICE")
     assert following is not None
     assert following.reply == second
 
 
 def test_another_device_has_to_look_what_was_sent() -> None:
     [reply] = ready("1")
-    replies.next_of(reply.room_id, "OLD")
-    outgoing = replies.next_of(reply.room_id, "NEW")
+    queue.next_of(reply.room_id, "OLD")
+    outgoing = queue.next_of(reply.room_id, "NEW")
     assert outgoing is not None
     assert outgoing.moved
-    replies.set_found(outgoing.reply, ["$there"], "NEW")
+    queue.adopt_parts(outgoing.reply, ["$there"], "NEW")
     assert Reply.objects.get().status == Reply.Status.SENT
 
 
@@ -163,14 +164,14 @@ def test_another_device_has_to_look_what_was_sent() -> None:
 )
 def test_what_can_be_tried_again_is(error: MatrixError, status: str) -> None:
     [reply] = ready("1")
-    replies.not_sent(reply, error)
+    queue.record_failure(reply, error)
     reply.refresh_from_db()
     assert (reply.status, reply.error) == (status, str(error))
 
 
 def test_an_answer_that_the_server_finds_too_large_is_said_to_be() -> None:
     [reply] = ready("1")
-    replies.not_sent(reply, MatrixError("M_TOO_LARGE", status=413))
+    queue.record_failure(reply, MatrixError("M_TOO_LARGE", status=413))
     reply.refresh_from_db()
     assert reply.status == Reply.Status.READY
     assert reply.parts[0]["body"] == "Sorry, this answer is too long for the room."
@@ -180,8 +181,8 @@ def test_a_long_answer_that_the_server_finds_too_large_comes_in_smaller_parts() 
     text = "\n".join(f"line {number}" for number in range(3_000))
     [reply] = ready(text)
     before = len(reply.parts)
-    replies.part_sent(reply, "$first")
-    replies.not_sent(reply, MatrixError("M_TOO_LARGE", status=413))
+    queue.record_part(reply, "$first")
+    queue.record_failure(reply, MatrixError("M_TOO_LARGE", status=413))
     reply.refresh_from_db()
 
     assert reply.status == Reply.Status.READY
@@ -207,20 +208,20 @@ def test_what_the_homeserver_never_takes_does_not_hold_up_the_room_for_good(
 ) -> None:
     first, second = ready("1", "2")
     Reply.objects.filter(pk=first.pk).update(
-        attempts=20, ready_at=timezone.now() - 2 * replies.PATIENCE
+        attempts=20, ready_at=timezone.now() - 2 * queue.PATIENCE
     )
     first.refresh_from_db()
-    replies.not_sent(first, error)
+    queue.record_failure(first, error)
     first.refresh_from_db()
     assert first.status == status
-    following = replies.next_of(first.room_id, "DEVICE")
+    following = queue.next_of(first.room_id, "DEVICE")
     assert (following.reply if following else None) == (second if status == "dropped" else None)
 
 
 def test_a_room_that_was_left_hears_nothing() -> None:
     [reply] = ready("1")
     Room.objects.filter(room_id=ROOM).update(membership=Room.Membership.LEFT)
-    assert replies.next_of(reply.room_id, "DEVICE") is None
+    assert queue.next_of(reply.room_id, "DEVICE") is None
     reply.refresh_from_db()
     assert reply.status == Reply.Status.DROPPED
 
@@ -238,7 +239,7 @@ def test_a_room_that_was_left_may_have_been_owed_any_number() -> None:
         for number in range(1000)
     )
     Room.objects.update(membership=Room.Membership.LEFT)
-    assert replies.next_of(reply.room_id, "DEVICE") is None
+    assert queue.next_of(reply.room_id, "DEVICE") is None
     assert not Reply.objects.unfinished().exists()
 
 
@@ -246,11 +247,11 @@ def test_typing_shows_only_while_a_run_takes_its_time(monkeypatch: Any) -> None:
     command()
     row = session()
     take_in(row, event())
-    assert replies.typing_rooms(row) == set()
-    Reply.objects.update(created_at=timezone.now() - 2 * replies.TYPING_PATIENCE)
-    assert replies.typing_rooms(row) == {ROOM}
+    assert queue.typing_rooms(row) == set()
+    Reply.objects.update(created_at=timezone.now() - 2 * queue.TYPING_PATIENCE)
+    assert queue.typing_rooms(row) == {ROOM}
     execution.execute(Run.objects.get().pk)
-    assert replies.typing_rooms(row) == set()
+    assert queue.typing_rooms(row) == set()
 
 
 def test_the_queue_of_replies_is_read_by_its_index() -> None:
@@ -273,7 +274,7 @@ def test_long_answers_are_split_below_the_limit_of_an_event(text: str) -> None:
     pieces = split(text, MAX_CONTENT_BYTES)
     assert len(pieces) > 1
     for piece in pieces:
-        assert len(json.dumps(replies._message(piece, "m.text"))) <= MAX_CONTENT_BYTES
+        assert len(json.dumps(rendering._message(piece, "m.text"))) <= MAX_CONTENT_BYTES
         assert piece.count("```") % 2 == 0
     kept = "".join(pieces).replace("\n", "").replace("```python", "").replace("```", "")
     assert kept == text.replace("\n", "").replace("```python", "").replace("```", "")
@@ -305,12 +306,12 @@ def encrypted_size(content: dict[str, Any]) -> int:
 )
 def test_whatever_an_answer_grows_to_no_event_is_too_long(text: str) -> None:
     [reply] = ready("1")
-    parts = replies.parts_of(reply, text, "m.text")
+    parts = rendering.parts_of(reply, text, "m.text")
     assert parts
-    assert "too long" not in parts[-1]["body"] or len(parts) == replies.MAX_PARTS
+    assert "too long" not in parts[-1]["body"] or len(parts) == rendering.MAX_PARTS
     for part in parts:
         assert encrypted_size(part) < 65_536
-        edit = replies.edit_of("$draft", part)
+        edit = rendering.edit_of("$draft", part)
         assert encrypted_size(edit) < 65_536
         assert edit["m.new_content"]["body"] == part["body"]
 
@@ -324,11 +325,11 @@ def test_an_answer_of_any_length_is_composed_soon_and_to_a_bound(
         rendered.append(len(text))
         return to_html(text)
 
-    monkeypatch.setattr(replies, "to_html", counted)
+    monkeypatch.setattr(rendering, "to_html", counted)
     [reply] = ready("1")
-    parts = replies.parts_of(reply, "word " * 1_000_000, "m.text")
-    assert len(parts) == replies.MAX_PARTS
-    assert sum(rendered) < replies.MAX_PARTS * MAX_CONTENT_BYTES
+    parts = rendering.parts_of(reply, "word " * 1_000_000, "m.text")
+    assert len(parts) == rendering.MAX_PARTS
+    assert sum(rendered) < rendering.MAX_PARTS * MAX_CONTENT_BYTES
 
 
 def test_a_text_that_cannot_be_rendered_is_sent_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -336,13 +337,13 @@ def test_a_text_that_cannot_be_rendered_is_sent_as_it_is(monkeypatch: pytest.Mon
         raise RecursionError
 
     with monkeypatch.context() as patch:
-        patch.setattr(replies, "to_html", fail)
+        patch.setattr(rendering, "to_html", fail)
         [reply] = ready("**1**")
     [part] = reply.parts
     assert part["body"] == "Handled prompt: **1**"
     assert "formatted_body" not in part
     # And an edit of it is one.
-    assert replies.edit_of("$1", part)["body"] == "* Handled prompt: **1**"
+    assert rendering.edit_of("$1", part)["body"] == "* Handled prompt: **1**"
 
 
 @pytest.mark.parametrize(
@@ -372,7 +373,7 @@ def test_composing_many_takes_few_queries(django_assert_max_num_queries: Any) ->
     for run in Run.objects.filter(source="matrix").order_by("position"):
         execution.execute(run.pk)
     with django_assert_max_num_queries(7):
-        replies.compose(row)
+        queue.compose(row)
     assert Reply.objects.filter(status="ready").count() == 5
 
 
@@ -398,10 +399,10 @@ class TestRetries:
     def test_the_answer_is_said_after_the_failure_once(self) -> None:
         reply = self.failed()
         account = reply.room.session
-        replies.compose(account)
+        queue.compose(account)
         self.retried(reply)
         for _ in range(3):
-            replies.compose(account)
+            queue.compose(account)
 
         assert self.bodies() == ["This was cancelled.", "Handled prompt: Hello"]
         first, second = Reply.objects.order_by("cycle")
@@ -411,38 +412,38 @@ class TestRetries:
     def test_nothing_is_said_of_a_failure_that_was_not_told_yet(self) -> None:
         reply = self.failed()
         self.retried(reply)
-        replies.compose(reply.room.session)
+        queue.compose(reply.room.session)
         assert self.bodies() == ["Handled prompt: Hello"]
 
     def test_nothing_is_said_until_it_has_ended_again(self) -> None:
         reply = self.failed()
         account = reply.room.session
-        replies.compose(account)
+        queue.compose(account)
         assert reply.run
         execution.retry(reply.run)
-        assert not replies.compose(account)
+        assert not queue.compose(account)
         execution.execute(reply.run.pk)
-        assert len(replies.compose(account, [reply.run.pk])) == 1
+        assert len(queue.compose(account, [reply.run.pk])) == 1
 
     def test_nor_of_a_question_that_was_taken_back(self) -> None:
         reply = self.failed()
         Reply.objects.update(status=Reply.Status.DROPPED)
         self.retried(reply)
-        assert not replies.compose(reply.room.session)
+        assert not queue.compose(reply.room.session)
         assert Reply.objects.count() == 1
 
     def test_another_device_does_not_take_the_failure_for_the_answer(self) -> None:
         reply = self.failed()
         account = reply.room.session
-        replies.compose(account)
-        outgoing = replies.next_of(reply.room_id, "OLD")
+        queue.compose(account)
+        outgoing = queue.next_of(reply.room_id, "OLD")
         assert outgoing
-        replies.part_sent(outgoing.reply, "$failure")
+        queue.record_part(outgoing.reply, "$failure")
         self.retried(reply)
-        replies.compose(account)
-        replies.next_of(reply.room_id, "OLD")
-        moved = replies.next_of(reply.room_id, "NEW")
+        queue.compose(account)
+        queue.next_of(reply.room_id, "OLD")
+        moved = queue.next_of(reply.room_id, "NEW")
         assert moved
         assert moved.moved
-        replies.set_found(moved.reply, ["$failure"], "NEW")
+        queue.adopt_parts(moved.reply, ["$failure"], "NEW")
         assert Reply.objects.get(cycle=1).status == Reply.Status.READY

@@ -14,8 +14,8 @@ from botrunner.aio import database_sync_to_async
 from botrunner.incoming import handling, recording
 from botrunner.incoming.recording import Batch, RoomNews
 from botrunner.models import Reply, Session
-from botrunner.outgoing import replies
-from botrunner.outgoing.replies import ROOMS_AT_ONCE, Sender
+from botrunner.outgoing import queue
+from botrunner.outgoing.sender import ROOMS_AT_ONCE, ReplySender
 from tests.botrunner.scenes import HOLDER, ME, command, event, session
 
 pytestmark = pytest.mark.django_db(transaction=True)
@@ -61,7 +61,7 @@ def test_many_rooms_are_answered_at_once_and_none_has_to_be_asked_for_again() ->
     rooms = [f"!room{number:02}" for number in range(ROOMS_AT_ONCE * 3)]
     run_ids = ask_in(row, *rooms)
     homeserver: Any = Homeserver()
-    sender = Sender(homeserver, row)
+    sender = ReplySender(homeserver, row)
 
     async def work() -> None:
         await sender.compose(run_ids)
@@ -79,7 +79,7 @@ def test_a_reply_that_cannot_be_sent_keeps_no_other_waiting() -> None:
     row = session()
     ask_in(row, "!poisoned", "!sound")
     homeserver: Any = Poisoned()
-    sender = Sender(homeserver, row)
+    sender = ReplySender(homeserver, row)
 
     async def work() -> None:
         await sender.compose()
@@ -105,16 +105,16 @@ def test_what_takes_time_to_render_keeps_the_database_free(monkeypatch: pytest.M
     row = session()
     run_ids = ask_in(row, *(f"!room{number}" for number in range(3)))
     homeserver: Any = Homeserver()
-    sender = Sender(homeserver, row)
+    sender = ReplySender(homeserver, row)
     begun, free = threading.Event(), threading.Event()
-    render = replies.render
+    render = queue.render
 
-    def slowly(found: list[replies.Owed]) -> list[Reply]:
+    def slowly(found: list[queue.ReplyText]) -> list[Reply]:
         begun.set()
         assert free.wait(20)
         return render(found)
 
-    monkeypatch.setattr(replies, "render", slowly)
+    monkeypatch.setattr(queue, "render", slowly)
 
     async def work() -> None:
         composing = asyncio.create_task(sender.compose(run_ids))
@@ -135,12 +135,12 @@ def test_what_takes_time_to_render_keeps_the_database_free(monkeypatch: pytest.M
 
 
 def test_a_backlog_is_worked_off_in_one_go_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(replies, "BATCH", 2)
+    monkeypatch.setattr(queue, "BATCH", 2)
     command()
     row = session()
     ask_in(row, *(f"!room{number}" for number in range(7)))
     homeserver: Any = Homeserver()
-    sender = Sender(homeserver, row)
+    sender = ReplySender(homeserver, row)
 
     async def work() -> None:
         await sender.compose()

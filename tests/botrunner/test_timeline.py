@@ -12,7 +12,7 @@ from botrunner.incoming import handling, recording
 from botrunner.incoming.recording import Batch, Invite, RoomNews
 from botrunner.matrix.events import REPLY_FIELD, TimelineEvent, since_own_join
 from botrunner.models import Conversation, LeaseLost, Reply, Room, RoomEvent, Session
-from botrunner.outgoing import replies
+from botrunner.outgoing import queue
 from chat.models import Message
 from tests.botrunner.scenes import (
     ALICE,
@@ -386,9 +386,9 @@ class TestCancelling:
 
     def test_who_has_nothing_to_cancel_is_told(self) -> None:
         assert self.states(event("!cancel")) == []
-        replies.compose(Session.objects.get())
+        queue.compose(Session.objects.get())
         body = Reply.objects.get().parts[0]["body"]
-        assert body == "Sorry, this cannot be done. Nothing that you asked is being answered here."
+        assert body == "Sorry, I cannot do this. Nothing that you asked is being answered here."
 
     def test_what_another_bot_may_be_meant_by_is_let_be(self) -> None:
         take_in(session(), event("!cancel"))

@@ -12,7 +12,7 @@ from botrunner.incoming import handling, recording
 from botrunner.incoming.recording import Batch, RoomNews
 from botrunner.matrix.events import REPLY_FIELD
 from botrunner.models import Reply, Room, RoomEvent
-from botrunner.outgoing import replies
+from botrunner.outgoing import queue
 from botrunner.verdicts import MAX_VERDICTS
 from realm.models import BotCommand, BotRegistration, User
 from tests.botrunner.scenes import (
@@ -377,7 +377,7 @@ class TestLimits:
         assert found.note.startswith("Refused (rate_limited): You may ask 1 question a minute.")
         reply = Reply.objects.get(question=found)
         assert (reply.run, reply.status) == (None, Reply.Status.WAITING)
-        [part] = replies.contents(reply)
+        [part] = queue.contents(reply)
         assert part["msgtype"] == "m.notice"
         assert "You may ask 1 question a minute." in part["body"]
 

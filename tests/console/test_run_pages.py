@@ -18,7 +18,7 @@ from agents.inbox import WhenBusy
 from agents.models import Attempt, Event, Run, Step
 from agents.runs import execution, memory, outcomes
 from botrunner.models import Reply, Room, RoomEvent, Session
-from botrunner.outgoing import replies
+from botrunner.outgoing import queue
 from chat.models import Thread
 from console import trace
 from console.models import AuditEntry
@@ -39,10 +39,10 @@ def run() -> Run:
     scenes.take_in(account, scenes.event("What is new?"))
     found = Run.objects.get()
     execution.execute(found.pk)
-    replies.compose(account)
-    outgoing = replies.next_of(Room.objects.get().pk, "DEVICE")
+    queue.compose(account)
+    outgoing = queue.next_of(Room.objects.get().pk, "DEVICE")
     assert outgoing
-    replies.part_sent(outgoing.reply, "$answer:localhost")
+    queue.record_part(outgoing.reply, "$answer:localhost")
     return Run.objects.get()
 
 
@@ -417,7 +417,7 @@ class TestRooms:
                 scenes.take_in(account, scenes.event(f"Hello {number}"))
             for asked in Run.objects.unfinished().order_by("position"):
                 execution.execute(asked.pk)
-            replies.compose(account)
+            queue.compose(account)
             alice = BotRegistration.objects.get(username=scenes.ALICE)
             address = {
                 "list": "/admin/realm/botregistration/",

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from agents.llm import completions
 from agents.runs import http_commands
-from botrunner.outgoing import replies
-from botrunner.outgoing.replies import MAX_CONTENT_BYTES, split
+from botrunner.outgoing import content as rendering
+from botrunner.outgoing.content import MAX_CONTENT_BYTES, split
 from chat.markdown import MAX_LENGTH, TAGS, to_html
 from config.scrub import Scrubber
 from lib import outgoing
@@ -70,7 +70,7 @@ def spent(work: Callable[[str], object], text: str) -> float:
 def test_an_answer_of_any_length_fits_into_events(pieces: list[str], times: int) -> None:
     text = completions.storable("\n".join(pieces * times))[:100_000]
     for piece in split(text, MAX_CONTENT_BYTES):
-        assert replies._size(replies._message(piece, "m.text")) <= MAX_CONTENT_BYTES
+        assert rendering._size(rendering._message(piece, "m.text")) <= MAX_CONTENT_BYTES
 
 
 @tried(

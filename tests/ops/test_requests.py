@@ -15,7 +15,7 @@ from agents.models import Event, Run
 from agents.runs import execution
 from agents.worker import bootstep
 from botrunner.models import Reply
-from botrunner.outgoing import replies
+from botrunner.outgoing import queue
 from tests import factories
 from tests.botrunner import scenes
 from tests.fakes.llm import Failure, FakeLLM
@@ -101,7 +101,7 @@ class TestTheId:
         scenes.take_in(session, said)
         run = Run.objects.get()
         execution.execute(run.pk)
-        replies.compose(session)
+        queue.compose(session)
 
         assert run.request_id == said["event_id"]
         assert lines.one("Run completed")["request_id"] == said["event_id"]

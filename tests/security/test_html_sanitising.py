@@ -15,7 +15,8 @@ from django.urls import reverse
 from agents.models import Run, Step, Summary
 from agents.runs import execution
 from botrunner.models import Reply, Room, RoomEvent, Session
-from botrunner.outgoing import replies
+from botrunner.outgoing import content as rendering
+from botrunner.outgoing import queue
 from chat.markdown import ATTRIBUTES, TAGS, to_html
 from chat.models import Message
 from realm.models import BotCommand, BotRegistration, User
@@ -86,7 +87,7 @@ def answers(db: None, model: FakeLLM) -> list[Run]:
     scenes.take_in(account, *(scenes.event(f"question {n} {text}") for n, text in enumerate(texts)))
     for pk in Run.objects.order_by("position").values_list("pk", flat=True):
         execution.execute(pk)
-    replies.compose(account)
+    queue.compose(account)
     found = list(Run.objects.order_by("position").select_related("thread", "answer"))
     assert [run.answer and run.answer.content for run in found] == [
         text.replace("\0", "") for text in texts
@@ -156,7 +157,7 @@ def test_pages_of_the_console_show_it_and_do_none_of_it(
 def test_what_a_room_is_told_is_harmless_and_calls_nobody(answers: list[Run]) -> None:
     parts = [part for reply in Reply.objects.order_by("pk") for part in reply.parts]
     assert len(parts) == len(answers)
-    for part in [*parts, *(replies.edit_of("$1", part) for part in parts)]:
+    for part in [*parts, *(rendering.edit_of("$1", part) for part in parts)]:
         new = part.get("m.new_content", part)
         for content in (part, new):
             parsed = Parsed(content["formatted_body"])

@@ -14,7 +14,8 @@ from agents.llm import completions, loop
 from agents.models import Run, Step
 from agents.runs import execution, http_commands, memory
 from botrunner.models import Reply, RoomEvent
-from botrunner.outgoing import replies
+from botrunner.outgoing import content as rendering
+from botrunner.outgoing import queue
 from chat.models import Thread
 from lib import outgoing
 from tests import factories
@@ -352,17 +353,17 @@ class TestTwoBots:
         account = scenes.session()
         scenes.take_in(account, scenes.event("Hello"))
         answered(Run.objects.get())
-        replies.compose(account)
+        queue.compose(account)
         [content] = Reply.objects.get().parts
         sender = scenes.ME if kind == "own" else scenes.BOB
         if kind != "another's of this kind":
             content = {
-                name: value for name, value in content.items() if name != replies.REPLY_FIELD
+                name: value for name, value in content.items() if name != rendering.REPLY_FIELD
             }
         if kind == "a notice":
             content |= {"msgtype": "m.notice"}
         if form == "edit":
-            content = replies.edit_of("$1", content)
+            content = rendering.edit_of("$1", content)
         before = RoomEvent.objects.count()
 
         for _ in range(3):
@@ -377,7 +378,7 @@ class TestTwoBots:
         account = scenes.session()
         scenes.take_in(account, scenes.event("!ask one"))
         answered(Run.objects.get())
-        replies.compose(account)
+        queue.compose(account)
         [content] = Reply.objects.get().parts
         assert scenes.take_in(account, scenes.event(content, sender=scenes.ME)) == 0
         assert Run.objects.count() == 1

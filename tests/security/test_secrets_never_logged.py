@@ -29,7 +29,7 @@ from botrunner.matrix import login as accounts
 from botrunner.matrix.client import Homeserver
 from botrunner.matrix.errors import MatrixError
 from botrunner.models import Reply, Session
-from botrunner.outgoing import replies
+from botrunner.outgoing import queue
 from config.scrub import Scrubber
 from ops import metrics
 from realm import openid, tokens
@@ -208,10 +208,10 @@ class Paths:
         scenes.take_in(session, scenes.event(f"!ask {SAID}"), scenes.event(f"!ask {SAID} again"))
         for run in Run.objects.filter(source="matrix"):
             execution.execute(run.pk)
-        replies.compose(session)
+        queue.compose(session)
         for reply in Reply.objects.all():
             url = f"http://hs/_matrix/client/v3/sync?access_token={ACCESS}"
-            replies.not_sent(reply, MatrixError("M_UNKNOWN", f"{url}: refused", status=500))
+            queue.record_failure(reply, MatrixError("M_UNKNOWN", f"{url}: refused", status=500))
 
     def room_with_a_defect(self) -> None:
         from botrunner import bot
