@@ -21,7 +21,8 @@ from botrunner.incoming import handling
 from botrunner.matrix.errors import MatrixError
 from botrunner.matrix.events import REPLY_FIELD
 from botrunner.models import Reply
-from botrunner.outgoing import content as rendering, drafts, queue
+from botrunner.outgoing import content as rendering
+from botrunner.outgoing import drafts, queue
 from botrunner.outgoing.drafts import Drafts
 from botrunner.outgoing.sender import ReplySender
 from tests.botrunner.scenes import ME, ROOM, command, event, session, take_in
