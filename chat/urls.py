@@ -16,7 +16,7 @@ from chat.jsonapi.serializers import (
     RunSerializer,
     ThreadSerializer,
 )
-from lib import jsonapi
+from lib.jsonapi.views import UnknownPathView
 
 
 class IdConverter(StringConverter):
@@ -69,6 +69,6 @@ urlpatterns = [
     *resource_paths(ThreadSerializer, "id", resources.CollectionView),
     *resource_paths(MessageSerializer, "uuid", resources.MessagesView),
     *resource_paths(RunSerializer, "id", resources.CollectionView),
-    re_path(r"^api/(threads|messages|runs)(/|$)", jsonapi.UnknownPathView.as_view()),
+    re_path(r"^api/(threads|messages|runs)(/|$)", UnknownPathView.as_view()),
     re_path(r"^api/", views.UnknownPathView.as_view()),
 ]

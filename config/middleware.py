@@ -1,12 +1,12 @@
-"""What a browser is told with every answer, beside what Django's own middleware tells it."""
+"""Headers for browsers, beside those of Django's own middleware."""
 
 from collections.abc import Callable
 
 from django.http import HttpRequest, HttpResponse
 
 
-class PermissionsPolicy:
-    """No page of ours asks for these; whatever finds its way into one shall not either."""
+class PermissionsPolicyMiddleware:
+    """Denies browser features that no page here uses, so that injected content cannot use them."""
 
     VALUE = "camera=(), geolocation=(), microphone=(), payment=(), usb=()"
 
@@ -19,10 +19,9 @@ class PermissionsPolicy:
         return response
 
 
-class CachePolicy:
-    """Nothing that may belong to a caller is stored, by a browser or on the way to it. What a view
-    or the server of static files says itself stays; documents that are the same for everybody may be
-    kept."""
+class CachePolicyMiddleware:
+    """Forbids browsers and proxies to store responses, which may belong to a user. A header that a view
+    or the static files set stays; public documents may be cached."""
 
     PUBLIC = frozenset({"api", "api/schema", "api/docs"})
 
@@ -37,10 +36,10 @@ class CachePolicy:
         return response
 
 
-class ContentPolicy:
-    """For pages that have no policy of their own, which are those of the admin. Its theme is made of
-    inline scripts and of expressions, so these cannot be forbidden; but whatever finds its way into a
-    page loads nothing from elsewhere, sends nothing there, and is shown in no frame."""
+class ContentSecurityPolicyMiddleware:
+    """Sets the policy of pages without one of their own, those of the admin. Its theme needs inline
+    scripts and `eval`, so these are allowed; but injected content loads nothing from other origins,
+    sends nothing there, and is shown in no frame."""
 
     VALUE = (
         "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; "

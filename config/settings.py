@@ -80,13 +80,13 @@ INSTALLED_APPS = [
 ]
 MIDDLEWARE = [
     # Before all that may answer.
-    "config.middleware.CachePolicy",
+    "config.middleware.CachePolicyMiddleware",
     "ops.middleware.Requests",
-    "lib.plainjson.PlainErrors",
-    "lib.jsonapi.DocumentErrors",
+    "lib.plainjson.PlainErrorsMiddleware",
+    "lib.jsonapi.errors.JSONAPIErrorsMiddleware",
     "django.middleware.security.SecurityMiddleware",
-    "config.middleware.PermissionsPolicy",
-    "config.middleware.ContentPolicy",
+    "config.middleware.PermissionsPolicyMiddleware",
+    "config.middleware.ContentSecurityPolicyMiddleware",
     "whitenoise.middleware.WhiteNoiseMiddleware",
     "console.middleware.AdminMethodsMiddleware",
     "django.contrib.sessions.middleware.SessionMiddleware",
@@ -101,6 +101,8 @@ MIDDLEWARE = [
     "axes.middleware.AxesMiddleware",
 ]
 ROOT_URLCONF = "config.urls"
+# Paths where errors are JSON:API documents: the realm server, and resources of the chat server.
+JSONAPI_PATHS = r"/(_|api/(threads|messages|runs)(/|\Z))"
 WSGI_APPLICATION = "config.wsgi.application"
 TEMPLATES = [
     {

@@ -1,5 +1,4 @@
-"""The chat server's plain JSON: camelCase, `{ok: true, ...}`, and `{ok: false, error}` for whatever
-goes wrong."""
+"""The plain JSON of the chat API: camelCase, `{ok: true, ...}`, and `{ok: false, error}` for errors."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -18,11 +17,13 @@ from rest_framework.request import Request
 from rest_framework.response import Response
 from rest_framework.views import APIView, set_rollback
 
+from lib.httperrors import LengthRequired
+
 logger = logging.getLogger(__name__)
 
 
 class PlainJSONParser(BaseParser):
-    """JSON whatever the Content-Type says: curl's default is a form, and nothing else is meant."""
+    """Parses JSON for any Content-Type: curl's default is a form."""
 
     media_type = "*/*"
 
@@ -57,8 +58,7 @@ class PlainJSONRenderer(BaseRenderer):
 
 
 class AlwaysJSON(BaseContentNegotiation):
-    """There is one representation; an Accept header that wants another gets it all the same, so that
-    a browser can look at any address."""
+    """Ignores the Accept header, so that a browser can open any URL: there is one representation."""
 
     def select_parser(self, request: Request, parsers: Any) -> Any:
         return parsers[0]
@@ -69,16 +69,11 @@ class AlwaysJSON(BaseContentNegotiation):
         return renderers[0], renderers[0].media_type
 
 
-class LengthRequired(exceptions.APIException):
-    status_code = status.HTTP_411_LENGTH_REQUIRED
-    default_detail = "Send the body with a Content-Length."
-
-
 class PlainAPIView(APIView):
     parser_classes = [PlainJSONParser]
     renderer_classes = [PlainJSONRenderer]
     content_negotiation_class = AlwaysJSON
-    # What a domain exception means in HTTP.
+    # Domain exceptions and their HTTP status.
     statuses: Mapping[type[Exception], int] = {}
 
     def initial(self, request: Request, *args: Any, **kwargs: Any) -> None:
@@ -104,7 +99,7 @@ def refusal(
     *,
     code: str = "",
 ) -> Response:
-    """`code`: stable, for programs; what has none is told by its status."""
+    """Return an error response. `code`: a stable name for programs; empty if the status says enough."""
     body = {"ok": False, "error": error} | ({"code": code} if code else {})
     return Response(body, status=status, headers=dict(headers or {}))
 
@@ -134,18 +129,18 @@ def plain_exception_handler(exc: Exception, context: Mapping[str, Any]) -> Respo
             status.HTTP_400_BAD_REQUEST, "The request has a value that cannot be stored."
         )
     if isinstance(exc, DatabaseError):
-        logger.exception("The database failed a request")
+        logger.exception("Database error in a request")
         return refusal(
             status.HTTP_503_SERVICE_UNAVAILABLE,
             "The server is busy. Please try again.",
             {"Retry-After": "1"},
         )
-    logger.exception("A request failed unexpectedly")
+    logger.exception("Unexpected error in a request")
     return refusal(status.HTTP_500_INTERNAL_SERVER_ERROR, "Something went wrong in the server.")
 
 
 def _first_error(detail: Any, path: str = "") -> str:
-    """One sentence out of DRF's tree of errors: the first, with the field that it is about."""
+    """Return the first error of DRF's tree, with its field."""
     if isinstance(detail, Mapping):
         key, value = next(iter(detail.items()))
         name = "" if key == "non_field_errors" else str(key)
@@ -155,9 +150,9 @@ def _first_error(detail: Any, path: str = "") -> str:
     return f"{path}: {detail}" if path else str(detail)
 
 
-class PlainErrors:
-    """Under /api, what goes wrong outside of the views (unknown paths, forbidden hosts, broken
-    requests) is told in JSON too, not in an HTML page."""
+class PlainErrorsMiddleware:
+    """Replaces HTML pages for errors outside of the views (unknown paths, forbidden hosts, broken
+    requests) by JSON, below /api."""
 
     def __init__(self, get_response: Callable[[HttpRequest], HttpResponse]) -> None:
         self.get_response = get_response

@@ -12,7 +12,7 @@ from rest_framework_json_api.utils import (
 
 from chat.jsonapi import pagination, views
 from chat.jsonapi.serializers import OfThread, ResourceSerializer
-from lib.jsonapi import MAX_INCLUDE_DEPTH, JSONAPIView, document_kinds
+from lib.jsonapi.views import MAX_INCLUDE_DEPTH, JSONAPIView, document_kinds
 from openapi import realm
 from openapi.parts import (
     ID,

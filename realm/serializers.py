@@ -9,7 +9,8 @@ from django.db.models import QuerySet
 from rest_framework.fields import Field, UUIDField
 from rest_framework_json_api import serializers
 
-from lib.jsonapi import Forbidden, Missing, StringField
+from lib.httperrors import Forbidden, NotFound
+from lib.jsonapi.documents import StringField
 from realm import commands, models, openid, tokens
 from realm.filters import Filter, InvalidFilter
 from realm.models import BotCommand, BotRegistration, User
@@ -126,6 +127,6 @@ def check_owner(bot_id: UUID, user: User, **source: str) -> None:
     stood."""
     owner = BotRegistration.objects.filter(pk=bot_id).values_list("user_id", flat=True).first()
     if owner is None:
-        raise Missing("There is no registered bot with this id.", **source)
+        raise NotFound("There is no registered bot with this id.", **source)
     if owner != user.pk:
         raise Forbidden("This bot is registered by somebody else.", **source)

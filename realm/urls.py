@@ -1,6 +1,6 @@
 from django.urls import path, re_path
 
-from lib.jsonapi import UnknownPathView
+from lib.jsonapi.views import UnknownPathView
 from realm import views
 
 urlpatterns = [

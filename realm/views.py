@@ -8,17 +8,9 @@ from rest_framework.permissions import IsAuthenticated
 from rest_framework.request import Request
 from rest_framework.response import Response
 
-from lib.jsonapi import (
-    BadGateway,
-    Conflict,
-    Forbidden,
-    JSONAPIParser,
-    JSONAPIView,
-    JSONParser,
-    Malformed,
-    Unavailable,
-    identifier,
-)
+from lib.httperrors import BadGateway, BadRequest, Conflict, Forbidden, ServiceUnavailable
+from lib.jsonapi.documents import JSONAPIParser, JSONParser, identifier
+from lib.jsonapi.views import JSONAPIView
 from realm import openid, throttles
 from realm.authentication import RealmServerAuthentication
 from realm.models import BotCommand, BotRegistration, NameTaken, User
@@ -39,7 +31,7 @@ class OpenIDTokenParser(JSONParser):
             return super().parse_data(result, parser_context)
         token = result.get("access_token")
         if not isinstance(token, str) or not 0 < len(token) <= openid.MAX_TOKEN_LENGTH:
-            raise Malformed("It must be a Matrix OpenID token.", pointer="/access_token")
+            raise BadRequest("It must be a Matrix OpenID token.", pointer="/access_token")
         return {"access_token": token}
 
 
@@ -50,9 +42,9 @@ class ServerSessionView(JSONAPIView):
     authentication_classes = []
     permission_classes = []
     throttle_classes = [throttles.ServerSessionThrottle]
-    refusals = {
+    http_errors = {
         openid.TokenRefused: exceptions.AuthenticationFailed,
-        openid.HomeserverAway: Unavailable,
+        openid.HomeserverAway: ServiceUnavailable,
         openid.BadAnswer: BadGateway,
         NameTaken: Conflict,
     }

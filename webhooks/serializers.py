@@ -8,7 +8,8 @@ from django.db import IntegrityError, transaction
 from rest_framework.serializers import as_serializer_error
 from rest_framework_json_api import serializers
 
-from lib.jsonapi import Conflict, StringField
+from lib.httperrors import Conflict
+from lib.jsonapi.documents import StringField
 from realm.serializers import IdField, check_owner
 from webhooks.models import EVENTS, Duplicate, Subscription
 

@@ -31,6 +31,7 @@ from chat.representation import (
     run_json,
     thread_json,
 )
+from lib.httperrors import Conflict
 from lib.plainjson import PlainAPIView
 from realm.access import Access
 
@@ -66,10 +67,6 @@ class ChatView(CallersView, PlainAPIView):
         run = get_object_or_404(visible.defer("thread__summary"), pk=run_id)
         check_may_steer(run, self.caller)
         return run
-
-
-class Conflict(exceptions.APIException):
-    status_code = 409
 
 
 class ApiRootView(PlainAPIView):
@@ -255,7 +252,7 @@ class UnknownPathView(PlainAPIView):
     authentication_classes = []
 
     def initial(self, request: Request, *args: Any, **kwargs: Any) -> None:
-        raise exceptions.NotFound("There is nothing at this address.")
+        raise exceptions.NotFound("There is nothing at this URL.")
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from django.core.exceptions import ValidationError
 from django.db.models import DateTimeField, Model, Q, QuerySet
 from django.http import QueryDict
 
-from lib.jsonapi import Malformed
+from lib.httperrors import BadRequest
 
 SIZE = 50
 MAX_SIZE = 100
@@ -38,7 +38,7 @@ def cut(
     fitting: Callable[[list[Any]], int] = len,
 ) -> Page:
     """The page that a query asks for. `link` makes an address of another query; `fitting` says how
-    many of the rows there is room for, from the first on. Raises `Malformed`."""
+    many of the rows there is room for, from the first on. Raises `BadRequest`."""
     size = _size(query)
     after, before = (_place(query, f"page[{side}]", rows.model, order) for side in SIDES)
     if after:
@@ -70,13 +70,13 @@ def cut(
 
 
 def chosen(query: QueryDict, sorts: Mapping[str, Order]) -> Order:
-    """The order asked for, else the first of them. Raises `Malformed`."""
+    """The order asked for, else the first of them. Raises `BadRequest`."""
     name = query.get("sort")
     if name is None:
         return next(iter(sorts.values()))
     order = sorts.get(name.removeprefix("-"))
     if order is None:
-        raise Malformed(f"It can be sorted by {', '.join(sorts)}.", parameter="sort")
+        raise BadRequest(f"It can be sorted by {', '.join(sorts)}.", parameter="sort")
     falling = name.startswith("-")
     return order if order[0].startswith("-") == falling else _reversed(order)
 
@@ -92,7 +92,7 @@ def _size(query: QueryDict) -> int:
     value = query.get("page[size]", str(SIZE))
     if re.fullmatch("[0-9]{1,3}", value, re.ASCII) and 1 <= int(value) <= MAX_SIZE:
         return int(value)
-    raise Malformed(f"A whole number from 1 to {MAX_SIZE}.", parameter="page[size]")
+    raise BadRequest(f"A whole number from 1 to {MAX_SIZE}.", parameter="page[size]")
 
 
 def _place(
@@ -101,7 +101,7 @@ def _place(
     text = query.get(parameter)
     if text is None:
         return None
-    refusal = Malformed("It must be taken from a link to a page.", parameter=parameter)
+    refusal = BadRequest("It must be taken from a link to a page.", parameter=parameter)
     found = CURSOR.match(text)
     if not found:
         raise refusal

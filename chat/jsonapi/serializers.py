@@ -21,7 +21,9 @@ from chat.api.serializers import PolicyField, WholeNumberField
 from chat.jsonapi.pagination import Order
 from chat.models import CHOSEN_ID, Message, Thread, ThreadQuerySet, fitting, read_contents
 from chat.representation import UsageJSON, usage_json
-from lib.jsonapi import Conflict, JSONAPIRenderer, Malformed, StringField
+from lib.httperrors import BadRequest, Conflict
+from lib.jsonapi.documents import StringField
+from lib.jsonapi.views import JSONAPIRenderer
 from realm.models import User
 
 # Of each thread that `include` adds them to; all of them are at the relationship's own address.
@@ -208,14 +210,14 @@ class Filter:
     max_length: int = 200
 
     def of(self, rows: QuerySet[Any], value: str, parameter: str) -> QuerySet[Any]:
-        """Raises `Malformed`."""
+        """Raises `BadRequest`."""
         if not self.choices:
             if len(value) > self.max_length or inbox.UNSTORABLE.search(value):
-                raise Malformed("Nothing can have this value.", parameter=parameter)
+                raise BadRequest("Nothing can have this value.", parameter=parameter)
             return rows.filter(**{self.column: value})
         wanted = set(value.split(","))
         if not wanted <= set(self.choices):
-            raise Malformed(f"One or more of {', '.join(self.choices)}.", parameter=parameter)
+            raise BadRequest(f"One or more of {', '.join(self.choices)}.", parameter=parameter)
         return rows.filter(**{f"{self.column}__in": wanted})
 
 
@@ -378,11 +380,11 @@ class ThreadLink(serializers.Field):
             and isinstance(data.get("type"), str)
             and isinstance(data.get("id"), str)
         ):
-            raise Malformed("A message is in one thread.", pointer=pointer)
+            raise BadRequest("A message is in one thread.", pointer=pointer)
         if data["type"] != "threads":
             raise Conflict("The type here is 'threads'.", pointer=f"{pointer}/type")
         if not CHOSEN_ID.match(data["id"]):
-            raise Malformed(
+            raise BadRequest(
                 "1 to 64 letters, digits, '_' or '-'.", "invalid", pointer=f"{pointer}/id"
             )
         return data["id"]

@@ -23,7 +23,8 @@ from chat.jsonapi.serializers import (
 )
 from chat.models import PAGE_CHARACTERS, fitting
 from chat.permissions import CallersView
-from lib.jsonapi import Conflict, JSONAPIView, Malformed, Missing, TooMany, Unprocessable
+from lib.httperrors import BadRequest, Conflict, NotFound, TooManyRequests, Unprocessable
+from lib.jsonapi.views import JSONAPIView
 
 
 class ResourcesView(CallersView, JSONAPIView):
@@ -45,7 +46,7 @@ class ResourcesView(CallersView, JSONAPIView):
     def one(self, rows: QuerySet[Any], pk: Any) -> Any:
         found = rows.filter(pk=pk).first()
         if found is None:
-            raise Missing("There is nothing at this address.")
+            raise NotFound("There is nothing at this URL.")
         return found
 
     def owner(self) -> Any:
@@ -169,12 +170,12 @@ class LinkageView(ResourcesView):
 
 class MessagesView(CollectionView):
     serializer_class = MessageSerializer
-    refusals = {inbox.UnknownThread: Missing, inbox.UnknownAsker: exceptions.NotAuthenticated}
+    http_errors = {inbox.UnknownThread: NotFound, inbox.UnknownAsker: exceptions.NotAuthenticated}
 
     def handle_exception(self, exc: Exception) -> Response:
         if isinstance(exc, inbox.Invalid):
             code = getattr(exc, "code", "invalid")
-            exc = Malformed(str(exc), code, **WHERE[exc.name])
+            exc = BadRequest(str(exc), code, **WHERE[exc.name])
         elif isinstance(exc, inbox.Busy):
             exc = Conflict(str(exc), "thread_is_busy")
         elif isinstance(exc, inbox.Deleted):
@@ -182,7 +183,7 @@ class MessagesView(CollectionView):
         elif isinstance(exc, inbox.KeyReused):
             exc = Unprocessable(str(exc), "idempotency_key_reused", header="Idempotency-Key")
         elif isinstance(exc, inbox.Limited):
-            exc = TooMany(str(exc), exc.code, wait=exc.retry_after)
+            exc = TooManyRequests(str(exc), exc.code, wait=exc.retry_after)
         return super().handle_exception(exc)
 
     def post(self, request: Request) -> Response:

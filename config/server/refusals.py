@@ -7,7 +7,7 @@ from http import HTTPStatus
 import structlog
 from prometheus_client import Counter
 
-from lib.jsonapi import MEDIA_TYPE, DocumentErrors, error_object
+from lib.jsonapi.errors import MEDIA_TYPE, error_object, is_jsonapi
 from lib.ratelimitedlog import RateLimitedLog
 
 REFUSED = Counter(
@@ -75,7 +75,7 @@ def raw(status: int, path: str = "/api") -> bytes:
 def _body(status: int, path: str) -> tuple[str, bytes]:
     sentence = SENTENCES[status]
     code = CODES.get(status)
-    if DocumentErrors.PLACES.match(path):
+    if is_jsonapi(path):
         errors = [error_object(status, code or "too_long", sentence)]
         return MEDIA_TYPE, json.dumps({"errors": errors}).encode()
     # A path that is not known yet gets JSON too.

@@ -18,7 +18,8 @@ from chat.api import views
 from chat.jsonapi import pagination
 from config.server import bridge
 from config.server import threads as server
-from lib import jsonapi
+from lib.jsonapi import documents
+from lib.jsonapi import views as jsonapi
 from realm import models, tokens
 from realm.models import BotCommand, BotRegistration, User
 from tests import factories
@@ -110,8 +111,8 @@ class TestBodies:
         def sent(levels: int) -> Any:
             return client.generic("POST", "/_bot-registration", nested(levels), DOCUMENT)
 
-        assert sent(jsonapi.MAX_DEPTH).status_code == 201
-        refused(sent(jsonapi.MAX_DEPTH + 1), 400)
+        assert sent(documents.MAX_DEPTH).status_code == 201
+        refused(sent(documents.MAX_DEPTH + 1), 400)
 
     def test_forms_have_so_many_fields_and_no_more(self, alice: User) -> None:
         browser = Client()

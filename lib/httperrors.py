@@ -1,0 +1,82 @@
+"""Errors of the HTTP APIs, each with its status.
+
+JSON:API documents show the source of an error: a JSON pointer into the document, or the name of a query
+parameter or of a header.
+"""
+
+from rest_framework import exceptions, status
+
+
+class HTTPError(exceptions.APIException):
+    def __init__(
+        self,
+        detail: str | None = None,
+        code: str | None = None,
+        *,
+        pointer: str | None = None,
+        parameter: str | None = None,
+        header: str | None = None,
+    ) -> None:
+        super().__init__(detail, code)
+        sources = {"pointer": pointer, "parameter": parameter, "header": header}
+        self.source = {kind: name for kind, name in sources.items() if name is not None}
+
+
+class BadRequest(HTTPError):
+    status_code = status.HTTP_400_BAD_REQUEST
+    default_code = "malformed"
+
+
+class Forbidden(HTTPError):
+    status_code = status.HTTP_403_FORBIDDEN
+    default_code = "permission_denied"
+
+
+class NotFound(HTTPError):
+    status_code = status.HTTP_404_NOT_FOUND
+    default_code = "not_found"
+
+
+class Conflict(HTTPError):
+    status_code = status.HTTP_409_CONFLICT
+    default_code = "conflict"
+
+
+class LengthRequired(HTTPError):
+    status_code = status.HTTP_411_LENGTH_REQUIRED
+    default_code = "length_required"
+    default_detail = "Send the body with a Content-Length."
+
+
+class PayloadTooLarge(HTTPError):
+    status_code = status.HTTP_413_REQUEST_ENTITY_TOO_LARGE
+    default_code = "too_large"
+
+
+class Unprocessable(HTTPError):
+    status_code = status.HTTP_422_UNPROCESSABLE_ENTITY
+    default_code = "unprocessable"
+
+
+class TooManyRequests(HTTPError):
+    """429, with `Retry-After`."""
+
+    status_code = status.HTTP_429_TOO_MANY_REQUESTS
+    default_code = "too_many"
+
+    def __init__(self, detail: str, code: str | None = None, *, wait: int) -> None:
+        super().__init__(detail, code)
+        self.wait = wait
+
+
+class BadGateway(HTTPError):
+    status_code = status.HTTP_502_BAD_GATEWAY
+    default_code = "bad_gateway"
+
+
+class ServiceUnavailable(HTTPError):
+    """503, with `Retry-After`."""
+
+    status_code = status.HTTP_503_SERVICE_UNAVAILABLE
+    default_code = "unavailable"
+    wait = 1
