@@ -93,7 +93,7 @@ def test_an_admin_is_told_what_is_wrong(
 
 def test_a_user_without_a_matrix_id_has_no_bots(admin_client: Client, admin_user: User) -> None:
     response = admin_client.post(f"{REGISTRATIONS}add/", {"user": admin_user.pk} | inline())
-    assert "This user has no Matrix id." in response.text
+    assert "This user has no Matrix user ID." in response.text
 
 
 def test_a_command_is_changed_and_removed(admin_client: Client, bot: BotRegistration) -> None:
