@@ -1,16 +1,12 @@
 """The documents hold together: links resolve, and the code that they name exists."""
 
-import importlib
 import re
 import subprocess
 from collections.abc import Iterator
 from functools import cache
-from types import ModuleType
 
 import pytest
 
-from agents import tools
-from agents.runs import commands
 from tests.docs.blocks import ROOT, shell_blocks
 
 LINES_OF_THE_README = 160
@@ -21,10 +17,6 @@ CODE = re.compile(r"`([^`\n]+)`")
 FOLDERS = r"agents|botrunner|chat|config|console|deploy|docs|findings|lib|openapi|ops|realm"
 MORE_FOLDERS = r"scripts|templates|tests|webhooks|\.ci|\.github"
 PATH = re.compile(rf"(?:{FOLDERS}|{MORE_FOLDERS})/[\w./@-]*")
-PACKAGES = "agents|botrunner|chat|config|console|lib|openapi|ops|realm|webhooks|tests"
-MODULE = re.compile(rf"(?:{PACKAGES})(?:\.\w+)+(?:\(\))?")
-# Parts of the documents that look like a module and are something else.
-EVENTS = re.compile(r"agent\.|run\.|chat\.(?:reply|summarize|read_messages)$|console\.see_system$")
 OLD_WORDS = re.compile(
     r"\b(?:told|tells?|untold|whoever|whatever|nobody|somebody)\b", re.IGNORECASE
 )
@@ -132,33 +124,6 @@ def defines(file: str, name: str) -> bool:
     )
 
 
-@pytest.mark.parametrize("path", current())
-def test_named_modules_exist(path: str) -> None:
-    named = {
-        code.removesuffix("()")
-        for code in CODE.findall(prose(path))
-        if MODULE.fullmatch(code) and not EVENTS.match(code) and not code.endswith(".py")
-    }
-
-    assert [name for name in sorted(named) if not importable(name)] == []
-
-
-def importable(name: str) -> bool:
-    """Whether `name` is a module, or names in one."""
-    parts = name.split(".")
-    for length in range(len(parts), 0, -1):
-        try:
-            found: ModuleType | object = importlib.import_module(".".join(parts[:length]))
-        except ModuleNotFoundError:
-            continue
-        for part in parts[length:]:
-            if not hasattr(found, part):
-                return False
-            found = getattr(found, part)
-        return True
-    return False
-
-
 def test_named_make_targets_exist() -> None:
     targets = set(re.findall(r"^([a-z-]+):", text("Makefile"), re.MULTILINE))
     named = {name for path in current() for name in MAKE.findall(prose(path))}
@@ -169,19 +134,6 @@ def test_named_make_targets_exist() -> None:
 @pytest.mark.parametrize("path", documents())
 def test_the_words_of_the_field_are_used(path: str) -> None:
     assert OLD_WORDS.findall(prose(path).replace("`tell`", "")) == []
-
-
-@pytest.mark.parametrize(
-    "path", ["docs/how-to/connect-a-model.md", "docs/how-to/bots-and-commands.md"]
-)
-def test_the_python_of_the_guides_runs(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tools, "TOOLS", dict(tools.TOOLS))
-    monkeypatch.setattr(commands, "COMMANDS", dict(commands.COMMANDS))
-    (block,) = re.findall(r"^```python\n(.*?)^```$", text(path), re.MULTILINE | re.DOTALL)
-
-    exec(block, {})
-
-    assert "weather" in tools.TOOLS or "orders.status" in commands.COMMANDS
 
 
 def test_no_machine_paths() -> None:
