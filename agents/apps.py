@@ -21,6 +21,6 @@ class AgentsConfig(AppConfig):
 
 
 def _delete_threads(instance: Any, **_: Any) -> None:
-    from agents import retention  # models are not to be had before the apps are ready
+    from agents import retention  # models cannot be imported before the apps are ready
 
     retention.delete_threads_of(instance)

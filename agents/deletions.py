@@ -1,4 +1,4 @@
-"""Tombstones of runs, written by whatever deletes one."""
+"""Tombstones of runs, written with each deletion."""
 
 from typing import Any
 
@@ -8,9 +8,9 @@ from agents.models import DeletedRun, Run
 
 
 def connect() -> None:
-    post_delete.connect(bury, Run, dispatch_uid="agents.deletions")
+    post_delete.connect(write_tombstone, Run, dispatch_uid="agents.deletions")
 
 
-def bury(sender: Any, instance: Run, using: str, **_: Any) -> None:
-    # As chat.deletions does of threads.
+def write_tombstone(sender: Any, instance: Run, using: str, **_: Any) -> None:
+    # As chat.deletions does for threads.
     DeletedRun.objects.using(using).bulk_create([DeletedRun(id=instance.pk)], ignore_conflicts=True)

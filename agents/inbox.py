@@ -19,7 +19,7 @@ from django.utils import timezone
 from agents.events import stream
 from agents.lifecycle import states
 from agents.models import CHAT_REPLY, DeletedRun, Event, IdempotencyKey, Run, new_run_id
-from agents.runs import execution
+from agents.runs import actions
 from agents.usage import limits, refusals
 from chat.models import CHOSEN_ID, DeletedThread, Message, Thread, ThreadQuerySet, new_thread_id
 from lib import db, tracing
@@ -232,7 +232,7 @@ def ask_again(run: Run) -> bool:
     try:
         with transaction.atomic():
             _admit(run.asker, run.place, run.command, run.model, question, run.input)
-            if not execution.retry(run):
+            if not actions.retry(run):
                 transaction.set_rollback(True)
                 return False
     except limits.Reached as reached:
@@ -249,7 +249,7 @@ def amend(run_id: str, *, content: str) -> bool:
     _check_length(content)
     with transaction.atomic():
         # Whoever would claim the run now waits for this transaction, and reads the new words.
-        waiting = Run.objects.filter(pk=run_id).that(states.UNBEGUN)
+        waiting = Run.objects.filter(pk=run_id).matching(states.UNCLAIMED)
         if not waiting.update(updated_at=timezone.now()):
             return False
         Message.objects.filter(run=run_id).update(content=content)
@@ -380,7 +380,7 @@ def _write(
         # By the database's clock, which the claim goes by, and a retry's time.
         created_at=Now(),
         due_at=Now(),
-        handed_at=Now(),
+        dispatched_at=Now(),
         **columns,
     )
     if is_chosen_run:
@@ -396,7 +396,7 @@ def _write(
     if not event_id:
         transaction.on_commit(partial(stream.publish, [event.as_entry()]), robust=True)
     if turn and when_busy is WhenBusy.MERGE:
-        execution.merge_waiting(run)
+        actions.merge_queued(run)
     return not turn
 
 
@@ -406,7 +406,7 @@ def _make_way(thread_id: str, when_busy: WhenBusy, command: str) -> None:
         raise Busy(f"The thread is busy: its run {going.pk} has not ended.")
     if when_busy is WhenBusy.INTERRUPT and command == CHAT_REPLY:
         for run in unfinished.filter(command=CHAT_REPLY):
-            execution.cancel(run)
+            actions.cancel(run)
 
 
 def _next_turn(thread_id: str, threads: ThreadQuerySet) -> int:

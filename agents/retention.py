@@ -28,7 +28,7 @@ from django.utils import timezone
 from django.utils.module_loading import module_has_submodule
 
 from agents.models import Attempt, Event, Run, Step, Summary
-from agents.runs import execution
+from agents.runs import actions
 from agents.usage import rollups
 from chat.models import Thread
 from lib import db
@@ -266,7 +266,7 @@ def delete_threads_of(user: User) -> None:
 
 def _close(thread_id: str) -> None:
     for run in Run.objects.unfinished().filter(thread=thread_id).order_by("position"):
-        execution.cancel(run)
+        actions.cancel(run)
     rollups.fold_thread(thread_id)
 
 

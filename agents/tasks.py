@@ -1,4 +1,4 @@
-"""Celery tasks: wake-ups that carry an id. What is to be done, and whether, stands in the database."""
+"""Celery tasks. Each carries an id alone; the database has the work, and decides whether to do it."""
 
 from celery import shared_task
 
@@ -7,7 +7,7 @@ from agents.runs import execution, memory
 
 @shared_task
 def execute(run_id: str) -> None:
-    """Carry out a run, then bring the summary of its thread up to date."""
+    """Execute a run, then update the summary of its thread."""
     if thread_id := execution.execute(run_id):
         memory.summarise(thread_id)
 

@@ -1,4 +1,4 @@
-"""What a model may call. `AGENT_TOOLS` names the ones that are offered to it."""
+"""Tools that a model may call. `AGENT_TOOLS` names the ones that are offered to it."""
 
 import inspect
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from django.conf import settings
 
 
 class ToolError(Exception):
-    """The call cannot be carried out; the message goes back to the model."""
+    """The call cannot be executed; the message goes back to the model."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Tool:
     function: Callable[..., str]
 
     def offer(self) -> dict[str, Any]:
-        """The tool as `/chat/completions` wants it described."""
+        """Return the description of the tool for `/chat/completions`."""
         return {
             "type": "function",
             "function": {
@@ -62,23 +62,23 @@ def offered() -> list[dict[str, Any]]:
 
 
 def call(name: str, arguments: str) -> str:
-    """Carry out a call as the model wrote it. Raises `ToolError`."""
+    """Execute a call as the model wrote it. Raises `ToolError`."""
     if name not in settings.AGENT_TOOLS or name not in TOOLS:
         raise ToolError(f"There is no tool {name!r}.")
     tool = TOOLS[name]
     try:
-        given = orjson.loads(arguments or "{}")
+        values = orjson.loads(arguments or "{}")
     except orjson.JSONDecodeError:
         raise ToolError("The arguments are not JSON.") from None
-    if not isinstance(given, dict) or not given.keys() <= tool.parameters["properties"].keys():
+    if not isinstance(values, dict) or not values.keys() <= tool.parameters["properties"].keys():
         allowed = ", ".join(tool.parameters["properties"]) or "none"
         raise ToolError(f"The arguments must be an object with these keys: {allowed}.")
-    if missing := [key for key in tool.parameters["required"] if key not in given]:
+    if missing := [key for key in tool.parameters["required"] if key not in values]:
         raise ToolError(f"Arguments are missing: {', '.join(missing)}.")
-    return tool.function(**given)
+    return tool.function(**values)
 
 
 @tool()
 def current_time() -> str:
-    """The current date and time in UTC, as ISO 8601."""
+    """Return the current date and time in UTC, as ISO 8601."""
     return datetime.now(UTC).isoformat(timespec="seconds")

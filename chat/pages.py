@@ -20,7 +20,7 @@ from rest_framework import exceptions
 from agents import inbox, retention
 from agents.llm import completions
 from agents.models import Run
-from agents.runs import execution
+from agents.runs import actions
 from chat import conversation, rendering
 from chat.models import CHOSEN_ID, MAX_TITLE_LENGTH, Thread, ThreadQuerySet
 from chat.permissions import check_may_steer, check_may_write, name_of
@@ -220,7 +220,7 @@ class TurnFragment(ChatPage):
 class CancelForm(ChatPage):
     def post(self, request: HttpRequest, run_id: str) -> HttpResponse:
         run = self.controllable_run(run_id)
-        execution.cancel(run)
+        actions.cancel(run)
         return _redirect_to(run.thread_id, run.pk)
 
 

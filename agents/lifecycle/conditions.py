@@ -1,9 +1,9 @@
-"""Conditions on a record that are written once: Python asks them of an object, and the database in a
-WHERE (`agents.models.as_q`). Times are told by the clock of whoever keeps the records."""
+"""Conditions on a record, written once: Python checks them on an object, the database in a WHERE
+(`agents.lifecycle.sql.as_q`). Times are compared with the clock of the record's keeper."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from operator import eq, ge, gt, le, lt
 from typing import Any
 
@@ -13,102 +13,79 @@ LOOKUPS: dict[str, Callable[[Any, Any], bool]] = {
     "lte": le,
     "gt": gt,
     "gte": ge,
-    "in": lambda value, among: value in among,
-    "isnull": lambda value, wanted: (value is None) is wanted,
+    "in": lambda value, choices: value in choices,
+    "isnull": lambda value, expected: (value is None) is expected,
 }
 
 
 @dataclass(frozen=True)
-class Moment:
-    """So long from when the statement is carried out."""
+class FromNow:
+    """A time: the moment that the statement is executed, plus `delay`."""
 
     delay: timedelta = timedelta()
 
-    def __add__(self, delay: timedelta) -> "Moment":
-        return Moment(self.delay + delay)
+    def __add__(self, delay: timedelta) -> "FromNow":
+        return FromNow(self.delay + delay)
 
-    def __sub__(self, delay: timedelta) -> "Moment":
-        return Moment(self.delay - delay)
+    def __sub__(self, delay: timedelta) -> "FromNow":
+        return FromNow(self.delay - delay)
 
 
-NOW = Moment()
+NOW = FromNow()
 
 
 @dataclass(frozen=True)
 class Column:
-    """What stands in another column of the record."""
+    """The value of another column of the record."""
 
     name: str
 
 
 class Condition:
     def __and__(self, other: "Condition") -> "Condition":
-        return Every((self, other))
+        return And((self, other))
 
     def __or__(self, other: "Condition") -> "Condition":
-        return Some((self, other))
+        return Or((self, other))
 
-    def holds(self, record: Any, now: datetime) -> bool:
-        raise NotImplementedError
-
-    def given(self, record: Any, known: Collection[str]) -> "Condition":
-        """What is left to ask of a record whose `known` columns are as they are in `record`."""
+    def matches(self, record: Any, now: datetime) -> bool:
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
-class Is(Condition):
-    """A comparison as Django has it. With nothing in the column none holds, but `isnull`."""
+class Compare(Condition):
+    """A comparison with a lookup of Django's. An empty column matches `isnull` alone."""
 
     column: str
     lookup: str
     value: Any
 
-    def holds(self, record: Any, now: datetime) -> bool:
-        found, value = getattr(record, self.column), self.value
-        if isinstance(value, Moment):
+    def matches(self, record: Any, now: datetime) -> bool:
+        actual, value = getattr(record, self.column), self.value
+        if isinstance(value, FromNow):
             value = now + value.delay
         elif isinstance(value, Column):
             value = getattr(record, value.name)
-        if self.lookup != "isnull" and (found is None or value is None):
+        if self.lookup != "isnull" and (actual is None or value is None):
             return False
-        return LOOKUPS[self.lookup](found, value)
-
-    def given(self, record: Any, known: Collection[str]) -> Condition:
-        if self.column not in known:
-            return self
-        if isinstance(self.value, Moment | Column):
-            return self if getattr(record, self.column) is not None else NEVER
-        return ALWAYS if self.holds(record, datetime.max.replace(tzinfo=UTC)) else NEVER
+        return LOOKUPS[self.lookup](actual, value)
 
 
 @dataclass(frozen=True)
-class Every(Condition):
+class And(Condition):
     parts: tuple[Condition, ...]
 
-    def holds(self, record: Any, now: datetime) -> bool:
-        return all(part.holds(record, now) for part in self.parts)
-
-    def given(self, record: Any, known: Collection[str]) -> Condition:
-        parts = [part.given(record, known) for part in self.parts]
-        if NEVER in parts:
-            return NEVER
-        return Every(tuple(part for part in parts if part != ALWAYS))
+    def matches(self, record: Any, now: datetime) -> bool:
+        return all(part.matches(record, now) for part in self.parts)
 
 
 @dataclass(frozen=True)
-class Some(Condition):
+class Or(Condition):
     parts: tuple[Condition, ...]
 
-    def holds(self, record: Any, now: datetime) -> bool:
-        return any(part.holds(record, now) for part in self.parts)
-
-    def given(self, record: Any, known: Collection[str]) -> Condition:
-        parts = [part.given(record, known) for part in self.parts]
-        if ALWAYS in parts:
-            return ALWAYS
-        return Some(tuple(part for part in parts if part != NEVER))
+    def matches(self, record: Any, now: datetime) -> bool:
+        return any(part.matches(record, now) for part in self.parts)
 
 
-ALWAYS = Every(())
-NEVER = Some(())
+ALWAYS = And(())
+NEVER = Or(())

@@ -1,6 +1,6 @@
-"""The model: the OpenAI SDK against any endpoint that speaks `/chat/completions`.
+"""Calls of the model: the OpenAI SDK with any endpoint that has `/chat/completions`.
 
-Without a key and a base URL there is no model, and an echo answers (`configured()` tells).
+Without a key and a base URL there is no model, and an echo answers (see `configured()`).
 """
 
 import json
@@ -25,20 +25,20 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# One answer may not fill the memory of a worker that many runs share.
+# One answer must not fill the memory of a worker that many runs share.
 MAX_RESPONSE_BYTES = 16 * 1024 * 1024
 MAX_RETRY_AFTER_SECONDS = 15 * 60
-# More than any call takes; what is claimed beyond it must not overflow a column.
+# More than any call uses; a wrong count of the endpoint must not overflow a column.
 MAX_TOKENS = 50_000_000
 UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
-HALF_A_CHARACTER = re.compile(rb"\\u[dD][89a-fA-F]")
+HALF_SURROGATE_PAIR = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 class LLMError(Exception):
-    """A call that gave no answer. The message is safe to show to whoever asked.
+    """A call without an answer. The message is safe to show to users.
 
-    `permanent`: another try cannot succeed. `retry_after`: seconds that the endpoint asked for.
-    `code`: stable, for grouping.
+    `permanent`: a retry cannot succeed. `retry_after`: seconds that the endpoint requested. `code`:
+    stable, for grouping.
     """
 
     def __init__(
@@ -51,10 +51,10 @@ class LLMError(Exception):
 
 
 class Stopped(Exception):
-    """The caller no longer wants the answer."""
+    """The run was cancelled, or taken from this worker."""
 
 
-Cut = Callable[[], None]
+Cancel = Callable[[], None]
 
 
 @dataclass(frozen=True)
@@ -85,37 +85,37 @@ class Reply:
     usage: Usage = Usage()
 
 
-class Purse(Protocol):
-    """What calls are paid from (agents.usage.limits)."""
+class Budget(Protocol):
+    """The budget that calls are paid from (agents.usage.limits)."""
 
     def reserve(self, model: str, size: int) -> None:
-        """Set aside what a call may take that sends so many bytes. Raises `LLMError`."""
+        """Reserve the most that a call with `size` bytes of input may use. Raises `LLMError`."""
 
     def note(self, reply: Reply, *, refused: bool) -> None:
-        """What became of it. `refused`: the endpoint turned it away before it began."""
+        """Note the usage of the call. `refused`: the endpoint refused it before it started."""
 
 
-class Boundless:
+class NoBudget:
     def reserve(self, model: str, size: int) -> None: ...
 
     def note(self, reply: Reply, *, refused: bool) -> None: ...
 
 
-BOUNDLESS = Boundless()
+NO_BUDGET = NoBudget()
 
 
 @dataclass(frozen=True)
-class Control:
-    """How a call is watched: asked between chunks, as nothing can interrupt a thread."""
+class CallOptions:
+    """Limits and callbacks of a call; checked between chunks, as nothing can interrupt a thread."""
 
     deadline: float = float("inf")  # time.monotonic()
     stopped: Callable[[], bool] = lambda: False
-    # What comes, as it comes.
+    # Receives the text, piece by piece.
     text: Callable[[str], None] = lambda piece: None
-    # Who knows first that the answer is no longer wanted may cut the call meanwhile, so that it is
-    # noticed between two chunks too.
-    cutting: Callable[[Cut], AbstractContextManager[None]] = lambda cut: nullcontext()
-    purse: Purse = BOUNDLESS
+    # Receives a function that cancels the call from another thread, so that it also ends between two
+    # chunks.
+    on_cancel: Callable[[Cancel], AbstractContextManager[None]] = lambda cancel: nullcontext()
+    budget: Budget = NO_BUDGET
 
     def check(self) -> None:
         if self.stopped():
@@ -137,16 +137,16 @@ def complete(
     *,
     model: str,
     tools: list[dict[str, Any]] | None = None,
-    control: Control = Control(),
+    options: CallOptions = CallOptions(),
     reply: Reply | None = None,
 ) -> Reply:
-    """One call of `model`. `reply` is filled as the answer comes, so that a failure leaves what came.
-    Raises `LLMError`, or `Stopped` when `control` says so."""
-    control.check()
+    """Call `model` once. `reply` is filled as the answer arrives, so that a failure leaves a partial
+    answer. Raises `LLMError` and `Stopped`."""
+    options.check()
     reply = reply or Reply()
     if not configured():
         reply.text = f"Handled prompt: {messages[-1]['content']}"
-        control.text(reply.text)
+        options.text(reply.text)
         return reply
     body: dict[str, Any] = {
         "model": model,
@@ -159,7 +159,7 @@ def complete(
     if settings.AGENT_MAX_OUTPUT_TOKENS:
         body["max_completion_tokens"] = settings.AGENT_MAX_OUTPUT_TOKENS
     sent = orjson.dumps(body)
-    control.purse.reserve(model, len(sent))
+    options.budget.reserve(model, len(sent))
 
     import aiohttp
     import httpx2
@@ -167,12 +167,12 @@ def complete(
 
     lost = (openai.APIConnectionError, httpx2.HTTPError, httpx2.StreamError, aiohttp.ClientError)
     refused = False
-    answer = _Answer(control, reply)
+    answer = _Answer(options, reply)
     try:
         try:
-            transport.post(sent, answer, deadline=control.deadline, cutting=control.cutting)
+            transport.post(sent, answer, deadline=options.deadline, on_cancel=options.on_cancel)
         except lost as error:  # the SDK wraps only some of what goes wrong before the first byte
-            if not answer.is_told:
+            if not answer.is_complete:
                 raise _lost(error) from error
         return answer.end()
     except CancelledError:
@@ -183,8 +183,8 @@ def complete(
         refused = True
         raise _refusal(error, model) from error
     finally:
-        answer.keep()
-        control.purse.note(reply, refused=refused)
+        answer.store()
+        options.budget.note(reply, refused=refused)
 
 
 def warm_up() -> None:
@@ -199,7 +199,7 @@ def _lost(error: Exception) -> LLMError:
 
     if isinstance(error, openai.APITimeoutError) and error.__cause__:
         error = error.__cause__  # type: ignore[assignment]
-    # Where the endpoint hangs up before it answers, that is told as a time-out of the connection.
+    # An endpoint that hangs up before it answers appears as a time-out of the connection.
     if isinstance(error, openai.APITimeoutError | httpx2.TimeoutException) and not isinstance(
         error, httpx2.ConnectTimeout
     ):
@@ -208,68 +208,68 @@ def _lost(error: Exception) -> LLMError:
 
 
 class _Answer:
-    """What has come of an answer: server-sent events, or JSON from an endpoint that cannot stream."""
+    """The parser of an answer: server-sent events, or JSON from an endpoint that cannot stream."""
 
-    def __init__(self, control: Control, reply: Reply) -> None:
-        self.is_told = False  # all of it, whatever becomes of the connection
-        self._control = control
+    def __init__(self, options: CallOptions, reply: Reply) -> None:
+        self.is_complete = False  # even if the connection is lost afterwards
+        self._options = options
         self._reply = reply
-        self._is_whole = False
+        self._is_json = False
         self._is_finished = False
         self._size = 0
-        self._rest: list[bytes] = []  # joined once, however many chunks one line comes in
+        self._rest: list[bytes] = []  # joined once, however many chunks a line has
         self._pieces: list[str] = []
         self._calls: dict[int, dict[str, str]] = {}
 
     def begin(self, content_type: str) -> None:
-        self._is_whole = "json" in content_type
+        self._is_json = "json" in content_type
 
     def feed(self, chunk: bytes) -> None:
-        """Raises `LLMError` and `Stopped`."""
-        self._control.check()
+        """Parse some of the body. Raises `LLMError` and `Stopped`."""
+        self._options.check()
         self._size += len(chunk)
         if self._size > MAX_RESPONSE_BYTES:
             raise LLMError("The model's answer is too long.", code="too_long", permanent=True)
-        if self._is_whole or b"\n" not in chunk:
+        if self._is_json or b"\n" not in chunk:
             self._rest.append(chunk)
             return
-        *lines, left = b"".join([*self._rest, chunk]).split(b"\n")
-        self._rest = [left]
+        *lines, rest = b"".join([*self._rest, chunk]).split(b"\n")
+        self._rest = [rest]
         with _readable():
             for line in lines:
-                # What follows `[DONE]` is read as well, or the connection could not be used again.
-                if line.startswith(b"data:") and not self.is_told:
-                    self._hear(line[5:].strip())
+                # The rest after `[DONE]` is read as well, so that the connection can be reused.
+                if line.startswith(b"data:") and not self.is_complete:
+                    self._parse_event(line[5:].strip())
 
     def end(self) -> Reply:
-        """The answer, when nothing more comes. Raises `LLMError` and `Stopped`."""
+        """Return the answer, at the end of the body. Raises `LLMError` and `Stopped`."""
         with _readable():
-            if self._is_whole:
-                return _whole(_parsed(b"".join(self._rest)), self._control, self._reply)
+            if self._is_json:
+                return _whole(_parsed(b"".join(self._rest)), self._options, self._reply)
         if not self._is_finished:
-            self._control.check()
+            self._options.check()
             raise _broken_off()
         self._reply.tool_calls = [_tool_call(call) for _, call in sorted(self._calls.items())]
         return self._reply
 
-    def keep(self) -> None:
-        """Put down what has come, be it all or not."""
-        if self._is_whole:
+    def store(self) -> None:
+        """Put the text so far into the reply, complete or not."""
+        if self._is_json:
             return
         self._reply.text = "".join(self._pieces)
         if not self._is_finished and self._reply.usage == Usage():
-            # Roughly what was paid for: the end, which tells it, did not come.
+            # Roughly what was paid for: the usage comes at the end, which is missing.
             self._reply.usage = Usage(completion_tokens=len(self._pieces))
 
-    def _hear(self, data: bytes) -> None:
+    def _parse_event(self, data: bytes) -> None:
         if data == b"[DONE]":
-            self.is_told = True
+            self.is_complete = True
             return
         chunk = _parsed(data)
         if chunk.get("error"):
             if not self._is_finished:
                 raise _broken_off()
-            self.is_told = True
+            self.is_complete = True
             return
         if chunk.get("usage"):
             self._reply.usage = _usage(chunk["usage"])
@@ -277,9 +277,9 @@ class _Answer:
             delta = choice.get("delta") or {}
             if piece := storable(delta.get("content") or ""):
                 self._pieces.append(piece)
-                self._control.text(piece)
+                self._options.text(piece)
             for fragment in delta.get("tool_calls") or []:
-                _gather(self._calls, fragment)
+                _collect(self._calls, fragment)
             self._is_finished = self._is_finished or bool(choice.get("finish_reason"))
 
 
@@ -289,7 +289,7 @@ def _broken_off() -> LLMError:
 
 @contextmanager
 def _readable() -> Iterator[None]:
-    """Whatever the endpoint sent that is not the protocol: no schema is worth its cost per token."""
+    """Convert errors of unexpected shapes to `LLMError`: a schema would cost too much per token."""
     try:
         yield
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
@@ -299,24 +299,24 @@ def _readable() -> Iterator[None]:
 
 
 def _parsed(data: bytes) -> Any:
-    """JSON as endpoints write it. Some cut an answer in the middle of a character and escape its
-    halves: orjson refuses those, and the run would fail for one emoji. Raises `ValueError`."""
+    """Parse JSON of an endpoint. Some cut an answer within a character and escape the halves of its
+    surrogate pair: orjson refuses those, and the run would fail for one emoji. Raises `ValueError`."""
     try:
         return orjson.loads(data)
     except orjson.JSONDecodeError:
-        if not HALF_A_CHARACTER.search(data):
+        if not HALF_SURROGATE_PAIR.search(data):
             raise
     try:
-        return json.loads(data, parse_constant=_no_json)
+        return json.loads(data, parse_constant=_refuse_constant)
     except RecursionError as error:
         raise ValueError("too deep") from error
 
 
-def _no_json(constant: str) -> None:
+def _refuse_constant(constant: str) -> None:
     raise ValueError(f"{constant} is not JSON")
 
 
-def _whole(body: dict[str, Any], control: Control, reply: Reply) -> Reply:
+def _whole(body: dict[str, Any], options: CallOptions, reply: Reply) -> Reply:
     message = body["choices"][0]["message"]
     reply.text = storable(message.get("content") or "")
     reply.tool_calls = [
@@ -324,12 +324,12 @@ def _whole(body: dict[str, Any], control: Control, reply: Reply) -> Reply:
         for call in message.get("tool_calls") or []
     ]
     reply.usage = _usage(body.get("usage") or {})
-    control.text(reply.text)
+    options.text(reply.text)
     return reply
 
 
-def _gather(calls: dict[int, dict[str, str]], fragment: dict[str, Any]) -> None:
-    """Tool calls come in pieces: the first has the id and the name, all have parts of the arguments."""
+def _collect(calls: dict[int, dict[str, str]], fragment: dict[str, Any]) -> None:
+    """Add a piece of a tool call. The first has id and name, each some of the arguments."""
     call = calls.setdefault(fragment.get("index", 0), {"id": "", "name": "", "arguments": ""})
     function = fragment.get("function") or {}
     call["id"] = fragment.get("id") or call["id"]
@@ -360,17 +360,17 @@ def _count(usage: dict[str, Any], name: str) -> int:
 
 
 def storable(text: str) -> str:
-    """Without what no database can hold: NUL and unpaired surrogates."""
+    """Remove characters that databases cannot store: NUL and unpaired surrogates."""
     return UNSTORABLE.sub("", text)
 
 
 def _refusal(error: "openai.APIStatusError", model: str) -> LLMError:
-    """What the endpoint's own text says is logged, not shown: it may quote the key."""
+    """Convert an error of the endpoint. Its own text is not shown, as it may quote the key."""
     status = error.status_code
     logger.warning(
         "Model endpoint answered %s (code %s, type %s, request %s)",
         status,
-        *(storable(str(told))[:100] for told in (error.code, error.type, error.request_id)),
+        *(storable(str(value))[:100] for value in (error.code, error.type, error.request_id)),
     )
     if status == 429 and error.code == "insufficient_quota":
         message, code, permanent = "The server's model quota is used up.", "quota", True
@@ -395,8 +395,8 @@ def _refusal(error: "openai.APIStatusError", model: str) -> LLMError:
 
 
 def retry_after(value: str) -> float | None:
-    """Seconds from a `Retry-After` header, which is a number or a date (RFC 9110, 10.2.3). None where
-    it is absent or makes no sense; never more than fifteen minutes."""
+    """Parse a `Retry-After` header, a number of seconds or a date (RFC 9110, 10.2.3). None where it is
+    absent or invalid; at most fifteen minutes."""
     try:
         seconds = float(value)
     except ValueError:

@@ -1,4 +1,4 @@
-"""The model-and-tool loop: call the model, carry out the tools that it asks for, until it answers."""
+"""The tool loop: call the model, execute the tools that it requests, until it answers."""
 
 import logging
 import time
@@ -13,7 +13,7 @@ from agents.llm import completions
 
 logger = logging.getLogger(__name__)
 
-# Of one reply of the model; it may ask for more in the next.
+# Of one reply of the model; it may request more in the next.
 MAX_TOOL_CALLS = 32
 
 
@@ -37,24 +37,24 @@ class Watcher(Protocol):
     def step_finished(self, **data: Any) -> None: ...
 
 
-class Settled(Protocol):
+class Settleable(Protocol):
     def settle(self) -> None: ...
 
 
 @dataclass
 class Transcript:
-    """What happened so far; filled as it happens, so that a failure leaves its steps. Whoever
-    watches is told of each."""
+    """The steps of an attempt so far, filled as they happen, so that a failure leaves its steps. The
+    watcher is notified of each."""
 
     steps: list[StepRecord] = field(default_factory=list)
     watcher: Watcher | None = None
-    # What its calls were paid from.
-    purse: Settled | None = None
+    # The budget that its calls were paid from.
+    budget: Settleable | None = None
 
     def settle(self) -> None:
-        """Put right what was set aside, in the transaction that records the outcome."""
-        if self.purse:
-            self.purse.settle()
+        """Replace the reservation by the usage, in the transaction that records the outcome."""
+        if self.budget:
+            self.budget.settle()
 
     def begin(self, step: StepRecord) -> None:
         self.steps.append(step)
@@ -83,18 +83,18 @@ def run(
     model: str,
     sent: dict[str, Any],
     max_iterations: int,
-    control: completions.Control,
+    options: completions.CallOptions,
     transcript: Transcript,
 ) -> str:
-    """The model's answer to `messages`. `sent` tells in short what they are, for the first step.
+    """Return the model's answer to `messages`. `sent` describes them in the first step.
 
-    Raises `llm.LLMError`, or `llm.Stopped` when `control` says so.
+    Raises `LLMError` and `Stopped`.
     """
     messages = list(messages)
     offered = tools.offered()
     for _ in range(max_iterations):
         step = StepRecord("model", model, sent)
-        reply = _model_step(step, messages, offered, control, transcript)
+        reply = _model_step(step, messages, offered, options, transcript)
         if not reply.tool_calls and not reply.text.strip():
             raise completions.LLMError(
                 "The model gave an empty answer.", code="empty", permanent=False
@@ -104,11 +104,11 @@ def run(
         del reply.tool_calls[MAX_TOOL_CALLS:]
         messages.append(_as_message(reply))
         for call in reply.tool_calls:
-            control.check()
+            options.check()
             messages.append(_tool_step(call, transcript))
         sent = {"toolResults": [call.id for call in reply.tool_calls]}
     raise completions.LLMError(
-        f"The model used tools {max_iterations} times without coming to an answer.",
+        f"The model used tools {max_iterations} times without an answer.",
         code="too_many_iterations",
         permanent=True,
     )
@@ -118,7 +118,7 @@ def _model_step(
     step: StepRecord,
     messages: list[dict[str, Any]],
     offered: list[dict[str, Any]],
-    control: completions.Control,
+    options: completions.CallOptions,
     transcript: Transcript,
 ) -> completions.Reply:
     transcript.begin(step)
@@ -126,7 +126,7 @@ def _model_step(
     reply = completions.Reply()
     try:
         return completions.complete(
-            messages, model=step.name, tools=offered, control=control, reply=reply
+            messages, model=step.name, tools=offered, options=options, reply=reply
         )
     except completions.LLMError as error:
         step.error = str(error)
@@ -146,7 +146,7 @@ def _tool_step(call: completions.ToolCall, transcript: Transcript) -> dict[str, 
     except tools.ToolError as error:
         step.error = str(error)
     except Exception:
-        # A tool is somebody's plug-in: its failure is for the model to work around.
+        # A tool is a plug-in: its failure is for the model to work around.
         logger.exception("Tool %s failed", call.name)
         step.error = "The tool failed."
     step.duration_ms = int((time.monotonic() - started) * 1000)

@@ -1,7 +1,7 @@
-"""The way to the model endpoint: the OpenAI SDK in one event loop for all the calls of the process.
+"""The transport to the model endpoint: the OpenAI SDK in one event loop for all calls of the process.
 
-The threads of the runs wait meanwhile. One thread reads for all of them, because a thread that is woken
-for every token of its answer, to wait for all the others then, costs many times what the token does.
+The threads of the runs wait meanwhile. One thread reads for all of them: to wake a thread for every
+token of its answer costs many times as much as the token.
 """
 
 import asyncio
@@ -22,47 +22,49 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 CONNECT_SECONDS = 5.0
-# The more answers come at once, the less often each of them is looked at.
+# The more answers arrive at once, the less often each of them is read.
 REST_SECONDS_EACH = 0.0005
-LEAST_REST_SECONDS = 0.01
-MOST_REST_SECONDS = 0.1
+MIN_REST_SECONDS = 0.01
+MAX_REST_SECONDS = 0.1
 # Chunks closer than this were read together.
 TOGETHER_SECONDS = 0.002
 
 
 class Answer(Protocol):
-    """Who takes what comes, in the thread of the event loop; whatever is raised ends the call."""
+    """The receiver of an answer, in the thread of the event loop; an exception ends the call."""
 
     def begin(self, content_type: str) -> None:
-        """The endpoint accepts the call."""
+        """Take the type of the body, once the endpoint has accepted the call."""
 
     def feed(self, chunk: bytes) -> None:
-        """Some of the body, cut anywhere."""
+        """Take a piece of the body, cut anywhere."""
 
 
-Cutting = Callable[[Callable[[], None]], AbstractContextManager[None]]
+OnCancel = Callable[[Callable[[], None]], AbstractContextManager[None]]
 
 
-def post(body: bytes, answer: Answer, *, deadline: float, cutting: Cutting) -> None:
-    """Send a call of `/chat/completions` and feed `answer` to its end. `cutting` is given what ends the
-    call from any thread while it goes on. Raises what the SDK raises; `TimeoutError` at the `deadline`
-    (of `time.monotonic()`), and `concurrent.futures.CancelledError` where it was cut."""
-    _run(_post(body, answer, deadline, cutting))
+def post(body: bytes, answer: Answer, *, deadline: float, on_cancel: OnCancel) -> None:
+    """Send a call of `/chat/completions` and feed `answer` to its end.
+
+    `on_cancel` receives a function that cancels the call from any thread. Raises the SDK's errors;
+    `TimeoutError` at the `deadline` (in `time.monotonic()`), and `concurrent.futures.CancelledError`.
+    """
+    _run(_post(body, answer, deadline, on_cancel))
 
 
-async def _post(body: bytes, answer: Answer, deadline: float, cutting: Cutting) -> None:
+async def _post(body: bytes, answer: Answer, deadline: float, on_cancel: OnCancel) -> None:
     task = asyncio.create_task(_stream(body, answer))
     loop = asyncio.get_running_loop()
 
-    def cut() -> None:
+    def cancel() -> None:
         loop.call_soon_threadsafe(task.cancel)
 
-    with cutting(cut):
-        async with asyncio.timeout(_left(deadline)):
+    with on_cancel(cancel):
+        async with asyncio.timeout(_remaining(deadline)):
             await task
 
 
-def _left(deadline: float) -> float | None:
+def _remaining(deadline: float) -> float | None:
     return None if deadline == float("inf") else max(0.0, deadline - time.monotonic())
 
 
@@ -96,22 +98,22 @@ async def _stream(body: bytes, answer: Answer) -> None:
             _reading.discard(stream)
 
 
-# The answers that are coming in this process.
+# The answers that arrive in this process.
 _reading: set[object] = set()
 
 
 def rest_seconds() -> float:
-    """How long to leave an answer in its buffer: nothing unless many come at once."""
+    """Return how long to leave an answer in its buffer: 0 unless many arrive at once."""
     rest = len(_reading) * REST_SECONDS_EACH
-    return 0 if rest < LEAST_REST_SECONDS else min(rest, MOST_REST_SECONDS)
+    return 0 if rest < MIN_REST_SECONDS else min(rest, MAX_REST_SECONDS)
 
 
 _starting = threading.Lock()
 
 
 def _run(work: Coroutine[Any, Any, T], seconds: float | None = None) -> T:
-    """Have the event loop do it, and wait for it."""
-    with _starting:  # threads that all find no loop would make one each
+    """Run a coroutine in the event loop, and wait for it."""
+    with _starting:  # without it, concurrent threads would make a loop each
         loop = _loop()
     return asyncio.run_coroutine_threadsafe(work, loop).result(seconds)
 
@@ -128,10 +130,10 @@ def _loop() -> asyncio.AbstractEventLoop:
 
 def warm_up() -> None:
     """Load the SDK, so that the first call of the process need not wait for it."""
-    _run(_made())
+    _run(_make_client())
 
 
-async def _made() -> None:
+async def _make_client() -> None:
     _client()
 
 
@@ -150,12 +152,12 @@ def _client() -> "openai.AsyncOpenAI":
 
 
 def close() -> None:
-    """Close all connections. The next call makes a client as the settings are then."""
+    """Close all connections. The next call makes a client with the settings of that time."""
     with suppress(TimeoutError):
-        _run(_closed(), seconds=2)
+        _run(_close_client(), seconds=2)
 
 
-async def _closed() -> None:
+async def _close_client() -> None:
     if _client.cache_info().currsize:
         client = _client()
         _client.cache_clear()

@@ -70,7 +70,7 @@ def cost_field() -> "models.BigIntegerField[int | None, int | None]":
 
 
 # As limits.asker_of() names an account. Django takes longer to put this together than to read the run.
-IS_OF_DEACTIVATED = RawSQL(
+IS_OF_DEACTIVATED_ACCOUNT = RawSQL(
     """EXISTS(SELECT 1 FROM realm_user gone WHERE NOT gone.is_active AND (
         gone.matrix_user_id = agents_run.asker
         OR (gone.username = agents_run.asker AND gone.matrix_user_id IS NULL)))""",
@@ -80,11 +80,11 @@ IS_OF_DEACTIVATED = RawSQL(
 
 
 class RunQuerySet(models.QuerySet["Run"]):
-    def that(self, condition: Condition) -> "RunQuerySet":
+    def matching(self, condition: Condition) -> "RunQuerySet":
         return self.filter(as_q(condition))
 
     def unfinished(self) -> "RunQuerySet":
-        return self.that(states.UNFINISHED)
+        return self.matching(states.UNFINISHED)
 
     def first_of_thread(self) -> "RunQuerySet":
         """Runs with no unfinished run before them in their thread: the only ones that may go on."""
@@ -98,34 +98,40 @@ class RunQuerySet(models.QuerySet["Run"]):
         later = Run.objects.unfinished().filter(
             as_q(states.HELD), thread=OuterRef("thread"), position__gt=OuterRef("position")
         )
-        return self.that(states.CLAIMABLE).first_of_thread().filter(~Exists(later))
+        return self.matching(states.CLAIMABLE).first_of_thread().filter(~Exists(later))
 
     def overdue(self) -> "RunQuerySet":
         """Those that should have ended by now and that no worker will end."""
-        return self.that(states.OVERDUE)
+        return self.matching(states.OVERDUE)
 
-    def claimable_as_read(self, run: "Run") -> "RunQuerySet":
-        """This run, if nobody has changed its state since it was read, and if it is claimable. Says of
-        `claimable()` what is not known of the run anyway: it is asked for each run."""
-        read = self.as_read(run).that(states.claim_guard(run.state))
+    def claimable_unchanged(self, run: "Run") -> "RunQuerySet":
+        """Filter an unfinished run, if it is unchanged since it was read and claimable. A row that is
+        unchanged needs only the conditions on time of `claimable()`: each claim runs this, and the
+        whole costs 0.4 ms more."""
+        conditions: dict[str, Any] = {"due_at__lte": Now()}
+        if run.deadline_at:
+            conditions["deadline_at__gt"] = Now()
+        if run.status == Run.Status.PROCESSING:
+            conditions["lease_expires_at__lt"] = Now()
+        claimable = self.unchanged(run).filter(**conditions)
         others = Run.objects.unfinished().filter(thread=run.thread_id)
         if run.position:
-            read = read.filter(~Exists(others.filter(position__lt=run.position)))
+            claimable = claimable.filter(~Exists(others.filter(position__lt=run.position)))
         if run.retries:
-            # Only then can a later one have been begun.
-            later = others.that(states.HELD).filter(position__gt=run.position)
-            read = read.filter(~Exists(later))
-        return read
+            # Only then can a later one have started.
+            later = others.matching(states.HELD).filter(position__gt=run.position)
+            claimable = claimable.filter(~Exists(later))
+        return claimable
 
-    def untold(self) -> "RunQuerySet":
+    def undispatched(self) -> "RunQuerySet":
         """Claimable ones that no worker was told of, or not since the last one was lost."""
-        return self.claimable().that(states.UNTOLD)
+        return self.claimable().matching(states.UNDISPATCHED)
 
-    def overlooked(self) -> "RunQuerySet":
+    def dispatch_lost(self) -> "RunQuerySet":
         """Those, and the ones told so long ago that the hand-over must be lost."""
-        return self.claimable().that(states.OVERLOOKED)
+        return self.claimable().matching(states.DISPATCH_LOST)
 
-    def as_read(self, run: "Run") -> "RunQuerySet":
+    def unchanged(self, run: "Run") -> "RunQuerySet":
         """This run, if nobody has changed its state since it was read."""
         version = {name: getattr(run, name) for name in states.VERSION}
         return self.filter(pk=run.pk, **version)
@@ -146,12 +152,12 @@ class RunQuerySet(models.QuerySet["Run"]):
         times = lying.values_list("now", "since")[:SEARCHED_FOR_OLDEST]
         return max([0.0, *((now - since).total_seconds() for now, since in times)])
 
-    def with_deactivation(self) -> "RunQuerySet":
-        """With `is_of_deactivated`: True where the account that asked was deactivated since. In the
-        same statement, for each run is read before it is begun."""
-        return self.annotate(is_of_deactivated=IS_OF_DEACTIVATED)
+    def with_account_state(self) -> "RunQuerySet":
+        """Add `is_of_deactivated_account`: its user's account was deactivated since. In the same
+        statement, as each run is read before it starts."""
+        return self.annotate(is_of_deactivated_account=IS_OF_DEACTIVATED_ACCOUNT)
 
-    def clocked(self) -> list["Run"]:
+    def with_database_time(self) -> list["Run"]:
         """Read now, with what the database's clock says."""
         begun = time.monotonic()
         runs: list[Run] = [*self.annotate(database_time=Now())]
@@ -230,7 +236,7 @@ class Run(models.Model):
         default=timezone.now,
         help_text="Not to be started before. Empty once the run has ended.",
     )
-    handed_at = models.DateTimeField(
+    dispatched_at = models.DateTimeField(
         null=True, blank=True, default=timezone.now, help_text="Last told to the workers."
     )
     deadline_at = models.DateTimeField(
@@ -266,7 +272,7 @@ class Run(models.Model):
             ("requeue_run", "Can put runs that failed back into the queue"),
         ]
         indexes = [
-            # overlooked(): the queue, and no finished run. Not by status: SQLite cannot tell that a
+            # dispatch_lost(): the queue, and no finished run. Not by status: SQLite cannot tell that a
             # status given as a parameter fits the condition of an index.
             models.Index(
                 fields=["due_at"], name="run_unfinished_due", condition=Q(due_at__isnull=False)
@@ -352,13 +358,22 @@ class Run(models.Model):
     def turn(self) -> int:
         return self.position // 2
 
-    def request_payload(self, prompt: str) -> dict[str, str]:
-        """Of the event that asks for it."""
+    def request_payload(self, prompt: str) -> dict[str, Any]:
+        """Return the payload of its `agent.run.requested`."""
         return {
             "runId": self.pk,
             "threadId": self.thread_id,
             "prompt": prompt,
             "model": self.model,
+        }
+
+    def outcome_payload(self, **fields: Any) -> dict[str, Any]:
+        """Return the payload of the event of its outcome."""
+        return {
+            "requestEventId": str(self.request_event_id),
+            "runId": self.pk,
+            "threadId": self.thread_id,
+            **fields,
         }
 
     @property
@@ -368,7 +383,7 @@ class Run(models.Model):
     @property
     def why_not_retried(self) -> str:
         """A sentence; empty for a run that may be begun anew."""
-        if states.AskedAgain.guard.holds(self, self.clock()):
+        if states.Retried.guard.matches(self, self.clock()):
             return ""
         if not self.is_finished:
             return f"The run has not ended yet: it is {self.status}."
@@ -376,11 +391,11 @@ class Run(models.Model):
             return f"The run {self.merged_into_id} answers its question too: retry that one."
         return "The run has been answered."
 
-    # When it was read, by the database's clock and by `time.monotonic()`; see `RunQuerySet.clocked()`.
+    # The time of reading, by the database's clock and by `time.monotonic()`: `with_database_time()`.
     read_at: datetime | None = None
     read_at_monotonic = 0.0
-    # By with_deactivation()
-    is_of_deactivated = False
+    # By with_account_state()
+    is_of_deactivated_account = False
 
     def clock(self) -> datetime:
         """By the database's clock, which its times are told by: this process's own may be wrong."""

@@ -1,8 +1,8 @@
-"""What a bot command may fire: the table of commands, and webhooks for what other programs do.
+"""Commands of bots: functions of this project, and HTTP calls of other programs.
 
-An app adds to the table by a `commands.py` with functions under `@command("name")`; it is found by
-itself. A command is carried out by a worker, as a run, with all that a run promises: so it may be
-carried out again after a crash, and its answer is recorded once.
+An app adds commands with functions under `@command("name")` in its `commands.py`, which is loaded by
+itself. A worker executes a command as a run, with the guarantees of a run: after a crash it may be
+executed again, and its answer is recorded once.
 """
 
 import time
@@ -20,16 +20,16 @@ from realm.commands import COMMANDS, is_allowed_url
 
 
 @dataclass(frozen=True)
-class Call:
-    """One carrying out of a command. Steps that are worth seeing go into the transcript."""
+class CommandContext:
+    """One execution of a command. Steps that are worth seeing go into the transcript."""
 
     run: Run
-    control: completions.Control
+    options: completions.CallOptions
     transcript: loop.Transcript
 
 
-# The answer of a call, as Markdown. Raises `llm.LLMError`.
-Function = Callable[[Call], str]
+# Returns the answer, as Markdown. Raises `completions.LLMError`.
+Function = Callable[[CommandContext], str]
 
 
 def command(name: str) -> Callable[[Function], Function]:
@@ -42,13 +42,13 @@ def command(name: str) -> Callable[[Function], Function]:
     return register
 
 
-def carry_out(run: Run, *, control: completions.Control, transcript: loop.Transcript) -> str:
-    """The answer of a run's command. Raises `llm.LLMError`, or `llm.Stopped` when `control` says so."""
-    call = Call(run, control, transcript)
+def execute(run: Run, *, options: completions.CallOptions, transcript: loop.Transcript) -> str:
+    """Execute the command of a run and return the answer. Raises `LLMError` and `Stopped`."""
+    context = CommandContext(run, options, transcript)
     if function := COMMANDS.get(run.command):
-        return function(call)
+        return function(context)
     if is_allowed_url(run.command):
-        return _post(call)
+        return _post(context)
     raise completions.LLMError(
         f"There is no command {run.command[:200]!r} any more.",
         code="unknown_command",
@@ -57,51 +57,51 @@ def carry_out(run: Run, *, control: completions.Control, transcript: loop.Transc
 
 
 @command(CHAT_REPLY)
-def chat_reply(call: Call) -> str:
-    """The agent answers, with the thread as its memory."""
-    context = memory.context(call.run)
+def chat_reply(context: CommandContext) -> str:
+    """Answer with the model, with the thread as its memory."""
+    prompt = memory.context(context.run)
     db.release_connection()
     return loop.run(
-        context.messages,
-        model=call.run.model,
-        sent=context.sent,
+        prompt.messages,
+        model=context.run.model,
+        sent=prompt.sent,
         max_iterations=settings.AGENT_MAX_LOOP_ITERATIONS,
-        control=call.control,
-        transcript=call.transcript,
+        options=context.options,
+        transcript=context.transcript,
     )
 
 
 @command("chat.summarize")
-def chat_summarize(call: Call) -> str:
-    """Tell in short what was said in the thread so far."""
-    run = call.run
-    said = memory.shortened(
+def chat_summarize(context: CommandContext) -> str:
+    """Summarise the thread so far."""
+    run = context.run
+    earlier = memory.shortened(
         Message.objects.filter(thread_id=run.thread_id, position__lt=run.position)
     )
-    newest = said.filter(position__gt=run.thread.summary_reach).order_by("-position")
-    untold = memory.within(list(newest[: memory.CHUNK_MESSAGES]), memory.CONTEXT_CHARACTERS)[::-1]
-    if not untold and not run.thread.summary:
-        return "Nothing has been said here yet."
-    prompt = memory.summary_prompt(run.thread.summary, untold)
+    newest = earlier.filter(position__gt=run.thread.summary_reach).order_by("-position")
+    messages = memory.within(list(newest[: memory.CHUNK_MESSAGES]), memory.CONTEXT_CHARACTERS)[::-1]
+    if not messages and not run.thread.summary:
+        return "There are no messages here yet."
+    prompt = memory.summary_prompt(run.thread.summary, messages)
     db.release_connection()
     return loop.run(
         [{"role": "user", "content": prompt}],
         model=settings.CHAT_SUMMARY_MODEL or run.model,
-        sent={"messages": [str(message.pk) for message in untold]},
+        sent={"messages": [str(message.pk) for message in messages]},
         max_iterations=settings.AGENT_MAX_LOOP_ITERATIONS,
-        control=call.control,
-        transcript=call.transcript,
+        options=context.options,
+        transcript=context.transcript,
     )
 
 
 @command("ping")
-def ping(call: Call) -> str:
-    """Answers without asking a model: shows that room, worker and way back work."""
+def ping(context: CommandContext) -> str:
+    """Answer without a model: shows that the room, a worker and the way back work."""
     return "pong"
 
 
-def _post(call: Call) -> str:
-    run = call.run
+def _post(context: CommandContext) -> str:
+    run = context.run
     body = {
         "runId": run.pk,
         "threadId": run.thread_id,
@@ -110,14 +110,14 @@ def _post(call: Call) -> str:
     }
     db.release_connection()
     step = loop.StepRecord("tool", run.command[:100], body)
-    call.transcript.begin(step)
+    context.transcript.begin(step)
     started = time.monotonic()
     try:
-        step.output = http_commands.post(run.command, body, key=run.pk, control=call.control)
+        step.output = http_commands.post(run.command, body, key=run.pk, options=context.options)
     except completions.LLMError as error:
         step.error = str(error)
         raise
     finally:
         step.duration_ms = int((time.monotonic() - started) * 1000)
-        call.transcript.end(step)
+        context.transcript.end(step)
     return step.output

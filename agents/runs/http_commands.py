@@ -1,8 +1,8 @@
-"""Webhooks: an event is posted to an `https://` address, whose answer is the answer of the run.
+"""HTTP commands: a run is posted to an `https://` address, whose response is the answer of the run.
 
 The body is signed: `X-Botrealm-Signature: t=<seconds>,v1=<hex>` is the HMAC-SHA256 of `<t>.<body>`
-with AGENT_WEBHOOK_SECRET. Only hosts that AGENT_WEBHOOK_HOSTS names are called, and never at an
-address that is not public (lib/outgoing.py).
+with AGENT_WEBHOOK_SECRET. Only hosts of AGENT_WEBHOOK_HOSTS are called, and only at public addresses
+(lib/outgoing.py).
 """
 
 import hashlib
@@ -20,16 +20,16 @@ from lib import outgoing
 logger = logging.getLogger(__name__)
 
 MAX_ANSWER_BYTES = 256 * 1024
-# Where an answer has its text, in this order.
+# The keys of the text in a response, in this order.
 ANSWER_KEYS = ("reply", "output", "text", "content")
 
 
-def post(url: str, event: dict[str, Any], *, key: str, control: completions.Control) -> str:
-    """The text of the answer. `key` lets the receiver know a repetition. Raises `llm.LLMError`, or
-    `llm.Stopped` when `control` says so."""
-    control.check()
+def post(url: str, event: dict[str, Any], *, key: str, options: completions.CallOptions) -> str:
+    """Post an event and return the text of the response. `key`: the idempotency key for the receiver.
+    Raises `LLMError` and `Stopped`."""
+    options.check()
     payload = orjson.dumps(event)
-    deadline = min(control.deadline, time.monotonic() + settings.AGENT_WEBHOOK_TIMEOUT_SECONDS)
+    deadline = min(options.deadline, time.monotonic() + settings.AGENT_WEBHOOK_TIMEOUT_SECONDS)
     try:
         with outgoing.post(
             url,
@@ -38,7 +38,7 @@ def post(url: str, event: dict[str, Any], *, key: str, control: completions.Cont
             hosts=settings.AGENT_WEBHOOK_HOSTS,
             deadline=deadline,
         ) as response:
-            body = outgoing.read(response, most=MAX_ANSWER_BYTES, check=control.check)
+            body = outgoing.read(response, most=MAX_ANSWER_BYTES, check=options.check)
             return _text(response.status, body)
     except outgoing.Forbidden as error:
         raise _refused(str(error), "webhook_forbidden") from None

@@ -1,8 +1,7 @@
-"""Leases: what this process has claimed, and the heartbeat that keeps it.
+"""Leases on the runs of this process, and the heartbeat that renews them.
 
-One thread renews the leases of all runs of the process with one statement. A run that is no longer
-held (somebody else claimed it, or it was cancelled) is marked, and its thread gives up at the next
-chunk of the answer.
+One thread renews the leases of all runs of the process with one statement. The lease of a run that was
+cancelled or claimed by another worker is revoked, and its thread stops at the next chunk of the answer.
 """
 
 import logging
@@ -29,8 +28,8 @@ _BIRTH = secrets.token_hex(3)
 
 
 def worker_name() -> str:
-    """Who claims: not the consumer's name, which an operator may give to two processes. Containers
-    may share a host's name and each have a process 1."""
+    """Return the name of this process in claims. The consumer's name will not do, as an operator may
+    give it to two processes; nor host and pid alone, as containers may share a host's name."""
     return f"{socket.gethostname()}:{os.getpid()}:{_BIRTH}"
 
 
@@ -46,80 +45,80 @@ class Lease:
     def __init__(self, run: Run) -> None:
         self.run_id = run.pk
         self.attempt = run.attempt
-        self._lost = threading.Event()
+        self._revoked = threading.Event()
         self._lock = threading.Lock()
-        self._cut: Callable[[], None] | None = None
+        self._cancel: Callable[[], None] | None = None
 
-    def lost(self) -> bool:
-        return self._lost.is_set()
+    def is_revoked(self) -> bool:
+        return self._revoked.is_set()
 
-    def lose(self) -> None:
+    def revoke(self) -> None:
         with self._lock:
-            self._lost.set()
-            if self._cut:
-                self._cut()
+            self._revoked.set()
+            if self._cancel:
+                self._cancel()
 
     @contextmanager
-    def cutting(self, cut: Callable[[], None]) -> Iterator[None]:
-        """Have `cut` called when the lease is lost meanwhile: the run's thread may be waiting for
-        somebody who has nothing to say."""
+    def on_cancel(self, cancel: Callable[[], None]) -> Iterator[None]:
+        """Call `cancel` if the lease is revoked during the block: the run's thread may be waiting for a
+        model that sends nothing."""
         with self._lock:
-            self._cut = cut
-            if self.lost():
-                cut()
+            self._cancel = cancel
+            if self.is_revoked():
+                cancel()
         try:
             yield
         finally:
             with self._lock:
-                self._cut = None
+                self._cancel = None
 
 
 class Heartbeat:
     def __init__(self) -> None:
         self._leases: set[Lease] = set()
-        self.last_put_down: datetime | None = None
+        self.last_released_at: datetime | None = None
         self._lock = threading.Lock()
-        self._wanted = threading.Event()
+        self._has_leases = threading.Event()
         self._thread: threading.Thread | None = None
 
     @contextmanager
     def hold(self, run: Run) -> Iterator[Lease]:
-        """Keep the lease of a run just claimed for as long as the block runs."""
+        """Renew the lease of a run just claimed during the block."""
         lease = Lease(run)
         with self._lock:
             self._leases.add(lease)
             if self._thread is None or not self._thread.is_alive():
                 self._thread = threading.Thread(target=self._beat, name="leases", daemon=True)
                 self._thread.start()
-        self._wanted.set()
+        self._has_leases.set()
         try:
             yield lease
         finally:
             with self._lock:
                 self._leases.discard(lease)
-                self.last_put_down = timezone.now()
+                self.last_released_at = timezone.now()
 
     def in_hand(self) -> int:
-        """How many runs this process holds."""
+        """Return the number of runs that this process holds."""
         return len(self._leases)
 
-    def lose_all(self) -> None:
-        """Have every thread that holds a run give it up at its next chunk."""
+    def revoke_all(self) -> None:
+        """Stop every thread that holds a run at its next chunk."""
         with self._lock:
             leases = set(self._leases)
         for lease in leases:
-            lease.lose()
+            lease.revoke()
 
     def _beat(self) -> None:
         pause = threading.Event()
         while True:
-            self._wanted.wait()
+            self._has_leases.wait()
             pause.wait(settings.AGENT_LEASE_SECONDS / 4)
             try:
                 self.renew()
             except Exception:
-                # Whatever it is, the next beat may come through. A lease that lapses meanwhile costs
-                # a repeated call, never a second outcome.
+                # Of any kind: the next beat may succeed. A lease that lapses meanwhile costs a
+                # repeated call, never a second outcome.
                 logger.exception("Leases were not renewed")
                 connection.close()
 
@@ -127,7 +126,7 @@ class Heartbeat:
         with self._lock:
             leases = set(self._leases)
             if not leases:
-                self._wanted.clear()
+                self._has_leases.clear()
                 return
         held = Run.objects.held_by(worker_name()).filter(pk__in={lease.run_id for lease in leases})
         with transaction.atomic():
@@ -137,7 +136,7 @@ class Heartbeat:
             still = set(held.values_list("pk", "attempt"))
             for lease in leases:
                 if (lease.run_id, lease.attempt) not in still:
-                    lease.lose()
+                    lease.revoke()
         connection.close_if_unusable_or_obsolete()
 
 

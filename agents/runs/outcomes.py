@@ -1,15 +1,15 @@
-"""What comes of an attempt, written down: an answer, a failure, another try, or that it was too late.
+"""Record how an attempt ended: answered, failed, retried or fenced.
 
-Every change is one conditional UPDATE that names the attempt it comes from: who has lost the run
-changes nothing.
+Every change is one conditional UPDATE that names the attempt, so a worker that has lost the run changes
+nothing.
 """
 
 import logging
 import random
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from datetime import datetime, timedelta
-from functools import partial
 from typing import Any, cast
 
 import structlog
@@ -17,40 +17,41 @@ from django.db import connection, transaction
 from django.db.models.functions import Now
 from django.utils import timezone
 
-from agents.events import hooks, stream
+from agents.events.log import emit_event
 from agents.lifecycle import states
 from agents.lifecycle.sql import as_columns
 from agents.llm import completions, loop
-from agents.models import OVERDUE, Attempt, Event, Run, Step
+from agents.models import OVERDUE, Attempt, Run, Step
 from agents.runs import leases, memory
 from agents.usage import prices
 from chat.models import Message, Thread
 from lib.db import TRANSIENT_ERRORS
+from lib.tracing import tagged
 
 logger = logging.getLogger(__name__)
 lines = structlog.get_logger(__name__)
 
-NOTHING = loop.Transcript()
-# What an attempt's own worker writes of it, once.
+EMPTY = loop.Transcript()
+# The results that an attempt's own worker writes, once.
 RECORDED = (Attempt.Result.COMPLETED, Attempt.Result.FAILED, Attempt.Result.RETRIED)
-# The answer is in memory and paid for: its transaction is tried again over this long.
+# The answer is in memory and paid for: its transaction is retried for this long.
 RECORD_PATIENCE_SECONDS = 30.0
 
 
-def change_of(run: Run, event: states.Event) -> states.Change:
-    """What becomes of the run by the rules, as it was read."""
-    return event.change(run.state, run.clock(), leases.rules())
+def transition(run: Run, transition: states.Transition) -> states.Change:
+    """Return the effect of a transition on the run as it was read."""
+    return transition.change(run.state, run.clock(), leases.rules())
 
 
 def overdue() -> completions.LLMError:
-    """The failure of a run that was given up for its deadline."""
+    """Return the error of a run that is past its deadline."""
     return completions.LLMError(
-        "There was no answer in the time that was given for it.", code=OVERDUE, permanent=True
+        "There was no answer before the deadline.", code=OVERDUE, permanent=True
     )
 
 
-def persist(record: Callable[[], bool]) -> bool:
-    """Carry out a transaction that must not be lost to a passing trouble of the database."""
+def with_database_retry(record: Callable[[], bool]) -> bool:
+    """Execute a transaction, again for a while if the database is unavailable: it must not be lost."""
     give_up = time.monotonic() + RECORD_PATIENCE_SECONDS
     pause = 0.1
     while True:
@@ -59,14 +60,14 @@ def persist(record: Callable[[], bool]) -> bool:
         except TRANSIENT_ERRORS as error:
             if time.monotonic() + pause > give_up or connection.in_atomic_block:
                 raise
-            logger.warning("The outcome was not recorded, trying again: %s", error)
+            logger.warning("The outcome was not recorded, retrying: %s", error)
             connection.close()
             time.sleep(pause)
             pause = min(pause * 2, 5)
 
 
 def complete(run: Run, answer: str, transcript: loop.Transcript) -> bool:
-    """Record an answer. True when a summary of its thread is due."""
+    """Record an answer. Return True when a summary of its thread is due."""
     message = Message(
         thread_id=run.thread_id,
         position=run.position + 1,
@@ -79,7 +80,7 @@ def complete(run: Run, answer: str, transcript: loop.Transcript) -> bool:
         summary_due = memory.note_answer(run)
         won = _finish(
             run,
-            change_of(run, states.Answered(run.attempt)),
+            transition(run, states.Answered(run.attempt)),
             transcript,
             payload={"output": answer},
             in_thread=True,
@@ -90,25 +91,25 @@ def complete(run: Run, answer: str, transcript: loop.Transcript) -> bool:
         else:
             transaction.set_rollback(True)
     if not won:
-        _mark_fenced(run)  # which was rolled back with the rest
+        _mark_fenced(run)  # the rollback undid the first mark
         return False
-    tell(run, Run.Status.COMPLETED, transcript)
+    log_outcome(run, Run.Status.COMPLETED, transcript)
     return summary_due
 
 
 def fail_or_retry(run: Run, error: completions.LLMError, transcript: loop.Transcript) -> bool:
-    """Record a failure, or put the run back for another attempt. Always False."""
+    """Record a failure, or schedule another attempt. Return False always."""
     if states.out_of_time(run.state, run.clock()):
         error = overdue()
     failed = states.Failed(
         run.attempt,
         permanent=error.permanent,
         retry_after=timedelta(seconds=error.retry_after or 0),
-        luck=random.random(),  # noqa: S311
+        jitter=random.random(),  # noqa: S311
     )
-    change = change_of(run, failed)
-    if change.told is None:
-        return _put_back(run, change, error, transcript)
+    change = transition(run, failed)
+    if change.event is None:
+        return _reschedule(run, change, error, transcript)
     with transaction.atomic():
         won = _finish(
             run,
@@ -120,23 +121,23 @@ def fail_or_retry(run: Run, error: completions.LLMError, transcript: loop.Transc
             error_code=error.code,
         )
     if not won:
-        return keep_partial(run, transcript)
-    tell(run, Run.Status.FAILED, transcript, error_code=error.code)
+        return record_partial(run, transcript)
+    log_outcome(run, Run.Status.FAILED, transcript, error_code=error.code)
     return False
 
 
-def _put_back(
+def _reschedule(
     run: Run, change: states.Change, error: completions.LLMError, transcript: loop.Transcript
 ) -> bool:
-    """Put the run back; the sweep hands it over again when it is due."""
+    """Queue the run for another attempt; the sweep dispatches it when it is due."""
     with transaction.atomic():
         won = fenced(run, change, **_spent(run, transcript))
         if won:
-            end_attempt(run, change.ended, transcript, str(error), error.code)
+            end_attempt(run, change.result, transcript, str(error), error.code)
             transcript.settle()
     if won:
         pause = change.columns["due_at"].delay.total_seconds()
-        logger.info("Run will be tried again in %.1f s: %s", pause, error)
+        logger.info("Run will be retried in %.1f s: %s", pause, error)
     return False
 
 
@@ -150,39 +151,39 @@ def _finish(
     in_thread: bool = False,
     **columns: Any,
 ) -> bool:
-    """Write the outcome of an attempt, its event included. False when this worker lost the run."""
+    """Write the outcome of an attempt with its event. Return False when this worker lost the run."""
     columns |= {"finished_at": timezone.now(), **_spent(run, transcript)}
     if not fenced(run, change, in_thread=in_thread, **columns):
         return False
-    end_attempt(run, change.ended, transcript, error, columns.get("error_code", ""))
+    end_attempt(run, change.result, transcript, error, columns.get("error_code", ""))
     transcript.settle()
-    announce(run, change.told, payload)
+    emit_event(run, change.event, run.outcome_payload(**payload))
     return True
 
 
 def fenced(run: Run, change: states.Change, *, in_thread: bool = False, **columns: Any) -> bool:
     """Change the run if the claim still stands: the attempt's number is the fence. `in_thread`: lock
-    its thread before it, as a message of the thread is written with it."""
-    claimed = Run.objects.filter(pk=run.pk).that(states.OfAttempt(run.attempt).guard)
+    its thread first, as a message of the thread is written with it."""
+    claimed = Run.objects.filter(pk=run.pk).matching(states.AttemptTransition(run.attempt).guard)
     if in_thread and connection.features.has_select_for_update:
-        # In the same statement: the condition is looked at before the row is locked.
+        # In the same statement: the condition is checked before the row is locked.
         thread = Thread.objects.filter(pk=run.thread_id).select_for_update(no_key=True)
         claimed = claimed.filter(thread__in=thread.values("pk"))
     if claimed.update(updated_at=timezone.now(), **as_columns(change), **columns):
         return True
     if _mark_fenced(run):
-        logger.warning("Outcome thrown away: this worker no longer holds the run (fenced)")
+        logger.warning("Outcome discarded: this worker no longer holds the run (fenced)")
     return False
 
 
 def _mark_fenced(run: Run) -> bool:
     attempt = Attempt.objects.filter(run=run.pk, number=run.attempt)
-    # Its own outcome stands there where the database was lost just after it had been recorded.
+    # Its own outcome is there if the connection was lost just after it had been committed.
     return bool(attempt.exclude(result__in=RECORDED).update(fenced_at=Now()))
 
 
 def _spent(run: Run, transcript: loop.Transcript) -> dict[str, Any]:
-    """The tokens of all attempts: nobody else has changed them since this one was claimed."""
+    """Return the tokens and the cost of all attempts; only the holder of the claim changes them."""
     usage = transcript.usage
     return {
         "prompt_tokens": run.prompt_tokens + usage.prompt_tokens,
@@ -198,11 +199,11 @@ def _costs(transcript: loop.Transcript) -> list[int | None]:
 def end_attempt(
     run: Run,
     result: states.Result | None,
-    transcript: loop.Transcript = NOTHING,
+    transcript: loop.Transcript = EMPTY,
     error: str = "",
     code: str = "",
 ) -> None:
-    """Record the attempt that `run` stands in, with its steps; nothing where it stands in none."""
+    """Record the present attempt of `run` with its steps; nothing without a `result`."""
     if result is None:
         return
     Attempt.objects.create(
@@ -215,11 +216,11 @@ def end_attempt(
         started_at=cast("datetime", run.claimed_at),
         **_sums(transcript),
     )
-    _keep_steps(run, transcript)
+    _record_steps(run, transcript)
 
 
 def _sums(transcript: loop.Transcript) -> dict[str, int | None]:
-    """What the calls of an attempt come to, in the columns of `Attempt`."""
+    """Add up the calls of an attempt, in the columns of `Attempt`."""
     return {
         "prompt_tokens": transcript.usage.prompt_tokens,
         "completion_tokens": transcript.usage.completion_tokens,
@@ -228,7 +229,7 @@ def _sums(transcript: loop.Transcript) -> dict[str, int | None]:
     }
 
 
-def _keep_steps(run: Run, transcript: loop.Transcript) -> None:
+def _record_steps(run: Run, transcript: loop.Transcript) -> None:
     Step.objects.bulk_create(
         Step(
             run=run,
@@ -249,9 +250,9 @@ def _keep_steps(run: Run, transcript: loop.Transcript) -> None:
     )
 
 
-def keep_partial(run: Run, transcript: loop.Transcript) -> bool:
-    """What an attempt had come to when somebody else ended its run: the text so far is its last
-    step's output, and its tokens were paid for. Of a run that another worker has, nothing is kept."""
+def record_partial(run: Run, transcript: loop.Transcript) -> bool:
+    """Record the steps of an attempt whose run was ended from outside: the text so far is the output of
+    the last step, and its tokens were paid for. Nothing is recorded if another worker has the run."""
     with transaction.atomic():
         ended = Run.objects.filter(
             pk=run.pk,
@@ -261,46 +262,36 @@ def keep_partial(run: Run, transcript: loop.Transcript) -> bool:
         if not ended.update(updated_at=timezone.now()):
             return False
         if run.steps.filter(attempt=run.attempt).exists():
-            return False  # it was recorded, and only the word of it was lost
+            return False  # it was recorded, and only the database's reply was lost
         ended.update(**_spent(run, transcript))
         Attempt.objects.filter(run=run, number=run.attempt).update(**_sums(transcript))
-        _keep_steps(run, transcript)
+        _record_steps(run, transcript)
     return False
 
 
-def announce(
-    run: Run, told: states.Told | None, payload: dict[str, Any], *, to_count: bool | None = None
-) -> None:
-    """Write an event of a run, and add it to the stream after the commit. `to_count` for an outcome
-    that no attempt is counted for."""
-    if told is None:
-        return
-    event = Event.objects.create(
-        run=run,
-        type=Event.Type(told),
+def log_context(run: Run) -> AbstractContextManager[None]:
+    """Bind a run to the log lines of a block."""
+    return tagged(
+        run=run.pk,
+        thread=run.thread_id,
+        request_id=run.request_id,
         correlation_id=run.correlation_id,
-        to_count=to_count,
-        to_deliver=hooks.needs_delivery(Event.Type(told)),
-        payload={
-            "requestEventId": str(run.request_event_id),
-            "runId": run.pk,
-            "threadId": run.thread_id,
-            **payload,
-        },
+        attempt=run.attempt,
+        model=run.model,
+        source=run.source,
     )
-    transaction.on_commit(partial(stream.publish, [event.as_entry()]), robust=True)
 
 
-def tell(
-    run: Run, status: Run.Status, transcript: loop.Transcript = NOTHING, error_code: str = ""
+def log_outcome(
+    run: Run, status: Run.Status, transcript: loop.Transcript = EMPTY, error_code: str = ""
 ) -> None:
-    """The one line about a run that has ended; what it is about is bound already."""
+    """Log the one line of a run that has ended, within its `log_context()`."""
     calls = [step.duration_ms for step in transcript.steps if step.kind == Step.Kind.MODEL]
-    begun = run.started_at or run.clock()
+    started = run.started_at or run.clock()
     lines.info(
         f"Run {status.value}",
         status=status.value,
-        queue_ms=_milliseconds(begun - run.created_at),
+        queue_ms=_milliseconds(started - run.created_at),
         model_ms=sum(calls),
         total_ms=_milliseconds(run.clock() - run.created_at),
         **_spent(run, transcript),

@@ -375,7 +375,7 @@ def _ms(start: datetime, end: datetime) -> int:
 
 
 # The worker of an attempt that was cut off tells a moment later what it had come to
-# (outcomes.keep_partial).
+# (outcomes.record_partial).
 PARTIAL_PATIENCE = timedelta(seconds=5)
 _last_run = Run.objects.filter(thread=OuterRef("thread")).order_by("-position")
 SOURCES = [

@@ -42,7 +42,7 @@ from agents.events import publisher, stream
 from agents.events.schema import MalformedEvent, ParsedEvent
 from agents.llm import completions
 from agents.models import DeletedRun, Event, Run
-from agents.runs import execution, fairness, memory
+from agents.runs import actions, execution, fairness, memory
 from agents.usage import limits, rollups
 from agents.worker import dispatch, presence
 from agents.worker.maintenance import CHORES
@@ -222,7 +222,7 @@ class Keeper:
         raises like `Reader.read()`."""
         self.reader.mark_published()
         # By each worker, and without Redis too: nobody else ends these.
-        execution.end_overdue()
+        actions.expire_overdue()
         if not stream.acquire_leadership(self.reader.name):
             return
         failure: Exception | None = None
@@ -255,7 +255,7 @@ def sweep_runs() -> int:
     free = dispatch.room()
     if not free:
         return 0
-    if handed := dispatch.hand_over_fairly(Run.objects.overlooked(), free):
+    if handed := dispatch.hand_over_fairly(Run.objects.dispatch_lost(), free):
         logger.info("Handed over %d runs that were due and not being worked on", handed)
     return handed
 
@@ -346,7 +346,7 @@ class Leaving(threading.Thread):
         self.told.wait()
         time.sleep(settings.WORKER_GRACE_SECONDS)
         try:
-            if returned := execution.hand_back():
+            if returned := execution.release_runs():
                 logger.info("Handed back %d runs that took longer than the grace", returned)
         except db.DATABASE_ERRORS:
             logger.exception("The runs were not handed back: they wait for their leases to lapse")

@@ -77,7 +77,7 @@ class Turns:
         if run_ids:
             with transaction.atomic():
                 asked = Run.objects.filter(pk__in=run_ids, status=Run.Status.QUEUED)
-                db.in_order(asked, *ORDER).update(handed_at=None)
+                db.in_order(asked, *ORDER).update(dispatched_at=None)
             fairness.left.set()
         ran_empty = self._found_enough and not waiting
         is_short = waiting <= max(least(), self._ahead) // 2
@@ -92,7 +92,7 @@ class Turns:
         self._ahead = max(least(), self._ahead)
         free = self._ahead - waiting
         started = time.monotonic()
-        self._found_enough = hand_over_fairly(Run.objects.untold(), free) == free
+        self._found_enough = hand_over_fairly(Run.objects.undispatched(), free) == free
         now = time.monotonic()
         self._look_at = now + (now - started) / LOOKING
 
@@ -123,11 +123,11 @@ def _mark_and_hand_over(run_ids: list[str]) -> None:
         return
     marked = Run.objects.filter(pk__in=run_ids)
     with transaction.atomic():
-        db.in_order(marked, *ORDER).update(handed_at=Now())
+        db.in_order(marked, *ORDER).update(dispatched_at=Now())
     try:
         hand_over(run_ids)
     except BrokerError:
         with transaction.atomic():
             queued = marked.filter(status=Run.Status.QUEUED)
-            db.in_order(queued, *ORDER).update(handed_at=None)
+            db.in_order(queued, *ORDER).update(dispatched_at=None)
         raise

@@ -47,7 +47,7 @@ class Presence:
             "beat_at": Now(),
             "read_at": None if self._read is None else Now() - _since(self._read),
             "runs_in_hand": heartbeat.in_hand(),
-            "last_finished_at": heartbeat.last_put_down,
+            "last_finished_at": heartbeat.last_released_at,
             "is_draining": self.is_draining,
         }
         mine = Worker.objects.filter(worker=leases.worker_name())

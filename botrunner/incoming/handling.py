@@ -17,7 +17,7 @@ from django.utils import timezone
 
 from agents import inbox, retention
 from agents.models import CHAT_REPLY, Run
-from agents.runs import execution
+from agents.runs import actions
 from botrunner.incoming.matching import (
     CANCEL_ALL,
     SENDER_DEACTIVATED,
@@ -283,7 +283,7 @@ def _take_back(event: RoomEvent, said: TimelineEvent) -> str:
         if _answers_others(reply):
             continue
         if reply.run:
-            execution.cancel(reply.run)
+            actions.cancel(reply.run)
         if reply.drafted_at:
             continue  # what is in the room already is brought to its end
         reply.status, reply.error = Reply.Status.DROPPED, "The question was taken back."
@@ -322,7 +322,7 @@ def _cancel(event: RoomEvent, said: TimelineEvent, me: str, moderates: bool | No
         asked = asked.filter(question__sender=said.sender)
         shared = {reply.pk for reply in asked if _answers_others(reply)}
     cancelled = [
-        execution.cancel(reply.run) for reply in asked if reply.run and reply.pk not in shared
+        actions.cancel(reply.run) for reply in asked if reply.run and reply.pk not in shared
     ]
     if any(cancelled):
         return ""

@@ -19,7 +19,7 @@ from agents import inbox, retention
 from agents.events import stream
 from agents.llm import completions
 from agents.models import Run
-from agents.runs import execution
+from agents.runs import actions
 from chat.api import streams
 from chat.api.serializers import MessageRequestSerializer, ThreadChangeSerializer
 from chat.models import Message, Thread, page_of
@@ -207,7 +207,7 @@ class RunCancelView(ChatView):
     def post(self, request: Request, run_id: str) -> Response:
         """End a run: 202; 409 when it has ended already."""
         run = self.run_to_steer(run_id)
-        if not execution.cancel(run):
+        if not actions.cancel(run):
             # 404 where it is gone
             raise Conflict(f"The run has ended already: it is {self.run(run_id).status}.")
         return Response({"ok": True, "run": run_json(self.run(run_id))}, status=202)

@@ -11,8 +11,9 @@ from django.utils import timezone
 from unfold.decorators import action, display
 from unfold.enums import ActionVariant
 
+from agents.events.log import republish
 from agents.models import Event, Limit, Price, Rollup, Run, Summary
-from agents.runs import execution
+from agents.runs import actions
 from agents.usage import prices
 from chat.models import Thread
 from console import audit, bulk, dead_letters, trace
@@ -138,7 +139,7 @@ class RunAdmin(ReasonMixin, DetailPageMixin, MaskedBodiesMixin, ReadOnlyAdmin):
         ),
     )
     def cancel(self, request: HttpRequest, form: Any, object_id: str) -> HttpResponse:
-        return self.perform(request, form, object_id, audit.Action.CANCEL, execution.cancel)
+        return self.perform(request, form, object_id, audit.Action.CANCEL, actions.cancel)
 
     @action(
         description="Retry",
@@ -154,7 +155,7 @@ class RunAdmin(ReasonMixin, DetailPageMixin, MaskedBodiesMixin, ReadOnlyAdmin):
         ),
     )
     def retry(self, request: HttpRequest, form: Any, object_id: str) -> HttpResponse:
-        return self.perform(request, form, object_id, audit.Action.RETRY, execution.retry)
+        return self.perform(request, form, object_id, audit.Action.RETRY, actions.retry)
 
     @action(
         description="Requeue",
@@ -169,7 +170,7 @@ class RunAdmin(ReasonMixin, DetailPageMixin, MaskedBodiesMixin, ReadOnlyAdmin):
         ),
     )
     def requeue(self, request: HttpRequest, form: Any, object_id: str) -> HttpResponse:
-        return self.perform(request, form, object_id, audit.Action.REQUEUE, execution.requeue)
+        return self.perform(request, form, object_id, audit.Action.REQUEUE, actions.requeue)
 
 
 @admin.register(Event)
@@ -217,7 +218,7 @@ class EventAdmin(ReasonMixin, MaskedBodiesMixin, ReadOnlyAdmin):
     )
     def replay(self, request: HttpRequest, form: Any, object_id: str) -> HttpResponse:
         def replay(event: Event) -> bool:
-            return bool(execution.tell_again(Event.objects.filter(pk=event.pk)))
+            return bool(republish(Event.objects.filter(pk=event.pk)))
 
         return self.perform(request, form, object_id, audit.Action.REPLAY, replay)
 
@@ -270,7 +271,7 @@ for bulk_action in (
         model=Run,
         title="Cancel",
         action=audit.Action.CANCEL,
-        perform=execution.cancel,
+        perform=actions.cancel,
         explanation="Finished runs stay unchanged.",
         order="created_at",
     ),
@@ -279,7 +280,7 @@ for bulk_action in (
         model=Run,
         title="Retry",
         action=audit.Action.RETRY,
-        perform=execution.retry,
+        perform=actions.retry,
         explanation="Failed and cancelled runs start over, each at its place in its thread. Other runs "
         "stay unchanged.",
         order="created_at",
@@ -289,7 +290,7 @@ for bulk_action in (
         model=Run,
         title="Requeue",
         action=audit.Action.REQUEUE,
-        perform=execution.requeue,
+        perform=actions.requeue,
         explanation="Queued and active runs start over at once; a worker still running one loses its "
         "lease. Finished runs stay unchanged.",
         order="created_at",

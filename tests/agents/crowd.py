@@ -17,7 +17,7 @@ from rest_framework.test import APIClient
 from agents import retention
 from agents.llm import completions, loop
 from agents.models import Event, Run
-from agents.runs import execution, leases, outcomes
+from agents.runs import actions, execution, leases, outcomes
 from agents.usage import rollups
 from agents.worker import dispatch
 from chat.models import Thread
@@ -194,14 +194,14 @@ class Member:
         what = self.luck.randrange(5)
         if what == 0:
             error = completions.LLMError("It failed.", code="server_error", permanent=True)
-            outcomes.persist(lambda: outcomes.fail_or_retry(run, error, transcript))
+            outcomes.with_database_retry(lambda: outcomes.fail_or_retry(run, error, transcript))
         elif what == 1:
             error = completions.LLMError("It failed.", code="server_error", permanent=False)
-            outcomes.persist(lambda: outcomes.fail_or_retry(run, error, transcript))
+            outcomes.with_database_retry(lambda: outcomes.fail_or_retry(run, error, transcript))
         elif what == 2:
-            outcomes.persist(lambda: outcomes.keep_partial(run, transcript))
+            outcomes.with_database_retry(lambda: outcomes.record_partial(run, transcript))
         else:
-            outcomes.persist(lambda: outcomes.complete(run, "Hello too", transcript))
+            outcomes.with_database_retry(lambda: outcomes.complete(run, "Hello too", transcript))
 
     def bulk(self) -> None:
         request = RequestFactory().get("/")
@@ -229,7 +229,7 @@ class Member:
         if what == 0:
             rollups.fold()
         elif what == 1:
-            execution.end_overdue()
+            actions.expire_overdue()
         elif what == 2:
             leases.heartbeat().renew()
         elif what == 3:

@@ -1,16 +1,46 @@
-"""Threads, workers, a stream and a broker in memory, around the life of a run as
-agents.lifecycle.states tells it; with what must be true of them at any time."""
+"""A model of threads, workers, a stream and a broker in memory, around the transitions of
+agents.lifecycle.states; and the invariants of it."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 from agents.lifecycle import states
-from agents.lifecycle.states import Event, Result, State, Status, Told
+from agents.lifecycle.conditions import NOW, FromNow
+from agents.lifecycle.states import Change, EventType, Result, State, Status, Transition
 
 RULES = states.Rules(max_attempts=2, lease=timedelta(seconds=10), time=timedelta(seconds=120))
 RELAY_PATIENCE = timedelta(seconds=5)
+
+
+def after(run: State, change: Change, now: datetime) -> State:
+    """Return the state after a change, by the clock of the records."""
+    columns: dict[str, Any] = {
+        name: now + value.delay if isinstance(value, FromNow) else value
+        for name, value in change.columns.items()
+    }
+    return replace(run, **columns)
+
+
+def in_turn(run: State, others: Iterable[State], now: datetime) -> bool:
+    """Return whether it is the run's turn in its thread, as `RunQuerySet.claimable()` has it."""
+    return not any(
+        states.UNFINISHED.matches(other, now)
+        if other.position < run.position
+        else states.HELD.matches(other, now)
+        for other in others
+        if other.position != run.position
+    )
+
+
+@dataclass(frozen=True)
+class Renewed(states.AttemptTransition):
+    """The heartbeat of its worker, as `leases.Heartbeat.renew()` writes it."""
+
+    def change(self, run: State, now: datetime, rules: states.Rules) -> Change:
+        return Change({"lease_expires_at": NOW + rules.lease})
 
 
 @dataclass
@@ -18,7 +48,7 @@ class Entry:
     """An event that was written; on the stream as often as it was added."""
 
     run: str
-    told: Told
+    type: EventType
     at: datetime
     published: bool = False
 
@@ -40,11 +70,11 @@ class World:
     stream: list[Entry] = field(default_factory=list)
     broker: list[str] = field(default_factory=list)
 
-    # What no part of the system knows, for the checks.
+    # For the checks; no part of the system knows it.
     touched: set[str] = field(default_factory=set)
     thread_of: dict[str, int] = field(default_factory=dict)
     time: int = 0
-    asked_again: dict[str, int] = field(default_factory=dict)
+    retried: dict[str, int] = field(default_factory=dict)
     claimed: dict[tuple[str, int], int] = field(default_factory=dict)
     results: dict[str, dict[int, Result]] = field(default_factory=lambda: defaultdict(dict))
     outcomes: Counter[tuple[str, int]] = field(default_factory=Counter)
@@ -57,50 +87,48 @@ class World:
     def others(self, run: str) -> Iterator[State]:
         return (self.runs[other] for other in self.threads[self.thread_of[run]])
 
-    def write(self, run: str, event: Event, read: State, now: datetime | None = None) -> bool:
-        """One conditional UPDATE, by whoever has read the run at some time before."""
-        current, told_now = self.runs[run], now or self.now
-        if isinstance(event, states.OfAttempt):
-            allowed = event.guard.holds(current, self.now)
-        else:
-            same = all(getattr(current, name) == getattr(read, name) for name in states.VERSION)
-            guard = event.guard
-            if isinstance(event, states.Claimed):
-                guard = states.claim_guard(read)
-                same = same and states.in_turn(current, self.others(run), self.now)
-            allowed = same and guard.holds(current, self.now)
+    def write(
+        self, run: str, transition: Transition, read: State, now: datetime | None = None
+    ) -> bool:
+        """One conditional UPDATE, by a process that has read the run at some time before."""
+        current = self.runs[run]
+        allowed = transition.guard.matches(current, self.now)
+        if not isinstance(transition, states.AttemptTransition):
+            allowed &= all(getattr(current, name) == getattr(read, name) for name in states.VERSION)
+        if isinstance(transition, states.Claimed):
+            allowed = allowed and in_turn(current, self.others(run), self.now)
         if not allowed:
             return False
         self.touched.add(run)
-        change = event.change(read, told_now, RULES)
-        self.runs[run] = after = current.after(change, self.now)
-        if change.ended:
-            self._note_end(run, read.attempt, change.ended)
-        if change.told:
-            self._tell(run, change.told)
-            if change.told != Told.REQUESTED:
-                self._note_outcome(run, after)
+        change = transition.change(read, now or self.now, RULES)
+        self.runs[run] = after(current, change, self.now)
+        if change.result:
+            self._note_end(run, read.attempt, change.result)
+        if change.event:
+            self._emit(run, change.event)
+            if change.event != EventType.REQUESTED:
+                self._note_outcome(run, self.runs[run])
         return True
 
     def _note_end(self, run: str, attempt: int, result: Result) -> None:
         assert attempt not in self.results[run], "I2: an attempt ended twice"
         self.results[run][attempt] = result
 
-    def _note_outcome(self, run: str, after: State) -> None:
-        assert after.status in states.ENDED
-        self.outcomes[run, after.retries] += 1
-        assert self.outcomes[run, after.retries] == 1, "I2: two outcomes"
-        if after.status == Status.COMPLETED:
+    def _note_outcome(self, run: str, state: State) -> None:
+        assert state.status in states.ENDED
+        self.outcomes[run, state.retries] += 1
+        assert self.outcomes[run, state.retries] == 1, "I2: two outcomes"
+        if state.status == Status.COMPLETED:
             assert run not in self.answered, "I2: two answers"
             self.answered.add(run)
-            begun = self.claimed[run, after.attempt]
+            begun = self.claimed[run, state.attempt]
             for other in self.threads[self.thread_of[run]]:
                 before = self.runs[other]
-                if before.position < after.position and before.due_at:
-                    assert self.asked_again.get(other, -1) > begun, "I3: out of order"
+                if before.position < state.position and before.due_at:
+                    assert self.retried.get(other, -1) > begun, "I3: out of order"
 
-    def _tell(self, run: str, told: Told) -> None:
-        entry = Entry(run, told, self.now)
+    def _emit(self, run: str, type: EventType) -> None:
+        entry = Entry(run, type, self.now)
         self.events.append(entry)
         self.stream.append(entry)
 
@@ -119,31 +147,31 @@ class World:
             created_at=self.now,
             position=2 * len(self.threads[thread]),
             due_at=self.now,
-            handed_at=self.now,
+            dispatched_at=self.now,
             deadline_at=self.now + deadline if deadline else None,
         )
         self.threads[thread].append(run)
         self.touched.add(run)
-        self._tell(run, Told.REQUESTED)
+        self._emit(run, EventType.REQUESTED)
         if when_busy == "merge":
             for other in going:
                 self.write(other, states.Merged(run), self.runs[other])
 
-    def ask_again(self, run: str, read: State) -> None:
-        if self.write(run, states.AskedAgain(), read):
-            self.asked_again[run] = self.time
+    def retry(self, run: str, read: State) -> None:
+        if self.write(run, states.Retried(), read):
+            self.retried[run] = self.time
             for later in self.threads[self.thread_of[run]]:
                 if self.runs[later].position > read.position:
-                    self.write(later, states.HeldBack(), self.runs[later])
+                    self.write(later, states.Deferred(), self.runs[later])
 
     def requeue(self, run: str, read: State) -> None:
         if self.write(run, states.Requeued(), read):
-            self._tell(run, Told.REQUESTED)
+            self._emit(run, EventType.REQUESTED)
 
     def read(self, entry: Entry) -> None:
         """A worker reads an entry and hands over what follows from it."""
         entry.published = True
-        if entry.told == Told.REQUESTED:
+        if entry.type == EventType.REQUESTED:
             self.broker.append(entry.run)
             return
         going = (run for run in self.threads[self.thread_of[entry.run]] if self.runs[run].due_at)
@@ -160,13 +188,13 @@ class World:
         assert before.due_at
         assert before.due_at <= self.now, "I6: tried again too soon"
         for other in self.others(run):
-            assert other.position == state.position or not states.HELD.holds(other, self.now), (
+            assert other.position == state.position or not states.HELD.matches(other, self.now), (
                 "I3: two runs of a thread at once"
             )
         assert (run, state.attempt) not in self.claimed, "I2: a number was given out twice"
         self.claimed[run, state.attempt] = self.time
         worker.held[run] = state
-        if states.used_up(state, RULES):
+        if states.attempts_exhausted(state, RULES):
             self.spared[run] += 1
             assert self.write(run, states.Failed(state.attempt, permanent=True), state)
             del worker.held[run]
@@ -177,15 +205,15 @@ class World:
 
     def beat(self, worker: Worker) -> None:
         for run, claimed in list(worker.held.items()):
-            if not self.write(run, states.Beaten(claimed.attempt), claimed):
+            if not self.write(run, Renewed(claimed.attempt), claimed):
                 del worker.held[run]
 
     def claimable(self) -> set[str]:
         return {
             run
             for run, state in self.runs.items()
-            if states.CLAIMABLE.holds(state, self.now)
-            and states.in_turn(state, self.others(run), self.now)
+            if states.CLAIMABLE.matches(state, self.now)
+            and in_turn(state, self.others(run), self.now)
         }
 
     def sweep(self) -> set[str]:
@@ -193,11 +221,13 @@ class World:
         for run, state in list(self.runs.items()):
             self.write(run, states.Expired(), state)
         overlooked = {
-            run for run in self.claimable() if states.OVERLOOKED.holds(self.runs[run], self.now)
+            run
+            for run in self.claimable()
+            if states.DISPATCH_LOST.matches(self.runs[run], self.now)
         }
         self.broker.extend(sorted(overlooked))
         for run in overlooked:
-            self.runs[run] = replace(self.runs[run], handed_at=self.now)
+            self.runs[run] = replace(self.runs[run], dispatched_at=self.now)
         return overlooked
 
     def relay(self) -> None:

@@ -11,7 +11,7 @@ from rest_framework.test import APIClient
 from agents import inbox
 from agents.llm import completions
 from agents.models import Event, Limit, Run, Spending, today
-from agents.runs import execution, memory
+from agents.runs import actions, execution, memory
 from agents.usage import limits
 from botrunner.models import Reply as RoomReply
 from botrunner.outgoing import queue
@@ -139,7 +139,7 @@ class TestTokens:
         model.script(Reply("word " * 400, deltas=400, delta_latency=0.05))
         with in_background(execution.execute, run.pk):
             model.wait_for_requests()
-            assert execution.cancel(run)
+            assert actions.cancel(run)
         assert reload(run).status == "cancelled"
         assert 0 < spent() < OUTPUT
 

@@ -123,7 +123,7 @@ class TestMerge:
         second = ask("two", thread_id=first.thread_id)
         third = ask("three", "merge", thread_id=first.thread_id)
         assert statuses(first.thread_id) == ["processing", "cancelled", "queued"]
-        outcomes.complete(held, "1", outcomes.NOTHING)
+        outcomes.complete(held, "1", outcomes.EMPTY)
         assert reload(first).status == Run.Status.COMPLETED
         assert reload(second).merged_into == third
         assert runs.claim(third.pk)
@@ -158,7 +158,7 @@ class TestInterrupt:
         third = ask("three", "interrupt", thread_id=first.thread_id)
 
         assert statuses(first.thread_id) == ["cancelled", "cancelled", "queued"]
-        assert not outcomes.complete(held, "late", outcomes.NOTHING)
+        assert not outcomes.complete(held, "late", outcomes.EMPTY)
         assert ends_of(first) == ends_of(second) == ["agent.run.cancelled"]
         assert runs.claim(third.pk)
 
@@ -207,7 +207,7 @@ class TestWhatTheModelSees:
         runs.cancel(first)
         transcript = runs.loop.Transcript()
         transcript.begin(runs.loop.StepRecord("model", "m", {}, output="Half an"))
-        outcomes.keep_partial(held, transcript)
+        outcomes.record_partial(held, transcript)
         runs.retry(first)
         runs.execute(first.pk)
         assert [m["content"] for m in model.requests[-1].messages] == ["one"]
@@ -232,7 +232,7 @@ class TestWhatTheModelSees:
         transcript.begin(runs.loop.StepRecord("model", "m", {}, output="Half an"))
         # The word that it was recorded may be lost.
         for _ in range(2):
-            outcomes.keep_partial(held, transcript)
+            outcomes.record_partial(held, transcript)
         assert first.steps.count() == 1
 
 
@@ -366,7 +366,7 @@ class TestRaces:
             held = runs.claim(first.pk)
             assert held
             failures = self.all_at_once(
-                lambda held=held: outcomes.complete(held, "1", outcomes.NOTHING),
+                lambda held=held: outcomes.complete(held, "1", outcomes.EMPTY),
                 lambda first=first: ask("two", "interrupt", thread_id=first.thread_id),
             )
             assert failures == []

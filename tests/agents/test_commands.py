@@ -75,7 +75,7 @@ def test_a_summary_is_of_what_was_said_before(model: Any) -> None:
 def test_a_summary_of_nothing_asks_no_model(model: Any) -> None:
     run = ask("summarise", command="chat.summarize")
     execution.execute(run.pk)
-    assert Run.objects.get(pk=run.pk).answer.content == "Nothing has been said here yet."
+    assert Run.objects.get(pk=run.pk).answer.content == "There are no messages here yet."
     assert not model.requests
 
 
@@ -104,9 +104,9 @@ def receiver(https_receiver: type[Receiver], settings: Any) -> type[Receiver]:
     return https_receiver
 
 
-def post(**control: Any) -> str:
+def post(**options: Any) -> str:
     return http_commands.post(
-        HOOK, {"input": 1}, key="run_1", control=completions.Control(**control)
+        HOOK, {"input": 1}, key="run_1", options=completions.CallOptions(**options)
     )
 
 
@@ -158,7 +158,9 @@ def test_a_webhook_that_trickles_is_given_up(
 def test_a_certificate_for_another_name_is_refused(receiver: type[Receiver], settings: Any) -> None:
     settings.AGENT_WEBHOOK_HOSTS = ["*"]
     with pytest.raises(completions.LLMError, match="did not answer"):
-        http_commands.post("https://other.example.org/", {}, key="x", control=completions.Control())
+        http_commands.post(
+            "https://other.example.org/", {}, key="x", options=completions.CallOptions()
+        )
     assert not receiver.seen
 
 

@@ -1,5 +1,5 @@
-"""Whether the statements on the database do as agents.lifecycle.states says: each step is taken in
-both, and what has become of the runs is compared."""
+"""Conformance of the SQL with agents.lifecycle.states: each step is taken in the database and in the
+model, and the runs are compared."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -18,11 +18,11 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 
 from agents import inbox
 from agents.lifecycle import sql, states
-from agents.lifecycle.conditions import Condition, Is
+from agents.lifecycle.conditions import Compare, Condition
 from agents.llm import completions
 from agents.models import Attempt, Event, Run, RunQuerySet
 from agents.models import runs as models
-from agents.runs import execution, leases, outcomes
+from agents.runs import actions, execution, leases, outcomes
 from agents.worker import bootstep, dispatch
 from chat.models import Thread
 from tests.agents.lifeworld import RULES, World
@@ -145,15 +145,15 @@ class Conformance(RuleBasedStateMachine):
 
     def claim_run(self, worker: int, run_id: str) -> None:
         self.be(worker)
-        told = self.world.claim(self.world.workers[worker], run_id, self.world.runs[run_id])
+        claimed = self.world.claim(self.world.workers[worker], run_id, self.world.runs[run_id])
         run = execution.claim(run_id)
-        assert (run is not None) == told
+        assert (run is not None) == claimed
         if run is None:
             return
-        if states.used_up(run.state, leases.rules()):
+        if states.attempts_exhausted(run.state, leases.rules()):
             self.taken[worker].pop(run_id, None)  # which it may have lost to itself
             gone = completions.LLMError("Lost.", code="workers_lost", permanent=True)
-            outcomes.fail_or_retry(run, gone, outcomes.NOTHING)
+            outcomes.fail_or_retry(run, gone, outcomes.EMPTY)
         else:
             self.taken[worker][run_id] = run
 
@@ -178,17 +178,17 @@ class Conformance(RuleBasedStateMachine):
         heartbeat._leases = set(held.values())
         heartbeat.renew()
         for run_id, lease in held.items():
-            assert lease.lost() == (run_id not in self.world.workers[worker].held)
-            if lease.lost():
+            assert lease.is_revoked() == (run_id not in self.world.workers[worker].held)
+            if lease.is_revoked():
                 del self.taken[worker][run_id]
 
-    @rule(worker=WORKERS, which=WHICH, told=st.booleans())
-    def answer(self, worker: int, which: int, told: bool) -> None:
+    @rule(worker=WORKERS, which=WHICH, acknowledged=st.booleans())
+    def answer(self, worker: int, which: int, acknowledged: bool) -> None:
         if found := self.held(worker, which):
             run, claimed = found
             self.world.write(run.pk, states.Answered(run.attempt), claimed)
-            outcomes.complete(run, "An answer", outcomes.NOTHING)
-            if told:
+            outcomes.complete(run, "An answer", outcomes.EMPTY)
+            if acknowledged:
                 self.put_down(worker, run.pk)
 
     @rule(
@@ -196,24 +196,24 @@ class Conformance(RuleBasedStateMachine):
         which=WHICH,
         permanent=st.booleans(),
         pause=st.sampled_from(PAUSES),
-        luck=st.floats(0, 1),
+        jitter=st.floats(0, 1),
         skew=st.sampled_from(SKEWS),
     )
     def fail(
-        self, worker: int, which: int, permanent: bool, pause: timedelta, luck: float, skew: int
+        self, worker: int, which: int, permanent: bool, pause: timedelta, jitter: float, skew: int
     ) -> None:
         """By a worker whose clock is wrong, which makes no difference."""
         if found := self.held(worker, which):
             run, claimed = found
-            event = states.Failed(run.attempt, permanent, pause, luck)
+            event = states.Failed(run.attempt, permanent, pause, jitter)
             self.world.write(run.pk, event, claimed)
             error = completions.LLMError(
                 "No.", code="no", permanent=permanent, retry_after=pause.total_seconds()
             )
             CLOCKS.skew = timedelta(seconds=skew)
-            outcomes.random = SimpleNamespace(random=lambda: luck)
+            outcomes.random = SimpleNamespace(random=lambda: jitter)
             try:
-                outcomes.fail_or_retry(run, error, outcomes.NOTHING)
+                outcomes.fail_or_retry(run, error, outcomes.EMPTY)
             finally:
                 CLOCKS.skew = timedelta()
             self.put_down(worker, run.pk)
@@ -223,8 +223,8 @@ class Conformance(RuleBasedStateMachine):
         self.be(worker)
         for run_id, claimed in self.world.workers[worker].held.items():
             read = self.world.runs[run_id]
-            self.world.write(run_id, states.GivenBack(claimed.attempt), read)
-        execution.hand_back()
+            self.world.write(run_id, states.Released(claimed.attempt), read)
+        execution.release_runs()
         self.kill(worker)
 
     @rule(worker=WORKERS)
@@ -240,16 +240,16 @@ class Conformance(RuleBasedStateMachine):
             return
         state, run = self.world.runs[run_id], Run.objects.get(pk=run_id)
         if wish == "cancel":
-            told = self.world.write(run_id, states.Cancelled(), state)
-            assert execution.cancel(run) == told
+            cancelled = self.world.write(run_id, states.Cancelled(), state)
+            assert actions.cancel(run) == cancelled
         elif wish == "retry":
-            self.world.ask_again(run_id, state)
-            assert execution.retry(run) == (self.world.runs[run_id] != state)
+            self.world.retry(run_id, state)
+            assert actions.retry(run) == (self.world.runs[run_id] != state)
         else:
             events = len(self.world.events)
             self.world.requeue(run_id, state)
-            assert execution.requeue(run) == (len(self.world.events) > events)
-            # Which tells the first request once more, where the world makes another of it.
+            assert actions.requeue(run) == (len(self.world.events) > events)
+            # Which publishes the first request again, where the world makes another of it.
             del self.world.events[events:]
 
     @rule(which=WHICH)
@@ -262,7 +262,7 @@ class Conformance(RuleBasedStateMachine):
 
     @rule()
     def sweep(self) -> None:
-        execution.end_overdue()
+        actions.expire_overdue()
         handed: list[str] = []
         dispatch.hand_over = handed.extend
         dispatch.room = lambda: 1000
@@ -283,7 +283,7 @@ class Conformance(RuleBasedStateMachine):
         found = Run.objects.claimable().values_list("pk", flat=True)
         assert set(found) == self.world.claimable()
         for run, read in self.seen:
-            assert Run.objects.claimable_as_read(run).exists() == self.may_claim(run.pk, read)
+            assert Run.objects.claimable_unchanged(run).exists() == self.may_claim(run.pk, read)
 
     def may_claim(self, run_id: str, read: states.State) -> bool:
         now = self.world.runs[run_id]
@@ -293,8 +293,8 @@ class Conformance(RuleBasedStateMachine):
 
     @rule()
     def compare_records(self) -> None:
-        told = Counter(Event.objects.values_list("run_id", "type"))
-        assert told == Counter((entry.run, entry.told.value) for entry in self.world.events)
+        written = Counter(Event.objects.values_list("run_id", "type"))
+        assert written == Counter((entry.run, entry.type.value) for entry in self.world.events)
         results = {
             (run, n): r for run, n, r in Attempt.objects.values_list("run", "number", "result")
         }
@@ -337,7 +337,11 @@ def test_the_database_does_as_the_rules_say(monkeypatch: pytest.MonkeyPatch) -> 
 
 def without(column: str) -> Callable[[Condition], Q]:
     def as_q(condition: Condition) -> Q:
-        return Q() if isinstance(condition, Is) and condition.column == column else whole(condition)
+        return (
+            Q()
+            if isinstance(condition, Compare) and condition.column == column
+            else whole(condition)
+        )
 
     whole = sql.as_q
     return as_q
@@ -362,7 +366,7 @@ def answer_late(machine: Conformance) -> None:
     ask(machine)
     machine.claim(worker=1, which=0)
     machine.overtake(worker=0, which=0)
-    machine.answer(worker=1, which=0, told=True)
+    machine.answer(worker=1, which=0, acknowledged=True)
 
 
 def be_overdue(machine: Conformance) -> None:
@@ -376,7 +380,7 @@ BREAKAGES: dict[str, Breakage] = {
     "the version is not compared": (
         claim_as_read_long_ago,
         RunQuerySet,
-        "as_read",
+        "unchanged",
         lambda self, run: self.filter(pk=run.pk),
     ),
     "the turn is not waited for": (

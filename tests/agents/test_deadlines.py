@@ -12,7 +12,7 @@ from redis.exceptions import RedisError
 
 from agents.inbox import Invalid
 from agents.models import Attempt, Event, Rollup, Run
-from agents.runs import execution, leases, outcomes
+from agents.runs import actions, execution, leases, outcomes
 from agents.usage import rollups
 from agents.worker.bootstep import Keeper, Reader
 from chat.models import Message
@@ -83,7 +83,7 @@ class TestWaiting:
 
     def test_it_is_ended_once_and_counted_once(self) -> None:
         ask(-1)
-        assert [execution.end_overdue(), execution.end_overdue()] == [1, 0]
+        assert [actions.expire_overdue(), actions.expire_overdue()] == [1, 0]
         rollups.fold()
         rows = Rollup.objects.filter(grain=Rollup.Grain.MINUTE)
         assert [(row.result, row.error_code, row.count) for row in rows] == [
@@ -94,7 +94,7 @@ class TestWaiting:
         run = ask(-1)
         following = factories.ask("And?", thread_id=run.thread_id)
         assert execution.claim(following.pk) is None
-        execution.end_overdue()
+        actions.expire_overdue()
         assert execution.claim(following.pk)
 
     def test_a_run_between_two_attempts_too(self, model: FakeLLM) -> None:
@@ -103,7 +103,7 @@ class TestWaiting:
         execution.execute(run.pk)
         assert reload(run).status == Run.Status.QUEUED
         give(run, -1)
-        execution.end_overdue()
+        actions.expire_overdue()
         assert how(run) == OVERDUE
         assert [attempt.result for attempt in run.attempts.all()] == ["retried"]
 
@@ -139,7 +139,7 @@ class TestAtWork:
         with in_background(execution.execute, run.pk):
             wait_for_words(run, "word word word")
             give(run, -2)
-            assert execution.end_overdue() == 1
+            assert actions.expire_overdue() == 1
 
         assert how(run) == OVERDUE
         assert run.steps.get().output.startswith("word")
@@ -150,16 +150,16 @@ class TestAtWork:
         run = ask(60)
         assert execution.claim(run.pk)
         give(run, -0.01)
-        assert execution.end_overdue() == 0
+        assert actions.expire_overdue() == 0
         give(run, -2)
-        assert execution.end_overdue() == 1
+        assert actions.expire_overdue() == 1
 
     def test_a_worker_that_is_gone_is_not_waited_for(self) -> None:
         run = ask(60)
         execution.claim(run.pk)
         Run.objects.update(lease_expires_at=Now() - timedelta(seconds=1))
         give(run, -0.2)
-        assert execution.end_overdue() == 1
+        assert actions.expire_overdue() == 1
         assert how(run) == OVERDUE
         assert [attempt.result for attempt in run.attempts.all()] == ["failed"]
 
@@ -168,8 +168,8 @@ class TestAtWork:
         held = execution.claim(run.pk)
         assert held
         give(run, -2)
-        execution.end_overdue()
-        assert not outcomes.complete(held, "late", outcomes.NOTHING)
+        actions.expire_overdue()
+        assert not outcomes.complete(held, "late", outcomes.EMPTY)
         assert how(run) == OVERDUE
         assert not Message.objects.filter(role="assistant").exists()
 
@@ -190,9 +190,9 @@ class TestAtWork:
             racing = [
                 threading.Thread(target=each, args=what)
                 for what in (
-                    (execution.end_overdue,),
-                    (execution.cancel, reload(held)),
-                    (outcomes.fail_or_retry, held, late, outcomes.NOTHING),
+                    (actions.expire_overdue,),
+                    (actions.cancel, reload(held)),
+                    (outcomes.fail_or_retry, held, late, outcomes.EMPTY),
                 )
             ]
             for thread in racing:
@@ -208,7 +208,7 @@ class TestAtWork:
         run = ask(60)
         execution.execute(run.pk)
         give(run, -2)
-        assert execution.end_overdue() == 0
+        assert actions.expire_overdue() == 0
         assert reload(run).status == Run.Status.COMPLETED
 
 
@@ -219,8 +219,8 @@ class TestAgain:
         for asked in ("created_at", "retried_at"):
             then = {asked: getattr(run, asked) - hour, "deadline_at": run.deadline_at - hour}
             Run.objects.update(**then)
-            execution.end_overdue()
-            assert execution.retry(run)
+            actions.expire_overdue()
+            assert actions.retry(run)
             run = reload(run)
             left = run.deadline_at - timezone.now()
             assert timedelta(seconds=80) < left < timedelta(seconds=100)
@@ -232,8 +232,8 @@ class TestAgain:
         created_at = Run._meta.get_field("created_at")
         monkeypatch.setitem(vars(created_at), "_get_default", lambda: slow)
         run = ask(60)
-        execution.cancel(run)
-        assert execution.retry(run)
+        actions.cancel(run)
+        assert actions.retry(run)
         left = reload(run).deadline_at - timezone.now()
         assert timedelta(seconds=50) < left < timedelta(seconds=70)
 
@@ -251,7 +251,7 @@ class TestAgain:
         run = ask(60)
         execution.claim(run.pk)
         before = reload(run).deadline_at
-        execution.requeue(run)
+        actions.requeue(run)
         assert reload(run).deadline_at == before
 
     def test_a_lease_is_not_renewed_beyond_it(self) -> None:
@@ -260,6 +260,6 @@ class TestAgain:
         assert held
         with leases.heartbeat().hold(held) as lease:
             give(run, -2)
-            execution.end_overdue()
+            actions.expire_overdue()
             leases.heartbeat().renew()
-            assert lease.lost()
+            assert lease.is_revoked()

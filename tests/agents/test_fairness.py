@@ -8,7 +8,7 @@ import pytest
 from django.db.models.functions import Now
 
 from agents.models import Run
-from agents.runs import execution, fairness, leases
+from agents.runs import actions, execution, fairness, leases
 from agents.worker import bootstep, dispatch
 from tests import factories
 from tests.agents.conftest import Broker
@@ -54,7 +54,7 @@ def test_what_has_no_room_in_the_queue_waits_in_the_database(
     asked = ask("alice", 10)
     reader.read()
     assert broker.handed() == asked[:4]
-    assert set(Run.objects.untold().values_list("pk", flat=True)) == set(asked[4:])
+    assert set(Run.objects.undispatched().values_list("pk", flat=True)) == set(asked[4:])
     again(reader)
     assert broker.handed() == asked[4:8]
 
@@ -121,12 +121,12 @@ class TestShare:
                 working.enter_context(in_background(execution.execute, run_id))
             model.wait_for_requests(2)
             assert execution.execute(alices[2]) is None
-            assert Run.objects.untold().get().pk == alices[2]
+            assert Run.objects.undispatched().get().pk == alices[2]
             working.enter_context(in_background(execution.execute, bobs[0]))
             model.wait_for_requests(3)
             for run in Run.objects.all():
-                execution.cancel(run)
-            leases.heartbeat().lose_all()
+                actions.cancel(run)
+            leases.heartbeat().revoke_all()
         with fairness.seats.one("alice") as free:
             assert free
 
@@ -154,7 +154,7 @@ class TestShare:
         broker.handed()
         for run_id in flood[:2]:
             execution.claim(run_id)
-        execution.cancel(Run.objects.get(pk=flood[0]))
+        actions.cancel(Run.objects.get(pk=flood[0]))
         again(reader)
         assert broker.handed() == [flood[2]]
 

@@ -10,7 +10,7 @@ from rest_framework.test import APIClient
 from agents import inbox, retention
 from agents.llm import loop
 from agents.models import Event, Run, Usage
-from agents.runs import execution, outcomes
+from agents.runs import actions, execution, outcomes
 from chat.models import Message, Thread
 from console import bulk
 from realm.models import User
@@ -27,16 +27,14 @@ def gone() -> Run:
     return run
 
 
-@pytest.mark.parametrize(
-    "deed", [execution.cancel, execution.retry, execution.requeue, inbox.ask_again]
-)
+@pytest.mark.parametrize("deed", [actions.cancel, actions.retry, actions.requeue, inbox.ask_again])
 def test_nothing_is_done_to_it(gone: Run, deed: Callable[[Run], bool]) -> None:
     assert deed(gone) is False
 
 
 def test_a_failed_one_is_not_asked_for_again() -> None:
     run = factories.ask()
-    execution.cancel(run)
+    actions.cancel(run)
     retention.delete_thread(run.thread)
 
     assert inbox.ask_again(run) is False

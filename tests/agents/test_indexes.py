@@ -53,13 +53,13 @@ def key_of(table: str) -> str:
 
 QUERIES = {
     "claim": (
-        lambda: Run.objects.claimable_as_read(
+        lambda: Run.objects.claimable_unchanged(
             Run(pk="run_1", thread_id="thr_1", position=398, retries=1)
         ),
         ["run_unfinished_in_thread"],
     ),
     "sweep": (
-        lambda: Run.objects.overlooked().order_by("due_at"),
+        lambda: Run.objects.dispatch_lost().order_by("due_at"),
         ["run_unfinished_due", "run_unfinished_in_thread"],
     ),
     "deadlines": (

@@ -1,4 +1,4 @@
-"""Everything that may happen to runs, in every order that hypothesis comes to think of."""
+"""The transitions of runs, in every order that hypothesis generates."""
 
 import os
 import subprocess
@@ -18,8 +18,9 @@ from hypothesis.stateful import (
 )
 
 from agents.lifecycle import states
-from agents.lifecycle.conditions import ALWAYS, Is
+from agents.lifecycle.conditions import ALWAYS, Compare
 from agents.lifecycle.states import UNFINISHED, State, Status
+from tests.agents import lifeworld
 from tests.agents.lifeworld import World
 
 STEPS = 100_000
@@ -110,7 +111,7 @@ class Life(RuleBasedStateMachine):
         if what == "cancel":
             self.world.write(run, states.Cancelled(), read)
         elif what == "retry":
-            self.world.ask_again(run, read)
+            self.world.retry(run, read)
         else:
             self.world.requeue(run, read)
 
@@ -127,13 +128,13 @@ class Life(RuleBasedStateMachine):
     def kill(self, worker: int) -> None:
         self.world.workers[worker].held.clear()
 
-    @rule(worker=WORKERS, which=WHICH, told=st.booleans())
-    def answer(self, worker: int, which: int, told: bool) -> None:
-        """Where the database's word of it is lost, it is written again."""
+    @rule(worker=WORKERS, which=WHICH, acknowledged=st.booleans())
+    def answer(self, worker: int, which: int, acknowledged: bool) -> None:
+        """Write an answer; where the database's reply is lost, it is written again."""
         if found := self.held(worker, which):
             taker, run, claimed = found
             self.world.write(run, states.Answered(claimed.attempt), claimed)
-            if told:
+            if acknowledged:
                 del taker.held[run]
 
     @rule(
@@ -141,7 +142,7 @@ class Life(RuleBasedStateMachine):
         which=WHICH,
         permanent=st.booleans(),
         pause=st.sampled_from(PAUSES),
-        luck=st.floats(0, 1),
+        jitter=st.floats(0, 1),
         skew=st.sampled_from(SKEWS),
     )
     def fail(
@@ -150,12 +151,12 @@ class Life(RuleBasedStateMachine):
         which: int,
         permanent: bool,
         pause: timedelta,
-        luck: float,
+        jitter: float,
         skew: int,
     ) -> None:
         if found := self.held(worker, which):
             taker, run, claimed = found
-            event = states.Failed(claimed.attempt, permanent, pause, luck)
+            event = states.Failed(claimed.attempt, permanent, pause, jitter)
             self.world.write(run, event, claimed, self.world.now + timedelta(seconds=skew))
             del taker.held[run]
 
@@ -164,7 +165,7 @@ class Life(RuleBasedStateMachine):
         taker = self.world.workers[worker]
         if not taker.paused:
             for run, claimed in taker.held.items():
-                self.world.write(run, states.GivenBack(claimed.attempt), self.world.runs[run])
+                self.world.write(run, states.Released(claimed.attempt), self.world.runs[run])
             taker.held.clear()
 
     @rule()
@@ -253,37 +254,41 @@ def live(examples: int, *, shrink: bool = True) -> int:
     return Life.steps
 
 
-def test_whatever_happens_each_question_has_one_outcome_in_its_turn() -> None:
+def test_each_message_has_one_outcome_in_its_turn() -> None:
     assert live(EXAMPLES) >= STEPS
 
 
 QUEUED, PROCESSING = states.QUEUED, states.PROCESSING
 BREAKAGES: dict[str, tuple[Any, str, Any]] = {
     "a lease that runs is no hindrance": (
-        states,
-        "claim_guard",
-        lambda run: UNFINISHED,
+        states.Claimed,
+        "guard",
+        UNFINISHED,
     ),
-    "a lapsed lease is never taken over": (states, "claim_guard", lambda run: QUEUED),
-    "a run is begun before its turn": (states, "in_turn", lambda *_: True),
-    "the attempt's number is no fence": (states.OfAttempt, "guard", PROCESSING),
-    "the state is no fence": (states.OfAttempt, "guard", UNFINISHED),
+    "a lapsed lease is never taken over": (states.Claimed, "guard", QUEUED),
+    "a run is begun before its turn": (lifeworld, "in_turn", lambda *_: True),
+    "the attempt's number is no fence": (states.AttemptTransition, "guard", PROCESSING),
+    "the state is no fence": (states.AttemptTransition, "guard", UNFINISHED),
     "what has ended can be cancelled": (states.Cancelled, "guard", ALWAYS),
     "what is being worked on can be merged": (states.Merged, "guard", UNFINISHED),
     "what was read is not compared": (states, "VERSION", ()),
     "the attempt is not compared": (states, "VERSION", ("status", "retries")),
-    "nothing that was told is ever told again": (states, "OVERLOOKED", states.UNTOLD),
-    "what was told once is told": (states, "OVERLOOKED", Is("handed_at", "isnull", True)),
-    "attempts are not counted": (states, "used_up", lambda *_: False),
-    "what was answered may be asked again": (
-        states.AskedAgain,
-        "guard",
-        Is("status", "in", states.ENDED),
+    "what was dispatched is never dispatched again": (states, "DISPATCH_LOST", states.UNDISPATCHED),
+    "a lost worker does not make a run undispatched": (
+        states,
+        "DISPATCH_LOST",
+        Compare("dispatched_at", "isnull", True),
     ),
-    "what was merged may be asked again": (
-        states.AskedAgain,
+    "attempts are not counted": (states, "attempts_exhausted", lambda *_: False),
+    "what was answered may be retried": (
+        states.Retried,
         "guard",
-        Is("status", "in", (Status.FAILED, Status.CANCELLED)),
+        Compare("status", "in", states.ENDED),
+    ),
+    "what was merged may be retried": (
+        states.Retried,
+        "guard",
+        Compare("status", "in", (Status.FAILED, Status.CANCELLED)),
     ),
     "a deadline ends what it should not": (states.Expired, "guard", ALWAYS),
 }

@@ -12,7 +12,7 @@ from rest_framework.test import APIClient
 
 from agents import inbox
 from agents.models import Limit, Pace, Run
-from agents.runs import execution
+from agents.runs import actions, execution
 from agents.usage import limits
 from chat.models import Message
 from tests import factories
@@ -140,7 +140,7 @@ class TestWaiting:
         assert "2 of your questions wait" in said[-1].json()["error"]
         assert int(said[-1]["Retry-After"]) >= 1
 
-    @pytest.mark.parametrize("end", [execution.cancel, lambda run: execution.execute(run.pk)])
+    @pytest.mark.parametrize("end", [actions.cancel, lambda run: execution.execute(run.pk)])
     def test_one_that_has_ended_makes_room_for_another(
         self, settings: Any, end: Callable[[Run], Any]
     ) -> None:
@@ -190,7 +190,7 @@ def test_many_at_once_stay_within_what_is_left(settings: Any) -> None:
     settings.LIMIT_USER_RUNS_WAITING = 12
     first = [factories.ask() for _ in range(10)]
     for run in first[:4]:
-        execution.cancel(run)
+        actions.cancel(run)
     assert accepted(factories.ask, times=20) == 6
     assert Run.objects.unfinished().count() == 12
 
@@ -239,7 +239,7 @@ class TestCost:
 
 def test_asking_again_counts_as_a_question(api: APIClient, client: Any, settings: Any) -> None:
     run = factories.ask()
-    execution.cancel(run)
+    actions.cancel(run)
     settings.LIMIT_USER_MESSAGES_PER_MINUTE = 1
     factories.ask()
     said = api.post(f"/api/chat/runs/{run.pk}/retry")

@@ -53,10 +53,10 @@ class TestAnswers:
     ) -> None:
         model.script(Reply("word " * 10, deltas=10, delta_latency=0.01))
         came: list[float] = []
-        control = completions.Control(text=lambda piece: came.append(time.monotonic()))
+        control = completions.CallOptions(text=lambda piece: came.append(time.monotonic()))
         monkeypatch.setattr(transport, "_reading", set(range(200)))
 
-        reply = completions.complete(QUESTION, model="gpt-4o-mini", control=control)
+        reply = completions.complete(QUESTION, model="gpt-4o-mini", options=control)
 
         assert reply.text == "word " * 10
         together = sum(b - a < 0.005 for a, b in itertools.pairwise(came))
@@ -207,7 +207,7 @@ class TestTrouble:
             completions.complete(
                 QUESTION,
                 model="gpt-4o-mini",
-                control=completions.Control(stopped=lambda: next(checks, True)),
+                options=completions.CallOptions(stopped=lambda: next(checks, True)),
             )
 
         model.wait_for_disconnects()
@@ -221,7 +221,7 @@ class TestTrouble:
         came, cuts = threading.Semaphore(0), []
 
         @contextmanager
-        def cutting(cut: Callable[[], None]) -> Iterator[None]:
+        def on_cancel(cut: Callable[[], None]) -> Iterator[None]:
             cuts.append(cut)
             yield
 
@@ -238,7 +238,9 @@ class TestTrouble:
             completions.complete(
                 QUESTION,
                 model="gpt-4o-mini",
-                control=completions.Control(cutting=cutting, text=lambda piece: came.release()),
+                options=completions.CallOptions(
+                    on_cancel=on_cancel, text=lambda piece: came.release()
+                ),
                 reply=reply,
             )
         cutter.join()
@@ -255,7 +257,7 @@ class TestTrouble:
             completions.complete(
                 QUESTION,
                 model="gpt-4o-mini",
-                control=completions.Control(deadline=time.monotonic() + 1.5),
+                options=completions.CallOptions(deadline=time.monotonic() + 1.5),
                 reply=reply,
             )
 
@@ -317,7 +319,7 @@ class TestTools:
             model="gpt-4o-mini",
             sent={},
             max_iterations=max_iterations,
-            control=completions.Control(),
+            options=completions.CallOptions(),
             transcript=transcript,
         )
         return answer, transcript
@@ -401,7 +403,7 @@ class TestTools:
                 model="gpt-4o-mini",
                 sent={},
                 max_iterations=4,
-                control=completions.Control(stopped=lost),
+                options=completions.CallOptions(stopped=lost),
                 transcript=transcript,
             )
 

@@ -16,7 +16,7 @@ from django.utils import timezone
 
 from agents import inbox, retention
 from agents.models import Attempt, Event, IdempotencyKey, Run, Step, Summary
-from agents.runs import execution
+from agents.runs import actions, execution
 from agents.usage import rollups
 from chat.models import Message, Thread
 from tests import factories
@@ -163,7 +163,7 @@ def test_what_is_not_in_the_figures_yet_stays_until_it_is(settings: Any) -> None
         thread=run.thread, covers_from=0, covers_to=1, text="t", model="m"
     )
     cancelled = factories.ask()
-    execution.cancel(cancelled)
+    actions.cancel(cancelled)
     Event.objects.filter(run=cancelled).update(published_at=timezone.now())
     Attempt.objects.update(to_count=True)
     make_older(days=9999)

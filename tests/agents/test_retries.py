@@ -15,7 +15,7 @@ from django.utils import timezone
 from redis import Redis
 
 from agents.models import Attempt, Event, Run
-from agents.runs import execution, outcomes
+from agents.runs import actions, execution, outcomes
 from tests import factories
 from tests.fakes.llm import Failure, FakeLLM
 
@@ -34,7 +34,7 @@ def failed(content: str = "Hello", **extra: Any) -> Run:
     outcomes.fail_or_retry(
         taken,
         execution.completions.LLMError("No.", code="refused", permanent=True),
-        outcomes.NOTHING,
+        outcomes.EMPTY,
     )
     return reload(run)
 
@@ -46,7 +46,7 @@ class TestRetry:
         execution.execute(run.pk)
         assert reload(run).status == Run.Status.FAILED
 
-        assert execution.retry(run)
+        assert actions.retry(run)
         queued = reload(run)
         assert (queued.status, queued.safe_error, queued.error_code) == ("queued", "", "")
         assert queued.finished_at is None
@@ -60,15 +60,15 @@ class TestRetry:
 
     def test_a_cancelled_run_too(self) -> None:
         run = factories.ask()
-        execution.cancel(run)
-        assert execution.retry(run)
+        actions.cancel(run)
+        assert actions.retry(run)
         execution.execute(run.pk)
         assert reload(run).status == Run.Status.COMPLETED
 
     def test_each_time_is_told_with_a_request_of_its_own_that_the_outcome_names(self) -> None:
         run = failed()
         first = run.request_event_id
-        execution.retry(run)
+        actions.retry(run)
         execution.execute(run.pk)
 
         told = [(event.type, event.payload.get("requestEventId")) for event in run.events.all()]
@@ -85,7 +85,7 @@ class TestRetry:
     def test_it_stands_on_the_stream(self, redis: Redis, settings: Any) -> None:
         run = failed()
         before = redis.xlen(settings.REDIS_STREAM_KEY)
-        execution.retry(run)
+        actions.retry(run)
         assert redis.xlen(settings.REDIS_STREAM_KEY) == before + 1
 
     @pytest.mark.parametrize("state", ["queued", "processing", "completed"])
@@ -95,7 +95,7 @@ class TestRetry:
             execution.claim(run.pk)
         elif state == "completed":
             execution.execute(run.pk)
-        assert not execution.retry(run)
+        assert not actions.retry(run)
         assert reload(run).status == state
         assert Event.objects.filter(type="agent.run.requested").count() == 1
 
@@ -112,7 +112,7 @@ class TestRetry:
         Run.objects.update(started_at=long_ago)
         assert reload(run).status == Run.Status.FAILED
 
-        execution.retry(run)
+        actions.retry(run)
         execution.execute(run.pk)
         again = reload(run)
         assert (again.status, again.attempt) == (Run.Status.QUEUED, 3)
@@ -127,15 +127,15 @@ class TestRetry:
         run = factories.ask()
         held = execution.claim(run.pk)
         assert held
-        execution.cancel(run)
-        execution.retry(run)
-        assert not outcomes.complete(held, "late", outcomes.NOTHING)
+        actions.cancel(run)
+        actions.retry(run)
+        assert not outcomes.complete(held, "late", outcomes.EMPTY)
         assert reload(run).status == Run.Status.QUEUED
 
         taken = execution.claim(run.pk)
         assert taken
         assert taken.attempt == 2
-        assert not outcomes.complete(held, "late", outcomes.NOTHING)
+        assert not outcomes.complete(held, "late", outcomes.EMPTY)
         assert reload(run).status == Run.Status.PROCESSING
 
 
@@ -143,7 +143,7 @@ class TestOrder:
     def test_later_questions_wait_for_it_again(self) -> None:
         first = failed("one")
         second = factories.ask("two", thread_id=first.thread_id)
-        execution.retry(first)
+        actions.retry(first)
         assert execution.claim(second.pk) is None
         execution.execute(first.pk)
         Run.objects.unfinished().update(due_at=Now())
@@ -154,16 +154,16 @@ class TestOrder:
         second = factories.ask("two", thread_id=first.thread_id)
         held = execution.claim(second.pk)
         assert held
-        execution.retry(first)
+        actions.retry(first)
         assert execution.claim(first.pk) is None
-        outcomes.complete(held, "2", outcomes.NOTHING)
+        outcomes.complete(held, "2", outcomes.EMPTY)
         assert execution.claim(first.pk)
 
     def test_but_not_for_one_whose_worker_was_lost(self) -> None:
         first = failed("one")
         second = factories.ask("two", thread_id=first.thread_id)
         execution.claim(second.pk)
-        execution.retry(first)
+        actions.retry(first)
         Run.objects.filter(pk=second.pk).update(lease_expires_at=Now() - timedelta(seconds=1))
         assert execution.claim(second.pk) is None
         assert execution.claim(first.pk)
@@ -174,7 +174,7 @@ class TestOrder:
         first = failed("one")
         second = factories.ask("two", thread_id=first.thread_id)
         execution.execute(second.pk)
-        execution.retry(first)
+        actions.retry(first)
         execution.execute(first.pk)
 
         said = first.thread.messages.order_by("position").values_list("content", flat=True)
@@ -189,17 +189,17 @@ class TestRequeue:
         Event.objects.update(published_at=timezone.now())
         assert execution.claim(run.pk) is None
 
-        assert execution.requeue(run)
+        assert actions.requeue(run)
         assert Event.objects.unpublished().get().pk == run.request_event_id
-        assert Run.objects.untold().get() == run
+        assert Run.objects.undispatched().get() == run
         assert execution.claim(run.pk)
 
     def test_a_run_is_taken_from_its_worker(self) -> None:
         run = factories.ask()
         held = execution.claim(run.pk)
         assert held
-        assert execution.requeue(run)
-        assert not outcomes.complete(held, "late", outcomes.NOTHING)
+        assert actions.requeue(run)
+        assert not outcomes.complete(held, "late", outcomes.EMPTY)
         assert Attempt.objects.get().result == Attempt.Result.REQUEUED
         execution.execute(run.pk)
         assert reload(run).status == Run.Status.COMPLETED
@@ -208,13 +208,13 @@ class TestRequeue:
         settings.AGENT_MAX_ATTEMPTS = 1
         run = factories.ask()
         execution.claim(run.pk)
-        execution.requeue(run)
+        actions.requeue(run)
         execution.execute(run.pk)
         assert reload(run).status == Run.Status.COMPLETED
 
     def test_not_what_has_ended(self) -> None:
         run = failed()
-        assert not execution.requeue(run)
+        assert not actions.requeue(run)
         assert reload(run).status == Run.Status.FAILED
 
 
@@ -247,7 +247,7 @@ class TestAllAtOnce:
 
     def test_of_many_who_retry_one_does(self) -> None:
         run = failed()
-        answers = self.at_once(*[lambda: execution.retry(Run(pk=run.pk))] * 6)
+        answers = self.at_once(*[lambda: actions.retry(Run(pk=run.pk))] * 6)
         assert Counter(answers) == {True: 1, False: 5}
         assert Event.objects.filter(type="agent.run.requested").count() == 2
 
@@ -261,9 +261,9 @@ class TestAllAtOnce:
 
         def scramble(numbers: random.Random) -> None:
             deeds = {
-                "cancel": lambda: execution.cancel(Run.objects.get(pk=run.pk)),
-                "retry": lambda: execution.retry(Run.objects.get(pk=run.pk)),
-                "requeue": lambda: execution.requeue(Run.objects.get(pk=run.pk)),
+                "cancel": lambda: actions.cancel(Run.objects.get(pk=run.pk)),
+                "retry": lambda: actions.retry(Run.objects.get(pk=run.pk)),
+                "requeue": lambda: actions.requeue(Run.objects.get(pk=run.pk)),
                 "finish": lambda: execution.execute(run.pk),
                 "later": lambda: execution.execute(other.pk),
             }
@@ -290,7 +290,7 @@ class TestAllAtOnce:
         second = factories.ask("two", thread_id=first.thread_id)
 
         def again() -> Run | None:
-            return execution.claim(first.pk) if execution.retry(first) else None
+            return execution.claim(first.pk) if actions.retry(first) else None
 
         deeds = [again, lambda: execution.claim(second.pk), lambda: execution.claim(second.pk)]
         random.Random(seed).shuffle(deeds)

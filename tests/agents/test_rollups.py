@@ -16,7 +16,7 @@ from django.db.models.functions import Now
 from django.utils import timezone
 
 from agents.models import Attempt, Event, Rollup, Run, Summary, Usage
-from agents.runs import execution, memory
+from agents.runs import actions, execution, memory
 from agents.usage import rollups
 from agents.usage.rollups import Histogram
 from chat.models import Thread
@@ -102,7 +102,7 @@ def test_a_cancellation_is_counted_once(claimed: bool) -> None:
     run = factories.ask()
     if claimed:
         execution.claim(run.pk)
-    execution.cancel(run)
+    actions.cancel(run)
 
     # By when its worker would have told what it had come to.
     Attempt.objects.update(ended_at=timezone.now() - rollups.PARTIAL_PATIENCE)
@@ -201,7 +201,7 @@ def test_to_rebuild_gives_the_same(model: FakeLLM) -> None:
     model.script(Failure(status=503))
     for _ in range(3):
         execution.execute(factories.ask(owner=None).pk)
-    execution.cancel(factories.ask())
+    actions.cancel(factories.ask())
     rollups.fold()
     before = snapshot()
 

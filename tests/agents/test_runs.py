@@ -14,7 +14,7 @@ from django.utils import timezone
 
 from agents.events import publisher
 from agents.models import Attempt, Event, Run, Step
-from agents.runs import commands, execution, memory, outcomes
+from agents.runs import actions, commands, execution, memory, outcomes
 from chat.models import Message
 from tests import factories
 from tests.fakes.llm import CONTEXT_TOO_LONG, Cut, Failure, FakeLLM, Hang, Reply, held
@@ -174,7 +174,7 @@ class TestRetry:
 
         run = reload(run)
         assert run.status == Run.Status.QUEUED
-        assert run.handed_at is None
+        assert run.dispatched_at is None
         attempt = Attempt.objects.get()
         assert attempt.result == Attempt.Result.RETRIED
         assert attempt.error
@@ -291,7 +291,7 @@ class TestClaim:
         asked("beside", **processing, **live)
 
         one_by_one = {
-            run.pk for run in Run.objects.all() if Run.objects.claimable_as_read(run).exists()
+            run.pk for run in Run.objects.all() if Run.objects.claimable_unchanged(run).exists()
         }
         assert one_by_one == set(Run.objects.claimable().values_list("pk", flat=True)) == yes
 
@@ -329,7 +329,7 @@ class TestClaim:
             model.script(Failure(400))
             execution.execute(first.pk)
         else:
-            execution.cancel(first)
+            actions.cancel(first)
 
         assert execution.claim(second.pk) is not None
 
@@ -390,7 +390,7 @@ class TestFence:
         run = factories.ask()
         with in_background(execution.execute, run.pk):
             model.wait_for_requests()
-            assert execution.cancel(run) is True
+            assert actions.cancel(run) is True
             model.wait_for_disconnects()
 
         assert reload(run).status == Run.Status.CANCELLED
@@ -446,9 +446,9 @@ class TestHandBack:
         run = factories.ask()
         with in_background(execution.execute, run.pk):
             model.wait_for_requests()
-            assert execution.hand_back() == 1
+            assert execution.release_runs() == 1
             model.wait_for_disconnects()
-        assert Run.objects.untold().get() == run
+        assert Run.objects.undispatched().get() == run
         execution.execute(run.pk)
 
         assert reload(run).answer.content == "here it is"
@@ -462,7 +462,7 @@ class TestHandBack:
         model.script(Failure(500), Failure(500))
         run = factories.ask()
         execution.claim(run.pk)
-        execution.hand_back()
+        execution.release_runs()
         for status in (Run.Status.QUEUED, Run.Status.FAILED):
             make_due(run)
             execution.execute(run.pk)
@@ -473,7 +473,7 @@ class TestHandBack:
         execution.claim(run.pk)
         Run.objects.update(worker="another")
 
-        assert execution.hand_back() == 0
+        assert execution.release_runs() == 0
         assert reload(run).status == Run.Status.PROCESSING
 
 
@@ -481,8 +481,8 @@ class TestCancel:
     def test_a_waiting_run_ends_at_once(self) -> None:
         run = factories.ask()
 
-        assert execution.cancel(run) is True
-        assert execution.cancel(run) is False
+        assert actions.cancel(run) is True
+        assert actions.cancel(run) is False
         assert reload(run).status == Run.Status.CANCELLED
         event = Event.objects.get(type="agent.run.cancelled")
         assert event.payload["requestEventId"] == str(run.request_event_id)
@@ -491,7 +491,7 @@ class TestCancel:
         run = factories.ask()
         execution.execute(run.pk)
 
-        assert execution.cancel(run) is False
+        assert actions.cancel(run) is False
         assert reload(run).status == Run.Status.COMPLETED
 
 
@@ -504,23 +504,25 @@ def test_an_outcome_outlasts_a_passing_trouble_of_the_database(caplog: Any) -> N
             raise troubles.pop()
         return True
 
-    assert outcomes.persist(record) is True
-    assert "trying again" in caplog.text
+    assert outcomes.with_database_retry(record) is True
+    assert "retrying" in caplog.text
 
 
 def test_an_outcome_whose_commit_was_not_confirmed_is_not_taken_for_thrown_away(
     monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
-    persist = outcomes.persist
-    # As `_persist` does when the connection is lost just after the commit.
-    monkeypatch.setattr(outcomes, "persist", lambda record: (record(), persist(record))[1])
+    retry = outcomes.with_database_retry
+    # As it does when the connection is lost just after the commit.
+    monkeypatch.setattr(
+        outcomes, "with_database_retry", lambda record: (record(), retry(record))[1]
+    )
     run = factories.ask()
     execution.execute(run.pk)
 
     assert reload(run).status == Run.Status.COMPLETED
     assert Message.objects.filter(role="assistant").count() == 1
     assert Attempt.objects.get().fenced_at is None
-    assert "thrown away" not in caplog.text
+    assert "discarded" not in caplog.text
 
 
 def test_a_run_without_a_lease_cannot_be_processing() -> None:

@@ -15,9 +15,10 @@ from redis import Redis
 from redis.exceptions import RedisError
 
 from agents.events import publisher, stream
+from agents.events.log import emit_event
 from agents.lifecycle import states
 from agents.models import Event, Limit, Run
-from agents.runs import execution, outcomes
+from agents.runs import actions, execution
 from agents.usage import limits
 from agents.worker import bootstep, dispatch
 from chat.models import Message
@@ -122,7 +123,7 @@ class TestReader:
         later = [factories.ask(f"{n}", thread_id=first.thread_id) for n in range(5)]
         reader.read()
         broker.handed()
-        execution.cancel(first)
+        actions.cancel(first)
         reader.read()
 
         assert broker.handed() == [later[0].pk]
@@ -324,7 +325,7 @@ class TestSweep:
         redis.flushall()
         assert bootstep.sweep_runs() == 0
 
-        Run.objects.update(handed_at=Now() - timedelta(minutes=1))
+        Run.objects.update(dispatched_at=Now() - timedelta(minutes=1))
         assert bootstep.sweep_runs() == 1
         assert broker.handed() == [run.pk]
         assert bootstep.sweep_runs() == 0
@@ -334,7 +335,7 @@ class TestSweep:
     ) -> None:
         run = factories.ask()
         execution.claim(run.pk)
-        Run.objects.update(handed_at=Now() - timedelta(seconds=2))
+        Run.objects.update(dispatched_at=Now() - timedelta(seconds=2))
         assert bootstep.sweep_runs() == 0
 
         Run.objects.update(lease_expires_at=Now() - timedelta(seconds=1))
@@ -346,7 +347,7 @@ class TestSweep:
         self, reader: bootstep.Reader, broker: Broker
     ) -> None:
         run = factories.ask()
-        Run.objects.update(handed_at=None, due_at=Now() + timedelta(minutes=1))
+        Run.objects.update(dispatched_at=None, due_at=Now() + timedelta(minutes=1))
         assert bootstep.sweep_runs() == 0
 
         Run.objects.update(due_at=Now())
@@ -358,7 +359,7 @@ class TestSweep:
     ) -> None:
         first = factories.ask("one")
         factories.ask("two", thread_id=first.thread_id)
-        Run.objects.update(handed_at=None)
+        Run.objects.update(dispatched_at=None)
 
         bootstep.sweep_runs()
         assert broker.handed() == [first.pk]
@@ -367,7 +368,7 @@ class TestSweep:
         self, reader: bootstep.Reader, redis: Redis, broker: Broker
     ) -> None:
         factories.ask()
-        Run.objects.update(handed_at=Now() - timedelta(minutes=1))
+        Run.objects.update(dispatched_at=Now() - timedelta(minutes=1))
         redis.rpush("agent_events:celery", *[b"{}"] * dispatch.room())
         assert bootstep.sweep_runs() == 0
 
@@ -378,7 +379,7 @@ class TestSweep:
         self, reader: bootstep.Reader, redis: Redis, broker: Broker
     ) -> None:
         run = factories.ask()
-        Run.objects.update(handed_at=None)
+        Run.objects.update(dispatched_at=None)
         redis.delete("agent_events")  # there is nothing to take over from, which is an error
 
         with pytest.raises(RedisError):
@@ -424,7 +425,7 @@ class TestSweep:
 
     def test_the_keeper_is_one_worker(self, reader: bootstep.Reader, broker: Broker) -> None:
         factories.ask()
-        Run.objects.update(handed_at=None)
+        Run.objects.update(dispatched_at=None)
         assert stream.acquire_leadership("worker-2")
 
         bootstep.Keeper(reader).tick()
@@ -516,7 +517,7 @@ class TestSize:
     ) -> None:
         prompt = "é" * 20_000
         run = factories.ask(prompt)
-        outcomes.announce(run, states.Told.COMPLETED, {"output": prompt})
+        emit_event(run, states.EventType.COMPLETED, run.outcome_payload(output=prompt))
 
         asked, ended = (entry["payload"] for entry in entries(redis))
         assert asked["prompt"] == ended["output"] == "é" * 8192

@@ -10,7 +10,7 @@ from rest_framework.test import APIClient
 
 from agents import inbox
 from agents.models import Limit, Pace, Run
-from agents.runs import execution
+from agents.runs import actions
 from agents.usage import limits
 from tests import factories
 
@@ -100,7 +100,7 @@ class TestDay:
     def test_asking_again_counts(self, settings: Any) -> None:
         settings.LIMIT_USER_BYTES_PER_DAY = 9
         run = factories.ask("12345")
-        execution.cancel(run)
+        actions.cancel(run)
         run.refresh_from_db()
         with pytest.raises(inbox.Limited):
             inbox.ask_again(run)

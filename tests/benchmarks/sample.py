@@ -251,7 +251,7 @@ class History:
             "created_at": at,
             "started_at": began,
             "due_at": None,
-            "handed_at": at,
+            "dispatched_at": at,
             "prompt_tokens": 0,
             "completion_tokens": 0,
             "cost": 0,

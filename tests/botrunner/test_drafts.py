@@ -14,7 +14,7 @@ from redis import Redis
 
 from agents.events import publisher
 from agents.models import Run
-from agents.runs import execution
+from agents.runs import actions, execution
 from agents.worker.bootstep import Loop
 from botrunner.aio import database_sync_to_async
 from botrunner.incoming import handling
@@ -481,7 +481,7 @@ class TestCancelling:
             worker = stage.work(run_id)
             await stage.until(lambda: stage.homeserver.sent)
             await stage.drafts.close()
-            await database_sync_to_async(execution.cancel)(
+            await database_sync_to_async(actions.cancel)(
                 await database_sync_to_async(Run.objects.get)(pk=run_id)
             )
             cancelled.set()
@@ -518,7 +518,7 @@ class TestCancelling:
                 await database_sync_to_async(take_in)(stage.row, event("!cancel"))
             await stage.told()
             cancelled = stage.homeserver.bodies
-            await database_sync_to_async(execution.retry)(
+            await database_sync_to_async(actions.retry)(
                 await database_sync_to_async(Run.objects.get)(pk=run_id)
             )
             await stage.sender.compose()

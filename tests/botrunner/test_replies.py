@@ -8,7 +8,7 @@ from django.utils import timezone
 
 from agents import retention
 from agents.models import Run
-from agents.runs import execution
+from agents.runs import actions, execution
 from botrunner.matrix.errors import MatrixError
 from botrunner.matrix.events import REPLY_FIELD
 from botrunner.models import Reply, Room
@@ -59,7 +59,7 @@ def test_what_was_cancelled_elsewhere_is_said() -> None:
     command()
     row = session()
     take_in(row, event())
-    execution.cancel(Run.objects.get())
+    actions.cancel(Run.objects.get())
     queue.compose(row)
     assert Reply.objects.get().parts[0]["body"] == "This was cancelled."
 
@@ -385,12 +385,12 @@ class TestRetries:
         row = session()
         take_in(row, event())
         run = Run.objects.get()
-        execution.cancel(run)
+        actions.cancel(run)
         return Reply.objects.get()
 
     def retried(self, reply: Reply) -> None:
         assert reply.run
-        assert execution.retry(reply.run)
+        assert actions.retry(reply.run)
         execution.execute(reply.run.pk)
 
     def bodies(self) -> list[str]:
@@ -420,7 +420,7 @@ class TestRetries:
         account = reply.room.session
         queue.compose(account)
         assert reply.run
-        execution.retry(reply.run)
+        actions.retry(reply.run)
         assert not queue.compose(account)
         execution.execute(reply.run.pk)
         assert len(queue.compose(account, [reply.run.pk])) == 1

@@ -10,7 +10,7 @@ from django.utils import timezone
 from redis import Redis
 
 from agents.models import Run, Step, Worker
-from agents.runs import execution
+from agents.runs import actions, execution
 from chat.markdown import to_html
 from chat.models import Message, Thread
 from console.models import AuditEntry
@@ -271,7 +271,7 @@ class TestAConversation:
     def test_what_a_stopped_answer_had_said_is_shown(self, browser: Client, alice: User) -> None:
         run = ask("Hello", owner=alice)
         execution.claim(run.pk)
-        execution.cancel(run)
+        actions.cancel(run)
         run.refresh_from_db()
         Step.objects.create(
             run=run, attempt=run.attempt, kind="model", name="m", output="So *far*", duration_ms=1

@@ -12,7 +12,7 @@ from rest_framework.test import APIClient
 from agents import inbox, retention
 from agents.inbox import WhenBusy
 from agents.models import Attempt, Event, Run, Usage
-from agents.runs import execution, memory, outcomes
+from agents.runs import actions, execution, memory, outcomes
 from chat.models import Message, Thread
 from realm.models import User
 from tests import factories
@@ -256,15 +256,15 @@ class TestDelete:
         assert held
         retention.delete_thread(held.thread)
 
-        assert not outcomes.complete(held, "late", outcomes.NOTHING)
-        assert not outcomes.keep_partial(held, outcomes.NOTHING)
+        assert not outcomes.complete(held, "late", outcomes.EMPTY)
+        assert not outcomes.record_partial(held, outcomes.EMPTY)
         assert execution.claim(held.pk) is None
         assert memory.summarise(held.thread_id) is None
         assert not Message.objects.exists()
 
     def test_a_worker_that_was_about_to_begin_gives_up(self, monkeypatch: Any, caplog: Any) -> None:
         run = factories.ask()
-        carry_out = execution.commands.carry_out
+        carry_out = execution.commands.execute
 
         def deleted_first(run: Run, **options: Any) -> str:
             retention.delete_thread(run.thread)
@@ -304,7 +304,7 @@ class TestRetry:
 
     def test_a_cancelled_run_begins_anew(self, mine: APIClient, alice: User) -> None:
         run = factories.ask(owner=alice)
-        execution.cancel(run)
+        actions.cancel(run)
         response = self.retry(mine, run)
         assert response.status_code == 202
         told = response.json()
@@ -324,7 +324,7 @@ class TestRetry:
 
     def test_anothers_does_not_exist(self, mine: APIClient) -> None:
         run = factories.ask(owner=factories.user("charlie"))
-        execution.cancel(run)
+        actions.cancel(run)
         assert self.retry(mine, run).status_code == 404
         run.refresh_from_db()
         assert run.status == Run.Status.CANCELLED

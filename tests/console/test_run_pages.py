@@ -16,7 +16,7 @@ from django.utils import timezone
 
 from agents.inbox import WhenBusy
 from agents.models import Attempt, Event, Run, Step
-from agents.runs import execution, memory, outcomes
+from agents.runs import actions, execution, memory, outcomes
 from botrunner.models import Reply, Room, RoomEvent, Session
 from botrunner.outgoing import queue
 from chat.models import Thread
@@ -114,7 +114,7 @@ class TestTrace:
         taken = execution.claim(asked.pk)
         assert taken
         overloaded = execution.completions.LLMError("Busy.", code="overloaded", permanent=False)
-        outcomes.fail_or_retry(taken, overloaded, outcomes.NOTHING)
+        outcomes.fail_or_retry(taken, overloaded, outcomes.EMPTY)
         Run.objects.update(due_at=Now())
         execution.execute(asked.pk)
 
@@ -131,9 +131,9 @@ class TestTrace:
 
     def test_each_time_that_it_was_asked_for_has_a_time_line(self, run: Run) -> None:
         other = factories.ask()
-        execution.cancel(other)
+        actions.cancel(other)
         Run.objects.filter(pk=other.pk).update(finished_at=timezone.now())
-        execution.retry(other)
+        actions.retry(other)
         execution.execute(other.pk)
         found = trace.of(Run.objects.select_related("thread", "message", "answer").get(pk=other.pk))
         assert [cycle.number for cycle in found.cycles] == [0, 1]
@@ -243,7 +243,7 @@ class TestActions:
             assert taken
             if before == "failed":
                 error = execution.completions.LLMError("No.", code="refused", permanent=True)
-                outcomes.fail_or_retry(taken, error, outcomes.NOTHING)
+                outcomes.fail_or_retry(taken, error, outcomes.EMPTY)
         client = sign_in("Operator")
         address = deed_url(asked, deed)
         assert deed.capitalize() in text_of(client, url(asked))

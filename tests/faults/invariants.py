@@ -30,7 +30,7 @@ LAPSED = {
                  AND lease_expires_at < strftime('%Y-%m-%d %H:%M:%f', 'now')""",
     "postgresql": "SELECT id FROM agents_run WHERE status = 'processing' AND lease_expires_at < now()",
 }
-UNTOLD = "SELECT id FROM agents_event WHERE published_at IS NULL"
+UNDISPATCHED = "SELECT id FROM agents_event WHERE published_at IS NULL"
 ANSWERS = """
     SELECT thread_id, position, count(*) FROM chat_message GROUP BY thread_id, position
     HAVING count(*) > 1
@@ -245,7 +245,7 @@ class _Found:
 
     def outbox(self) -> Iterator[str]:
         """I5"""
-        for (event_id,) in self.plant.database.rows(UNTOLD):
+        for (event_id,) in self.plant.database.rows(UNDISPATCHED):
             yield f"I5 the event {event_id} has not been told"
 
     def calls(self) -> Iterator[str]:

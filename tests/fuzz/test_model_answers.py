@@ -57,7 +57,7 @@ def dumps(data: Any) -> bytes:
 
 def read(pieces: list[bytes], kind: str) -> None:
     reply = completions.Reply()
-    answer = completions._Answer(completions.Control(), reply)
+    answer = completions._Answer(completions.CallOptions(), reply)
     try:
         answer.begin(kind)
         for piece in pieces:

@@ -196,7 +196,7 @@ class TestRuns:
         assert late
         Run.objects.update(lease_expires_at=timezone.now() - timedelta(minutes=1))
         execution.execute(run.pk)
-        outcomes.complete(late, "late", outcomes.NOTHING)
+        outcomes.complete(late, "late", outcomes.EMPTY)
         rollups.fold()
 
         told = scrape()

@@ -12,7 +12,7 @@ from rest_framework.test import APIClient
 
 from agents.events import stream
 from agents.models import Event, Run
-from agents.runs import execution
+from agents.runs import actions, execution
 from agents.worker import bootstep
 from botrunner.models import Reply
 from botrunner.outgoing import queue
@@ -177,6 +177,6 @@ class TestLines:
 
     def test_a_run_that_was_cancelled(self, lines: Lines) -> None:
         run = factories.ask()
-        execution.cancel(run)
+        actions.cancel(run)
 
         assert lines.one("Run cancelled")["run"] == run.pk

@@ -18,7 +18,7 @@ from django.urls import resolve
 from rest_framework_json_api.utils import format_field_name
 
 from agents.models import Limit, Price, Run
-from agents.runs import execution
+from agents.runs import actions, execution
 from chat.models import Message, Thread
 from realm import tokens
 from realm.models import BotCommand, BotRegistration, User
@@ -319,7 +319,7 @@ def told() -> Iterator[tuple[str, set[str]]]:
     """Of each address of the API that tells something: its keys."""
     someone = visitor("token")
     failed = factories.ask(owner=someone.user, correlation_id="c", deadline_seconds=60)
-    execution.cancel(failed)
+    actions.cancel(failed)
     client = client_of(someone.user or "")
     client.credentials(HTTP_AUTHORIZATION=f"Bearer {tokens.issue('@token:localhost')}")
     for route, outcomes in access.table().items():

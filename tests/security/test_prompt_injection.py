@@ -12,7 +12,7 @@ from django.conf import settings as configured
 from agents import tools
 from agents.llm import completions, loop
 from agents.models import Run, Step
-from agents.runs import execution, http_commands, memory
+from agents.runs import actions, execution, http_commands, memory
 from botrunner.models import Reply, RoomEvent
 from botrunner.outgoing import content as rendering
 from botrunner.outgoing import queue
@@ -52,7 +52,7 @@ class TestWhatTheModelIsSent:
         model.script(fake.Cut(4, clean=True))
         broken = factories.ask(f"And {canary}", **again)
         execution.execute(broken.pk)
-        execution.cancel(Run.objects.get(pk=broken.pk))
+        actions.cancel(Run.objects.get(pk=broken.pk))
         for _ in range(3):
             answered(factories.ask(f"Once more {canary}", **again))
         Thread.objects.filter(pk=thread.pk).update(summary_due_at=thread.created_at)
@@ -203,7 +203,7 @@ class TestTools:
             ("look", {"at": "x", "user": "@admin:localhost"}),
             ("look", {"at": "x", "owner": 1, "thread_id": "theirs"}),
             ("__import__", {"name": "os"}),
-            ("agents.runs.execution.cancel", {}),
+            ("agents.runs.actions.cancel", {}),
         ],
     )
     def test_one_does_no_more_than_it_is_offered_for(
@@ -302,7 +302,7 @@ class TestWhereRequestsGo:
     ) -> None:
         settings.AGENT_WEBHOOK_HOSTS = ["*"]
         with pytest.raises(completions.LLMError) as caught:
-            http_commands.post(url, {}, key="run_1", control=completions.Control())
+            http_commands.post(url, {}, key="run_1", options=completions.CallOptions())
         # A name that none has does not resolve.
         assert caught.value.code in ("webhook_forbidden", "webhook_failed")
         assert not connected
@@ -334,7 +334,7 @@ class TestWhereRequestsGo:
         monkeypatch.setattr(socket, "getaddrinfo", rebinding)
         with pytest.raises(completions.LLMError):
             http_commands.post(
-                "https://hooks.example.org/", {}, key="run_1", control=completions.Control()
+                "https://hooks.example.org/", {}, key="run_1", options=completions.CallOptions()
             )
         assert connected == [("93.184.215.14", 443)]
 

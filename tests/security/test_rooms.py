@@ -7,7 +7,7 @@ import pytest
 from django.db import transaction
 
 from agents.models import Run
-from agents.runs import execution
+from agents.runs import actions
 from chat.models import Thread
 from console import roles
 from realm.models import User
@@ -52,7 +52,7 @@ def ids() -> dict[str, Any]:
     scenes.let_in(session, ASKER, MEMBER, FORMER)
     scenes.take_in(session, scenes.event("The canary sings", ASKER))
     run = Run.objects.get()
-    execution.cancel(run)
+    actions.cancel(run)
     scenes.let_in(session, LATER)
     scenes.take_in(session, scenes.membership(FORMER, "leave"))
     return {

@@ -4,7 +4,7 @@ from typing import Any
 from django.utils import timezone
 
 from agents.models import Run
-from agents.runs import execution
+from agents.runs import actions
 from botrunner.models import Session
 from realm.models import BotCommand, User
 from tests.botrunner import scenes as matrix
@@ -35,7 +35,7 @@ def subscribe(owner: User | None = None, **columns: Any) -> Subscription:
 def cancelled(**asked: Any) -> Run:
     """A run that has ended."""
     run = ask(**asked)
-    assert execution.cancel(run)
+    assert actions.cancel(run)
     return run
 
 
@@ -52,7 +52,7 @@ def fired(command: BotCommand, session: Session) -> Run:
     """A run that a bot fired in a room, ended."""
     matrix.take_in(session, matrix.event("Hello", sender=command.registration.username))
     run: Run = Run.objects.filter(replies__bot_command=command).latest("position")
-    execution.cancel(run)
+    actions.cancel(run)
     return run
 
 

@@ -13,7 +13,7 @@ from django.utils import timezone
 
 from agents import retention
 from agents.models import Event, Run
-from agents.runs import execution
+from agents.runs import actions, execution
 from botrunner.models import Session
 from realm.models import User
 from tests import factories
@@ -82,7 +82,7 @@ class TestWhatIsTold:
         scenes.subscribe()
         first = factories.ask(command="chat.reply")
         later = factories.ask(command="chat.reply", thread_id=first.thread_id)
-        execution.merge_waiting(later)
+        actions.merge_queued(later)
 
         assert body()["data"]["mergedInto"] == later.pk
 
@@ -91,7 +91,7 @@ class TestWhatIsTold:
         run = factories.ask()
         deadline = timezone.now() - timedelta(seconds=1)
         Run.objects.filter(pk=run.pk).update(deadline_at=deadline)
-        assert execution.end_overdue() == 1
+        assert actions.expire_overdue() == 1
 
         data = body()["data"]
         run.refresh_from_db()
@@ -114,8 +114,8 @@ class TestWhatIsTold:
         scenes.subscribe()
         run = scenes.cancelled()
         fan_out()
-        execution.retry(run)
-        execution.cancel(run)
+        actions.retry(run)
+        actions.cancel(run)
         fan_out()
 
         assert len(set(Delivery.objects.values_list("event_id", flat=True))) == 2
