@@ -13,8 +13,8 @@ from rest_framework.test import APIClient
 from agents import inbox
 from agents.inbox import Busy, WhenBusy
 from agents.models import Attempt, Event, IdempotencyKey, Run
+from agents.runs import actions, memory, outcomes
 from agents.runs import execution as runs
-from agents.runs import memory, outcomes
 from chat.models import Message, Thread
 from tests import factories
 from tests.agents.test_runs import in_background, reload, wait_for_words
@@ -81,7 +81,7 @@ class TestReject:
         body = {"content": "two", "threadId": first.thread_id, "whenBusy": "reject"}
         key = {"Idempotency-Key": "k"}
         assert api.post(URL, body, format="json", headers=key).status_code == 409
-        runs.cancel(first)
+        actions.cancel(first)
         accepted = api.post(URL, body, format="json", headers=key)
         assert accepted.status_code == 202
         # And the answer to it is the same from then on, although the thread is busy again.
@@ -142,7 +142,7 @@ class TestMerge:
     def test_the_run_that_answers_is_the_one_to_retry(self, api: APIClient) -> None:
         first = ask("one")
         second = ask("two", "merge", thread_id=first.thread_id)
-        runs.cancel(second)
+        actions.cancel(second)
         refused = api.post(f"/api/chat/runs/{first.pk}/retry")
         assert refused.status_code == 409
         assert second.pk in refused.json()["error"]
@@ -195,7 +195,7 @@ class TestInterrupt:
 class TestWhatTheModelSees:
     def test_the_question_of_a_cancelled_run_stays(self, model: FakeLLM) -> None:
         first = ask("one")
-        runs.cancel(first)
+        actions.cancel(first)
         second = ask("two", thread_id=first.thread_id)
         runs.execute(second.pk)
         assert [m["content"] for m in model.requests[-1].messages] == ["one", "two"]
@@ -204,11 +204,11 @@ class TestWhatTheModelSees:
         first = ask("one")
         held = runs.claim(first.pk)
         assert held
-        runs.cancel(first)
+        actions.cancel(first)
         transcript = runs.loop.Transcript()
         transcript.begin(runs.loop.StepRecord("model", "m", {}, output="Half an"))
         outcomes.record_partial(held, transcript)
-        runs.retry(first)
+        actions.retry(first)
         runs.execute(first.pk)
         assert [m["content"] for m in model.requests[-1].messages] == ["one"]
 
@@ -227,7 +227,7 @@ class TestWhatTheModelSees:
         first = ask("one")
         held = runs.claim(first.pk)
         assert held
-        runs.cancel(first)
+        actions.cancel(first)
         transcript = runs.loop.Transcript()
         transcript.begin(runs.loop.StepRecord("model", "m", {}, output="Half an"))
         # The word that it was recorded may be lost.

@@ -1,5 +1,5 @@
-"""A run that is asked for again after it ended, or taken from its worker: `runs.retry()`,
-`runs.requeue()`, and what becomes of it when many ask at once."""
+"""A run that is retried after it ended, or requeued while it has not: `actions.retry()`,
+`actions.requeue()`, and concurrent calls of them."""
 
 import random
 import threading

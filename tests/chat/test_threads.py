@@ -270,7 +270,7 @@ class TestDelete:
             retention.delete_thread(run.thread)
             return carry_out(run, **options)
 
-        monkeypatch.setattr(execution.commands, "carry_out", deleted_first)
+        monkeypatch.setattr(execution.commands, "execute", deleted_first)
         assert execution.execute(run.pk) is None
         assert "unexpectedly" not in caplog.text
 

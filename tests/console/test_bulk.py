@@ -195,11 +195,11 @@ def test_one_that_breaks_does_not_keep_the_others(
 
 
 def test_rows_with_nothing_to_do_or_that_are_gone_are_skipped(sign_in: SignIn) -> None:
-    from agents.runs import execution as runs
+    from agents.runs import actions
 
     ended, gone = factories.ask(), factories.ask()
     ask_for(sign_in("Operator"))
-    runs.cancel(ended)
+    actions.cancel(ended)
     gone.delete()
 
     bulk.run(BulkJob.objects.get().pk)
