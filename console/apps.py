@@ -11,12 +11,12 @@ class ConsoleConfig(AppConfig):
         from axes.signals import user_locked_out
 
         import realm.audit
-        from agents.worker.maintenance import CHORES
+        from agents.worker.maintenance import PERIODIC_JOBS
         from console import audit, bulk, export, login, rights, roles
 
         export.guard = rights.guard
         realm.audit.record = audit.record_change
-        CHORES.append((bulk.dispatch_abandoned, bulk.SWEEP_SECONDS))
+        PERIODIC_JOBS.append((bulk.dispatch_abandoned, bulk.SWEEP_SECONDS))
         post_migrate.connect(roles.grant, dispatch_uid="console.roles")
         user_logged_in.connect(login.note_login, dispatch_uid="console.login")
         user_locked_out.connect(login.note_lockout, dispatch_uid="console.lockout")

@@ -7,8 +7,8 @@ class HooksConfig(AppConfig):
 
     def ready(self) -> None:
         from agents.events import hooks
-        from agents.worker.maintenance import CHORES
+        from agents.worker.maintenance import PERIODIC_JOBS
         from webhooks import deliveries, sender
 
         hooks.needs_delivery = deliveries.needs_delivery
-        CHORES.append((sender.Sender().tick, sender.SECONDS))
+        PERIODIC_JOBS.append((sender.Sender().tick, sender.SECONDS))

@@ -173,7 +173,7 @@ class Migration(migrations.Migration):
                 ('claimed_at', models.DateTimeField(blank=True, null=True)),
                 ('lease_expires_at', models.DateTimeField(blank=True, null=True)),
                 ('due_at', models.DateTimeField(blank=True, default=django.utils.timezone.now, help_text='Not to be started before. Empty once the run has ended.', null=True)),
-                ('dispatched_at', models.DateTimeField(blank=True, default=django.utils.timezone.now, help_text='Last told to the workers.', null=True)),
+                ('dispatched_at', models.DateTimeField(blank=True, default=django.utils.timezone.now, help_text='Last dispatched to Celery.', null=True)),
                 ('deadline_at', models.DateTimeField(blank=True, help_text='When it ends as failed if it has not ended yet, however many attempts are left.', null=True)),
                 ('safe_error', models.TextField(blank=True, help_text='What went wrong, safe to show.')),
                 ('error_code', models.CharField(blank=True, max_length=40)),

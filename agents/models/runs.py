@@ -124,11 +124,11 @@ class RunQuerySet(models.QuerySet["Run"]):
         return claimable
 
     def undispatched(self) -> "RunQuerySet":
-        """Claimable ones that no worker was told of, or not since the last one was lost."""
+        """Keep claimable runs that have not been dispatched since they were last queued."""
         return self.claimable().matching(states.UNDISPATCHED)
 
     def dispatch_lost(self) -> "RunQuerySet":
-        """Those, and the ones told so long ago that the hand-over must be lost."""
+        """Keep those too that were dispatched so long ago that the task must be lost."""
         return self.claimable().matching(states.DISPATCH_LOST)
 
     def unchanged(self, run: "Run") -> "RunQuerySet":
@@ -237,7 +237,7 @@ class Run(models.Model):
         help_text="Not to be started before. Empty once the run has ended.",
     )
     dispatched_at = models.DateTimeField(
-        null=True, blank=True, default=timezone.now, help_text="Last told to the workers."
+        null=True, blank=True, default=timezone.now, help_text="Last dispatched to Celery."
     )
     deadline_at = models.DateTimeField(
         null=True,

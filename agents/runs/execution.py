@@ -38,7 +38,7 @@ def execute(run_id: str) -> str | None:
         logger.info("Run %s was not started: the account of its user is deactivated", run.pk)
         actions.cancel(run)
         return None
-    with fairness.seats.one(run.asker) as free:
+    with fairness.slot_limiter.acquire(run.asker) as free:
         if not free:
             _leave_to_dispatch(run)
             return None
@@ -85,7 +85,7 @@ def _leave_to_dispatch(run: Run) -> None:
     """Put a run back to be dispatched in turn: its user has all the slots that one user may have."""
     with transaction.atomic():
         Run.objects.unchanged(run).update(dispatched_at=None)
-    fairness.left.set()
+    fairness.backlog.set()
 
 
 def _attempt(run: Run, lease: leases.Lease, feed: publisher.RunFeed) -> bool:

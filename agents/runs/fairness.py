@@ -1,5 +1,5 @@
-"""How many runs of one asker may be worked on at once: in each worker a share of its slots, so that
-somebody else's question finds one free."""
+"""Limit the concurrent runs of one user: to a share of the slots of each worker, so that another user's
+message finds one free."""
 
 import threading
 from collections.abc import Iterator
@@ -14,40 +14,39 @@ from lib.cache import TimedCache
 from lib.limiter import Limiter, LimitReached
 
 SLOTS_SECONDS = 5.0
-# Set while runs may be waiting in the database that could not be handed over when they were due.
-left = threading.Event()
-process.on_reset(left.clear)
+# Set while the database may hold due runs that could not be dispatched.
+backlog = threading.Event()
+process.on_reset(backlog.clear)
 
 
-def of(slots: int) -> int:
-    """The share of one asker."""
+def slots_per_user(slots: int) -> int:
     return max(1, slots * settings.AGENT_USER_SHARE // 100)
 
 
-class Seats:
-    """Who has how many of the slots of this process."""
+class SlotLimiter:
+    """The slots of this process that each user occupies."""
 
     def __init__(self) -> None:
         self._limiter = Limiter()
-        self.slots = 0  # 0: as the settings say
+        self.slots = 0  # 0: CELERY_WORKER_CONCURRENCY
 
     @contextmanager
-    def one(self, asker: str) -> Iterator[bool]:
-        """Whether the asker may have one meanwhile."""
-        share = of(self.slots or settings.CELERY_WORKER_CONCURRENCY)
+    def acquire(self, user: str) -> Iterator[bool]:
+        """Occupy a slot for the block; yield False if the user has none left."""
+        limit = slots_per_user(self.slots or settings.CELERY_WORKER_CONCURRENCY)
         try:
-            self._limiter.acquire(asker, limit=share)
-            is_free = True
+            self._limiter.acquire(user, limit=limit)
+            acquired = True
         except LimitReached:
-            is_free = False
+            acquired = False
         try:
-            yield is_free
+            yield acquired
         finally:
-            if is_free:
-                self._limiter.release(asker)
+            if acquired:
+                self._limiter.release(user)
 
 
-seats = Seats()
+slot_limiter = SlotLimiter()
 
 
 def _count_slots() -> int:
@@ -56,10 +55,10 @@ def _count_slots() -> int:
 
 
 # Of all workers together.
-slots = process.shared(TimedCache(_count_slots, SLOTS_SECONDS))
+total_slots = process.shared(TimedCache(_count_slots, SLOTS_SECONDS))
 
 
-def taken() -> dict[str, int]:
-    """How many of all slots each asker has."""
-    in_hand = Run.objects.unfinished().filter(status=Run.Status.PROCESSING)
-    return dict(in_hand.order_by().values_list("asker").annotate(count=Count("pk")))
+def slots_in_use() -> dict[str, int]:
+    """Return the slots of all workers that each user occupies."""
+    processing = Run.objects.unfinished().filter(status=Run.Status.PROCESSING)
+    return dict(processing.order_by().values_list("asker").annotate(count=Count("pk")))

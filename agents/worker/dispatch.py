@@ -1,9 +1,9 @@
-"""Which runs the workers are told of, and when.
+"""Dispatch queued runs to Celery, fairly between users.
 
-What is asked while there are free slots is handed to Celery at once. What comes when its queue is as
-long as it should be waits in the database instead, and goes in turns: next is a run of whoever has the
-fewest in hand. So a question waits for a short queue, and not for all that somebody else has asked
-before. A look at a long queue takes a while, so it is not taken at every opportunity.
+While Celery's queue is short, a run is dispatched as soon as it is requested. Otherwise it waits in the
+database, and the user with the fewest active and dispatched runs is next: a message waits for a short
+queue, not for all earlier messages of another user. Ranking a long backlog takes a while, so it takes a
+bounded part of the time.
 """
 
 import time
@@ -22,17 +22,17 @@ from agents.models import Run, RunQuerySet
 from agents.runs import fairness
 from lib import db
 
-# The part of the time that a reader spends on looking for whose turn it is.
-LOOKING = 0.25
-# More are not looked at: those of each asker that come first.
+# The part of the time that a consumer spends on ranking the backlog.
+RANKING_SHARE = 0.25
+# The runs that are ranked: the first ones of each user.
 CANDIDATES = 1000
-MOST_AHEAD = 500
-# In which runs of several threads are locked.
+MAX_AHEAD = 500
+# The order in which runs of several threads are locked.
 ORDER = ("thread", "position")
 
 
-def hand_over(run_ids: Iterable[str]) -> None:
-    """Tell the workers of runs. Raises `OperationalError` of kombu when the broker is away."""
+def enqueue(run_ids: Iterable[str]) -> None:
+    """Send runs to Celery. Raises `OperationalError` of kombu if the broker is unavailable."""
     run_ids = list(run_ids)
     if not run_ids:
         return
@@ -41,91 +41,92 @@ def hand_over(run_ids: Iterable[str]) -> None:
             tasks.execute.apply_async((run_id,), producer=producer, retry=False)
 
 
-def queued() -> int:
-    """Tasks in Celery's queue. Raises `RedisError`."""
+def queue_length() -> int:
+    """Return the number of tasks in Celery's queue. Raises `RedisError`."""
     return int(stream.consumer().llen(settings.CELERY_TASK_DEFAULT_QUEUE))
 
 
-def least() -> int:
-    """How many tasks Celery's queue should have: a slot that becomes free shall find one."""
+def target_length() -> int:
+    """Return the length that Celery's queue should have, so that a free slot finds a task."""
     return max(4, settings.CELERY_WORKER_CONCURRENCY)
 
 
-def room() -> int:
-    """How many runs it should have beside those that it has. Raises `RedisError`."""
-    return max(0, least() - queued())
+def shortfall() -> int:
+    """Return the number of tasks that Celery's queue lacks. Raises `RedisError`."""
+    return max(0, target_length() - queue_length())
 
 
-class Turns:
-    """Hands runs over, each asker's in turn."""
+class Dispatcher:
+    """Dispatches runs, in turn between users."""
 
     def __init__(self) -> None:
-        self._look_at = 0.0
-        # More than the least where so many go between two looks that the queue runs empty.
+        self._rank_at = 0.0
+        # Above the target where so many runs start between two rankings that the queue runs empty.
         self._ahead = 0
-        self._found_enough = False
+        self._filled = False
 
-    def hand(self, run_ids: Collection[str]) -> None:
-        """Hand over runs that are due, or leave them to their turn. Raises `RedisError`,
-        `DatabaseError`, `OperationalError` of kombu."""
-        if not run_ids and not fairness.left.is_set():
+    def dispatch(self, run_ids: Collection[str]) -> None:
+        """Dispatch due runs, or leave them in the backlog. Raises `RedisError`, `DatabaseError`,
+        `OperationalError` of kombu."""
+        if not run_ids and not fairness.backlog.is_set():
             return
-        waiting = queued()
-        if len(run_ids) <= least() - waiting and not fairness.left.is_set():
-            hand_over(run_ids)
+        queued = queue_length()
+        if len(run_ids) <= target_length() - queued and not fairness.backlog.is_set():
+            enqueue(run_ids)
             return
         if run_ids:
             with transaction.atomic():
-                asked = Run.objects.filter(pk__in=run_ids, status=Run.Status.QUEUED)
-                db.in_order(asked, *ORDER).update(dispatched_at=None)
-            fairness.left.set()
-        ran_empty = self._found_enough and not waiting
-        is_short = waiting <= max(least(), self._ahead) // 2
-        if ran_empty or (is_short and time.monotonic() >= self._look_at):
-            self._look(waiting, ran_empty=ran_empty)
+                requested = Run.objects.filter(pk__in=run_ids, status=Run.Status.QUEUED)
+                db.in_order(requested, *ORDER).update(dispatched_at=None)
+            fairness.backlog.set()
+        ran_empty = self._filled and not queued
+        is_short = queued <= max(target_length(), self._ahead) // 2
+        if ran_empty or (is_short and time.monotonic() >= self._rank_at):
+            self._dispatch_backlog(queued, ran_empty=ran_empty)
 
-    def _look(self, waiting: int, *, ran_empty: bool) -> None:
+    def _dispatch_backlog(self, queued: int, *, ran_empty: bool) -> None:
         if ran_empty:
-            self._ahead = min(MOST_AHEAD, 2 * self._ahead)
-        elif waiting > self._ahead // 4:
+            self._ahead = min(MAX_AHEAD, 2 * self._ahead)
+        elif queued > self._ahead // 4:
             self._ahead //= 2
-        self._ahead = max(least(), self._ahead)
-        free = self._ahead - waiting
+        self._ahead = max(target_length(), self._ahead)
+        free = self._ahead - queued
         started = time.monotonic()
-        self._found_enough = hand_over_fairly(Run.objects.undispatched(), free) == free
+        self._filled = dispatch_fairly(Run.objects.undispatched(), free) == free
         now = time.monotonic()
-        self._look_at = now + (now - started) / LOOKING
+        self._rank_at = now + (now - started) / RANKING_SHARE
 
 
-def hand_over_fairly(runs: RunQuerySet, free: int) -> int:
-    """Hand over so many of these runs, those of askers with few in hand first. How many."""
-    fairness.left.clear()
+def dispatch_fairly(runs: RunQuerySet, free: int) -> int:
+    """Dispatch up to `free` of these runs, users with few active runs first. Return their number."""
+    fairness.backlog.clear()
     number = Window(RowNumber(), partition_by=F("asker"), order_by=["due_at", "pk"])
     numbered = runs.annotate(number=number).order_by("number", "due_at")
     rows = list(numbered.values_list("pk", "asker", "number")[:CANDIDATES])
     if not rows:
         return 0
-    taken, most = fairness.taken(), fairness.of(fairness.slots.get())
-    bounded = settings.AGENT_USER_SHARE < 100
-    ranked = [(taken.get(asker, 0) + number, pk) for pk, asker, number in rows]
-    # What came first goes first where two have the same number in hand: sorting keeps the order.
+    in_use = fairness.slots_in_use()
+    limit = fairness.slots_per_user(fairness.total_slots.get())
+    is_limited = settings.AGENT_USER_SHARE < 100
+    ranked = [(in_use.get(user, 0) + number, pk) for pk, user, number in rows]
+    # Sorting is stable: equal ranks keep the order in which they are due.
     ranked.sort(key=lambda each: each[0])
-    chosen = [pk for rank, pk in ranked if rank <= most or not bounded][:free]
+    chosen = [pk for rank, pk in ranked if rank <= limit or not is_limited][:free]
     if len(chosen) < len(rows):
-        fairness.left.set()
-    _mark_and_hand_over(chosen)
+        fairness.backlog.set()
+    _mark_and_enqueue(chosen)
     return len(chosen)
 
 
-def _mark_and_hand_over(run_ids: list[str]) -> None:
-    """The mark goes first: a claim that finds the asker's share taken unmarks its run."""
+def _mark_and_enqueue(run_ids: list[str]) -> None:
+    """Mark runs before they are enqueued: a claim that finds its user at the limit removes the mark."""
     if not run_ids:
         return
     marked = Run.objects.filter(pk__in=run_ids)
     with transaction.atomic():
         db.in_order(marked, *ORDER).update(dispatched_at=Now())
     try:
-        hand_over(run_ids)
+        enqueue(run_ids)
     except BrokerError:
         with transaction.atomic():
             queued = marked.filter(status=Run.Status.QUEUED)

@@ -1,4 +1,4 @@
-"""What a worker tells of itself, so that everybody can see who is there and who gets on."""
+"""Record which workers are running, and what each of them is doing."""
 
 import os
 import socket
@@ -17,42 +17,41 @@ from agents.runs import leases
 BEAT_SECONDS = 3.0
 
 
-class Presence:
-    """The row of this process."""
+class WorkerHeartbeat:
+    """The database row of this worker."""
 
     def __init__(self, name: str, concurrency: int) -> None:
         self.name = name
         self.concurrency = concurrency
         self.started_at = timezone.now()
-        self._read: float | None = None
+        self._read_at: float | None = None
         self.is_draining = False
         self._lock = threading.Lock()
         self._has_left = False
 
     def note_read(self) -> None:
-        """The stream was read: the worker gets on, and not only its heart."""
-        self._read = time.monotonic()
+        """Note that the stream was read: the worker makes progress, and is not only alive."""
+        self._read_at = time.monotonic()
 
     def beat(self) -> None:
-        """One UPDATE; the row is made by the first, and again should somebody have removed it.
-        Raises what the database does."""
+        """Update the row, or create it if it is missing. Raises `DatabaseError`."""
         with self._lock:
             if not self._has_left:
                 self._write()
 
     def _write(self) -> None:
         heartbeat = leases.heartbeat()
-        news = {
+        columns = {
             # By the database's clock: that of this host may be wrong.
             "beat_at": Now(),
-            "read_at": None if self._read is None else Now() - _since(self._read),
+            "read_at": None if self._read_at is None else Now() - _since(self._read_at),
             "runs_in_hand": heartbeat.in_hand(),
             "last_finished_at": heartbeat.last_released_at,
             "is_draining": self.is_draining,
         }
-        mine = Worker.objects.filter(worker=leases.worker_name())
+        row = Worker.objects.filter(worker=leases.worker_name())
         with transaction.atomic():
-            if not mine.update(**news):
+            if not row.update(**columns):
                 Worker.objects.create(
                     worker=leases.worker_name(),
                     name=self.name,
@@ -61,7 +60,7 @@ class Presence:
                     version=settings.RELEASE[:100],
                     concurrency=self.concurrency,
                     started_at=self.started_at,
-                    **news,
+                    **columns,
                 )
 
     def drain(self) -> None:
@@ -74,8 +73,8 @@ class Presence:
         Worker.objects.filter(worker=leases.worker_name()).delete()
 
 
-def forget_gone() -> None:
-    """Drop the rows of workers that were killed."""
+def delete_gone() -> None:
+    """Delete the rows of workers that were killed."""
     if Worker.objects.gone().exists():
         Worker.objects.gone().delete()
 

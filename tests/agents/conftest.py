@@ -5,7 +5,7 @@ import pytest
 from redis import Redis
 
 from agents.events import stream
-from agents.worker import bootstep
+from agents.worker.consumer import Consumer
 
 
 class Broker:
@@ -35,6 +35,6 @@ def broker(redis: Redis, _celery: None) -> Broker:
 
 
 @pytest.fixture
-def reader(redis: Redis, broker: Broker) -> bootstep.Reader:
+def consumer(redis: Redis, broker: Broker) -> Consumer:
     stream.ensure_group()
-    return bootstep.Reader("worker-1")
+    return Consumer("worker-1")

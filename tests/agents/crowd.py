@@ -233,7 +233,7 @@ class Member:
         elif what == 2:
             leases.heartbeat().renew()
         elif what == 3:
-            dispatch._mark_and_hand_over(
+            dispatch._mark_and_enqueue(
                 list(Run.objects.claimable().values_list("pk", flat=True)[:20])
             )
         else:

@@ -23,7 +23,7 @@ from agents.llm import completions
 from agents.models import Attempt, Event, Run, RunQuerySet
 from agents.models import runs as models
 from agents.runs import actions, execution, leases, outcomes
-from agents.worker import bootstep, dispatch
+from agents.worker import dispatch, maintenance
 from chat.models import Thread
 from tests.agents.lifeworld import RULES, World
 from tests.agents.test_lifecycle import BUSY, DEADLINES, PAUSES, SKEWS, WISHES
@@ -74,7 +74,7 @@ def _one_clock(db: None, monkeypatch: pytest.MonkeyPatch, settings: Any) -> None
     # Which no skew of the wall clock moves.
     steady = SimpleNamespace(monotonic=lambda: CLOCKS.now.timestamp())
     monkeypatch.setattr(models, "time", steady)
-    monkeypatch.setattr(bootstep, "queue_is_long", lambda: False)
+    monkeypatch.setattr(maintenance, "queue_is_long", lambda: False)
     # Not between two transactions, as it is where heartbeats are.
     monkeypatch.setattr(connection, "close_if_unusable_or_obsolete", lambda: None)
     connection.ensure_connection()
@@ -264,9 +264,9 @@ class Conformance(RuleBasedStateMachine):
     def sweep(self) -> None:
         actions.expire_overdue()
         handed: list[str] = []
-        dispatch.hand_over = handed.extend
-        dispatch.room = lambda: 1000
-        bootstep.sweep_runs()
+        dispatch.enqueue = handed.extend
+        dispatch.shortfall = lambda: 1000
+        maintenance.sweep_runs()
         assert set(handed) == self.world.sweep()
 
     @rule(seconds=st.sampled_from(JUMPS))
@@ -310,8 +310,8 @@ def keep_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     for module, name in (
         (leases, "worker_name"),
         (outcomes, "random"),
-        (dispatch, "hand_over"),
-        (dispatch, "room"),
+        (dispatch, "enqueue"),
+        (dispatch, "shortfall"),
     ):
         monkeypatch.setattr(module, name, getattr(module, name))
 

@@ -14,7 +14,8 @@ from agents.inbox import Invalid
 from agents.models import Attempt, Event, Rollup, Run
 from agents.runs import actions, execution, leases, outcomes
 from agents.usage import rollups
-from agents.worker.bootstep import Keeper, Reader
+from agents.worker.consumer import Consumer
+from agents.worker.maintenance import Maintenance
 from chat.models import Message
 from tests import factories
 from tests.agents.test_runs import in_background, reload, wait_for_words
@@ -66,7 +67,7 @@ class TestWaiting:
     def test_a_run_that_waits_too_long_fails(self, redis: Any) -> None:
         run, other = ask(-1), ask(60)
         with pytest.raises(RedisError):  # which has forgotten its streams, and is not needed for it
-            Keeper(Reader("one")).tick()
+            Maintenance(Consumer("one")).tick()
 
         assert how(run) == OVERDUE
         assert reload(run).safe_error

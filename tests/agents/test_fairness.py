@@ -9,7 +9,8 @@ from django.db.models.functions import Now
 
 from agents.models import Run
 from agents.runs import actions, execution, fairness, leases
-from agents.worker import bootstep, dispatch
+from agents.worker import dispatch
+from agents.worker.consumer import Consumer
 from tests import factories
 from tests.agents.conftest import Broker
 from tests.agents.test_runs import in_background
@@ -28,60 +29,60 @@ def ask(asker: str, times: int = 1, **extra: Any) -> list[str]:
     return [factories.ask(asker=asker, **extra).pk for _ in range(times)]
 
 
-def again(reader: bootstep.Reader) -> None:
+def again(consumer: Consumer) -> None:
     """Have it look at once, however long the last look took, and for no more than usual."""
-    reader._turns._look_at = 0
-    reader._turns._found_enough = False
-    reader.read()
+    consumer._dispatcher._rank_at = 0
+    consumer._dispatcher._filled = False
+    consumer.read()
 
 
 def test_a_single_question_is_handed_over_without_a_look_at_the_others(
-    reader: bootstep.Reader,
+    consumer: Consumer,
     broker: Broker,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(dispatch, "hand_over_fairly", None)
+    monkeypatch.setattr(dispatch, "dispatch_fairly", None)
     mine = ask("alice")
-    reader.read()
+    consumer.read()
     assert broker.handed() == mine
 
 
 def test_what_has_no_room_in_the_queue_waits_in_the_database(
-    reader: bootstep.Reader,
+    consumer: Consumer,
     broker: Broker,
     small: None,
 ) -> None:
     asked = ask("alice", 10)
-    reader.read()
+    consumer.read()
     assert broker.handed() == asked[:4]
     assert set(Run.objects.undispatched().values_list("pk", flat=True)) == set(asked[4:])
-    again(reader)
+    again(consumer)
     assert broker.handed() == asked[4:8]
 
 
 def test_whoever_has_little_in_hand_goes_before_a_flood(
-    reader: bootstep.Reader,
+    consumer: Consumer,
     broker: Broker,
     small: None,
 ) -> None:
     flood = ask("alice", 30)
-    reader.read()
+    consumer.read()
     for run_id in broker.handed():
         assert execution.claim(run_id)
     [bobs] = ask("bob")
-    again(reader)
+    again(consumer)
     assert broker.handed() == [bobs, *flood[4:7]]
 
 
 def test_those_of_three_go_in_turns(
-    reader: bootstep.Reader,
+    consumer: Consumer,
     broker: Broker,
     small: None,
 ) -> None:
     alices, bobs, carols = (ask(name, 5) for name in ("alice", "bob", "carol"))
     handed: list[str] = []
     for _ in range(3):
-        again(reader)
+        again(consumer)
         handed += broker.handed()
         for run_id in handed[-4:]:
             assert execution.claim(run_id)
@@ -91,7 +92,7 @@ def test_those_of_three_go_in_turns(
 
 
 def test_all_of_a_flood_is_handed_over_in_the_end(
-    reader: bootstep.Reader,
+    consumer: Consumer,
     broker: Broker,
     small: None,
 ) -> None:
@@ -99,11 +100,11 @@ def test_all_of_a_flood_is_handed_over_in_the_end(
     deadline = time.monotonic() + 60
     while not all(run.is_finished for run in Run.objects.all()):
         assert time.monotonic() < deadline
-        reader.read()
+        consumer.read()
         for run_id in broker.handed():
             execution.execute(run_id)
     assert Run.objects.filter(pk__in=asked, status="completed").count() == 25
-    assert not fairness.left.is_set()
+    assert not fairness.backlog.is_set()
 
 
 class TestShare:
@@ -111,7 +112,7 @@ class TestShare:
     def _half(self, settings: Any) -> None:
         settings.AGENT_USER_SHARE = 50
         settings.CELERY_WORKER_CONCURRENCY = 4
-        fairness.slots.reset()
+        fairness.total_slots.reset()
 
     def test_nobody_gets_more_than_that_of_the_slots(self, model: FakeLLM) -> None:
         model.default = Hang(after=1)
@@ -127,35 +128,35 @@ class TestShare:
             for run in Run.objects.all():
                 actions.cancel(run)
             leases.heartbeat().revoke_all()
-        with fairness.seats.one("alice") as free:
+        with fairness.slot_limiter.acquire("alice") as free:
             assert free
 
     def test_whoever_has_all_of_it_is_passed_over(
         self,
-        reader: bootstep.Reader,
+        consumer: Consumer,
         broker: Broker,
     ) -> None:
         flood = ask("alice", 10)
-        again(reader)
+        again(consumer)
         assert broker.handed() == flood[:2]
         for run_id in flood[:2]:
             execution.claim(run_id)
         [bobs] = ask("bob")
-        again(reader)
+        again(consumer)
         assert broker.handed() == [bobs]
 
     def test_its_next_goes_on_when_one_has_ended(
         self,
-        reader: bootstep.Reader,
+        consumer: Consumer,
         broker: Broker,
     ) -> None:
         flood = ask("alice", 10)
-        again(reader)
+        again(consumer)
         broker.handed()
         for run_id in flood[:2]:
             execution.claim(run_id)
         actions.cancel(Run.objects.get(pk=flood[0]))
-        again(reader)
+        again(consumer)
         assert broker.handed() == [flood[2]]
 
     def test_a_run_whose_worker_was_lost_is_taken_over_all_the_same(self) -> None:

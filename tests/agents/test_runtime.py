@@ -20,7 +20,9 @@ from agents.lifecycle import states
 from agents.models import Event, Limit, Run
 from agents.runs import actions, execution
 from agents.usage import limits
-from agents.worker import bootstep, dispatch
+from agents.worker import dispatch, maintenance
+from agents.worker.consumer import Consumer
+from agents.worker.maintenance import Maintenance
 from chat.models import Message
 from tests import factories
 from tests.agents.conftest import Broker
@@ -94,101 +96,101 @@ class TestPublishing:
 
 class TestReader:
     def test_a_run_is_handed_to_celery_and_the_entry_acknowledged(
-        self, reader: bootstep.Reader, redis: Redis, broker: Broker
+        self, consumer: Consumer, redis: Redis, broker: Broker
     ) -> None:
         run = factories.ask()
-        reader.read()
-        reader.mark_published()
+        consumer.read()
+        consumer.mark_published()
 
         assert broker.handed() == [run.pk]
         assert pending(redis) == 0
         assert Event.objects.get().published_at is not None
 
     def test_when_a_run_ends_the_next_of_its_thread_is_handed_over(
-        self, reader: bootstep.Reader, broker: Broker
+        self, consumer: Consumer, broker: Broker
     ) -> None:
         first = factories.ask("one")
         second = factories.ask("two", thread_id=first.thread_id)
-        reader.read()
+        consumer.read()
         assert set(broker.handed()) == {first.pk, second.pk}
 
         execution.execute(first.pk)
-        reader.read()
+        consumer.read()
         assert broker.handed() == [second.pk]
 
     def test_of_a_long_queue_in_a_thread_only_the_next_is_handed_over(
-        self, reader: bootstep.Reader, broker: Broker
+        self, consumer: Consumer, broker: Broker
     ) -> None:
         first = factories.ask("one")
         later = [factories.ask(f"{n}", thread_id=first.thread_id) for n in range(5)]
-        reader.read()
+        consumer.read()
         broker.handed()
         actions.cancel(first)
-        reader.read()
+        consumer.read()
 
         assert broker.handed() == [later[0].pk]
 
     def test_programs_are_limited_by_a_row_of_their_own_alone_and_then_wait(
-        self, reader: bootstep.Reader, redis: Redis, broker: Broker, settings: Any
+        self, consumer: Consumer, redis: Redis, broker: Broker, settings: Any
     ) -> None:
         settings.LIMIT_USER_MESSAGES_PER_MINUTE = 1
         for number in range(3):
             add(redis, request(runId=f"run-{number}"))
-        reader.read()
+        consumer.read()
         assert Run.objects.count() == 3
 
         Limit.objects.create(kind="user", name=limits.PROGRAMS, messages_per_minute=1)
         limits.limit_list.reset()
         for number in range(3, 5):
             add(redis, request(runId=f"run-{number}"))
-        reader.read()
+        consumer.read()
         assert (Run.objects.count(), pending(redis)) == (4, 1)
 
         Limit.objects.all().delete()
         limits.limit_list.reset()
-        reader.handle(stream.claim_stale("worker-1", idle=timedelta()))
+        consumer.handle(stream.claim_stale("worker-1", idle=timedelta()))
         assert (Run.objects.count(), pending(redis)) == (5, 0)
 
     def test_a_wiped_redis_gets_its_group_back(
-        self, reader: bootstep.Reader, redis: Redis, broker: Broker
+        self, consumer: Consumer, redis: Redis, broker: Broker
     ) -> None:
         redis.flushall()
-        reader.read()
+        consumer.read()
         run = factories.ask()
-        reader.read()
+        consumer.read()
 
         assert broker.handed() == [run.pk]
 
     def test_what_came_before_the_group_counts_too(
-        self, reader: bootstep.Reader, redis: Redis, broker: Broker
+        self, consumer: Consumer, redis: Redis, broker: Broker
     ) -> None:
         redis.flushall()
         run = factories.ask()
-        reader.read()
-        reader.read()
+        consumer.read()
+        consumer.read()
 
         assert broker.handed() == [run.pk]
 
     def test_entries_of_a_dead_worker_are_taken_over(
-        self, reader: bootstep.Reader, redis: Redis, broker: Broker
+        self, consumer: Consumer, redis: Redis, broker: Broker
     ) -> None:
         run = factories.ask()
         assert len(stream.read("worker-0")) == 1  # and it died
 
-        reader.handle(stream.claim_stale("worker-1", idle=timedelta(0)))
+        consumer.handle(stream.claim_stale("worker-1", idle=timedelta(0)))
 
         assert broker.handed() == [run.pk]
         assert pending(redis) == 0
 
     def test_an_entry_that_was_deleted_while_it_was_pending_is_passed_by(
-        self, reader: bootstep.Reader, redis: Redis, broker: Broker
+        self, consumer: Consumer, redis: Redis, broker: Broker
     ) -> None:
         factories.ask()
         run = factories.ask()
         gone, _ = stream.read("worker-0")
         redis.xdel("agent_events", gone.id)
 
-        reader.handle(stream.claim_stale("worker-1", idle=timedelta(0)))
+        consumer.handle(stream.claim_stale("worker-1", idle=timedelta(0)))
 
         assert broker.handed() == [run.pk]
         assert pending(redis) == 0
@@ -196,10 +198,10 @@ class TestReader:
 
 class TestOtherPrograms:
     def test_a_request_of_another_program_becomes_a_run(
-        self, reader: bootstep.Reader, redis: Redis, broker: Broker
+        self, consumer: Consumer, redis: Redis, broker: Broker
     ) -> None:
         add(redis, request(prompt="  Hi  ", threadId="thread-of-another", model="gpt-4o"))
-        reader.read()
+        consumer.read()
 
         run = Run.objects.get()
         assert (run.pk, run.thread_id, run.model) == (
@@ -214,24 +216,24 @@ class TestOtherPrograms:
         assert len(entries(redis)) == 1
 
     def test_its_outcome_names_its_event(
-        self, reader: bootstep.Reader, redis: Redis, broker: Broker
+        self, consumer: Consumer, redis: Redis, broker: Broker
     ) -> None:
         event = request()
         add(redis, event)
-        reader.read()
+        consumer.read()
         execution.execute("run-of-another")
 
         assert entries(redis)[-1]["payload"]["requestEventId"] == event["id"]
 
     def test_the_same_request_twice_is_one_run(
-        self, reader: bootstep.Reader, redis: Redis, broker: Broker
+        self, consumer: Consumer, redis: Redis, broker: Broker
     ) -> None:
         event = request()
         add(redis, event)
         add(redis, event)
-        reader.read()
+        consumer.read()
         add(redis, event)
-        reader.read()
+        consumer.read()
 
         assert Run.objects.count() == 1
         assert dead(redis) == []
@@ -265,11 +267,11 @@ class TestOtherPrograms:
         ],
     )
     def test_what_makes_no_sense_is_set_aside_with_its_reason(
-        self, reader: bootstep.Reader, redis: Redis, broker: Broker, event: Any, reason: str
+        self, consumer: Consumer, redis: Redis, broker: Broker, event: Any, reason: str
     ) -> None:
         add(redis, event)
         run = factories.ask("in between")
-        reader.read()
+        consumer.read()
 
         [told] = dead(redis)
         assert reason in told
@@ -277,22 +279,22 @@ class TestOtherPrograms:
         assert broker.handed() == [run.pk]
 
     def test_an_entry_of_another_shape_is_set_aside(
-        self, reader: bootstep.Reader, redis: Redis, broker: Broker
+        self, consumer: Consumer, redis: Redis, broker: Broker
     ) -> None:
         redis.xadd("agent_events", {"message": "hello"})
-        reader.read()
+        consumer.read()
 
         assert dead(redis) == ["it has no field 'event'"]
 
     def test_a_request_for_the_thread_of_a_room_is_set_aside(
-        self, reader: bootstep.Reader, redis: Redis, broker: Broker
+        self, consumer: Consumer, redis: Redis, broker: Broker
     ) -> None:
         asked = factories.ask("in the room", room_id="!room", place="!room")
         add(redis, request(prompt="planted", threadId=asked.thread_id))
-        reader.read()
+        consumer.read()
 
         assert dead(redis) == [
-            "its thread belongs to a Matrix room, and only what is asked in the room enters it"
+            "its thread belongs to a Matrix room, which accepts messages from the room only"
         ]
         assert Message.objects.get().content == "in the room"
         assert pending(redis) == 0
@@ -300,94 +302,94 @@ class TestOtherPrograms:
         assert broker.handed() == [asked.pk]
 
     def test_a_refused_model_is_set_aside(
-        self, reader: bootstep.Reader, redis: Redis, broker: Broker, settings: Any
+        self, consumer: Consumer, redis: Redis, broker: Broker, settings: Any
     ) -> None:
         settings.CHAT_ALLOWED_MODELS = ["gpt-4o-mini"]
         add(redis, request(model="o3"))
-        reader.read()
+        consumer.read()
 
         assert dead(redis) == ["model 'o3' is not allowed. Allowed models: gpt-4o-mini."]
 
     def test_events_of_unknown_types_are_passed_by(
-        self, reader: bootstep.Reader, redis: Redis, broker: Broker
+        self, consumer: Consumer, redis: Redis, broker: Broker
     ) -> None:
         add(redis, request() | {"type": "invoice.paid"})
-        reader.read()
+        consumer.read()
 
         assert (pending(redis), dead(redis), broker.handed()) == (0, [], [])
 
 
 class TestSweep:
     def test_a_run_that_redis_forgot_is_handed_over_again(
-        self, reader: bootstep.Reader, redis: Redis, broker: Broker
+        self, consumer: Consumer, redis: Redis, broker: Broker
     ) -> None:
         run = factories.ask()
         redis.flushall()
-        assert bootstep.sweep_runs() == 0
+        assert maintenance.sweep_runs() == 0
 
         Run.objects.update(dispatched_at=Now() - timedelta(minutes=1))
-        assert bootstep.sweep_runs() == 1
+        assert maintenance.sweep_runs() == 1
         assert broker.handed() == [run.pk]
-        assert bootstep.sweep_runs() == 0
+        assert maintenance.sweep_runs() == 0
 
     def test_a_run_whose_worker_died_is_handed_over(
-        self, reader: bootstep.Reader, broker: Broker
+        self, consumer: Consumer, broker: Broker
     ) -> None:
         run = factories.ask()
         execution.claim(run.pk)
         Run.objects.update(dispatched_at=Now() - timedelta(seconds=2))
-        assert bootstep.sweep_runs() == 0
+        assert maintenance.sweep_runs() == 0
 
         Run.objects.update(lease_expires_at=Now() - timedelta(seconds=1))
-        assert bootstep.sweep_runs() == 1
+        assert maintenance.sweep_runs() == 1
         assert broker.handed() == [run.pk]
-        assert bootstep.sweep_runs() == 0
+        assert maintenance.sweep_runs() == 0
 
     def test_an_attempt_is_repeated_when_it_is_due(
-        self, reader: bootstep.Reader, broker: Broker
+        self, consumer: Consumer, broker: Broker
     ) -> None:
         run = factories.ask()
         Run.objects.update(dispatched_at=None, due_at=Now() + timedelta(minutes=1))
-        assert bootstep.sweep_runs() == 0
+        assert maintenance.sweep_runs() == 0
 
         Run.objects.update(due_at=Now())
-        assert bootstep.sweep_runs() == 1
+        assert maintenance.sweep_runs() == 1
         assert broker.handed() == [run.pk]
 
     def test_a_run_that_waits_for_an_earlier_one_is_left_alone(
-        self, reader: bootstep.Reader, broker: Broker
+        self, consumer: Consumer, broker: Broker
     ) -> None:
         first = factories.ask("one")
         factories.ask("two", thread_id=first.thread_id)
         Run.objects.update(dispatched_at=None)
 
-        bootstep.sweep_runs()
+        maintenance.sweep_runs()
         assert broker.handed() == [first.pk]
 
     def test_nothing_is_added_to_a_long_queue(
-        self, reader: bootstep.Reader, redis: Redis, broker: Broker
+        self, consumer: Consumer, redis: Redis, broker: Broker
     ) -> None:
         factories.ask()
         Run.objects.update(dispatched_at=Now() - timedelta(minutes=1))
-        redis.rpush("agent_events:celery", *[b"{}"] * dispatch.room())
-        assert bootstep.sweep_runs() == 0
+        redis.rpush("agent_events:celery", *[b"{}"] * dispatch.shortfall())
+        assert maintenance.sweep_runs() == 0
 
         redis.lpop("agent_events:celery")
-        assert bootstep.sweep_runs() == 1
+        assert maintenance.sweep_runs() == 1
 
     def test_a_chore_that_fails_does_not_keep_the_others_from_being_done(
-        self, reader: bootstep.Reader, redis: Redis, broker: Broker
+        self, consumer: Consumer, redis: Redis, broker: Broker
     ) -> None:
         run = factories.ask()
         Run.objects.update(dispatched_at=None)
         redis.delete("agent_events")  # there is nothing to take over from, which is an error
 
         with pytest.raises(RedisError):
-            bootstep.Keeper(reader).tick()
+            Maintenance(consumer).tick()
         assert broker.handed() == [run.pk]
 
     def test_a_chore_that_took_long_once_is_done_again_soon(
-        self, reader: bootstep.Reader, broker: Broker, monkeypatch: Any
+        self, consumer: Consumer, broker: Broker, monkeypatch: Any
     ) -> None:
         """It may have waited for the database, and the runs that are left over then wait for it."""
         done: list[bool] = []
@@ -396,12 +398,12 @@ class TestSweep:
             done.append(True)
             time.sleep(0.2)
 
-        monkeypatch.setattr(bootstep, "CHORES", [(chore, 0.01)])
-        monkeypatch.setattr(bootstep, "MAX_PAUSE_SECONDS", 0.1)
-        keeper = bootstep.Keeper(reader)
-        keeper.tick()
+        monkeypatch.setattr(maintenance, "PERIODIC_JOBS", [(chore, 0.01)])
+        monkeypatch.setattr(maintenance, "MAX_REST_SECONDS", 0.1)
+        running = Maintenance(consumer)
+        running.tick()
         time.sleep(0.2)
-        keeper.tick()
+        running.tick()
         assert len(done) == 2
 
     def test_the_clock_of_the_asker_does_not_count(self, monkeypatch: Any) -> None:
@@ -412,31 +414,31 @@ class TestSweep:
         assert execution.claim(run.pk) is not None
 
     def test_what_is_old_goes_unless_the_workers_are_behind(
-        self, reader: bootstep.Reader, redis: Redis, broker: Broker
+        self, consumer: Consumer, redis: Redis, broker: Broker
     ) -> None:
         Session.objects.create(session_key="old", session_data="", expire_date=timezone.now())
-        redis.rpush("agent_events:celery", *[b"{}"] * bootstep.SWEEP_BATCH)
-        bootstep.Keeper(reader).tick()
+        redis.rpush("agent_events:celery", *[b"{}"] * maintenance.SWEEP_BATCH)
+        Maintenance(consumer).tick()
         assert Session.objects.exists()
 
         redis.delete("agent_events:celery")
-        bootstep.Keeper(reader).tick()
+        Maintenance(consumer).tick()
         assert not Session.objects.exists()
 
-    def test_the_keeper_is_one_worker(self, reader: bootstep.Reader, broker: Broker) -> None:
+    def test_the_keeper_is_one_worker(self, consumer: Consumer, broker: Broker) -> None:
         factories.ask()
         Run.objects.update(dispatched_at=None)
         assert stream.acquire_leadership("worker-2")
 
-        bootstep.Keeper(reader).tick()
+        Maintenance(consumer).tick()
         assert broker.handed() == []
 
         stream.resign("worker-1")
-        bootstep.Keeper(reader).tick()
+        Maintenance(consumer).tick()
         assert broker.handed() == []
 
         stream.resign("worker-2")
-        bootstep.Keeper(reader).tick()
+        Maintenance(consumer).tick()
         assert len(broker.handed()) == 1
 
 
@@ -445,34 +447,34 @@ class TestRelay:
         Event.objects.update(created_at=timezone.now() - timedelta(minutes=1))
 
     def test_an_event_that_redis_did_not_take_is_added_later(
-        self, reader: bootstep.Reader, redis: Redis, broker: Broker
+        self, consumer: Consumer, redis: Redis, broker: Broker
     ) -> None:
         run = factories.ask()
         redis.delete("agent_events")
         stream.ensure_group()
-        assert bootstep.relay() == 0  # it may still be on its way
+        assert maintenance.relay() == 0  # it may still be on its way
 
         self.age_events()
-        assert bootstep.relay() == 1
-        reader.read()
-        reader.mark_published()
+        assert maintenance.relay() == 1
+        consumer.read()
+        consumer.mark_published()
         assert broker.handed() == [run.pk]
-        assert bootstep.relay() == 0
+        assert maintenance.relay() == 0
 
     def test_what_waits_on_the_stream_is_not_added_twice(
-        self, reader: bootstep.Reader, redis: Redis, broker: Broker
+        self, consumer: Consumer, redis: Redis, broker: Broker
     ) -> None:
         redis.xadd("agent_events", {"event": b"{}"}, id="1000-0")
-        reader.read()
+        consumer.read()
         factories.ask("the workers have not come to it yet")
         self.age_events()
 
-        assert bootstep.relay() == 0
+        assert maintenance.relay() == 0
 
 
 class TestTrim:
     def test_what_somebody_has_yet_to_read_or_acknowledge_is_kept(
-        self, reader: bootstep.Reader, redis: Redis, broker: Broker
+        self, consumer: Consumer, redis: Redis, broker: Broker
     ) -> None:
         start = int((time.time() - 2 * 24 * 3600) * 1000)
         old = [
@@ -489,7 +491,7 @@ class TestTrim:
         assert 1400 < int(left.split(b"-")[0]) - start <= 1500
 
     def test_a_group_that_was_abandoned_long_ago_does_not_fill_the_memory(
-        self, reader: bootstep.Reader, redis: Redis, broker: Broker
+        self, consumer: Consumer, redis: Redis, broker: Broker
     ) -> None:
         for number in range(1, 501):
             redis.xadd("agent_events", {"event": b"{}"}, id=f"{number}-0")
@@ -499,7 +501,7 @@ class TestTrim:
         assert redis.xlen("agent_events") < 500
 
     def test_of_what_made_no_sense_the_last_is_kept(
-        self, reader: bootstep.Reader, redis: Redis, broker: Broker, settings: Any
+        self, consumer: Consumer, redis: Redis, broker: Broker, settings: Any
     ) -> None:
         for length, most in ((100, 300), (0, 1000)):  # Redis drops whole nodes of a hundred
             redis.delete("agent_events:dead")
@@ -537,29 +539,29 @@ class TestSize:
         assert "promptTruncated" not in asked
 
     def test_the_worker_asks_the_model_with_the_whole_of_it(
-        self, reader: bootstep.Reader, redis: Redis, broker: Broker
+        self, consumer: Consumer, redis: Redis, broker: Broker
     ) -> None:
         run = factories.ask("a" * 50_000)
-        reader.read()
+        consumer.read()
 
         assert broker.handed() == [run.pk]
         assert Run.objects.get().message.content == "a" * 50_000
 
     def test_a_cut_request_whose_run_is_gone_makes_no_run(
-        self, reader: bootstep.Reader, redis: Redis, broker: Broker
+        self, consumer: Consumer, redis: Redis, broker: Broker
     ) -> None:
         run = factories.ask("a" * 50_000)
         run.thread.delete()
-        reader.read()
+        consumer.read()
 
         assert not Run.objects.exists()
-        assert dead(redis) == ["its prompt is not whole, and its run is not there"]
+        assert dead(redis) == ["its prompt is truncated, and its run does not exist"]
 
     def test_a_long_request_of_another_program_is_taken_whole(
-        self, reader: bootstep.Reader, redis: Redis, broker: Broker
+        self, consumer: Consumer, redis: Redis, broker: Broker
     ) -> None:
         add(redis, request(prompt="a" * 50_000))
-        reader.read()
+        consumer.read()
 
         assert Run.objects.get().message.content == "a" * 50_000
 
@@ -568,12 +570,12 @@ class TestSize:
         return [redis.xadd("agent_events", {"event": raw}) for _ in range(count)]
 
     def test_the_oldest_go_when_it_is_too_large(
-        self, reader: bootstep.Reader, redis: Redis, broker: Broker, settings: Any
+        self, consumer: Consumer, redis: Redis, broker: Broker, settings: Any
     ) -> None:
         settings.REDIS_STREAM_MAX_BYTES = 1_000_000
         redis.xgroup_create("agent_events", "slow", id="0")
         ids = self.fill(redis, 150)
-        reader.read()
+        consumer.read()
         while stream.trim_bytes():
             pass
 
@@ -582,7 +584,7 @@ class TestSize:
         assert redis.xrevrange("agent_events", count=1)[0][0] == ids[-1]
 
     def test_what_the_workers_need_stays(
-        self, reader: bootstep.Reader, redis: Redis, broker: Broker, settings: Any
+        self, consumer: Consumer, redis: Redis, broker: Broker, settings: Any
     ) -> None:
         settings.REDIS_STREAM_MAX_BYTES = 1_000_000
         self.fill(redis, 100)
@@ -596,7 +598,7 @@ class TestSize:
         assert redis.xlen("agent_events") == 80
 
     def test_dead_letters_are_bounded_too(
-        self, reader: bootstep.Reader, redis: Redis, broker: Broker, settings: Any
+        self, consumer: Consumer, redis: Redis, broker: Broker, settings: Any
     ) -> None:
         settings.REDIS_STREAM_MAX_BYTES = 1_000_000
         for number in range(30):
@@ -606,7 +608,7 @@ class TestSize:
         assert stream.count_dead_letters() > 5
 
     def test_while_no_worker_reads_events_wait_in_the_database(
-        self, reader: bootstep.Reader, redis: Redis, broker: Broker, settings: Any
+        self, consumer: Consumer, redis: Redis, broker: Broker, settings: Any
     ) -> None:
         settings.REDIS_STREAM_MAX_BYTES = 1_000_000
         self.fill(redis, 120)
@@ -614,12 +616,12 @@ class TestSize:
         run = factories.ask("while it is full")
         assert redis.xlen("agent_events") == 120
 
-        reader.read()
+        consumer.read()
         while stream.trim_bytes():
             pass
         stream._gauge.reset()
         Event.objects.update(created_at=timezone.now() - timedelta(minutes=1))
-        assert bootstep.relay() == 1
+        assert maintenance.relay() == 1
         assert entries(redis)[-1]["payload"]["runId"] == run.pk
 
 

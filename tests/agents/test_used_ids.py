@@ -21,7 +21,7 @@ from agents.events import stream
 from agents.models import DeletedRun, Event, Run
 from agents.runs import execution
 from agents.usage import rollups
-from agents.worker import bootstep
+from agents.worker.consumer import Consumer
 from chat.models import DeletedThread, Message, Thread
 from realm.models import User
 from tests import factories
@@ -224,7 +224,7 @@ class TestOnTheStream:
         redis.delete("agent_events")
         add(redis, request(runId="new-run", threadId="support"))
         stream.ensure_group()
-        bootstep.Reader("w1").read()
+        Consumer("w1").read()
         assert "deleted" in dead(redis)[0]
         assert not Run.objects.exists()
 
@@ -237,7 +237,7 @@ class TestOnTheStream:
         redis.delete("agent_events")
         add(redis, request(runId=run.pk, threadId="another"))
         stream.ensure_group()
-        bootstep.Reader("w1").read()
+        Consumer("w1").read()
         assert not Run.objects.exists()
         assert not Thread.objects.exists()
 
@@ -248,7 +248,7 @@ class TestOnTheStream:
         assert len(entries(redis)) == 1
         retention.delete_thread(run.thread)
         stream.ensure_group()
-        bootstep.Reader("w1").read()
+        Consumer("w1").read()
         assert not Run.objects.exists()
         # Nor is what was said kept among the entries that were of no use.
         assert dead(redis) == []

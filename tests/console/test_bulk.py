@@ -7,7 +7,7 @@ from django.test import Client
 from django.utils import timezone
 
 from agents.models import Run
-from agents.worker.maintenance import CHORES
+from agents.worker.maintenance import PERIODIC_JOBS
 from console import bulk
 from console.models import AuditEntry, BulkItem, BulkJob
 from realm.models import User
@@ -244,7 +244,7 @@ def test_an_empty_list_is_an_empty_job(rf: Any, admin_user: User) -> None:
 
 
 def test_workers_look_for_jobs_that_nobody_is_at() -> None:
-    assert bulk.dispatch_abandoned in [chore for chore, _ in CHORES]
+    assert bulk.dispatch_abandoned in [chore for chore, _ in PERIODIC_JOBS]
 
 
 def test_what_is_left_is_found_by_an_index() -> None:

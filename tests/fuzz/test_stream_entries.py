@@ -11,7 +11,7 @@ from redis import Redis
 from agents.events import publisher, stream, subscriber
 from agents.events.schema import MalformedEvent, ParsedEvent
 from agents.models import Run
-from agents.worker import bootstep
+from agents.worker.consumer import Consumer
 from lib import revocations
 from tests.agents.conftest import Broker, _celery, broker  # noqa: F401
 from tests.agents.test_runtime import dead, pending
@@ -54,9 +54,9 @@ def test_a_worker_reads_on(redis: Redis, broker: Broker, raws: list[bytes], fiel
     stream.ensure_group()
     for raw in raws:
         redis.xadd("agent_events", {field: raw})
-    reader = bootstep.Reader("worker-1")
-    reader.read()
-    reader.mark_published()
+    consumer = Consumer("worker-1")
+    consumer.read()
+    consumer.mark_published()
 
     assert pending(redis) == 0
     kept = {entry.entry.raw for entry in stream.list_dead_letters()}

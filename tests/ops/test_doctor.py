@@ -71,7 +71,7 @@ def healthy(
     for name in ("PORT", "REALM_SERVER_PORT"):
         with closing(socket.create_server(("127.0.0.1", 0))) as free:
             monkeypatch.setenv(name, str(free.getsockname()[1]))
-    presence = workers.Presence("worker-1", concurrency=4)
+    presence = workers.WorkerHeartbeat("worker-1", concurrency=4)
     presence.note_read()
     presence.beat()
 

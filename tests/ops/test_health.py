@@ -35,9 +35,9 @@ def client() -> Client:
 
 
 @pytest.fixture
-def worker() -> workers.Presence:
+def worker() -> workers.WorkerHeartbeat:
     """One that is at work."""
-    presence = workers.Presence("worker-1", concurrency=4)
+    presence = workers.WorkerHeartbeat("worker-1", concurrency=4)
     presence.note_read()
     presence.beat()
     return presence
@@ -142,7 +142,7 @@ class TestReady:
 
 
 class TestDeep:
-    def test_all_is_well(self, client: Client, worker: workers.Presence) -> None:
+    def test_all_is_well(self, client: Client, worker: workers.WorkerHeartbeat) -> None:
         told = checks(client, "/healthz/deep", 200)
 
         assert told["queue"] == {"ok": True, "seconds": 0.0, "limit": 60}
@@ -150,7 +150,7 @@ class TestDeep:
         assert told["workers"] == {"ok": True, "alive": 1, "reading": 1, "runsInHand": 0}
         assert told["bot"] == {"ok": True, "seconds": None}  # none is in use
 
-    def test_a_run_that_nobody_takes(self, client: Client, worker: workers.Presence) -> None:
+    def test_a_run_that_nobody_takes(self, client: Client, worker: workers.WorkerHeartbeat) -> None:
         run = factories.ask()
         Event.objects.all().delete()
         Run.objects.filter(pk=run.pk).update(due_at=timezone.now() - LONG_AGO)
@@ -161,7 +161,7 @@ class TestDeep:
         assert told["workers"]["ok"]
 
     def test_a_run_is_not_late_for_having_waited_for_its_turn(
-        self, client: Client, worker: workers.Presence
+        self, client: Client, worker: workers.WorkerHeartbeat
     ) -> None:
         first = factories.ask()
         second = factories.ask(thread_id=first.thread_id)
@@ -174,7 +174,7 @@ class TestDeep:
         assert checks(client, "/healthz/deep", 200)["queue"]["seconds"] < 30
 
     def test_a_run_is_not_late_while_its_worker_holds_it(
-        self, client: Client, worker: workers.Presence
+        self, client: Client, worker: workers.WorkerHeartbeat
     ) -> None:
         run = factories.ask()
         Event.objects.all().delete()
@@ -187,7 +187,7 @@ class TestDeep:
         assert checks(client, "/healthz/deep", 200)["queue"]["seconds"] == 0
 
     def test_an_event_that_does_not_come_through(
-        self, client: Client, worker: workers.Presence
+        self, client: Client, worker: workers.WorkerHeartbeat
     ) -> None:
         run = factories.ask()
         Run.objects.filter(pk=run.pk).update(
@@ -204,14 +204,14 @@ class TestDeep:
         assert checks(client, "/healthz/deep", 503)["workers"]["alive"] == 0
 
     def test_a_worker_that_only_beats(self, client: Client) -> None:
-        workers.Presence("worker-1", concurrency=4).beat()
+        workers.WorkerHeartbeat("worker-1", concurrency=4).beat()
 
         told = checks(client, "/healthz/deep", 503)["workers"]
 
         assert (told["alive"], told["reading"]) == (1, 0)
 
     def test_a_bot_that_has_lost_its_homeserver(
-        self, client: Client, worker: workers.Presence, settings: Any
+        self, client: Client, worker: workers.WorkerHeartbeat, settings: Any
     ) -> None:
         Session.objects.create(
             homeserver=settings.MATRIX_URL,
@@ -283,7 +283,7 @@ class TestWhoMayLook:
 
 
 class TestWorkers:
-    def test_what_it_tells_of_itself(self, worker: workers.Presence, settings: Any) -> None:
+    def test_what_it_tells_of_itself(self, worker: workers.WorkerHeartbeat, settings: Any) -> None:
         run = factories.ask()
         with leases.heartbeat().hold(run):
             worker.beat()
@@ -297,30 +297,34 @@ class TestWorkers:
         assert told.last_finished_at is not None
         assert list(Worker.objects.reading()) == [told]
 
-    def test_one_that_drains_is_there_and_takes_nothing(self, worker: workers.Presence) -> None:
+    def test_one_that_drains_is_there_and_takes_nothing(
+        self, worker: workers.WorkerHeartbeat
+    ) -> None:
         worker.drain()
 
         assert Worker.objects.alive().exists()
         assert not Worker.objects.reading().exists()
 
-    def test_one_that_has_left_does_not_come_back(self, worker: workers.Presence) -> None:
+    def test_one_that_has_left_does_not_come_back(self, worker: workers.WorkerHeartbeat) -> None:
         worker.leave()
         worker.beat()
 
         assert not Worker.objects.exists()
 
     def test_a_beat_is_one_update(
-        self, worker: workers.Presence, django_assert_num_queries: Any
+        self, worker: workers.WorkerHeartbeat, django_assert_num_queries: Any
     ) -> None:
         with django_assert_num_queries(3):  # with the begin and the end of its transaction
             worker.beat()
 
-    def test_a_killed_one_is_not_alive_and_later_forgotten(self, worker: workers.Presence) -> None:
+    def test_a_killed_one_is_not_alive_and_later_forgotten(
+        self, worker: workers.WorkerHeartbeat
+    ) -> None:
         Worker.objects.update(beat_at=timezone.now() - timedelta(minutes=1))
-        workers.forget_gone()
+        workers.delete_gone()
         assert Worker.objects.exists()
         assert not Worker.objects.alive().exists()
 
         Worker.objects.update(beat_at=timezone.now() - LONG_AGO)
-        workers.forget_gone()
+        workers.delete_gone()
         assert not Worker.objects.exists()

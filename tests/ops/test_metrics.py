@@ -237,7 +237,7 @@ def test_the_epoch_begins_a_rollup() -> None:
 
 class TestQueues:
     def test_what_waits(self, redis: Redis) -> None:
-        presence = workers.Presence("worker-1", concurrency=4)
+        presence = workers.WorkerHeartbeat("worker-1", concurrency=4)
         presence.note_read()
         presence.beat()
         run = factories.ask()

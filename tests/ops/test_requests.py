@@ -13,7 +13,7 @@ from rest_framework.test import APIClient
 from agents.events import stream
 from agents.models import Event, Run
 from agents.runs import actions, execution
-from agents.worker import bootstep
+from agents.worker.consumer import Consumer
 from botrunner.models import Reply
 from botrunner.outgoing import queue
 from tests import factories
@@ -118,10 +118,10 @@ class TestTheId:
             "payload": {"runId": "order-1", "prompt": "Hi"},
         }
         redis.xadd("agent_events", {"event": orjson.dumps(told)})
-        reader = bootstep.Reader("worker-1")
+        consumer = Consumer("worker-1")
         [entry] = stream.read("worker-1")
-        [(_, event)] = reader._parse([entry])
-        assert reader._take_in(entry, event)
+        [(_, event)] = consumer._parse([entry])
+        assert consumer._submit(entry, event)
 
         assert Run.objects.get().request_id == event_id
 

@@ -13,7 +13,7 @@ from django.test.utils import CaptureQueriesContext
 from agents.events import stream
 from agents.models import Run
 from agents.runs import execution
-from agents.worker.bootstep import Reader
+from agents.worker.consumer import Consumer
 from botrunner.incoming import handling, recording
 from botrunner.incoming.recording import Batch, Invite
 from botrunner.models import Reply, Room, RoomEvent, Session
@@ -22,7 +22,7 @@ from console import bulk
 from console.models import BulkJob
 from realm.models import User
 from tests import factories
-from tests.agents.conftest import _celery, broker, reader  # noqa: F401
+from tests.agents.conftest import _celery, broker, consumer  # noqa: F401
 from tests.botrunner import scenes
 from tests.webhooks import scenes as hooks
 from webhooks.deliveries import may_be_told
@@ -161,7 +161,7 @@ class TestRuns:
     def test_asked_on_the_stream_in_the_thread_of_one_are_set_aside(
         self,
         redis: Any,
-        reader: Reader,  # noqa: F811
+        consumer: Consumer,  # noqa: F811
     ) -> None:
         user = factories.user("alice")
         thread = factories.ask("Hello", owner=user).thread
@@ -170,7 +170,7 @@ class TestRuns:
             payload = {"runId": str(uuid4()), "prompt": "Hi", "threadId": thread.pk}
             event = {"id": str(uuid4()), "type": "agent.run.requested", "payload": payload}
             redis.xadd("agent_events", {"event": json.dumps(event)})
-            reader.read()
+            consumer.read()
         assert Run.objects.filter(source="stream").count() == 1
         assert [entry.reason for entry in stream.list_dead_letters()] == [
             f"There is no thread {thread.pk}."

@@ -23,7 +23,8 @@ from agents import inbox
 from agents.events import stream
 from agents.models import Run
 from agents.runs import commands, execution
-from agents.worker import bootstep, dispatch
+from agents.worker import dispatch
+from agents.worker.consumer import Consumer
 from botrunner.incoming import handling
 from botrunner.matrix import login as accounts
 from botrunner.matrix.client import Homeserver
@@ -199,7 +200,7 @@ class Paths:
         stream.ensure_group()
         raw = json.dumps({"id": SAID, "type": "agent.run.requested"}).encode()
         self.redis.xadd("agent_events", {"event": raw})
-        bootstep.Reader("worker-1").handle(stream.read("worker-1"))
+        Consumer("worker-1").handle(stream.read("worker-1"))
 
     def room(self) -> None:
         scenes.command(prefix="!ask")
@@ -289,7 +290,7 @@ def test_not_in_error_reports(paths: Paths, sentry: Mailbox) -> None:
 
 def test_not_in_tasks(paths: Paths, redis: Redis) -> None:
     paths.http()
-    dispatch.hand_over(Run.objects.values_list("pk", flat=True))
+    dispatch.enqueue(Run.objects.values_list("pk", flat=True))
 
     [message] = redis.lrange("agent_events:celery", 0, -1)
     whole = json.loads(message)

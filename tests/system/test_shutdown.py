@@ -52,7 +52,7 @@ def test_a_worker_that_is_told_to_stop_finishes_what_it_has_in_hand(
     assert finished(stack, told["runId"])["output"] == "just in time"
     stack.wait_restarted("worker", old)
     assert len(llm.requests) == 1
-    assert "Handed back" not in stack.log()
+    assert "Released" not in stack.log()
 
 
 def test_what_takes_longer_than_the_grace_is_handed_to_another_worker(
@@ -76,7 +76,7 @@ def test_what_takes_longer_than_the_grace_is_handed_to_another_worker(
     assert GRACE <= took < LEASE / 2
     assert len(llm.requests) == 2
     # What it says comes through a pipe.
-    stack.wait("word of it", lambda: "Handed back 1 runs" in stack.log())
+    stack.wait("word of it", lambda: "Released 1 runs" in stack.log())
     stack.wait("the exit", lambda: "exit status 0" in stack.log())
 
 

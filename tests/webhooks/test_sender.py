@@ -13,8 +13,8 @@ from redis import Redis
 from standardwebhooks import Webhook, WebhookVerificationError
 
 from agents.events import stream
-from agents.worker import bootstep
-from agents.worker.maintenance import CHORES
+from agents.worker.consumer import Consumer
+from agents.worker.maintenance import PERIODIC_JOBS, Maintenance
 from chat.models import Thread
 from lib import outgoing
 from realm.models import User
@@ -307,15 +307,15 @@ def test_a_worker_tells_of_an_outcome(receiver: type[Receiver], redis: Redis) ->
     scenes.subscribe()
     run = scenes.cancelled()
     stream.ensure_group()
-    keeper = bootstep.Keeper(bootstep.Reader("worker-1"))
+    running = Maintenance(Consumer("worker-1"))
 
     def sent() -> bool:
-        keeper.tick()
+        running.tick()
         return Delivery.objects.filter(run=run, status="sent").exists()
 
     until(sent)
     assert len(receiver.seen) == 1
-    [sending] = [chore.__self__ for chore, _ in CHORES if hasattr(chore, "__self__")]
+    [sending] = [chore.__self__ for chore, _ in PERIODIC_JOBS if hasattr(chore, "__self__")]
     until(lambda: not sending.is_busy)
 
 
