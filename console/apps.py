@@ -12,9 +12,9 @@ class ConsoleConfig(AppConfig):
 
         import realm.audit
         from agents.worker.maintenance import PERIODIC_JOBS
-        from console import audit, bulk, export, login, rights, roles
+        from console import audit, bulk, export, login, permissions, roles
 
-        export.guard = rights.guard
+        export.guard = permissions.guard
         realm.audit.record = audit.record_change
         PERIODIC_JOBS.append((bulk.dispatch_abandoned, bulk.SWEEP_SECONDS))
         post_migrate.connect(roles.grant, dispatch_uid="console.roles")

@@ -1,4 +1,4 @@
-"""The door to the audit trail: who did what, and whose words they read."""
+"""Write the audit trail: actions in the admin and readings of other users' messages."""
 
 from datetime import timedelta
 from typing import Any
@@ -11,25 +11,25 @@ from console.models import AuditEntry
 from lib.clients import client_ip
 
 Action = AuditEntry.Action
-# A page that updates itself is one reading.
-READING = timedelta(minutes=10)
+# A page that refreshes itself counts as one reading.
+READING_INTERVAL = timedelta(minutes=10)
 
 
-def note(
+def record(
     request: HttpRequest,
     action: str,
     obj: Model | type[Model] | None = None,
     reason: str = "",
     result: str = "",
 ) -> AuditEntry:
-    """Write down that whoever sends `request` has done `action` to `obj`: a row, or a model where it
-    was done to its list. Call it in the transaction of the deed."""
-    entry = entry_of(request.user, action, obj, reason, result, ip=client_ip(request))
+    """Record the caller's `action` on `obj`: a row, or a model for an action on its list. Call it in
+    the transaction of the action."""
+    entry = new_entry(request.user, action, obj, reason, result, ip=client_ip(request))
     _save(entry)
     return entry
 
 
-def entry_of(
+def new_entry(
     who: Any,
     action: str,
     obj: Model | type[Model] | None = None,
@@ -38,7 +38,7 @@ def entry_of(
     *,
     ip: str | None = None,
 ) -> AuditEntry:
-    """An entry that has not been saved, for those who write many at once."""
+    """Return an unsaved entry."""
     entry = AuditEntry(
         who=who if who is not None and who.pk else None,
         name=who.get_username() if who is not None else "",
@@ -55,10 +55,10 @@ def entry_of(
     return entry
 
 
-def reading(request: HttpRequest, thing: Model | type[Model], what: str = "") -> None:
-    """Write down that whoever sends `request` reads what others said in `thing`: a thread, or whatever
-    holds their words. Once in ten minutes for each; `what` tells readings of one list apart."""
-    entry = entry_of(request.user, Action.READ, thing, ip=client_ip(request))
+def record_reading(request: HttpRequest, obj: Model | type[Model], what: str = "") -> None:
+    """Record that the caller reads other users' messages in `obj`, a thread for example. At most one
+    entry per object in ten minutes; `what` distinguishes readings of one list."""
+    entry = new_entry(request.user, Action.READ, obj, ip=client_ip(request))
     if what:
         entry.object_text = what[:255]
     if not AuditEntry.objects.filter(
@@ -67,19 +67,19 @@ def reading(request: HttpRequest, thing: Model | type[Model], what: str = "") ->
         kind=entry.kind,
         object_id=entry.object_id,
         object_text=entry.object_text,
-        at__gt=entry.at - READING,
+        at__gt=entry.at - READING_INTERVAL,
     ).exists():
         _save(entry)
 
 
 def _save(entry: AuditEntry) -> None:
-    # In a transaction, be it of this alone: then it queues with SQLite's other writers.
+    # SQLite's writers wait for each other only in transactions.
     with transaction.atomic():
         entry.save(force_insert=True)
 
 
 def record_change(row: Model, result: str, program: str) -> None:
     """Record a change that a program has made without a request; see `realm.audit`."""
-    entry = entry_of(None, Action.CHANGE, row, result=result)
+    entry = new_entry(None, Action.CHANGE, row, result=result)
     entry.name = program
     entry.save()

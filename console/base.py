@@ -214,24 +214,25 @@ class MaskedBodiesMixin:
         response: HttpResponse = super().changelist_view(request, extra_context)  # type: ignore[misc]
         shows = set(self.bodies) & {name for name in self.list_display if isinstance(name, str)}  # type: ignore[attr-defined]
         if shows and request.method == "GET" and may_read(request, None):
-            audit.reading(request, self.model, f"the list, {request.GET.urlencode() or 'all'}")  # type: ignore[attr-defined]
+            model: Any = self.model  # type: ignore[attr-defined]
+            audit.record_reading(request, model, f"the list, {request.GET.urlencode() or 'all'}")
         return response
 
     def render_change_form(
         self, request: HttpRequest, context: Any, *args: Any, obj: Any = None, **kwargs: Any
     ) -> HttpResponse:
         if obj is not None:
-            self.note_reading(request, obj)
+            self.record_reading(request, obj)
         page: HttpResponse = super().render_change_form(  # type: ignore[misc]
             request, context, *args, obj=obj, **kwargs
         )
         return page
 
-    def note_reading(self, request: HttpRequest, obj: Any) -> None:
+    def record_reading(self, request: HttpRequest, obj: Any) -> None:
         """Write an audit entry if the caller reads another user's messages."""
         owner = self.owner_of(obj)
         if may_read(request, owner) and not _is_caller(request, owner):
-            audit.reading(request, self.thread_of(obj))
+            audit.record_reading(request, self.thread_of(obj))
 
 
 class ReadOnlyMixin:
@@ -282,18 +283,18 @@ class ConsoleAdmin(PagedMixin, ModelAdmin):
 
     def log_addition(self, request: HttpRequest, obj: Any, message: Any) -> LogEntry:
         entry: LogEntry = super().log_addition(request, obj, message)
-        audit.note(request, audit.Action.ADD, obj, result=entry.get_change_message())
+        audit.record(request, audit.Action.ADD, obj, result=entry.get_change_message())
         return entry
 
     def log_change(self, request: HttpRequest, obj: Any, message: Any) -> LogEntry:
         entry: LogEntry = super().log_change(request, obj, message)
-        audit.note(request, audit.Action.CHANGE, obj, result=entry.get_change_message())
+        audit.record(request, audit.Action.CHANGE, obj, result=entry.get_change_message())
         return entry
 
     def log_deletions(self, request: HttpRequest, queryset: QuerySet[Any]) -> Any:
         with transaction.atomic():
             for obj in queryset:
-                audit.note(request, audit.Action.DELETE, obj)
+                audit.record(request, audit.Action.DELETE, obj)
             return super().log_deletions(request, queryset)
 
 
@@ -390,7 +391,7 @@ class DetailPageMixin:
         if not admin.has_view_permission(request, obj):
             raise PermissionDenied
         if isinstance(self, MaskedBodiesMixin):
-            self.note_reading(request, obj)
+            self.record_reading(request, obj)
         is_live = "live" in request.GET
         context = {
             **({} if is_live else admin.admin_site.each_context(request)),
@@ -444,7 +445,7 @@ class ReasonMixin:
         with transaction.atomic():
             changed = change(row)
             text = result if changed else "there was nothing to do"
-            audit.note(request, name, row, form.cleaned_data["reason"], text)
+            audit.record(request, name, row, form.cleaned_data["reason"], text)
         level = messages.SUCCESS if changed else messages.WARNING
         admin.message_user(request, f"{name.capitalize()} of {row}: {text}.", level)
         meta = admin.opts

@@ -81,7 +81,7 @@ def start(
         )
         job.total = _add_items(job, rows.order_by(action.order))
         job.save(update_fields=["total"])
-        audit.note(request, audit.Action.BULK, job, reason, f"{action.title}: {job.total} rows")
+        audit.record(request, audit.Action.BULK, job, reason, f"{action.title}: {job.total} rows")
         transaction.on_commit(partial(dispatch, job.pk), robust=True)
     return job
 
@@ -118,7 +118,7 @@ def stop(request: HttpRequest, job: BulkJob) -> bool:
     """Stop a job before its remaining rows. Return False if it had already ended."""
     stopped = BulkJob.objects.unfinished().filter(pk=job.pk).update(stop_requested=True)
     if stopped:
-        audit.note(request, audit.Action.STOP, job, result=job.title)
+        audit.record(request, audit.Action.STOP, job, result=job.title)
     return bool(stopped)
 
 
@@ -222,7 +222,7 @@ def _process(job: BulkJob, action: BulkAction, item: BulkItem) -> str:
             if row is None or not action.perform(row):
                 BulkItem.objects.filter(pk=item.pk).update(outcome=BulkItem.Outcome.SKIPPED)
                 return BulkItem.Outcome.SKIPPED.value
-            entry = audit.entry_of(
+            entry = audit.new_entry(
                 job.who, action.action, row, job.reason, f"bulk job {job.pk}", ip=job.ip
             )
             entry.name = job.name

@@ -58,7 +58,7 @@ def listing(page: admin.ModelAdmin, request: HttpRequest) -> HttpResponse:
         ]
         context["next"] = letters[-1].id if len(letters) == PAGE else ""
         if letters and request.user.has_perm("chat.read_messages"):
-            audit.reading(request, Event, "dead letters")
+            audit.record_reading(request, Event, "dead letters")
     return TemplateResponse(
         request,
         "console/dead_letters.html",
@@ -93,7 +93,7 @@ def act(page: admin.ModelAdmin, request: HttpRequest, dead_id: str) -> HttpRespo
         return redirect("admin:dead_letters")
     action = audit.Action.REPLAY if replays else audit.Action.DELETE
     result = "done" if done else "it no longer exists"
-    audit.note(request, action, Event, reason, f"dead letter {dead_id}: {result}")
+    audit.record(request, action, Event, reason, f"dead letter {dead_id}: {result}")
     messages.success(request, f"{'Replay' if replays else 'Discard'} of {dead_id}: {result}.")
     return redirect("admin:dead_letters")
 

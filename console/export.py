@@ -1,4 +1,4 @@
-"""All rows that a list has found, as CSV: streamed, in batches, safe to open with a spreadsheet."""
+"""CSV export of all rows of a list: streamed in batches, safe to open in a spreadsheet."""
 
 import csv
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,11 +19,11 @@ from console import audit
 
 PERMISSION = "console.export_rows"
 READS = "chat.read_messages"
-# Rows that are in memory at once: as many as make lines of so much, going by those before them.
+# Rows in memory at once. After the first batch, as many as make up BATCH_CHARACTERS of lines.
 BATCH = 1000
 FIRST = 20
 BATCH_CHARACTERS = 4_000_000
-# What a spreadsheet takes for the beginning of a formula, the wide forms included.
+# Characters that start a formula in a spreadsheet, full-width forms included.
 FORMULA = tuple("=+-@\t\r\n＝＋－＠")  # noqa: RUF001
 
 
@@ -31,12 +31,12 @@ def _unguarded(request: HttpRequest, permissions: Iterable[str]) -> Callable[[],
     raise NotImplementedError("The console's app sets this when it is ready.")
 
 
-# What looks up again whether an export may go on (console.rights): this module knows no accounts.
+# Set to console.permissions.guard: this module does not depend on accounts.
 guard: Callable[[HttpRequest, Iterable[str]], Callable[[], None]] = _unguarded
 
 
 class _Echo:
-    """A file whose lines are what `writerow` returns."""
+    """A file that makes `writerow` return the line."""
 
     def write(self, line: str) -> str:
         return line
@@ -45,15 +45,15 @@ class _Echo:
 def response(
     request: HttpRequest, admin: "ModelAdmin[Any]", rows: QuerySet[Any], columns: Sequence[Any]
 ) -> StreamingHttpResponse:
-    """The file, with what the list's columns show. The export is on record."""
+    """Return the file with the columns of the list, and record the export."""
     name = admin.model._meta.model_name
-    views = f"{admin.opts.app_label}.{get_permission_codename('view', admin.opts)}"
+    view = f"{admin.opts.app_label}.{get_permission_codename('view', admin.opts)}"
     filtered = request.GET.urlencode() or "all"
-    audit.note(
+    audit.record(
         request, audit.Action.EXPORT, admin.model, result=f"{rows.count()} rows ({filtered})"
     )
     return StreamingHttpResponse(
-        _lines(admin, rows, columns, guard(request, [PERMISSION, READS, views])),
+        _lines(admin, rows, columns, guard(request, [PERMISSION, READS, view])),
         content_type="text/csv; charset=utf-8",
         headers={
             "Content-Disposition": f'attachment; filename="{name}-{timezone.now():%Y%m%d-%H%M%S}.csv"'
@@ -66,7 +66,7 @@ def _lines(
 ) -> Iterator[str]:
     writer = csv.writer(_Echo())
     yield writer.writerow([label_for_field(name, admin.model, admin) for name in columns])
-    for number, batch in enumerate(in_batches(rows, size := Size())):
+    for number, batch in enumerate(in_batches(rows, size := BatchSize())):
         if number:
             check()
         for row in batch:
@@ -76,8 +76,8 @@ def _lines(
 
 
 @dataclass
-class Size:
-    """How many rows to read next."""
+class BatchSize:
+    """The number of rows of the next batch, by the length of the lines so far."""
 
     rows: int = 0
     characters: int = 0
@@ -93,14 +93,14 @@ class Size:
         return min(max(1, BATCH_CHARACTERS * self.rows // max(self.characters, 1)), BATCH)
 
 
-def in_batches(rows: QuerySet[Any], size: Size) -> Iterator[list[Model]]:
-    """By key: no cursor is held open for as long as somebody's download takes."""
+def in_batches(rows: QuerySet[Any], size: BatchSize) -> Iterator[list[Model]]:
+    """Yield batches by key: no cursor stays open during a slow download."""
     rows, last = rows.order_by("pk"), None
     while True:
-        most = size.next
-        batch = list((rows if last is None else rows.filter(pk__gt=last))[:most])
+        limit = size.next
+        batch = list((rows if last is None else rows.filter(pk__gt=last))[:limit])
         yield batch
-        if len(batch) < most:
+        if len(batch) < limit:
             return
         last = batch[-1].pk
 
@@ -115,5 +115,5 @@ def safe(value: Any) -> Any:
     if isinstance(value, datetime):
         return value.isoformat(timespec="milliseconds")
     text = strip_tags(value) if isinstance(value, SafeString) else str(value)
-    # Spreadsheets skip blanks before a formula; the apostrophe makes it a text.
+    # Spreadsheets skip blanks before a formula; the apostrophe makes the cell a text.
     return f"'{text}" if text.lstrip(" ").startswith(FORMULA) else text

@@ -1,4 +1,4 @@
-"""The admin's home: how the system fares, from rollups and from what is unfinished."""
+"""The admin's home: figures from rollups, and the state of unfinished work and processes."""
 
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
@@ -24,12 +24,12 @@ from lib.formats import duration, money
 Grain = Rollup.Grain
 MAX_CAUSES, MAX_MODELS = 12, 12
 PERCENTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
-OUTCOMES = {"completed": "answered", "failed": "failed", "cancelled": "cancelled"}
+OUTCOMES = {"completed": "completed", "failed": "failed", "cancelled": "cancelled"}
 
 
 @dataclass(frozen=True)
-class Range:
-    """A time to look at, in steps of so many minutes."""
+class TimeRange:
+    """A time range of the page, in steps of `step` minutes."""
 
     key: str
     title: str
@@ -46,10 +46,10 @@ class Range:
 RANGES = {
     each.key: each
     for each in (
-        Range("1h", "1 hour", timedelta(hours=1), 1, Grain.MINUTE),
-        Range("24h", "24 hours", timedelta(hours=24), 15, Grain.QUARTER),
-        Range("7d", "7 days", timedelta(days=7), 180, Grain.HOURS),
-        Range("30d", "30 days", timedelta(days=30), 720, Grain.HOURS),
+        TimeRange("1h", "1 hour", timedelta(hours=1), 1, Grain.MINUTE),
+        TimeRange("24h", "24 hours", timedelta(hours=24), 15, Grain.QUARTER),
+        TimeRange("7d", "7 days", timedelta(days=7), 180, Grain.HOURS),
+        TimeRange("30d", "30 days", timedelta(days=30), 720, Grain.HOURS),
     )
 }
 
@@ -60,11 +60,11 @@ class Tile:
     value: str
     note: str = ""
     link: str = ""
-    mood: str = ""  # good, bad, or neither
+    mood: str = ""  # good, bad or empty
 
 
 @dataclass
-class Cause:
+class FailureCause:
     """Failures of one cause with one model."""
 
     code: str
@@ -77,29 +77,29 @@ class Cause:
 
 
 @dataclass
-class Summed:
-    """The rollups of a range, added up in the ways that the page shows them."""
+class RangeSums:
+    """The sums of the rollups of a range, by slot, outcome, model and cause."""
 
     slots: dict[datetime, Figures] = field(default_factory=dict)
     outcomes: dict[datetime, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
     models: dict[str, Figures] = field(default_factory=lambda: defaultdict(Figures))
-    causes: dict[tuple[str, str], Cause] = field(default_factory=dict)
-    whole: Figures = field(default_factory=Figures)
+    causes: dict[tuple[str, str], FailureCause] = field(default_factory=dict)
+    total: Figures = field(default_factory=Figures)
 
     def add(self, row: Row, slot: datetime) -> None:
         if row.result in ENDED:
             self.outcomes[slot][row.result] += row.count
         if row.result in ANSWERED:
             self.slots.setdefault(slot, Figures()).add_times(row)
-            self.whole.add_times(row)
+            self.total.add_times(row)
         self.models[row.model].add_sums(row, counts=row.result in ENDED)
-        self.whole.add_sums(row, counts=row.result in ENDED)
+        self.total.add_sums(row, counts=row.result in ENDED)
         if row.error_code:
             self._add_cause(row)
 
     def _add_cause(self, row: Row) -> None:
         key = (row.error_code, row.model)
-        cause = self.causes.setdefault(key, Cause(*key))
+        cause = self.causes.setdefault(key, FailureCause(*key))
         if row.result == "failed":
             cause.count += row.count
         else:
@@ -109,9 +109,9 @@ class Summed:
 
 
 def dashboard(request: HttpRequest, context: dict[str, Any]) -> dict[str, Any]:
-    """What unfold shows on the admin's index."""
+    """Return the context of the admin's index; a callback of the theme."""
     chosen = RANGES.get(request.GET.get("range", ""), RANGES["24h"])
-    # The page asks for itself every few seconds, and needs no frame then.
+    # The page refreshes itself every few seconds, without its frame.
     part = request.headers.get("HX-Request") == "true"
     context["title"] = "Home"
     context |= {"frame": "console/part.html" if part else "admin/base.html", "is_fullwidth": "1"}
@@ -120,33 +120,33 @@ def dashboard(request: HttpRequest, context: dict[str, Any]) -> dict[str, Any]:
     return context | {"home": figures(chosen, timezone.now())}
 
 
-def figures(chosen: Range, now: datetime) -> dict[str, Any]:
+def figures(chosen: TimeRange, now: datetime) -> dict[str, Any]:
     times = chosen.times(now)
-    summed = Summed()
+    sums = RangeSums()
     for row in rollups.between(times[0], now, chosen.grain):
-        summed.add(row, rollups.slot(row.start, chosen.step))
+        sums.add(row, rollups.slot(row.start, chosen.step))
     currency = prices.currency()
     return {
         "range": chosen,
         "ranges": list(RANGES.values()),
         "now": now,
-        "is_empty": not summed.models and not Run.objects.exists(),
+        "is_empty": not sums.models and not Run.objects.exists(),
         "tiles": _tiles(now, currency),
-        "charts": [_outcomes(times, summed, chosen), _latency(times, summed)],
-        "latency": _percentiles(summed.whole),
+        "charts": [_outcomes(times, sums, chosen), _latency(times, sums)],
+        "latency": _percentiles(sums.total),
         "error": f"{rollups.Histogram.ERROR:.0%}",
-        "models": _models(summed, currency, chosen),
-        "without_price": sorted(name for name, each in summed.models.items() if each.unpriced),
-        "failed": runs(status__exact=Run.Status.FAILED, period=chosen.key),
-        "causes": _causes(summed, chosen),
+        "models": _models(sums, currency, chosen),
+        "without_price": sorted(name for name, each in sums.models.items() if each.unpriced),
+        "failed": runs_url(status__exact=Run.Status.FAILED, period=chosen.key),
+        "causes": _causes(sums, chosen),
         "processes": [*processes.workers(), *processes.bots()],
     }
 
 
 def _tiles(now: datetime, currency: str) -> list[Tile]:
     unfinished = Run.objects.unfinished().aggregate(
-        running=Count("pk", filter=Q(status=Run.Status.PROCESSING)),
-        waiting=Count("pk", filter=Q(status=Run.Status.QUEUED)),
+        active=Count("pk", filter=Q(status=Run.Status.PROCESSING)),
+        queued=Count("pk", filter=Q(status=Run.Status.QUEUED)),
         oldest=Min("due_at", filter=Q(status=Run.Status.QUEUED, due_at__lte=Now())),
     )
     age = (now - unfinished["oldest"]).total_seconds() if unfinished["oldest"] else 0
@@ -158,68 +158,70 @@ def _tiles(now: datetime, currency: str) -> list[Tile]:
     dead, dropped = stream.dead_letters(), _dropped()
     return [
         Tile(
-            "Oldest waiting run",
+            "Oldest queued run",
             duration(1000 * age) if unfinished["oldest"] else "none",
-            f"{unfinished['waiting']:,} waiting",
-            runs(status__exact=Run.Status.QUEUED, period="all"),
+            f"{unfinished['queued']:,} queued",
+            runs_url(status__exact=Run.Status.QUEUED, period="all"),
             "bad" if age > settings.OPS_MAX_QUEUE_SECONDS else "",
         ),
         Tile(
-            "Running",
-            f"{unfinished['running']:,}",
-            "right now",
-            runs(status__exact=Run.Status.PROCESSING, period="all"),
+            "Active runs",
+            f"{unfinished['active']:,}",
+            "now",
+            runs_url(status__exact=Run.Status.PROCESSING, period="all"),
         ),
         Tile(
             "Failed in the last hour",
             f"{share:.1%}" if total else "none",
             f"{failed:,} of {total:,} runs",
-            runs(status__exact=Run.Status.FAILED, period="1h"),
+            runs_url(status__exact=Run.Status.FAILED, period="1h"),
             "bad" if share > 0.1 else "good" if total else "",
         ),
         Tile(
             "Dead letters",
             "unknown" if dead is None else f"{dead:,}",
-            "entries of the stream set aside" if dead is not None else "Redis is away",
+            "unprocessable stream entries" if dead is not None else "Redis is unavailable",
             reverse("admin:dead_letters"),
             "bad" if dead else "",
         ),
         Tile(
-            "Dropped replies",
+            "Undelivered replies",
             dropped,
-            "no room was told them",
+            "given up",
             f"{reverse('admin:botrunner_reply_changelist')}?status__exact=dropped",
             "bad" if dropped != "0" else "",
         ),
         Tile(
             "Cost today",
             money(spent["cost"] or 0, currency),
-            f"{spent['unpriced']:,} calls had no price" if spent["unpriced"] else "since 0:00 UTC",
+            f"{spent['unpriced']:,} calls without a price"
+            if spent["unpriced"]
+            else "since 00:00 UTC",
             f"{reverse('admin:agents_usage_changelist')}?period=today",
         ),
     ]
 
 
 def _dropped() -> str:
-    found = Reply.objects.filter(status=Reply.Status.DROPPED)[:1001].count()
-    return "1,000+" if found > 1000 else str(found)
+    count = Reply.objects.filter(status=Reply.Status.DROPPED)[:1001].count()
+    return "1,000+" if count > 1000 else str(count)
 
 
-def _outcomes(times: list[datetime], summed: Summed, chosen: Range) -> charts.Chart:
+def _outcomes(times: list[datetime], sums: RangeSums, chosen: TimeRange) -> charts.Chart:
     columns: list[dict[str, float]] = [
-        {kind: summed.outcomes[time][kind] for kind in OUTCOMES} for time in times
+        {kind: sums.outcomes[time][kind] for kind in OUTCOMES} for time in times
     ]
     rects, top = charts.bars(columns)
     totals = {kind: sum(column[kind] for column in columns) for kind in OUTCOMES}
-    whole = sum(totals.values())
+    total = sum(totals.values())
     titles = []
     for column in columns:
         ended = sum(column.values())
         failed = f", {column['failed'] / ended:.1%} failed" if column["failed"] else ""
-        titles.append(f"{ended / chosen.step:.3g} runs a minute{failed}")
-    share = f" ({totals['failed'] / whole:.1%})" if whole else ""
+        titles.append(f"{ended / chosen.step:.3g} runs per minute{failed}")
+    share = f" ({totals['failed'] / total:.1%})" if total else ""
     return charts.Chart(
-        title="Runs a minute",
+        title="Runs per minute",
         legend=[
             (kind, f"{totals[kind]:,} {word}{share if kind == 'failed' else ''}")
             for kind, word in OUTCOMES.items()
@@ -231,13 +233,11 @@ def _outcomes(times: list[datetime], summed: Summed, chosen: Range) -> charts.Ch
     )
 
 
-def _latency(times: list[datetime], summed: Summed) -> charts.Chart:
-    kinds = {"p50": "median", "p95": "95 % took less", "p99": "99 % took less"}
+def _latency(times: list[datetime], sums: RangeSums) -> charts.Chart:
+    kinds = {kind: kind for kind in PERCENTILES}
     values = {
         kind: [
-            summed.slots[time].totals.percentile(PERCENTILES[kind])
-            if time in summed.slots
-            else None
+            sums.slots[time].totals.percentile(PERCENTILES[kind]) if time in sums.slots else None
             for time in times
         ]
         for kind in kinds
@@ -248,13 +248,11 @@ def _latency(times: list[datetime], summed: Summed) -> charts.Chart:
         for number in range(len(times))
     ]
     return charts.Chart(
-        title="From the question to the outcome",
+        title="End-to-end latency",
         legend=list(kinds.items()),
         slots=charts.slots(times, titles),
         lines=[charts.line(kind, column, low, high) for kind, column in values.items()],
-        ticks=[(y, duration(ms)) for y, ms in charts.decade_ticks(low, high)]
-        if summed.slots
-        else [],
+        ticks=[(y, duration(ms)) for y, ms in charts.decade_ticks(low, high)] if sums.slots else [],
         first=_first(times),
     )
 
@@ -263,19 +261,19 @@ def _first(times: list[datetime]) -> str:
     return f"{times[0]:%d %b %H:%M} UTC"
 
 
-def _percentiles(whole: Figures) -> list[tuple[str, list[str]]]:
+def _percentiles(total: Figures) -> list[tuple[str, list[str]]]:
     return [
         (title, [duration(histogram.percentile(share)) for share in PERCENTILES.values()])
         for title, histogram in (
-            ("Waiting for a worker", whole.waits),
-            ("In the model", whole.model_times),
-            ("From question to outcome", whole.totals),
+            ("Time in queue", total.waits),
+            ("Model calls", total.model_times),
+            ("End to end", total.totals),
         )
     ]
 
 
-def _models(summed: Summed, currency: str, chosen: Range) -> list[dict[str, Any]]:
-    used = sorted(summed.models.items(), key=lambda each: (-each[1].cost, -each[1].count))
+def _models(sums: RangeSums, currency: str, chosen: TimeRange) -> list[dict[str, Any]]:
+    ranked = sorted(sums.models.items(), key=lambda each: (-each[1].cost, -each[1].count))
     return [
         {
             "name": name,
@@ -283,20 +281,20 @@ def _models(summed: Summed, currency: str, chosen: Range) -> list[dict[str, Any]
             "prompt": f"{each.prompt_tokens:,}",
             "completion": f"{each.completion_tokens:,}",
             "cost": money(each.cost, currency) if each.cost or not each.unpriced else "no price",
-            "link": runs(model=name, period=chosen.key),
-            "price_link": "" if not each.unpriced else add_price(name),
+            "link": runs_url(model=name, period=chosen.key),
+            "price_link": "" if not each.unpriced else add_price_url(name),
         }
-        for name, each in used[:MAX_MODELS]
+        for name, each in ranked[:MAX_MODELS]
     ]
 
 
-def _causes(summed: Summed, chosen: Range) -> list[Cause]:
-    causes = sorted(summed.causes.values(), key=lambda each: (-each.count, -each.retried))
+def _causes(sums: RangeSums, chosen: TimeRange) -> list[FailureCause]:
+    causes = sorted(sums.causes.values(), key=lambda each: (-each.count, -each.retried))
     causes = causes[:MAX_CAUSES]
-    seen = rollups.first_seen((each.code, each.model) for each in causes) if causes else {}
+    first_seen = rollups.first_seen((each.code, each.model) for each in causes) if causes else {}
     for cause in causes:
-        cause.first_at = seen.get((cause.code, cause.model), cause.first_at)
-        cause.link = runs(
+        cause.first_at = first_seen.get((cause.code, cause.model), cause.first_at)
+        cause.link = runs_url(
             status__exact=Run.Status.FAILED,
             error_code=cause.code,
             model=cause.model,
@@ -305,10 +303,10 @@ def _causes(summed: Summed, chosen: Range) -> list[Cause]:
     return causes
 
 
-def runs(**lookups: Any) -> str:
-    """The list of these runs."""
+def runs_url(**lookups: Any) -> str:
+    """Return the URL of a filtered list of runs."""
     return f"{reverse('admin:agents_run_changelist')}?{urlencode(lookups)}"
 
 
-def add_price(model: str) -> str:
+def add_price_url(model: str) -> str:
     return f"{reverse('admin:agents_price_add')}?{urlencode({'model': model})}"

@@ -141,13 +141,13 @@ def _accept(request: HttpRequest, device: TOTPDevice, *, setting_up: bool) -> Ht
     user: Any = request.user
     if setting_up:
         TOTPDevice.objects.filter(pk=device.pk).update(confirmed=True)
-        audit.note(request, Action.CHANGE, user, result="Second factor set up.")
+        audit.record(request, Action.CHANGE, user, result="Second factor set up.")
         messages.success(
             request, "Second factor set up. You need a code from now on when you log in."
         )
     elif user.is_verified() and "remove" in request.POST:
         device.delete()
-        audit.note(request, Action.CHANGE, user, result="Second factor removed.")
+        audit.record(request, Action.CHANGE, user, result="Second factor removed.")
         messages.success(request, "Second factor removed. You log in with your password only.")
         return redirect("admin:index")
     django_otp.login(request, device)
@@ -197,13 +197,13 @@ def note_login(sender: Any, request: HttpRequest | None, user: Any, **_: Any) ->
     if request is not None:
         if user.is_staff:
             request.session.set_expiry(int(STAFF_SESSION.total_seconds()))
-        audit.entry_of(user, Action.LOGIN, user, ip=client_ip(request)).save()
+        audit.new_entry(user, Action.LOGIN, user, ip=client_ip(request)).save()
 
 
 def note_lockout(
     sender: Any, request: HttpRequest, username: str, ip_address: str | None, **_: Any
 ) -> None:
-    entry = audit.entry_of(None, Action.LOCKOUT, result="Too many wrong passwords.", ip=ip_address)
+    entry = audit.new_entry(None, Action.LOCKOUT, result="Too many wrong passwords.", ip=ip_address)
     entry.name = username[:255]
     # django-axes signals a lockout again on each attempt while the account is locked.
     entries = AuditEntry.objects.filter(

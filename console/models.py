@@ -1,4 +1,4 @@
-"""Who did what in the admin, and what the system has given to whom."""
+"""Audit entries, permissions granted to roles, and bulk jobs."""
 
 from django.conf import settings
 from django.db import models
@@ -7,8 +7,7 @@ from django.utils import timezone
 
 
 class AuditEntry(models.Model):
-    """One thing that somebody did, or read, in the admin. Written through console/audit.py, changed
-    by nobody."""
+    """An action or a reading in the admin. Written by console/audit.py and never changed."""
 
     class Action(models.TextChoices):
         ADD = "add"
@@ -37,7 +36,7 @@ class AuditEntry(models.Model):
     # Outlives the account.
     name = models.CharField(max_length=255)
     action = models.CharField(max_length=10, choices=Action.choices)
-    # No foreign key: what was deleted, or pruned, stays in the list.
+    # No foreign key: entries outlive deleted and pruned objects.
     kind = models.CharField(max_length=100, blank=True, help_text="Such as agents.run.")
     object_id = models.CharField(max_length=255, blank=True)
     object_text = models.CharField(max_length=255, blank=True)
@@ -52,11 +51,11 @@ class AuditEntry(models.Model):
             ("see_system", "Can see the system page"),
         ]
         indexes = [
-            # The list, newest first: whole, of one person, of one kind of action.
+            # The list, newest first: complete, by user, by action.
             models.Index(fields=["-at", "id"], name="audit_newest"),
             models.Index(fields=["who", "-at"], name="audit_by_who"),
             models.Index(fields=["action", "-at"], name="audit_by_action"),
-            # What happened to one object; also whether somebody has just read it.
+            # The entries of one object; also the last reading of it.
             models.Index(fields=["kind", "object_id", "-at"], name="audit_by_object"),
         ]
 
@@ -65,8 +64,8 @@ class AuditEntry(models.Model):
 
 
 class RoleGrant(models.Model):
-    """A permission that `migrate` has once given to a group. So it is given once only: what an admin
-    takes away stays away."""
+    """A permission that `migrate` has granted to a group. Each is granted only once, so a permission
+    that an admin removes stays removed."""
 
     group = models.CharField(max_length=150)
     permission = models.CharField(max_length=201, help_text="Such as agents.cancel_run.")
@@ -85,14 +84,15 @@ class BulkJobQuerySet(models.QuerySet["BulkJob"]):
         return self.filter(finished_at=None)
 
     def abandoned(self) -> "BulkJobQuerySet":
-        """Those that no worker has, or that one had which is gone. By the database's clock."""
+        """Return the jobs without a worker, by the database's clock: never claimed, or their lease has
+        expired."""
         return self.unfinished().filter(
             models.Q(lease_expires_at=None) | models.Q(lease_expires_at__lt=Now())
         )
 
 
 class BulkJob(models.Model):
-    """Something done to many rows, one after the other, by a worker; console/bulk.py."""
+    """An action that a worker applies to many rows, one at a time; see console/bulk.py."""
 
     class Status(models.TextChoices):
         WAITING = "waiting"
@@ -159,7 +159,7 @@ class BulkJob(models.Model):
 
 
 class BulkItem(models.Model):
-    """A row that a bulk job is about: which these are is settled when it is asked for."""
+    """A row of a bulk job, chosen when the job starts."""
 
     class Outcome(models.TextChoices):
         DONE = "done"
@@ -173,7 +173,7 @@ class BulkItem(models.Model):
 
     class Meta:
         indexes = [
-            # What is left to do; what became of the rest.
+            # The remaining items, and the results of the others.
             models.Index(fields=["job", "outcome", "id"], name="bulk_item_by_outcome"),
         ]
 

@@ -1,4 +1,4 @@
-"""The admin's name, colours and sidebar. Strings only: settings import it before there are apps."""
+"""The admin's name, colours and sidebar. Strings only: the settings import it before the apps load."""
 
 from typing import Any
 

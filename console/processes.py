@@ -1,5 +1,5 @@
-"""Which processes live, judged by what they get done and not by whether they are there. By the
-database's clock, as they write by it."""
+"""States of workers and bots, judged by their progress and not by their presence. By the database's
+clock, which they write their times with."""
 
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -28,27 +28,27 @@ class Process:
 
 def workers() -> list[Process]:
     rows = Worker.objects.annotate(now=Now()).order_by("-beat_at")[:MAX_PROCESSES]
-    found = []
+    processes = []
     for row in rows:
         at = cast("Any", row).now
         last = row.last_finished_at
-        note = f"{row.runs_in_hand} of {row.concurrency} at work; last put a run down "
-        note += _ago(at, last)
-        found.append(Process(row.name, f"worker on {row.host}", *_state(row, at), note))
-    if not any(each.state == "works" for each in found):
+        note = f"{row.runs_in_hand} of {row.concurrency} slots active; "
+        note += f"last finished a run {_ago(at, last)}"
+        processes.append(Process(row.name, f"worker on {row.host}", *_state(row, at), note))
+    if not any(each.state == "running" for each in processes):
         hint = "Start one: celery -A config worker"
-        found.append(Process("No worker", "worker", "none reads the stream", "bad", hint))
-    return found
+        processes.append(Process("No worker", "worker", "not running", "bad", hint))
+    return processes
 
 
 def _state(worker: Worker, now: datetime) -> tuple[str, str]:
     if now - worker.beat_at > WORKER_PATIENCE:
         return f"silent for {duration(_ms(now - worker.beat_at))}", "bad"
     if worker.is_draining:
-        return "ends", ""
+        return "shutting down", ""
     if worker.read_at is None or now - worker.read_at > WORKER_PATIENCE:
-        return "is stuck: it reads nothing", "bad"
-    return "works", "good"
+        return "stuck: it does not read the stream", "bad"
+    return "running", "good"
 
 
 def bots() -> list[Process]:
@@ -62,7 +62,7 @@ def _bot(session: Session, at: datetime) -> Process:
     fresh = last is not None and (not patience or at - last <= timedelta(seconds=patience))
     notes = [
         f"last sync {_ago(at, last)}" if last else "never synced",
-        f"held by {session.holder}" if lease and lease > at else "no process works with it",
+        f"held by {session.holder}" if lease and lease > at else "no process",
     ]
     if session.last_error and not fresh:
         notes.append(session.last_error)

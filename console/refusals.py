@@ -35,6 +35,6 @@ def response(request: HttpRequest, exception: Exception) -> HttpResponse | None:
     if refusal is None or not isinstance(exception, PermissionDenied):
         return None
     result = f"{request.method}: {refusal.reason}"
-    audit.note(request, audit.Action.REFUSE, refusal.obj, result=result)
+    audit.record(request, audit.Action.REFUSE, refusal.obj, result=result)
     context = {**admin.site.each_context(request), "title": "Not allowed", "reason": refusal.reason}
     return render(request, "console/refused.html", context, status=403)

@@ -1,5 +1,5 @@
-"""What the console forgets, and when: by the settings RETENTION_AUDIT_DAYS and RETENTION_BULK_DAYS,
-and what django-axes has of log-ins that failed."""
+"""Retention of audit entries (RETENTION_AUDIT_DAYS), bulk jobs (RETENTION_BULK_DAYS) and django-axes'
+failed logins."""
 
 from collections.abc import Iterator
 from datetime import timedelta
@@ -13,20 +13,20 @@ from django.utils import timezone
 from agents import retention
 from console.models import AuditEntry, BulkItem, BulkJob
 
-# What else wants to write waits for one batch at the most.
+# Other writers wait for at most one batch.
 BATCH = 500
-# A failed log-in is of no use once its lock is over; this much longer it tells what somebody tried.
-ATTEMPTS_KEPT = timedelta(days=1)
+# Failed logins are kept for an investigation, longer than their lockout lasts.
+MIN_ATTEMPT_AGE = timedelta(days=1)
 
 
 def prune(go_on: retention.GoOn = lambda: True, *, batch: int = BATCH) -> dict[str, int]:
-    """Delete what is too old, for as long as `go_on` says so; how many rows of what."""
+    """Delete old rows while `go_on` returns True. Return the number of rows by model."""
     deletions = (deleted for rows in _old() for deleted in _deletions(rows, batch))
     return retention.at_leisure(deletions, go_on)
 
 
 def due() -> dict[str, int]:
-    """How many rows `prune` would delete."""
+    """Return the number of rows that `prune` would delete, by model."""
     return {str(rows.model._meta.verbose_name_plural): rows.count() for rows in _old()}
 
 
@@ -34,15 +34,15 @@ def _old() -> Iterator[QuerySet[Any]]:
     now = timezone.now()
     if days := settings.RETENTION_BULK_DAYS:
         cutoff = now - timedelta(days=days)
-        # A job was asked for before it ended, and by that there is an index.
+        # created_at has an index, and is earlier than finished_at.
         jobs = BulkJob.objects.filter(created_at__lt=cutoff, finished_at__lt=cutoff)
-        # The items first, as there may be a million of them to a job.
+        # Items first: a job may have a million.
         yield BulkItem.objects.filter(job__in=jobs.values("pk")).order_by("job")
         yield jobs.order_by("created_at")
     if days := settings.RETENTION_AUDIT_DAYS:
         yield AuditEntry.objects.filter(at__lt=now - timedelta(days=days)).order_by("at")
-    lapsed = now - max(ATTEMPTS_KEPT, settings.AXES_COOLOFF_TIME)
-    yield AccessAttempt.objects.filter(attempt_time__lt=lapsed).order_by("pk")
+    cutoff = now - max(MIN_ATTEMPT_AGE, settings.AXES_COOLOFF_TIME)
+    yield AccessAttempt.objects.filter(attempt_time__lt=cutoff).order_by("pk")
 
 
 def _deletions(rows: QuerySet[Any], batch: int) -> Iterator[dict[str, int]]:

@@ -1,5 +1,5 @@
-"""One box for every id: whatever it is the id of, a link to its page. Exact matches on indexes only, so
-it costs the same in a database of ten runs and of ten million."""
+"""Search by ID: links to the pages of all objects with the ID. Exact matches on indexes only, so its
+cost does not grow with the database."""
 
 import re
 import uuid
@@ -19,32 +19,32 @@ from chat.models import CHOSEN_ID, Message, Thread
 from realm.models import BotCommand, BotRegistration, User
 from webhooks.models import Delivery, Subscription
 
-# Of each kind. A correlation id may be that of many runs.
-MOST = 5
+# Results per model. Many runs may share a correlation id.
+MAX_RESULTS = 5
 MAX_LENGTH = 255
 UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
 
 
 def command(request: HttpRequest, _term: str) -> list[SearchResult]:
-    """For the theme's search. It hands the term over in lower case, which makes another id of it."""
+    """Search for the theme's search box. Its `_term` is in lower case, which changes an ID."""
     return find(request, request.GET.get("s", ""))
 
 
 def find(request: HttpRequest, term: str) -> list[SearchResult]:
-    """What has `term` as its id, of what whoever sends `request` may see."""
+    """Return the objects with the ID `term` that the caller may view."""
     term = term.strip()
     if not term or len(term) > MAX_LENGTH or UNSTORABLE.search(term):
         return []
     return [
-        _result(row, how)
-        for rows, how in _places(term)
+        _result(row, description)
+        for rows, description in _queries(term)
         if _may_see(request, rows.model)
-        for row in rows[:MOST]
+        for row in rows[:MAX_RESULTS]
     ]
 
 
-def _places(term: str) -> Iterator[tuple[QuerySet[Any], str]]:
-    """Where to look, by what the term looks like."""
+def _queries(term: str) -> Iterator[tuple[QuerySet[Any], str]]:
+    """Yield the queries for a term, chosen by its form, with a description of the match."""
     try:
         number = uuid.UUID(term)
     except ValueError:
@@ -66,23 +66,27 @@ def _places(term: str) -> Iterator[tuple[QuerySet[Any], str]]:
     if term.startswith("@"):
         yield BotRegistration.objects.filter(username=term), "registration of"
         yield User.objects.filter(Q(matrix_user_id=term) | Q(username=term)), "user"
-        yield RoomEvent.objects.filter(sender=term).defer("source").order_by("-id"), "said by"
+        yield (
+            RoomEvent.objects.filter(sender=term).defer("source").order_by("-id"),
+            "room event from",
+        )
     else:
         yield User.objects.filter(username=term), "user"
     yield Reply.objects.filter(key=term).defer("parts"), "reply"
-    asked_as = Run.objects.filter(Q(correlation_id=term) | Q(request_id=term))
-    yield asked_as.order_by("-created_at"), "run of that correlation or request id"
+    requested = Run.objects.filter(Q(correlation_id=term) | Q(request_id=term))
+    yield requested.order_by("-created_at"), "run with this correlation or request ID"
 
 
 def _may_see(request: HttpRequest, model: type[Model]) -> bool:
-    found = admin.site._registry.get(model)
-    return found is not None and found.has_view_permission(request)
+    model_admin = admin.site._registry.get(model)
+    return model_admin is not None and model_admin.has_view_permission(request)
 
 
-def _result(row: Model, how: str) -> SearchResult:
+def _result(row: Model, description: str) -> SearchResult:
     meta = row._meta
     url = reverse(f"admin:{meta.app_label}_{meta.model_name}_change", args=[quote(row.pk)])
-    return SearchResult(title=str(row), description=how, link=url, icon=ICONS.get(type(row), "tag"))
+    icon = ICONS.get(type(row), "tag")
+    return SearchResult(title=str(row), description=description, link=url, icon=icon)
 
 
 ICONS: dict[type[Model], str] = {

@@ -1,6 +1,6 @@
-"""The page that tells what runs, in which version, with which settings, and what is wrong with it.
+"""The System page: processes, versions, settings and problems.
 
-Each part looks for itself and is cut short: a part that finds nobody says so and leaves the others be.
+Each section checks one part with a timeout: a part that does not answer does not affect the others.
 """
 
 import os
@@ -43,8 +43,8 @@ PACKAGES = [
     "psycopg",
     "uvicorn",
 ]
-# Of Django's own settings those that an operator asks for.
-DJANGOS = {
+# The Django settings that an operator needs.
+DJANGO_SETTINGS = {
     "ALLOWED_HOSTS",
     "CSRF_TRUSTED_ORIGINS",
     "DATABASES",
@@ -58,17 +58,17 @@ DJANGOS = {
     "STATIC_ROOT",
     "TIME_ZONE",
 }
-# How the program is put together; nothing of it is set from outside.
-PROGRAM = re.compile(
+# Settings that the environment does not change.
+INTERNAL = re.compile(
     r"(UNFOLD|REST_FRAMEWORK|JSON_API|LOGGING|BASE_DIR|WSGI|.*_(CALLABLE|HANDLER)$)"
 )
 SECRET = re.compile(r"(KEY|SECRET|PASSWORD|PASS|TOKEN|SEED|DSN|CREDENTIALS?)\Z", re.IGNORECASE)
-NO_SECRET = {"REDIS_STREAM_KEY"}
+PUBLIC = {"REDIS_STREAM_KEY"}
 MANY_UNREAD = 1000
 
 
 @dataclass
-class Line:
+class Item:
     name: str
     value: Any
     state: str = ""
@@ -76,145 +76,149 @@ class Line:
 
 
 @dataclass
-class Part:
+class Section:
     title: str
-    lines: list[Line] = field(default_factory=list)
+    items: list[Item] = field(default_factory=list)
     failure: str = ""
 
 
 def page(request: HttpRequest) -> HttpResponse:
     if not request.user.has_perm("console.see_system"):
         raise PermissionDenied
-    # By POST: it tries the bot's password, and takes its time.
-    found = parts({"Doctor": _examination} | PARTS if request.method == "POST" else PARTS)
-    context = {**admin.site.each_context(request), "title": "System", "parts": found}
+    # The doctor runs on POST only: it tries the bot's password and takes seconds.
+    chosen = {"Doctor": _doctor} | SECTIONS if request.method == "POST" else SECTIONS
+    context = {
+        **admin.site.each_context(request),
+        "title": "System",
+        "sections": check_sections(chosen),
+    }
     return render(request, "console/system.html", context)
 
 
-def parts(looks: "Looks") -> list[Part]:
-    return [_look(title, look) for title, look in looks.items()]
+def check_sections(section_checks: "Checks") -> list[Section]:
+    return [_section(title, check) for title, check in section_checks.items()]
 
 
-def _look(title: str, look: Callable[[], Iterator[Line]]) -> Part:
-    part = Part(title)
+def _section(title: str, check: Callable[[], Iterator[Item]]) -> Section:
+    section = Section(title)
     try:
-        part.lines.extend(look())
+        section.items.extend(check())
     except RedisError as error:
-        part.failure = f"Redis does not answer: {settings.SCRUBBER(str(error))}"
+        section.failure = f"Redis is unavailable: {settings.SCRUBBER(str(error))}"
     except httpx2.HTTPError as error:
-        part.failure = (
+        section.failure = (
             f"The homeserver at {settings.SCRUBBER(settings.MATRIX_URL)} does not answer: "
             f"{type(error).__name__}."
         )
     except DatabaseError as error:
-        part.failure = f"The database refuses: {error}"
-    return part
+        section.failure = f"The database failed: {error}"
+    return section
 
 
-def _examination() -> Iterator[Line]:
-    """What `manage.py doctor` says, in its words; it takes no longer than ten seconds."""
+def _doctor() -> Iterator[Item]:
+    """Run the checks of `manage.py doctor`; takes at most ten seconds."""
     for found in doctor.examine():
         yield _line(found.check, (found.level, found.said, found.mend))
 
 
-def _line(name: str, finding: tuple[str, str, str]) -> Line:
+def _line(name: str, finding: tuple[str, str, str]) -> Item:
     level, said, mend = finding
-    return Line(name, settings.SCRUBBER(said), level, settings.SCRUBBER(mend))
+    return Item(name, settings.SCRUBBER(said), level, settings.SCRUBBER(mend))
 
 
-def _findings() -> Iterator[Line]:
-    """What Django's system checks say, those for a deployment included."""
+def _findings() -> Iterator[Item]:
+    """Run Django's system checks, including those for deployments."""
     messages = checks.run_checks(include_deployment_checks=not settings.DEBUG)
-    found = [message for message in messages if not message.is_silenced()]
-    for message in found:
+    warnings = [message for message in messages if not message.is_silenced()]
+    for message in warnings:
         state = BROKEN if message.level >= checks.ERROR else WARN
-        yield Line(message.id or "", message.msg, state, message.hint or "")
-    if not found:
-        yield Line("Checks", "Nothing to complain of.", OK)
+        yield Item(message.id or "", message.msg, state, message.hint or "")
+    if not warnings:
+        yield Item("Checks", "No problems found.", OK)
 
 
-def _processes() -> Iterator[Line]:
+def _processes() -> Iterator[Item]:
     for each in (*processes.workers(), *processes.bots()):
         state = {"good": OK, "bad": BROKEN}.get(each.mood, "")
-        yield Line(each.name, f"{each.kind}: {each.state}; {each.note}", state)
+        yield Item(each.name, f"{each.kind}: {each.state}; {each.note}", state)
     if not Session.objects.exists():
-        yield Line("Bot", "It has never logged in.", WARN, "Start it: python manage.py runbot")
+        yield Item("Bot", "The bot has never logged in.", WARN, "Start it: python manage.py runbot")
 
 
-def _versions() -> Iterator[Line]:
-    yield Line("Python", platform.python_version())
-    yield Line("Django", django.get_version())
+def _versions() -> Iterator[Item]:
+    yield Item("Python", platform.python_version())
+    yield Item("Django", django.get_version())
     with connection.cursor() as cursor:
         cursor.execute(
             "SELECT sqlite_version()" if connection.vendor == "sqlite" else "SHOW server_version"
         )
-        yield Line(connection.display_name, cursor.fetchone()[0])
+        yield Item(connection.display_name, cursor.fetchone()[0])
     for package in PACKAGES:
         try:
-            yield Line(package, metadata.version(package))
+            yield Item(package, metadata.version(package))
         except metadata.PackageNotFoundError:
             continue
 
 
-def _migrations() -> Iterator[Line]:
+def _migrations() -> Iterator[Item]:
     return (_line("Migrations", each) for each in doctor.migrations())
 
 
-def _homeserver() -> Iterator[Line]:
+def _homeserver() -> Iterator[Item]:
     with httpx2.Client(base_url=settings.MATRIX_URL, timeout=PATIENCE_SECONDS) as client:
-        answer = client.get("/_matrix/client/versions")
-        answer.raise_for_status()
-        yield Line("Client API", ", ".join(_json(answer).get("versions", [])[-3:]) or "?", OK)
+        response = client.get("/_matrix/client/versions")
+        response.raise_for_status()
+        yield Item("Client API", ", ".join(_json(response).get("versions", [])[-3:]) or "?", OK)
         server = _json(client.get("/_matrix/federation/v1/version")).get("server", {})
         if server:
-            yield Line(server.get("name", "Server"), server.get("version", "?"))
+            yield Item(server.get("name", "Server"), server.get("version", "?"))
 
 
-def _json(answer: httpx2.Response) -> dict[str, Any]:
+def _json(response: httpx2.Response) -> dict[str, Any]:
     try:
-        found = answer.json()
+        value = response.json()
     except ValueError:
         return {}
-    return found if isinstance(found, dict) else {}
+    return value if isinstance(value, dict) else {}
 
 
-def _redis() -> Iterator[Line]:
+def _redis() -> Iterator[Item]:
     info: dict[str, Any] = stream.probe_client().info()
     for finding in doctor.redis_server(info):
         yield _line("Redis", finding)
-    most = f"of {filesizeformat(info['maxmemory'])}" if info.get("maxmemory") else "no limit"
-    yield Line("Memory", f"{filesizeformat(info['used_memory'])}, {most}")
+    limit = f"of {filesizeformat(info['maxmemory'])}" if info.get("maxmemory") else "no limit"
+    yield Item("Memory", f"{filesizeformat(info['used_memory'])}, {limit}")
     figures = stream.stats()
-    yield Line(f"Stream {settings.REDIS_STREAM_KEY}", f"{figures.length} entries")
+    yield Item(f"Stream {settings.REDIS_STREAM_KEY}", f"{figures.length} entries")
     for group in figures.groups:
         unread = "unknown" if group.unread is None else group.unread
         late = group.unread is not None and group.unread > MANY_UNREAD
-        text = f"{unread} not read, {group.pending} not acknowledged"
-        yield Line(f"Group {group.name}", text, WARN if late else OK)
-    yield Line("Dead letters", figures.dead, WARN if figures.dead else OK)
-    yield Line("Celery's queue", figures.queued)
+        text = f"{unread} unread, {group.pending} unacknowledged"
+        yield Item(f"Group {group.name}", text, WARN if late else OK)
+    yield Item("Dead letters", figures.dead, WARN if figures.dead else OK)
+    yield Item("Celery queue", figures.queued)
 
 
-def _settings() -> Iterator[Line]:
+def _settings() -> Iterator[Item]:
     for name in sorted(vars(import_module(os.environ[ENVIRONMENT_VARIABLE]))):
-        ours = name.isupper() and not hasattr(global_settings, name) and not PROGRAM.match(name)
-        if ours or name in DJANGOS:
-            yield Line(name, masked(name, getattr(settings, name)))
+        is_own = name.isupper() and not hasattr(global_settings, name) and not INTERNAL.match(name)
+        if is_own or name in DJANGO_SETTINGS:
+            yield Item(name, masked(name, getattr(settings, name)))
 
 
 def masked(name: str, value: Any) -> Any:
-    """The value without what must not be seen: secrets by their names, passwords in URLs."""
+    """Return the value of a setting with secrets (by name) and passwords in URLs masked."""
     if isinstance(value, dict):
         return {key: masked(str(key), each) for key, each in value.items()}
     if isinstance(value, list | tuple | set):
         return [masked(name, each) for each in value]
-    if SECRET.search(name) and name not in NO_SECRET:
+    if SECRET.search(name) and name not in PUBLIC:
         return "•••• (set)" if value else "not set"
     return settings.SCRUBBER(value) if isinstance(value, str) else value
 
 
-Looks = dict[str, Callable[[], Iterator[Line]]]
-PARTS: Looks = {
+Checks = dict[str, Callable[[], Iterator[Item]]]
+SECTIONS: Checks = {
     "Findings": _findings,
     "Processes": _processes,
     "Redis": _redis,

@@ -1,7 +1,6 @@
-"""A run from the question to the room, as one page tells it: where it came from, what the model was
-sent, what took how long, who worked on it, what was told of it, and where its reply went.
+"""The trace of a run, for its page: origin, model input, timeline, attempts, events and replies.
 
-A constant number of queries, whatever the run has been through.
+The number of queries is constant.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -19,20 +18,20 @@ from botrunner.models import Reply
 from chat.models import Message
 
 MAX_STEPS = 500
-# Columns that hold what people said and were told.
-WORDS = {"content", "input", "output", "payload", "parts"}
-# What a page says of a run that will change by itself, and how long it looks for the room's reply.
+# Columns that hold messages.
+BODIES = {"content", "input", "output", "payload", "parts"}
+# How long after a run's end its page refreshes itself while a reply or event is pending.
 DELIVERY_PATIENCE = timedelta(minutes=10)
 
 
 @dataclass
 class Span:
-    """A bar of the time line, or a mark where it has no length."""
+    """A bar of the timeline, or a mark if its length is zero."""
 
     title: str
-    kind: str  # the class of its colour
+    kind: str  # its CSS class
     start: datetime
-    end: datetime | None  # None: it goes on
+    end: datetime | None  # None while it is active
     detail: str = ""
     tokens: int = 0
     level: int = 0
@@ -49,13 +48,13 @@ class Span:
         return self.end == self.start
 
     @property
-    def goes_on(self) -> bool:
+    def is_open(self) -> bool:
         return self.end is None
 
 
 @dataclass
 class Cycle:
-    """From one request to its outcome: the first one, and one for each retry."""
+    """The spans from a request to its result: one cycle for the first request and one per retry."""
 
     number: int
     start: datetime
@@ -63,28 +62,28 @@ class Cycle:
 
     @property
     def seconds(self) -> float:
-        # None, where retention has forgotten the events and attempts.
+        # No spans if retention has deleted the events and attempts.
         ends = (((s.end or timezone.now()) - self.start).total_seconds() for s in self.spans)
         return max(ends, default=0.0)
 
     def lay_out(self) -> None:
-        """Where each bar begins and how long it is, in parts of a hundred."""
-        whole = max(self.seconds, 0.001)
+        """Set start and length of each bar, in percent."""
+        total = max(self.seconds, 0.001)
         for span in self.spans:
             before = (span.start - self.start).total_seconds()
-            span.left = round(min(max(100 * before / whole, 0), 99.5), 2)
-            span.width = round(max(min(100 * span.seconds / whole, 100 - span.left), 0.4), 2)
+            span.left = round(min(max(100 * before / total, 0), 99.5), 2)
+            span.width = round(max(min(100 * span.seconds / total, 100 - span.left), 0.4), 2)
 
 
 @dataclass
-class Sent:
-    """What an attempt sent to the model."""
+class ModelInput:
+    """The messages that an attempt sent to the model."""
 
     attempt: int
     summary_up_to: int | None
     summary: Summary | None
     messages: list[Message]
-    # Of messages that were sent and are no longer there.
+    # The number of sent messages that no longer exist.
     missing: int = 0
 
 
@@ -95,18 +94,18 @@ class Trace:
     steps: list[Step]
     events: list[Event]
     replies: list[Reply]
-    sent: list[Sent]
+    inputs: list[ModelInput]
     blocked_by: Run | None
     cycles: list[Cycle] = field(default_factory=list)
 
     @property
     def origin(self) -> Reply | None:
-        """The room event that asked, with its room and registration, where one did."""
+        """Return the reply that links a run to its room event, room and registration."""
         return self.replies[0] if self.replies else None
 
     @property
     def is_live(self) -> bool:
-        """Whether the page will change by itself."""
+        """Return whether the page refreshes itself."""
         if not self.run.is_finished:
             return True
         recent = self.run.finished_at and timezone.now() - self.run.finished_at < DELIVERY_PATIENCE
@@ -118,7 +117,7 @@ class Trace:
 
     @property
     def waited(self) -> float | None:
-        """For a worker, in seconds, since it was last asked for."""
+        """Return the seconds in the queue, since the last request."""
         if not self.cycles:
             return None
         started = self.run.started_at or (None if self.run.is_finished else timezone.now())
@@ -126,13 +125,13 @@ class Trace:
 
     @property
     def took(self) -> float:
-        """In seconds, since it was last asked for."""
+        """Return the seconds since the last request."""
         start = self.cycles[-1].start if self.cycles else self.run.created_at
         return ((self.run.finished_at or timezone.now()) - start).total_seconds()
 
 
 def of(run: Run) -> Trace:
-    """`run` comes with its thread, its owner, its message and its answer."""
+    """Return the trace of a run that was loaded with its thread, owner, message and answer."""
     steps = list(run.steps.all()[:MAX_STEPS])
     replies = list(
         run.replies.select_related("question", "room", "registration", "bot_command").order_by(
@@ -145,7 +144,7 @@ def of(run: Run) -> Trace:
         steps=steps,
         events=list(run.events.order_by("created_at")),
         replies=replies,
-        sent=_sent(run, steps),
+        inputs=_inputs(run, steps),
         blocked_by=_blocked_by(run),
     )
     trace.cycles = list(_cycles(trace))
@@ -153,7 +152,7 @@ def of(run: Run) -> Trace:
 
 
 def matrix_to(room_id: str, event_id: str = "") -> str:
-    """A link that opens a room, or an event in it, in the reader's own client."""
+    """Return a link that opens a room, or an event in it, in the user's Matrix client."""
     place = "/".join(quote(part, safe="!$:@") for part in (room_id, event_id) if part)
     return f"https://matrix.to/#/{place}"
 
@@ -165,29 +164,29 @@ def _blocked_by(run: Run) -> Run | None:
     return earlier.order_by("position").first()
 
 
-def _sent(run: Run, steps: Iterable[Step]) -> list[Sent]:
-    """From what each attempt's first call of the model has noted (agents.runs.memory.Context.sent)."""
-    noted = {
+def _inputs(run: Run, steps: Iterable[Step]) -> list[ModelInput]:
+    """Return the inputs, as recorded by each attempt's first model call (agents.runs.memory)."""
+    recorded = {
         step.attempt: step.input
         for step in steps
         if step.kind == Step.Kind.MODEL and isinstance(step.input.get("messages"), list)
     }
-    ids = {pk for each in noted.values() for pk in each["messages"]}
-    known = {str(pk): message for pk, message in Message.objects.in_bulk(ids).items()}
-    reaches = {each.get("summaryUpTo") for each in noted.values()} - {None}
+    ids = {pk for each in recorded.values() for pk in each["messages"]}
+    by_id = {str(pk): message for pk, message in Message.objects.in_bulk(ids).items()}
+    reaches = {each.get("summaryUpTo") for each in recorded.values()} - {None}
     summaries = {
         summary.covers_to: summary
         for summary in Summary.objects.filter(thread=run.thread_id, covers_to__in=reaches)
     }
     return [
-        Sent(
+        ModelInput(
             attempt=attempt,
             summary_up_to=each.get("summaryUpTo"),
             summary=summaries.get(each.get("summaryUpTo")),
-            messages=[known[pk] for pk in each["messages"] if pk in known],
-            missing=sum(pk not in known for pk in each["messages"]),
+            messages=[by_id[pk] for pk in each["messages"] if pk in by_id],
+            missing=sum(pk not in by_id for pk in each["messages"]),
         )
-        for attempt, each in noted.items()
+        for attempt, each in recorded.items()
     ]
 
 
@@ -210,10 +209,10 @@ def _spans(
 ) -> Iterator[Span]:
     attempts = [each for each in trace.attempts if start <= each.started_at < end]
     run = trace.run
-    going_on = run if is_last and run.status == Run.Status.PROCESSING else None
-    free_since, title = start, "Waited for a worker"
+    active = run if is_last and run.status == Run.Status.PROCESSING else None
+    waiting_since, title = start, "In queue"
     for attempt in attempts:
-        yield Span(title, "wait", free_since, attempt.started_at)
+        yield Span(title, "wait", waiting_since, attempt.started_at)
         yield Span(
             f"Attempt {attempt.number}: {attempt.result}",
             attempt.result,
@@ -223,21 +222,21 @@ def _spans(
             tokens=attempt.prompt_tokens + attempt.completion_tokens,
         )
         yield from _steps(trace, attempt)
-        free_since, title = attempt.ended_at, "Waited to be tried again"
-    if going_on and going_on.claimed_at:
-        yield Span(title, "wait", free_since, going_on.claimed_at)
+        waiting_since, title = attempt.ended_at, "Waiting for retry"
+    if active and active.claimed_at:
+        yield Span(title, "wait", waiting_since, active.claimed_at)
         yield Span(
-            f"Attempt {going_on.attempt} goes on",
+            f"Attempt {active.attempt} active",
             "processing",
-            going_on.claimed_at,
+            active.claimed_at,
             None,
-            detail=going_on.worker,
+            detail=active.worker,
         )
     elif is_last and run.status == Run.Status.QUEUED:
-        yield Span(title.replace("Waited", "Waits"), "wait", free_since, None)
+        yield Span(title, "wait", waiting_since, None)
     for event in trace.events:
         if start <= event.created_at < end:
-            yield _told(event)
+            yield _publication(event)
     for reply in trace.replies:
         if reply.cycle == cycle and reply.ready_at:
             yield _delivery(reply)
@@ -248,7 +247,7 @@ def _steps(trace: Trace, attempt: Attempt) -> Iterator[Span]:
     for step in trace.steps:
         if step.attempt != attempt.number:
             continue
-        # Steps of before their beginning was noted: one after the other.
+        # Old steps have no start: show them one after the other.
         began = step.started_at or began
         ended = began + timedelta(milliseconds=step.duration_ms)
         yield Span(
@@ -264,12 +263,12 @@ def _steps(trace: Trace, attempt: Attempt) -> Iterator[Span]:
         began = ended
 
 
-def _told(event: Event) -> Span:
+def _publication(event: Event) -> Span:
     if event.published_at is None:
-        return Span(f"{event.type} waits to be told", "unpublished", event.created_at, None)
-    # Another program's request was there before it was written down here.
-    seen = max(event.published_at, event.created_at)
-    return Span(f"{event.type} seen on the stream", "event", event.created_at, seen)
+        return Span(f"{event.type} not yet published", "unpublished", event.created_at, None)
+    # Another program publishes a request before it is recorded here.
+    published = max(event.published_at, event.created_at)
+    return Span(f"{event.type} published", "event", event.created_at, published)
 
 
 def _delivery(reply: Reply) -> Span:
@@ -278,22 +277,24 @@ def _delivery(reply: Reply) -> Span:
         return Span("Delivered to the room", "sent", ready, reply.sent_at or ready)
     if reply.status == Reply.Status.DROPPED:
         return Span("Not delivered", "broken", ready, ready, detail=reply.error)
-    return Span("Being delivered to the room", "wait", ready, None, detail=reply.error)
+    return Span("Delivering to the room", "wait", ready, None, detail=reply.error)
 
 
-def raw(trace: Trace, say: Callable[[Any], str]) -> dict[str, Any]:
-    """All of it as it is stored; `say` gives what was said, or how much it was."""
+def raw(trace: Trace, mask: Callable[[Any], str]) -> dict[str, Any]:
+    """Return the stored rows; `mask` replaces the texts that the caller may not read."""
     return {
-        "run": _columns(trace.run, say),
-        "message": _columns(trace.run.message, say),
-        "answer": _columns(trace.run.answer, say) if trace.run.answer else None,
-        "attempts": [_columns(attempt, say) for attempt in trace.attempts],
-        "steps": [_columns(step, say) for step in trace.steps],
-        "events": [_columns(event, say) for event in trace.events],
-        "replies": [_columns(reply, say) for reply in trace.replies],
+        "run": _columns(trace.run, mask),
+        "message": _columns(trace.run.message, mask),
+        "answer": _columns(trace.run.answer, mask) if trace.run.answer else None,
+        "attempts": [_columns(attempt, mask) for attempt in trace.attempts],
+        "steps": [_columns(step, mask) for step in trace.steps],
+        "events": [_columns(event, mask) for event in trace.events],
+        "replies": [_columns(reply, mask) for reply in trace.replies],
     }
 
 
-def _columns(row: Model, say: Callable[[Any], str]) -> dict[str, Any]:
+def _columns(row: Model, mask: Callable[[Any], str]) -> dict[str, Any]:
     columns = {each.attname: getattr(row, each.attname) for each in row._meta.concrete_fields}
-    return columns | {name: say(columns[name]) for name in WORDS & columns.keys() if columns[name]}
+    return columns | {
+        name: mask(columns[name]) for name in BODIES & columns.keys() if columns[name]
+    }

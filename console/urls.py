@@ -1,4 +1,4 @@
-"""Pages of the admin that belong to no model."""
+"""Admin pages without a model."""
 
 from django.contrib import admin
 from django.urls import path

@@ -200,7 +200,7 @@ class RealmUserAdmin(ReasonMixin, RankMixin, UserAdmin, ConsoleAdmin):
         and others may have locked it."""
         for user in users:
             removed = axes_reset(username=user.username)
-            audit.note(
+            audit.record(
                 request,
                 audit.Action.CHANGE,
                 user,

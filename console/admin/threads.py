@@ -73,7 +73,7 @@ class ThreadAdmin(ReasonMixin, DetailPageMixin, MaskedBodiesMixin, ReadOnlyAdmin
         parameters = {"upto": upto, "start": start}
         return {
             "thread": obj,
-            "part": conversation.part(obj, upto=upto, start=start),
+            "part": conversation.page_of(obj, upto=upto, start=start),
             "may_read": may_read(request, obj.owner_id),
             "query": "".join(f"{k}={v}&" for k, v in parameters.items() if v is not None),
         }

@@ -11,7 +11,7 @@ from django.template.response import TemplateResponse
 from agents.models import Usage, today
 from agents.usage import limits, prices
 from console.base import EmptyState, ReadOnlyAdmin
-from console.home import runs as runs_url
+from console.home import runs_url
 from lib.formats import money
 
 GROUPS = {"user": "User", "place": "Room", "model": "Model", "day": "Day"}

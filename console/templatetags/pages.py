@@ -1,4 +1,4 @@
-"""What the console's pages write again and again: durations, moments, states, and what was said."""
+"""Template tags of the console: durations, times, states, links and masked messages."""
 
 from datetime import datetime
 from typing import Any
@@ -13,7 +13,7 @@ from django.utils.safestring import SafeString, mark_safe
 
 from chat import rendering
 
-# Not the functions of `base`: the theme asks for all libraries of tags while that is being loaded.
+# Modules, not functions of `base`: the theme loads all tag libraries while `base` is being imported.
 from console import base, trace
 from lib import formats
 
@@ -34,7 +34,7 @@ def duration(seconds: float | None) -> str:
 
 @register.filter
 def moment(when: datetime | None) -> str:
-    """To the millisecond, in the server's time zone."""
+    """Format a time to the millisecond, in the server's time zone."""
     if when is None:
         return "-"
     return f"{timezone.localtime(when):%Y-%m-%d %H:%M:%S.%f}"[:-3]
@@ -61,7 +61,7 @@ def money(cost: int | None) -> str:
 
 @register.filter
 def link(row: Model | None, text: str = "") -> str:
-    """To the row's page."""
+    """Return a link to the page of a row."""
     if row is None:
         return "-"
     meta = row._meta
@@ -71,7 +71,7 @@ def link(row: Model | None, text: str = "") -> str:
 
 @register.filter
 def page(row: Model) -> str:
-    """Its address."""
+    """Return the URL of a row's page."""
     meta = row._meta
     return reverse(f"admin:{meta.app_label}_{meta.model_name}_change", args=[quote(row.pk)])
 
@@ -87,14 +87,14 @@ def matrix_to(room_id: str, event_id: str = "") -> str:
 
 
 @register.simple_tag(takes_context=True)
-def said(context: dict[str, Any], text: Any) -> str:
-    """Words of the page's thread, for those who may read them."""
+def message_text(context: dict[str, Any], text: Any) -> str:
+    """Return a text of the page's owner, masked for users who may not read it."""
     return base.body(context["request"], text, context["owner"])
 
 
 @register.simple_tag(takes_context=True)
 def formatted(context: dict[str, Any], text: str) -> str:
-    """The same, as the Markdown that models write."""
+    """Render a text of the page's owner as Markdown, masked for users who may not read it."""
     if not base.may_read(context["request"], context["owner"]):
         return base.body(context["request"], text, context["owner"])
-    return mark_safe(rendering.budget_of(context["request"]).html(text))  # noqa: S308 (it has been through the sanitiser)
+    return mark_safe(rendering.budget_of(context["request"]).html(text))  # noqa: S308 (sanitised)

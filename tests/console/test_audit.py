@@ -84,7 +84,7 @@ def test_a_page_that_updates_itself_is_one_reading(sign_in: SignIn, run: Run) ->
     sign_in("Operator", "bob").get(page)
     assert AuditEntry.objects.filter(action="read").count() == 2
 
-    AuditEntry.objects.update(at=timezone.now() - audit.READING)
+    AuditEntry.objects.update(at=timezone.now() - audit.READING_INTERVAL)
     browser.get(page)
     assert AuditEntry.objects.filter(action="read").count() == 3
 
@@ -130,7 +130,7 @@ def test_an_entry_outlives_the_account(sign_in: SignIn, run: Run) -> None:
 def test_an_id_that_somebody_chose_is_linked_as_any_other(sign_in: SignIn) -> None:
     browser = sign_in("Admin")
     thread = Thread.objects.create(pk="thr_24")
-    audit.reading(browser.get("/admin/").wsgi_request, thread)
+    audit.record_reading(browser.get("/admin/").wsgi_request, thread)
     page = browser.get("/admin/console/auditentry/").content.decode()
     [link] = re.findall(r'href="(/admin/chat/thread/[^"]+)"', page)
 

@@ -57,7 +57,7 @@ def test_it_is_asked_first_whether_and_why(sign_in: SignIn) -> None:
 
     for form in ({"reason": " "}, {"reason": ""}):
         page = ask_for(browser, **form)
-        assert "Give a reason" in page.text
+        assert "Enter a reason" in page.text
         assert "Cancel</strong>: 1 runs" in page.text
 
     assert not BulkJob.objects.exists()

@@ -122,7 +122,7 @@ def test_the_queries_do_not_grow_with_the_rows(sign_in: SignIn) -> None:
 
 
 def test_of_long_rows_few_are_read_at_once() -> None:
-    size = export.Size()
+    size = export.BatchSize()
     assert size.next == export.FIRST
     for _ in range(20):
         size.note(1_000_000)

@@ -43,7 +43,7 @@ def test_all_that_failed_is_a_click_away(admin_client: Client, model: FakeLLM) -
     rollups.fold()
 
     page = text_of(admin_client)
-    link = re.search(r'href="([^"]+)">All runs that failed', page)
+    link = re.search(r'href="([^"]+)">All failed runs', page)
     assert link
     listed = admin_client.get(unescape(link[1])).content.decode()
 
@@ -68,7 +68,7 @@ def test_outcomes_causes_and_costs_are_shown(admin_client: Client, model: FakeLL
 
     page = text_of(admin_client, "?range=1h")
 
-    assert "1 answered" in page
+    assert "1 completed" in page
     assert "1 failed (50.0%)" in page
     assert "key_refused" in page
     cost = Run.objects.get(status="completed").cost
@@ -88,7 +88,7 @@ def test_each_range_tells_of_all_that_lies_in_it(admin_client: Client, key: str)
 
     figures = home.figures(home.RANGES[key], now)
 
-    assert figures["charts"][0].legend[0] == ("completed", f"{inside} answered")
+    assert figures["charts"][0].legend[0] == ("completed", f"{inside} completed")
 
 
 def test_a_model_without_a_price_is_named(admin_client: Client, model: FakeLLM) -> None:
@@ -106,9 +106,9 @@ def test_what_waits_and_what_runs_is_told(admin_client: Client) -> None:
     Run.objects.filter(pk=late.pk).update(due_at=Now() - timedelta(minutes=3))
     execution.claim(factories.ask().pk)
 
-    assert "<strong>3 min</strong>" in tile(admin_client, "Oldest waiting run")
-    assert "1 waiting" in tile(admin_client, "Oldest waiting run")
-    assert "<strong>1</strong>" in tile(admin_client, "Running")
+    assert "<strong>3 min</strong>" in tile(admin_client, "Oldest queued run")
+    assert "1 queued" in tile(admin_client, "Oldest queued run")
+    assert "<strong>1</strong>" in tile(admin_client, "Active runs")
 
 
 class TestProcesses:
@@ -132,10 +132,10 @@ class TestProcesses:
     @pytest.mark.parametrize(
         ("columns", "state"),
         [
-            ({}, "works"),
-            ({"read_at": timedelta(minutes=2)}, "is stuck: it reads nothing"),
+            ({}, "running"),
+            ({"read_at": timedelta(minutes=2)}, "stuck: it does not read the stream"),
             ({"beat_at": timedelta(minutes=2)}, "silent for 2 min"),
-            ({"is_draining": True}, "ends"),
+            ({"is_draining": True}, "shutting down"),
         ],
     )
     def test_a_worker_is_judged_by_what_it_does(
@@ -277,4 +277,4 @@ def test_rollups_alone_are_read(admin_client: Client) -> None:
     Run.objects.get().thread.delete()
 
     assert Rollup.objects.exists()
-    assert "1 answered" in text_of(admin_client)
+    assert "1 completed" in text_of(admin_client)

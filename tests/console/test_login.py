@@ -238,7 +238,7 @@ def test_a_server_may_ask_everybody_for_one(alice: User, browser: Client, settin
 
     for page in (HOME, "/admin/agents/run/", "/admin/password_change/"):
         assert browser.get(page).headers["Location"] == TOTP
-    assert "set yours up to go on" in browser.get(TOTP).text
+    assert "Set it up to continue" in browser.get(TOTP).text
     browser.post(TOTP, {"code": code_of(TOTPDevice.objects.get())})
 
     assert is_in(browser)
@@ -256,7 +256,7 @@ def test_who_has_lost_theirs_is_let_in_by_a_command(browser: Client, device: TOT
     out = io.StringIO()
     call_command("totp_reset", "alice", stdout=out)
 
-    assert "password alone" in out.getvalue()
+    assert "with the password only" in out.getvalue()
     assert log_in(browser).status_code == 302
     assert AuditEntry.objects.get(action="change").name == "manage.py totp_reset"
     for name in ("alice", "nobody"):

@@ -76,7 +76,7 @@ def test_who_sees_and_changes_what(
 
 
 def is_ours(model: type[Model]) -> bool:
-    return model._meta.app_label in roles.OURS
+    return model._meta.app_label in roles.APPS
 
 
 @pytest.mark.parametrize("model", PAGES, ids=lambda model: model._meta.label_lower)
@@ -211,7 +211,7 @@ def test_an_empty_list_says_what_to_do_next(
 
     assert escape(page_admin.empty.text) in page.text
     if page_admin.search_fields:
-        assert "Nothing fits" in admin_client.get(path_of(model), {"q": "nothing"}).text
+        assert "No results" in admin_client.get(path_of(model), {"q": "nothing"}).text
 
 
 def test_users_are_shown_with_what_they_do(

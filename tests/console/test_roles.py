@@ -26,7 +26,7 @@ def test_migrate_makes_the_groups() -> None:
     viewer, operator, admin = map(held_by, (roles.VIEWER, roles.OPERATOR, roles.ADMIN))
 
     assert viewer < operator < admin
-    assert operator - viewer == roles.OPERATES
+    assert operator - viewer == roles.OPERATOR_PERMISSIONS
     assert all(".view_" in permission for permission in viewer)
     assert "console.view_auditentry" in admin - operator
     assert {"realm.add_botregistration", "realm.change_user"} <= admin
@@ -38,7 +38,7 @@ def test_every_permission_that_operators_get_is_one() -> None:
         for app, codename in Permission.objects.values_list("content_type__app_label", "codename")
     }
 
-    assert known >= roles.OPERATES
+    assert known >= roles.OPERATOR_PERMISSIONS
 
 
 def test_what_an_admin_changed_in_a_group_stays() -> None:
@@ -69,7 +69,7 @@ def test_migrating_back_to_before_the_groups_works(transactional_db: Any) -> Non
     call_command("migrate", "console", "zero", verbosity=0)
     call_command("migrate", "console", verbosity=0)
 
-    assert held_by(roles.OPERATOR) >= roles.OPERATES
+    assert held_by(roles.OPERATOR) >= roles.OPERATOR_PERMISSIONS
 
 
 @pytest.mark.parametrize(

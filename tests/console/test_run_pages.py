@@ -89,7 +89,7 @@ class TestTrace:
 
         assert run.turn == 0
         assert "</a>, turn 1<" in page
-        assert "<th>Failed tries</th>" in page
+        assert "<th>Failed attempts</th>" in page
 
     def test_what_the_model_was_sent_is_what_the_memory_sent(
         self, admin_client: Client, model: FakeLLM
@@ -101,7 +101,7 @@ class TestTrace:
         asked = factories.ask("And now?", thread_id=thread.pk)
         execution.execute(asked.pk)
 
-        [sent] = trace.of(Run.objects.get(pk=asked.pk)).sent
+        [sent] = trace.of(Run.objects.get(pk=asked.pk)).inputs
         assert sent.summary == summary
         said = [message.content for message in sent.messages]
         contents = [m["content"] for m in model.requests[-1].messages]
@@ -143,7 +143,7 @@ class TestTrace:
         first = factories.ask("one")
         second = factories.ask("two", thread_id=first.thread_id)
         page = text_of(admin_client, url(second))
-        assert "which was asked before it" in page
+        assert "Queued behind" in page
         assert first.pk in page
 
     def test_it_tells_its_deadline_and_which_run_answers_instead(
@@ -154,7 +154,7 @@ class TestTrace:
         second = factories.ask("two", thread_id=first.thread_id, when_busy=WhenBusy.MERGE)
         page = text_of(admin_client, url(first))
         assert second.pk in page
-        assert "which was asked after it, answers its question too" in page
+        assert "a later run that answers its message too" in page
         assert "<dt>Deadline</dt>" not in text_of(admin_client, url(second))
 
     def test_it_asks_for_news_until_it_is_over(self, admin_client: Client) -> None:
@@ -358,7 +358,7 @@ class TestThread:
         first = factories.ask("one")
         factories.ask("two", thread_id=first.thread_id)
         page = text_of(admin_client, url(first.thread))
-        assert page.count("which was asked before it") == 1
+        assert page.count("Queued behind") == 1
 
     def test_its_title_is_shown_to_who_may_read_what_was_said(
         self, admin_client: Client, sign_in: SignIn
@@ -378,7 +378,7 @@ class TestRooms:
         scenes.take_in(scenes.session(), scenes.event("Hello"))
         event = RoomEvent.objects.get()
         page = html.unescape(text_of(admin_client, url(event)))
-        assert "Why it fired nothing" in page
+        assert "Why no command matched" in page
         assert "does not begin with '!bot'" in page
         assert url(BotCommand.objects.get()) in page
 

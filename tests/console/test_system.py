@@ -36,12 +36,12 @@ RENAMED = {
 }
 
 
-def part(title: str) -> system.Part:
-    return next(found for found in system.parts(system.PARTS) if found.title == title)
+def part(title: str) -> system.Section:
+    return next(found for found in system.check_sections(system.SECTIONS) if found.title == title)
 
 
-def line(title: str, name: str) -> system.Line:
-    return next(found for found in part(title).lines if found.name.startswith(name))
+def line(title: str, name: str) -> system.Item:
+    return next(found for found in part(title).items if found.name.startswith(name))
 
 
 @pytest.mark.parametrize(("role", "status"), [("Viewer", 403), ("Operator", 200), ("Admin", 200)])
@@ -84,7 +84,7 @@ def test_no_secret_is_shown(sign_in: SignIn, settings: Any) -> None:
 
 
 def test_every_setting_is_shown() -> None:
-    shown = {found.name for found in part("Settings").lines}
+    shown = {found.name for found in part("Settings").items}
 
     missing = {RENAMED.get(name, name) for name in read_by_settings()} - shown - {""}
 
@@ -101,12 +101,12 @@ def test_a_password_in_the_database_settings_is_masked() -> None:
 def test_without_redis_and_homeserver_the_rest_is_told(settings: Any) -> None:
     settings.MATRIX_URL = "http://127.0.0.1:1"
 
-    found = {part.title: part for part in system.parts(system.PARTS)}
+    found = {part.title: part for part in system.check_sections(system.SECTIONS)}
 
-    assert found["Redis"].failure.startswith("Redis does not answer")
+    assert found["Redis"].failure.startswith("Redis is unavailable")
     assert found["Homeserver"].failure.startswith("The homeserver at http://127.0.0.1:1 does not")
-    assert [line.value for line in found["Migrations"].lines] == ["All are applied."]
-    assert "Django" in {line.name for line in found["Versions"].lines}
+    assert [line.value for line in found["Migrations"].items] == ["All are applied."]
+    assert "Django" in {line.name for line in found["Versions"].items}
 
 
 def test_what_swallows_packets_is_given_up_soon(settings: Any) -> None:
@@ -117,7 +117,7 @@ def test_what_swallows_packets_is_given_up_soon(settings: Any) -> None:
         settings.REDIS_URL = f"redis://127.0.0.1:{port}/0"
         settings.MATRIX_URL = f"http://127.0.0.1:{port}"
         started = time.monotonic()
-        found = {part.title: part for part in system.parts(system.PARTS)}
+        found = {part.title: part for part in system.check_sections(system.SECTIONS)}
 
     assert found["Redis"].failure
     assert found["Homeserver"].failure
@@ -134,7 +134,7 @@ def test_redis_and_its_stream(redis: redis_client.Redis) -> None:
     redis.xadd("agent_events:dead", {"event": "{"})
 
     assert line("Redis", "Stream").value == "1 entries"
-    assert line("Redis", "Group agent_runtime").value.endswith("0 not acknowledged")
+    assert line("Redis", "Group agent_runtime").value.endswith("0 unacknowledged")
     assert line("Redis", "Dead letters").state == "warn"
 
 
@@ -143,7 +143,7 @@ def test_a_redis_that_forgets_when_full_is_warned_of(redis: redis_client.Redis) 
     try:
         redis.config_set("maxmemory", "100mb")
         redis.config_set("maxmemory-policy", "allkeys-lru")
-        shown = [each for each in part("Redis").lines if "maxmemory-policy" in str(each.value)]
+        shown = [each for each in part("Redis").items if "maxmemory-policy" in str(each.value)]
         assert [each.state for each in shown] == ["broken"]
         said = [each.said for each in doctor.examine() if each.check == "redis"]
         assert shown[0].value in said
@@ -164,7 +164,7 @@ def test_a_missing_migration_is_told() -> None:
 
 
 def test_the_bot_is_told_of() -> None:
-    assert line("Processes", "Bot").value == "It has never logged in."
+    assert line("Processes", "Bot").value == "The bot has never logged in."
     session = Session.objects.create(homeserver="http://localhost", username="bot", holder="host:1")
     assert line("Processes", str(session)).state == "broken"
     assert "no process works with it" in line("Processes", str(session)).value

@@ -211,10 +211,10 @@ def retry_failed(tab: Tab, stack: Stack) -> None:
     tab.goto(f"{stack.url}/admin/agents/run/?status__exact=failed&period=7d")
     tab.check("#action-toggle")
     tab.get_by_role("link", name="Select all").click()
-    tab.select_option("select[name=action]", label="Try again")
+    tab.select_option("select[name=action]", label="Retry")
     tab.click("button[name=index]:visible")
     tab.fill("#reason", "The model was down: ask it again.")
-    tab.get_by_role("button", name="Try again").click()
+    tab.get_by_role("button", name="Retry").click()
     tab.wait_for_function("document.querySelector('[role=progressbar]').ariaValueNow > 20")
 
 

@@ -9,7 +9,7 @@ from console import audit
 
 
 class Command(BaseCommand):
-    help = "Take away the second factor of somebody who has lost it."
+    help = "Remove the second factor of a user who has lost it."
 
     def add_arguments(self, parser: CommandParser) -> None:
         parser.add_argument("username")
@@ -19,12 +19,12 @@ class Command(BaseCommand):
         if user is None:
             raise CommandError(f"There is no user {username!r}.")
         with transaction.atomic():
-            taken, _ = TOTPDevice.objects.filter(user=user).delete()
-            if not taken:
+            removed, _ = TOTPDevice.objects.filter(user=user).delete()
+            if not removed:
                 raise CommandError(f"{username} has no second factor.")
-            entry = audit.entry_of(
-                None, audit.Action.CHANGE, user, result="Second factor taken away."
+            entry = audit.new_entry(
+                None, audit.Action.CHANGE, user, result="Second factor removed."
             )
             entry.name = "manage.py totp_reset"
             entry.save()
-        self.stdout.write(f"{username} logs in with the password alone now.")
+        self.stdout.write(f"{username} can log in with the password only.")
