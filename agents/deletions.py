@@ -12,5 +12,5 @@ def connect() -> None:
 
 
 def write_tombstone(sender: Any, instance: Run, using: str, **_: Any) -> None:
-    # As chat.deletions does for threads.
+    # As chat.tombstones does for threads.
     DeletedRun.objects.using(using).bulk_create([DeletedRun(id=instance.pk)], ignore_conflicts=True)

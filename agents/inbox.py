@@ -108,7 +108,7 @@ class Accepted:
 class Idempotency:
     """A caller's key: unique for the caller, for good."""
 
-    # An account, or for anonymous callers the network that they ask from (chat.permissions.name_of).
+    # An account, or for anonymous callers the network that they ask from (chat.permissions.caller_key).
     caller: str
     key: str
 

@@ -7,6 +7,6 @@ class BotRunnerConfig(AppConfig):
 
     def ready(self) -> None:
         from botrunner import models
-        from chat import rooms
+        from chat import membership
 
-        rooms.member = models.is_member
+        membership.member_condition = models.is_member

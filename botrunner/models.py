@@ -179,7 +179,7 @@ class RoomMember(models.Model):
 
 
 def is_member(user_id: str, room: str, at: str | None) -> Exists:
-    """For chat.rooms."""
+    """For chat.membership."""
     rows = RoomMember.objects.current().filter(user_id=user_id, room__room_id=OuterRef(room))
     return Exists(rows.filter(joined_at__lte=OuterRef(at)) if at else rows)
 

@@ -5,6 +5,6 @@ class ChatConfig(AppConfig):
     name = "chat"
 
     def ready(self) -> None:
-        from chat import deletions
+        from chat import tombstones
 
-        deletions.connect()
+        tombstones.connect()

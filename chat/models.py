@@ -12,7 +12,7 @@ from django.db.models import Case, F, OuterRef, Q, Subquery, Value, When
 from django.db.models.functions import Coalesce, Length, Now, Substr
 from django.utils import timezone
 
-from chat import rooms
+from chat import membership
 from realm.models import User
 
 # Ids that clients and other programs may choose themselves; ours are PREFIX_ and 24 of [a-z0-9].
@@ -84,7 +84,11 @@ def _of_rooms(
     user: User | AnonymousUser | None, thread: str = "", asked_at: str | None = None
 ) -> Q:
     user_id = getattr(user, "matrix_user_id", None)
-    return Q(rooms.member(user_id, f"{thread}room_id", asked_at)) if user_id else Q(pk__in=[])
+    return (
+        Q(membership.member_condition(user_id, f"{thread}room_id", asked_at))
+        if user_id
+        else Q(pk__in=[])
+    )
 
 
 def visible(user: User | AnonymousUser | None, *, asked_at: str) -> Q:
@@ -189,7 +193,7 @@ class DeletedThreadQuerySet(models.QuerySet["DeletedThread"]):
 
 class DeletedThread(models.Model):
     """A tombstone: the id of a deleted thread stands for that thread alone and is never used again.
-    Written in the transaction of the deletion (chat.deletions), kept for good."""
+    Written in the transaction of the deletion (chat.tombstones), kept for good."""
 
     id = models.CharField(primary_key=True, max_length=64, editable=False)
     # No foreign key: it outlives its owner.

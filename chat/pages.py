@@ -23,7 +23,7 @@ from agents.models import Run
 from agents.runs import actions
 from chat import conversation, rendering
 from chat.models import CHOSEN_ID, MAX_TITLE_LENGTH, Thread, ThreadQuerySet
-from chat.permissions import check_may_steer, check_may_write, name_of
+from chat.permissions import caller_key, check_may_control, check_may_write
 from realm.models import User
 
 THREADS = 30
@@ -92,7 +92,7 @@ class ChatPage(SecureView):
     def controllable_run(self, run_id: str) -> Run:
         run = self.run(run_id)
         with _as_django_error():
-            check_may_steer(run, self.caller)
+            check_may_control(run, self.caller)
         return run
 
     def page(
@@ -127,7 +127,7 @@ class ChatPage(SecureView):
                 source=Run.Source.HTTP,
                 threads=Thread.objects.owned_by(self.caller),
                 owner=self.caller,
-                idempotency=inbox.Idempotency(name_of(self.request), key) if key else None,
+                idempotency=inbox.Idempotency(caller_key(self.request), key) if key else None,
             )
         except inbox.Refused as error:
             draft = self.request.POST.get("content", "")

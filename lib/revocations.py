@@ -1,7 +1,8 @@
 """Notices of revoked rights, published on one Redis channel that every web process subscribes to.
 
 A notice grants nothing and proves nothing: a process that receives it looks the rights up again. While
-Redis is unavailable nothing is received, and the periodic checks of `chat.rights` find the revocation.
+Redis is unavailable nothing is received; the periodic checks of `chat.api.stream_access` find the
+revocation.
 """
 
 import logging

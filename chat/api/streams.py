@@ -1,5 +1,5 @@
-"""Server-sent events of a run and of a thread. Async generators of whole frames; the database is
-asked in threads, a unit at a time."""
+"""Server-sent events of runs and threads, as async generators of whole frames. Database work runs in
+threads, one unit at a time."""
 
 import asyncio
 import logging
@@ -22,10 +22,17 @@ from rest_framework.request import Request
 from agents.events import subscriber
 from agents.events.subscriber import EventId, Gap, StreamEvent
 from agents.models import Run
-from chat import rights
+from chat.api import stream_access
+from chat.api.stream_access import (
+    AccessLost,
+    AccessQueries,
+    AccessResults,
+    AccessUnverified,
+    AccessWatcher,
+    StreamCaller,
+)
 from chat.models import fitting, read_contents
 from chat.representation import AcceptedJSON, message_json, run_json
-from chat.rights import Caller
 from lib import limiter
 from lib.db import TRANSIENT_ERRORS
 from lib.limiter import Limiter
@@ -34,149 +41,147 @@ from realm.access import Reason
 logger = logging.getLogger(__name__)
 
 KEEP_ALIVE_SECONDS = 15.0
-# How many turns of a thread are read at a time, fewer where they are long.
+# Turns read per query; long ones make it fewer.
 TURNS = 50
-END = 1 << 62  # no event has such a number: the place of an attempt's end
+END = 1 << 62  # stands for the end of an attempt; no event has this number
 START = EventId(0, 0)
 PLACE = re.compile(r"([0-9]{1,5})-([0-9]{1,10}|end)\Z", re.ASCII)
 KEEP_ALIVE = b": \n\n"
-# A client that was cut off comes back after this many milliseconds.
+# A disconnected client reconnects after this many milliseconds.
 RETRY = b"retry: 1000\n\n"
-GONE = {Reason.THREAD_DELETED}
-
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
 class TooManyStreams(Exception):
-    """Each stream takes memory for as long as it is open."""
+    """A limit on open streams, each of which takes memory."""
 
     code = "too_many_streams"
     retry_after = 5
 
 
-class Full(TooManyStreams):
-    """The process has as many as it may."""
+class ProcessStreamsExceeded(TooManyStreams):
+    """The limit of the process, CHAT_MAX_STREAMS."""
 
 
-class TooManyOfOne(TooManyStreams):
-    """One caller has as many of them as they may."""
+class CallerStreamsExceeded(TooManyStreams):
+    """The limit of a caller, CHAT_MAX_STREAMS_PER_USER."""
 
 
-# The streams of this process, those that have yet to begin included.
+# The streams of this process, including those that have not started.
 open_streams = Limiter()
 
 
-class Seat:
-    """What a stream takes, until it is left or has been forgotten: a client may be gone before the
-    first frame. Raises `TooManyStreams`."""
+class StreamSlot:
+    """A slot of `open_streams`, released explicitly or by the garbage collector: a client may
+    disconnect before the first frame. Raises `TooManyStreams`."""
 
     def __init__(self, caller: str) -> None:
         limit = settings.CHAT_MAX_STREAMS_PER_USER
         try:
             open_streams.acquire(caller, limit=limit or None, total=settings.CHAT_MAX_STREAMS)
         except limiter.TotalReached:
-            raise Full(
-                "Too many streams are open here. Try again, or ask for the run itself."
+            raise ProcessStreamsExceeded(
+                "Too many streams are open on this server. Retry, or poll the run."
             ) from None
         except limiter.HolderReached:
-            raise TooManyOfOne(
-                f"You have {limit} streams open here, and no more may be. Close one, or ask for the "
-                "run itself. An operator can raise it: CHAT_MAX_STREAMS_PER_USER."
+            raise CallerStreamsExceeded(
+                f"You have reached the limit of {limit} open streams. Close one, or poll the run. An "
+                "operator can raise CHAT_MAX_STREAMS_PER_USER."
             ) from None
-        self.leave = weakref.finalize(self, open_streams.release, caller)
+        self.release = weakref.finalize(self, open_streams.release, caller)
 
 
 class EventStream(StreamingHttpResponse):
-    def __init__(self, frames: AsyncGenerator[bytes], seat: Seat, **headers: str) -> None:
+    def __init__(self, frames: AsyncGenerator[bytes], slot: StreamSlot, **headers: str) -> None:
         super().__init__(
-            _seated(frames, seat),
+            _releasing(frames, slot),
             content_type="text/event-stream",
             headers={
                 "Cache-Control": "no-store, no-transform",
-                # nginx would keep it back otherwise.
+                # Disables buffering in nginx.
                 "X-Accel-Buffering": "no",
                 **headers,
             },
         )
 
 
-async def _seated(frames: AsyncGenerator[bytes], seat: Seat) -> AsyncGenerator[bytes]:
+async def _releasing(frames: AsyncGenerator[bytes], slot: StreamSlot) -> AsyncGenerator[bytes]:
     try:
         async with aclosing(frames):
             async for frame in frames:
                 yield frame
     finally:
-        seat.leave()
+        slot.release()
 
 
 def wants_stream(request: Request) -> bool:
-    """Whether the Accept header names server-sent events before JSON."""
+    """Return True if the Accept header prefers server-sent events to JSON."""
     best, stream = 0.0, False
     for part in request.headers.get("Accept", "").lower().split(","):
         kind, *parameters = (piece.strip() for piece in part.split(";"))
-        quality = next((_quality(p[2:]) for p in parameters if p.startswith("q=")), 1.0)
+        quality = next((_parse_quality(p[2:]) for p in parameters if p.startswith("q=")), 1.0)
         if kind in ("text/event-stream", "application/json", "*/*") and quality > best:
             best, stream = quality, kind == "text/event-stream"
     return stream
 
 
-def _quality(value: str) -> float:
+def _parse_quality(value: str) -> float:
     try:
         return float(value)
     except ValueError:
         return 0.0
 
 
-def place_asked(request: Request) -> EventId | None:
+def requested_event_id(request: Request) -> EventId | None:
     """Where a client wants to go on: after this. None: from the beginning."""
     value = _after(request)
     if not value:
         return None
     found = PLACE.match(value)
     if not found:
-        raise exceptions.ParseError("That is the id of no event of a run.")
+        raise exceptions.ParseError("Not an id of an event of a run.")
     return EventId(int(found[1]), END if found[2] == "end" else int(found[2]))
 
 
-def number_asked(request: Request) -> int:
+def requested_number(request: Request) -> int:
     value = _after(request) or "0"
     if not (value.isascii() and value.isdigit() and len(value) <= 9):
-        raise exceptions.ParseError("That is the id of no event of a thread.")
+        raise exceptions.ParseError("Not an id of an event of a thread.")
     return int(value)
 
 
 def _after(request: Request) -> str:
-    # A browser that comes back by itself repeats the address that it began with.
+    # A browser that reconnects by itself repeats the original URL.
     return request.headers.get("Last-Event-ID") or request.query_params.get("after") or ""
 
 
 async def run_events(
-    run: Run, after: EventId | None, caller: Caller, accepted: AcceptedJSON | None = None
+    run: Run, after: EventId | None, caller: StreamCaller, accepted: AcceptedJSON | None = None
 ) -> AsyncGenerator[bytes]:
-    """The events of a run from after `after` on, up to its outcome, for as long as `caller` has the
-    right to them. `accepted`: what is told first."""
+    """Yield the events of a run after `after`, up to its outcome, while `caller` has access. `accepted`
+    is sent first."""
     yield RETRY
     if accepted:
         yield _frame(str(START), "run.accepted", accepted)
     elif after is None:
         yield _frame(str(START), "run.status", {"status": run.status, "attempt": run.attempt})
-    events, watch = _hub()
+    events, watcher = _hub()
     with (
         events.subscribe(run.pk, after or START) as subscription,
-        watch.guard(caller, run.thread_id, subscription.wake) as guard,
+        watcher.guard(caller, run.thread_id, subscription.wake) as guard,
     ):
-        # Beside the telling: in a rush the database has others to serve, and tokens need not wait.
-        looking = asyncio.create_task(_end_if_ended(subscription))
+        # In the background: under load the database is slow, and tokens need not wait for it.
+        finding_end = asyncio.create_task(_end_when_finished(subscription))
         last: StreamEvent | Gap | None = None
         try:
             while not (subscription.ended and subscription.up_to_date):
-                found = await subscription.receive(guard.patience(KEEP_ALIVE_SECONDS))
+                received = await subscription.receive(guard.limit_wait(KEEP_ALIVE_SECONDS))
                 if not guard.is_fresh():
                     await guard.check()
-                last = found[-1] if found else last
-                # One write for all of them.
-                yield b"".join(map(_told, found)) or KEEP_ALIVE
+                last = received[-1] if received else last
+                # One write for all events.
+                yield b"".join(map(_event_frame, received)) or KEEP_ALIVE
             if (
                 after
                 and subscription.last_id == after
@@ -188,24 +193,24 @@ async def run_events(
             await guard.check()
             outcome = await _unit(_outcome, caller, run.pk, last)
             if outcome is None:
-                await guard.check_again()
+                await guard.recheck()
             yield outcome or _run_deleted(run.pk)
-        except rights.Lost as lost:
-            yield _run_deleted(run.pk) if lost.reason in GONE else _closed(lost)
-        except rights.Unknown:
-            logger.warning("A stream ends: the rights of its caller cannot be looked up")
+        except AccessLost as lost:
+            yield _run_deleted(run.pk) if lost.reason is Reason.THREAD_DELETED else _closed(lost)
+        except AccessUnverified:
+            logger.warning("Stream closed: the access of its caller could not be checked")
         finally:
-            looking.cancel()
+            finding_end.cancel()
 
 
-async def _end_if_ended(subscription: subscriber.RunSubscription) -> None:
+async def _end_when_finished(subscription: subscriber.RunSubscription) -> None:
     while True:
         try:
-            if await _which_ended([subscription.run_id]):
+            if await _find_ended([subscription.run_id]):
                 subscription.end()
             return
         except TRANSIENT_ERRORS as error:
-            logger.warning("A subscription cannot look whether its run has ended: %s", error)
+            logger.warning("Run state of a stream could not be read, retrying: %s", error)
             await asyncio.sleep(2)
 
 
@@ -216,49 +221,51 @@ async def _remembers(events: subscriber.Subscriber, run_id: str) -> bool:
         return False
 
 
-async def thread_events(thread_id: str, after: int, caller: Caller) -> AsyncGenerator[bytes]:
-    """What happens in a thread, for as long as the client stays, the thread is there and `caller` has
-    the right to it. Numbers count the questions and outcomes in the order of the conversation: 2n+1 is
-    the question of turn n, 2n+2 its outcome."""
+async def thread_events(thread_id: str, after: int, caller: StreamCaller) -> AsyncGenerator[bytes]:
+    """Yield the events of a thread while it exists and `caller` has access. Events are numbered in the
+    order of the conversation: 2n+1 is the message of turn n, 2n+2 its outcome."""
     yield RETRY
-    events, watch = _hub()
-    with events.watch_thread(thread_id) as news, watch.guard(caller, thread_id, news.set) as guard:
+    events, watcher = _hub()
+    with (
+        events.watch_thread(thread_id) as changed,
+        watcher.guard(caller, thread_id, changed.set) as guard,
+    ):
         try:
             while True:
-                news.clear()
+                changed.clear()
                 await guard.check()
-                told = await _unit(_told_of_thread, caller, thread_id, after)
-                if told is None:
-                    # Raises the reason, unless it was open again meanwhile.
-                    await guard.check_again()
+                batch = await _unit(_next_frames, caller, thread_id, after)
+                if batch is None:
+                    # Raises the reason, unless access was restored meanwhile.
+                    await guard.recheck()
                     continue
-                frames, reached = told
+                frames, reached = batch
                 if frames:
                     after = reached
                     yield frames
                     continue
                 try:
-                    async with asyncio.timeout(guard.patience(KEEP_ALIVE_SECONDS)):
-                        await news.wait()
+                    async with asyncio.timeout(guard.limit_wait(KEEP_ALIVE_SECONDS)):
+                        await changed.wait()
                 except TimeoutError:
                     await guard.check()
                     yield KEEP_ALIVE
-        except rights.Lost as lost:
+        except AccessLost as lost:
             yield _closed(lost)
-        except rights.Unknown:
-            logger.warning("A stream ends: the rights of its caller cannot be looked up")
+        except AccessUnverified:
+            logger.warning("Stream closed: the access of its caller could not be checked")
 
 
-def _told_of_thread(caller: Caller, thread_id: str, after: int) -> tuple[bytes, int] | None:
-    """The next frames after the number `after`, and the number of the last of them. None where the
-    thread is not open to the caller."""
+def _next_frames(caller: StreamCaller, thread_id: str, after: int) -> tuple[bytes, int] | None:
+    """Return the next frames after the number `after`, and the number of the last one. None if the
+    caller has no access to the thread."""
     size = Length("message__content") + Coalesce(Length("answer__content"), 0)
     thread = caller.threads().filter(pk=thread_id)
-    # From the turn on that was told last: where it is not found the thread may be gone.
-    known = after - after % 2
+    # From the last turn sent on: if it is missing, the thread may be deleted.
+    start = after - after % 2
     runs: list[Any] = list(
         Run.objects.visible_to(caller.user)
-        .filter(thread_id=thread_id, position__gte=max(0, known - 2))
+        .filter(thread_id=thread_id, position__gte=max(0, start - 2))
         .select_related("message", "answer")
         .annotate(size=size)
         .defer("message__content", "answer__content")
@@ -266,10 +273,10 @@ def _told_of_thread(caller: Caller, thread_id: str, after: int) -> tuple[bytes, 
     )
     if not runs and not thread.exists():
         return None
-    runs = [run for run in runs if run.position >= known]
+    runs = [run for run in runs if run.position >= start]
     runs = runs[: min(TURNS, fitting(run.size for run in runs))]
-    said = (message for run in runs for message in (run.message, run.answer) if message)
-    read_contents(said)
+    messages = (message for run in runs for message in (run.message, run.answer) if message)
+    read_contents(messages)
     frames: list[bytes] = []
     for number, kind, data in _numbered(runs):
         if number <= after:
@@ -297,39 +304,42 @@ def _numbered(runs: Any) -> Iterator[tuple[int, str, dict[str, Any]]]:
         yield run.position + 2, f"run.{run.status}", {"run": run_json(run), **answer}
 
 
-def _hub() -> tuple[subscriber.Subscriber, rights.Watch]:
-    """Those of the running event loop."""
-    events, watch = subscriber.current(_which_ended), rights.watch(_looked_up)
-    events.revoked = partial(_revoked, watch)
-    return events, watch
+def _hub() -> tuple[subscriber.Subscriber, AccessWatcher]:
+    """Return the subscriber and the watcher of the running event loop."""
+    events, watcher = subscriber.current(_find_ended), stream_access.watcher(_check_access)
+    events.revoked = partial(_revoked, watcher)
+    return events, watcher
 
 
-def _revoked(watch: rights.Watch, news: dict[str, Any] | None) -> None:
-    if news is None:
-        watch.renew()
+def _revoked(watcher: AccessWatcher, revocation: dict[str, Any] | None) -> None:
+    if revocation is None:
+        watcher.recheck_all()
     else:
-        watch.doubt(user=news.get("user"), thread=news.get("thread"))
+        watcher.invalidate(user=revocation.get("user"), thread=revocation.get("thread"))
 
 
-async def _looked_up(questions: rights.Questions) -> rights.Answers:
-    return await _unit(rights.look_up, questions)
+async def _check_access(queries: AccessQueries) -> AccessResults:
+    return await _unit(stream_access.look_up, queries)
 
 
-async def _which_ended(run_ids: list[str]) -> list[str]:
-    """Also those that are gone."""
+async def _find_ended(run_ids: list[str]) -> list[str]:
+    """Return the finished runs, deleted ones included."""
     return await _unit(_ended, run_ids)
 
 
 def _ended(run_ids: list[str]) -> list[str]:
-    going_on: set[str] = set()
+    unfinished: set[str] = set()
     for first in range(0, len(run_ids), 500):
-        some = run_ids[first : first + 500]
-        going_on.update(Run.objects.unfinished().filter(pk__in=some).values_list("pk", flat=True))
-    return [run_id for run_id in run_ids if run_id not in going_on]
+        batch = run_ids[first : first + 500]
+        unfinished.update(
+            Run.objects.unfinished().filter(pk__in=batch).values_list("pk", flat=True)
+        )
+    return [run_id for run_id in run_ids if run_id not in unfinished]
 
 
-def _outcome(caller: Caller, run_id: str, last: StreamEvent | Gap | None) -> bytes | None:
-    """`last`: what was told before it. None where the caller has no such run any more."""
+def _outcome(caller: StreamCaller, run_id: str, last: StreamEvent | Gap | None) -> bytes | None:
+    """Return the frame of the outcome, preceded by a gap if events after `last` are missing. None if
+    the caller has no access to the run."""
     visible = Run.objects.visible_to(caller.user)
     run = visible.select_related("answer").filter(pk=run_id).first()
     if run is None:
@@ -339,7 +349,7 @@ def _outcome(caller: Caller, run_id: str, last: StreamEvent | Gap | None) -> byt
     if (
         isinstance(last, StreamEvent)
         and run.status == Run.Status.COMPLETED
-        and _breaks_off(run, last)
+        and _is_incomplete(run, last)
     ):
         attempt, number = last.id
         begins = EventId(run.attempt, number + 1 if attempt == run.attempt else 1)
@@ -347,39 +357,39 @@ def _outcome(caller: Caller, run_id: str, last: StreamEvent | Gap | None) -> byt
     return outcome
 
 
-def _breaks_off(run: Run, last: StreamEvent) -> bool:
-    """Whether the telling of a run that was answered ends before its last step: Redis was wiped, or
-    did not come back until it was too late."""
+def _is_incomplete(run: Run, last: StreamEvent) -> bool:
+    """Return True if events up to the last step are missing: Redis was emptied or unavailable."""
     steps = run.steps.filter(attempt=run.attempt).count()
     finished = orjson.loads(last.data)["step"] if last.type == "step.finished" else 0
     return finished < steps or last.id.attempt < run.attempt
 
 
 async def _unit(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Database work in a thread, which keeps no connection afterwards that others may use."""
+    """Run database work in a thread, which keeps no connection that others could use."""
 
-    def fresh() -> T:
+    def run() -> T:
         close_old_connections()
         try:
             return function(*args, **kwargs)
         finally:
             close_old_connections()
 
-    return await asyncio.to_thread(fresh)
+    return await asyncio.to_thread(run)
 
 
-def _told(told: StreamEvent | Gap) -> bytes:
-    if isinstance(told, Gap):
-        return _gap(str(told.first), str(told.last))
-    return f"id: {told.id}\nevent: {told.type}\ndata: {told.data}\n\n".encode()
+def _event_frame(event: StreamEvent | Gap) -> bytes:
+    if isinstance(event, Gap):
+        return _gap(str(event.first), str(event.last))
+    return f"id: {event.id}\nevent: {event.type}\ndata: {event.data}\n\n".encode()
 
 
 def _run_deleted(run_id: str) -> bytes:
     return _frame("0-end", "run.deleted", {"id": run_id})
 
 
-def _closed(lost: rights.Lost) -> bytes:
-    """Without an id: a client that has the rights again goes on after the last event that has one."""
+def _closed(lost: AccessLost) -> bytes:
+    """Return a frame without an id, so that a client that regains access resumes after the last
+    event."""
     data = orjson.dumps({"reason": lost.reason, "error": str(lost)})
     return b"event: stream.closed\ndata: " + data + b"\n\n"
 

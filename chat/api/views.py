@@ -1,4 +1,4 @@
-"""The chat server's HTTP: `/api/chat/...` in plain JSON."""
+"""Views of the chat API, `/api/chat/...`, in plain JSON."""
 
 import threading
 import time
@@ -22,8 +22,9 @@ from agents.models import Run
 from agents.runs import actions
 from chat.api import streams
 from chat.api.serializers import MessageRequestSerializer, ThreadChangeSerializer
+from chat.api.stream_access import StreamCaller
 from chat.models import Message, Thread, page_of
-from chat.permissions import CallersView, check_may_steer, check_may_write, name_of
+from chat.permissions import CallerScopedView, caller_key, check_may_control, check_may_write
 from chat.representation import (
     accepted_json,
     finished_json,
@@ -37,11 +38,11 @@ from realm.access import Access
 
 MAX_PAGE = 200
 # A waiting request holds one of the few threads of its process; half of them stay free. Whoever finds
-# no seat is answered at once, as RFC 7240 allows.
+# no slot is answered at once, as RFC 7240 allows.
 WAITING_SEATS = threading.BoundedSemaphore(4)
 
 
-class ChatView(CallersView, PlainAPIView):
+class ChatView(CallerScopedView, PlainAPIView):
     statuses = {
         inbox.Invalid: 400,
         inbox.UnknownAsker: 401,
@@ -51,8 +52,8 @@ class ChatView(CallersView, PlainAPIView):
         inbox.Deleted: 409,
         Run.DoesNotExist: 404,  # deleted by another request just now
         inbox.Limited: 429,
-        streams.TooManyOfOne: 429,
-        streams.Full: 503,
+        streams.CallerStreamsExceeded: 429,
+        streams.ProcessStreamsExceeded: 503,
     }
 
     def thread(self, thread_id: str) -> Thread:
@@ -62,10 +63,10 @@ class ChatView(CallersView, PlainAPIView):
         visible = Run.objects.visible_to(self.caller)
         return get_object_or_404(visible.select_related("answer"), pk=run_id)
 
-    def run_to_steer(self, run_id: str) -> Run:
+    def controllable_run(self, run_id: str) -> Run:
         visible = Run.objects.visible_to(self.caller).select_related("thread", "message")
         run = get_object_or_404(visible.defer("thread__summary"), pk=run_id)
-        check_may_steer(run, self.caller)
+        check_may_control(run, self.caller)
         return run
 
 
@@ -78,18 +79,18 @@ class ApiRootView(PlainAPIView):
 
 class MessagesView(ChatView):
     def post(self, request: Request) -> HttpResponseBase:
-        """Accept a question: 202, or 200 with its outcome when `Prefer: wait=N` brings it in time, or
-        with its stream where that is what the client accepts."""
-        question = MessageRequestSerializer(data=request.data)
-        question.is_valid(raise_exception=True)
-        # Before anything is accepted.
-        seat = streams.Seat(name_of(request)) if streams.wants_stream(request) else None
-        accepted = self.ask(**question.validated_data)
+        """Submit a message: 202; 200 with the outcome if the run finishes within `Prefer: wait=N`, or
+        with the stream of the run if the client accepts one."""
+        message = MessageRequestSerializer(data=request.data)
+        message.is_valid(raise_exception=True)
+        # Before the message is recorded.
+        slot = streams.StreamSlot(caller_key(request)) if streams.wants_stream(request) else None
+        accepted = self.submit(**message.validated_data)
         headers = {"Location": f"/api/chat/runs/{accepted.run_id}"}
         if accepted.repeated:
             headers["Idempotency-Replayed"] = "true"
-        if seat:
-            return self._stream(accepted, seat, headers)
+        if slot:
+            return self._stream(accepted, slot, headers)
         seconds = _seconds_to_wait(request)
         run = self._outcome(accepted.run_id, seconds) if seconds else None
         if run:
@@ -98,24 +99,26 @@ class MessagesView(ChatView):
         return Response(accepted_json(accepted), status=202, headers=headers)
 
     def _stream(
-        self, accepted: inbox.Accepted, seat: streams.Seat, headers: dict[str, str]
+        self, accepted: inbox.Accepted, slot: streams.StreamSlot, headers: dict[str, str]
     ) -> HttpResponseBase:
-        # A repeat may be of a run that is long gone.
+        # The run of a repeat may have been deleted.
         run = self.run(accepted.run_id)
-        frames = streams.run_events(run, None, self.for_streams(), accepted_json(accepted))
-        return streams.EventStream(frames, seat, **headers)
+        frames = streams.run_events(
+            run, None, StreamCaller.of(self.request), accepted_json(accepted)
+        )
+        return streams.EventStream(frames, slot, **headers)
 
     def _outcome(self, run_id: str, seconds: int) -> Run | None:
-        """The run, if it has ended within `seconds` and the caller still has the right to it then.
-        Raises `AuthenticationFailed`."""
+        """Return the run if it finishes within `seconds`. Raises `AuthenticationFailed` if the caller
+        lost access meanwhile."""
         access, waited = Access.of(self.request), False
         with _seat() as seated, stream.outcome_of(run_id) as outcome:
-            until = time.monotonic() + seconds
+            deadline = time.monotonic() + seconds
             visible = Run.objects.visible_to(self.caller)
-            asked = visible.select_related("answer").filter(pk=run_id)
-            run = asked.first()
-            while seated and run and not run.is_finished and outcome.wait(until):
-                waited, run = True, asked.all().first()
+            runs = visible.select_related("answer").filter(pk=run_id)
+            run = runs.first()
+            while seated and run and not run.is_finished and outcome.wait(deadline):
+                waited, run = True, runs.all().first()
         if waited and (reason := access.reason_lost()):
             raise exceptions.AuthenticationFailed(reason.sentence, str(reason))
         return run if run and run.is_finished else None
@@ -123,8 +126,8 @@ class MessagesView(ChatView):
 
 class ThreadsView(ChatView):
     def get(self, request: Request) -> Response:
-        """The caller's threads, the last asked in first. `next` is the id to give as `before` for
-        more, null when there are none."""
+        """List the caller's threads, most recent first. `next` is the `before` of the next page, or
+        null."""
         threads = Thread.objects.listed_for(self.caller).with_preview()
         if not _flag(request, "archived"):
             threads = threads.active()
@@ -155,7 +158,7 @@ class ThreadView(ChatView):
         return self.get(request, thread_id)
 
     def delete(self, request: Request, thread_id: str) -> Response:
-        """Delete the thread with all that was said in it; what goes on in it is cancelled."""
+        """Delete the thread and its messages, and cancel its runs."""
         thread = self.thread(thread_id)
         check_may_write(thread)
         retention.delete_thread(thread)
@@ -164,10 +167,10 @@ class ThreadView(ChatView):
 
 class ThreadMessagesView(ChatView):
     def get(self, request: Request, thread_id: str) -> Response:
-        """The newest messages in the order asked, fewer than asked for where they are long. `next` is
-        the id to give as `before` for older ones, null when there are none."""
+        """List the newest messages in chronological order, fewer than `limit` if they are long. `next`
+        is the `before` of the previous page, or null."""
         thread = get_object_or_404(self.threads(), pk=thread_id)
-        # Of a room, what is visible to one member is hidden from another.
+        # Members of a room see the messages since they joined.
         visible = Message.objects.visible_to(self.caller) if thread.room_id else Message.objects
         messages = visible.filter(thread=thread).order_by("-position")
         if (before := request.query_params.get("before")) is not None:
@@ -192,48 +195,52 @@ class RunView(ChatView):
 
 class RunEventsView(ChatView):
     def get(self, request: Request, run_id: str) -> HttpResponseBase:
-        """What the run tells, as server-sent events. To whoever has had the outcome there is nothing
-        to tell: 204, at which a browser stops asking."""
-        run, after = self.run(run_id), streams.place_asked(request)
+        """Stream the events of a run. 204 if the client has received the outcome, which stops a browser
+        from reconnecting."""
+        run, after = self.run(run_id), streams.requested_event_id(request)
         if after and after.attempt > run.attempt:
             raise exceptions.NotFound("The run has no such event.")
         if after == (run.attempt, streams.END) and run.is_finished:
             return HttpResponse(status=204)
-        seat = streams.Seat(name_of(request))
-        return streams.EventStream(streams.run_events(run, after, self.for_streams()), seat)
+        slot = streams.StreamSlot(caller_key(request))
+        return streams.EventStream(
+            streams.run_events(run, after, StreamCaller.of(self.request)), slot
+        )
 
 
 class RunCancelView(ChatView):
     def post(self, request: Request, run_id: str) -> Response:
-        """End a run: 202; 409 when it has ended already."""
-        run = self.run_to_steer(run_id)
+        """Cancel a run: 202, or 409 if it has finished."""
+        run = self.controllable_run(run_id)
         if not actions.cancel(run):
-            # 404 where it is gone
-            raise Conflict(f"The run has ended already: it is {self.run(run_id).status}.")
+            raise Conflict(f"The run has already finished: it is {self.run(run_id).status}.")
         return Response({"ok": True, "run": run_json(self.run(run_id))}, status=202)
 
 
 class RunRetryView(ChatView):
     def post(self, request: Request, run_id: str) -> Response:
-        """Have a run begun anew that failed or was cancelled: 202; 409 for any other."""
-        if not inbox.ask_again(self.run_to_steer(run_id)):
-            raise Conflict(self.run(run_id).why_not_retried or "Somebody else was first.")
+        """Retry a failed or cancelled run: 202, or 409 for any other."""
+        if not inbox.ask_again(self.controllable_run(run_id)):
+            raise Conflict(
+                self.run(run_id).why_not_retried or "The run was retried by another request."
+            )
         return Response({"ok": True, "run": run_json(self.run(run_id))}, status=202)
 
 
 class ThreadEventsView(ChatView):
     def get(self, request: Request, thread_id: str) -> HttpResponseBase:
-        """What happens in the thread, as server-sent events, for as long as the client stays."""
+        """Stream the events of a thread until the client disconnects."""
         thread = get_object_or_404(self.threads(), pk=thread_id)
-        number = streams.number_asked(request)
-        seat = streams.Seat(name_of(request))
-        frames = streams.thread_events(thread.pk, number, self.for_streams())
-        return streams.EventStream(frames, seat)
+        number = streams.requested_number(request)
+        slot = streams.StreamSlot(caller_key(request))
+        frames = streams.thread_events(thread.pk, number, StreamCaller.of(self.request))
+        return streams.EventStream(frames, slot)
 
 
 class ModelsView(ChatView):
     def get(self, request: Request) -> Response:
-        """The catalogue. Where no list is set, any model may be asked for: `anyModel`."""
+        """List the allowed models. `anyModel`: CHAT_ALLOWED_MODELS is empty, so every model is
+        allowed."""
         allowed = settings.CHAT_ALLOWED_MODELS
         return Response(
             {
@@ -247,7 +254,7 @@ class ModelsView(ChatView):
 
 
 class UnknownPathView(PlainAPIView):
-    """Whatever else is asked for under /api, with any method."""
+    """Any other path under /api, with any method."""
 
     authentication_classes = []
 
@@ -266,8 +273,8 @@ def _seat() -> Iterator[bool]:
 
 
 def _seconds_to_wait(request: Request) -> int:
-    """N of `Prefer: wait=N` (RFC 7240), at most CHAT_MAX_WAIT_SECONDS. 0 for anything else: a
-    preference that makes no sense is ignored."""
+    """Return N of `Prefer: wait=N` (RFC 7240), at most CHAT_MAX_WAIT_SECONDS. 0 for anything else, as
+    invalid preferences are ignored."""
     for preference in request.headers.get("Prefer", "").replace(";", ",").split(","):
         name, _, value = preference.strip().partition("=")
         value = value.strip().strip('"')

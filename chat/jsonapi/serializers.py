@@ -17,7 +17,7 @@ from rest_framework_json_api.utils import format_field_name, get_serializer_fiel
 
 from agents import inbox
 from agents.models import Run
-from chat.api.serializers import PolicyField, WholeNumberField
+from chat.fields import PolicyField, WholeNumberField
 from chat.jsonapi.pagination import Order
 from chat.models import CHOSEN_ID, Message, Thread, ThreadQuerySet, fitting, read_contents
 from chat.representation import UsageJSON, usage_json

@@ -22,12 +22,12 @@ from chat.jsonapi.serializers import (
     ResourceSerializer,
 )
 from chat.models import PAGE_CHARACTERS, fitting
-from chat.permissions import CallersView
+from chat.permissions import CallerScopedView
 from lib.httperrors import BadRequest, Conflict, NotFound, TooManyRequests, Unprocessable
 from lib.jsonapi.views import JSONAPIView
 
 
-class ResourcesView(CallersView, JSONAPIView):
+class ResourcesView(CallerScopedView, JSONAPIView):
     """To be used with the `serializer_class` of what it tells, and where that hangs on something
     else, with the `parent` and the `relation` that leads to it."""
 
@@ -190,7 +190,7 @@ class MessagesView(CollectionView):
         """Ask. The message is there at once; its run tells what becomes of it."""
         question = QuestionSerializer(data=request.data)
         question.is_valid(raise_exception=True)
-        accepted = self.ask(**question.validated_data)
+        accepted = self.submit(**question.validated_data)
         message = self.one(self.rows(), accepted.message_id)
         headers = {"Location": f"/api/messages/{message.pk}"}
         if accepted.repeated:

@@ -109,7 +109,7 @@ def test_a_hundred_at_once_are_no_more_than_one_after_the_other(settings: Any) -
 
 def test_zero_is_no_limit(settings: Any) -> None:
     settings.CHAT_MAX_STREAMS_PER_USER = 0
-    seated = [streams.Seat("user:1") for _ in range(200)]
+    seated = [streams.StreamSlot("user:1") for _ in range(200)]
     assert streams.open_streams.taken["user:1"] == len(seated)
 
 

@@ -16,10 +16,9 @@ from agents.events import publisher, stream, subscriber
 from agents.models import Attempt, Run, Step
 from agents.runs import execution
 from agents.worker.bootstep import Loop
-from chat import rights
-from chat.api import streams
+from chat.api import stream_access, streams
+from chat.api.stream_access import StreamCaller
 from chat.models import Message
-from chat.rights import Caller
 from realm import tokens
 from realm.access import Access
 from tests.agents.test_runs import wait_for_words
@@ -362,7 +361,7 @@ def test_a_client_that_leaves_leaves_nothing_behind() -> None:
     run = ask("Hi")
 
     async def scene() -> None:
-        hub = subscriber.current(streams._which_ended)
+        hub = subscriber.current(streams._find_ended)
         async with request(f"/api/chat/runs/{run.pk}/events") as response:
             await response.event()
             await wait_for(lambda: run.pk in hub._runs)
@@ -424,7 +423,7 @@ def test_a_silent_stream_says_that_it_lives(monkeypatch: pytest.MonkeyPatch) -> 
             await wait_for(lambda: response.body.count(b"\n: \n\n") >= 3)
             before = len(asked)
             await wait_for(lambda: response.body.count(b"\n: \n\n") >= 10)
-            others = [each for each in asked[before:] if each is not rights.look_up]
+            others = [each for each in asked[before:] if each is not stream_access.look_up]
             assert not others, "an idle listener asks the database for more than its rights"
 
     go(scene())
@@ -517,10 +516,10 @@ def test_a_thread_is_told_in_the_order_of_the_conversation(model: FakeLLM) -> No
 def test_of_a_thread_of_long_turns_few_are_read_at_a_time() -> None:
     thread = conversation(5)
     Message.objects.filter(thread=thread, role="assistant").update(content="x" * 1_500_000)
-    caller = Caller(Access(), None)
+    caller = StreamCaller(Access(), None)
     after, sizes, numbers = 0, [], []
     while True:
-        told = streams._told_of_thread(caller, thread.pk, after)
+        told = streams._next_frames(caller, thread.pk, after)
         assert told
         frames, reached = told
         if not frames:

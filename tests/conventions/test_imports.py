@@ -20,7 +20,7 @@ APPS = (
     "openapi",
 )
 # The records of threads stand below agents, the HTTP edge of chat above: two packages in one app.
-RECORDS = {"chat.models", "chat.rooms"}
+RECORDS = {"chat.models", "chat.membership"}
 Graph = dict[str, set[str]]
 
 

@@ -170,7 +170,7 @@ def test_headers_of_streams(place: str, accept: str, prefer: str) -> None:
     request = Request(APIRequestFactory().get("/", **headers))
     assert streams.wants_stream(request) in (True, False)
     assert 0 <= views._seconds_to_wait(request) <= 60
-    for asked in (streams.place_asked, streams.number_asked):
+    for asked in (streams.requested_event_id, streams.requested_number):
         try:
             asked(request)
         except Exception as error:

@@ -21,8 +21,7 @@ from agents import retention
 from agents.events import publisher
 from agents.models import Run
 from agents.runs import execution
-from chat import rights
-from chat.api import streams
+from chat.api import stream_access, streams
 from chat.models import Thread
 from lib import revocations
 from realm import tokens
@@ -409,10 +408,10 @@ def test_many_streams_are_looked_up_together(
     }
     # The users, the owners, what is open to others than owners, and what was deleted.
     with django_assert_max_num_queries(4):
-        answers = rights.look_up(questions)
+        answers = stream_access.look_up(questions)
     assert not answers.lost
-    assert {key[1] for key in answers.closed} == {"other"}
-    assert set(answers.closed.values()) == {Reason.THREAD_NOT_OPEN}
+    assert {key[1] for key in answers.denied} == {"other"}
+    assert set(answers.denied.values()) == {Reason.THREAD_NOT_OPEN}
 
 
 def test_two_callers_never_share_what_was_looked_up() -> None:
@@ -424,5 +423,5 @@ def test_two_callers_never_share_what_was_looked_up() -> None:
     assert found.lost == {his: Reason.DEACTIVATED}
     both = frozenset({run.thread_id})
     User.objects.filter(pk=bob.pk).update(is_active=True)
-    answers = rights.look_up({hers: both, his: both})
-    assert answers.closed == {(his, run.thread_id): Reason.THREAD_NOT_OPEN}
+    answers = stream_access.look_up({hers: both, his: both})
+    assert answers.denied == {(his, run.thread_id): Reason.THREAD_NOT_OPEN}
