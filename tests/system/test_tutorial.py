@@ -23,7 +23,7 @@ curl() { command curl --fail-with-body --silent --show-error --max-time 90 "$@";
 @pytest.fixture(scope="module")
 def stack(database: dict[str, str]) -> Iterator[Stack]:
     with Stack(STACK_MATRIX="true", DEBUG="true", **database) as stack:
-        stack.wait("the bot to listen", lambda: "The bot listens" in stack.log(), 180)
+        stack.wait("the bot to listen", lambda: "Matrix rooms ready" in stack.log(), 180)
         yield stack
 
 
