@@ -83,7 +83,9 @@ class Bot:
             await self._connect()
             await self._work()
         except KeysOutdated:
-            await database_sync_to_async(self.session.distrust_keys)(self.homeserver.key_writes)
+            await database_sync_to_async(self.session.mark_keys_outdated)(
+                self.homeserver.key_writes
+            )
             raise
         finally:
             with contextlib.suppress(RedisError):
@@ -292,7 +294,7 @@ class Bot:
 
     async def _note(self, error: Exception) -> None:
         with contextlib.suppress(*DATABASE_ERRORS):
-            await database_sync_to_async(self.session.note_error)(str(error))
+            await database_sync_to_async(self.session.record_error)(str(error))
 
 
 def _backoff(failures: int, error: Exception) -> float:

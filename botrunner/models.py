@@ -1,5 +1,4 @@
-"""What the bot runner knows: its account, its rooms, what was said in them to the bot, and what is
-still to be said."""
+"""Records of the bot runner: sessions, rooms and members, room events, and replies."""
 
 import secrets
 from collections.abc import Iterable
@@ -19,8 +18,7 @@ from lib.secrets import EncryptedTextField
 from realm.models import BotCommand, BotRegistration
 
 MAX_TYPE_LENGTH = 255
-# No one counts as a member of a room once the bot has not synced for this long: it would not see a
-# leave.
+# Memberships older than this do not count: without a sync the bot would miss a leave.
 MEMBERS_PATIENCE = timedelta(minutes=5)
 
 
@@ -39,13 +37,13 @@ class SessionQuerySet(models.QuerySet["Session"]):
 
 
 class Session(models.Model):
-    """An account of the bot on a homeserver. One process at a time works with it: two that sync one
-    device lose each other's keys."""
+    """An account of the bot on a homeserver. One process at a time holds its lease: two processes that
+    sync one device lose each other's keys."""
 
     homeserver = models.CharField(max_length=500)
     username = models.CharField(max_length=255)
     user_id = models.CharField("Matrix user id", max_length=255, blank=True)
-    # Kept over logins: transaction ids and keys belong to a device.
+    # Kept across logins: transaction ids and keys belong to a device.
     device_id = models.CharField(max_length=255, blank=True)
     access_token = EncryptedTextField(
         blank=True, editable=False, bound_to=("homeserver", "username")
@@ -54,13 +52,17 @@ class Session(models.Model):
         blank=True,
         editable=False,
         bound_to=("homeserver", "username"),
-        help_text="What the files of BOT_RUNNER_STORE are encrypted with.",
+        help_text="Encrypts the files of BOT_RUNNER_STORE.",
     )
     key_writes = models.PositiveBigIntegerField(
-        default=0, help_text="Less was written to a key store that comes from a backup."
+        default=0, help_text="Writes to the key store. A store restored from a backup has fewer."
     )
-    since = models.TextField(blank=True, help_text="Everything before this has been written down.")
-    holder = models.CharField(max_length=255, blank=True, help_text="The process that works.")
+    since = models.TextField(
+        blank=True, help_text="Sync position: everything before it is recorded."
+    )
+    holder = models.CharField(
+        max_length=255, blank=True, help_text="The process that holds the lease."
+    )
     lease_expires_at = models.DateTimeField(null=True, blank=True)
     connected_since = models.DateTimeField(null=True, blank=True)
     last_sync_at = models.DateTimeField(null=True, blank=True)
@@ -78,9 +80,10 @@ class Session(models.Model):
         return self.user_id or f"{self.username} at {self.homeserver}"
 
     def acquire(self, holder: str, duration: timedelta) -> bool:
-        """Take or keep the lease, by the database's clock. False while another process has it."""
-        mine = Session.objects.free_for(holder).filter(pk=self.pk)
-        return bool(mine.update(holder=holder, lease_expires_at=Now() + duration))
+        """Take or renew the lease, by the database's clock; return False while another process has
+        it."""
+        free = Session.objects.free_for(holder).filter(pk=self.pk)
+        return bool(free.update(holder=holder, lease_expires_at=Now() + duration))
 
     def release(self, holder: str) -> None:
         Session.objects.filter(pk=self.pk, holder=holder).update(
@@ -88,23 +91,23 @@ class Session(models.Model):
         )
 
     def try_now(self) -> bool:
-        """Let replies and joins that wait for their next try not wait. False when there were none."""
+        """Make waiting replies and joins due now; return False if there were none."""
         now = timezone.now()
         replies = Reply.objects.ready().filter(room__session=self, due_at__gt=now)
         joins = self.rooms.filter(membership=Room.Membership.INVITED, join_due_at__gt=now)
         return bool(replies.update(due_at=None) + joins.update(join_due_at=now))
 
-    def note_error(self, error: str) -> None:
+    def record_error(self, error: str) -> None:
         Session.objects.filter(pk=self.pk).update(
             last_error=error, last_error_at=Now(), connected_since=None
         )
 
-    def distrust_keys(self, writes: int) -> None:
-        """Let a store that this was written to count as outdated."""
+    def mark_keys_outdated(self, writes: int) -> None:
+        """Reject the key store with this number of writes from now on."""
         Session.objects.filter(pk=self.pk).update(key_writes=writes + 1)
 
-    def own_store_key(self) -> str:
-        """What its key store is encrypted with, made at first use. Raises `lib.secrets.Unreadable`."""
+    def get_or_create_store_key(self) -> str:
+        """Return the key of the key store. Raises `lib.secrets.Unreadable`."""
         if not self.store_key:
             self.store_key = secrets.token_urlsafe(32)
             self.save(update_fields=["store_key"])
@@ -117,9 +120,9 @@ class Session(models.Model):
 
 class Room(models.Model):
     class Membership(models.TextChoices):
-        INVITED = "invited"  # and to be joined
+        INVITED = "invited"  # and waiting to be joined
         JOINED = "joined"
-        REFUSED = "refused"  # whoever invited may not, or the server lets nobody in
+        REFUSED = "refused"  # the inviter is not allowed, or joining failed
         LEFT = "left"  # left, kicked or banned
 
     session = models.ForeignKey(Session, models.CASCADE, related_name="rooms", db_index=False)
@@ -130,7 +133,7 @@ class Room(models.Model):
     members_known = models.BooleanField(
         default=False,
         db_default=False,
-        help_text="While they are not, its threads are open to no one over HTTP.",
+        help_text="Until they are known, the room's threads are closed over HTTP.",
     )
     join_attempts = models.PositiveSmallIntegerField(default=0)
     join_due_at = models.DateTimeField(null=True, blank=True)
@@ -149,7 +152,7 @@ class Room(models.Model):
 
 class RoomMemberQuerySet(models.QuerySet["RoomMember"]):
     def current(self) -> "RoomMemberQuerySet":
-        """Those who are members now: the bot is in the room, and has synced of late."""
+        """Filter to current members: the bot is in the room and has synced recently."""
         return self.filter(
             room__members_known=True,
             room__membership=Room.Membership.JOINED,
@@ -158,19 +161,19 @@ class RoomMemberQuerySet(models.QuerySet["RoomMember"]):
 
 
 class RoomMember(models.Model):
-    """A member of a room, by the bot's last sync. The row goes when they leave."""
+    """A member of a room, by the bot's last sync; deleted when the user leaves."""
 
     room = models.ForeignKey(Room, models.CASCADE, related_name="members")
     user_id = models.CharField("Matrix user id", max_length=255)
-    # The membership event: another one that the bot has not seen come may hide a leave.
+    # The membership event. If the current one has another id, the bot may have missed a leave.
     event_id = models.CharField(max_length=255)
-    joined_at = models.DateTimeField(help_text="When the bot was shown the join.")
+    joined_at = models.DateTimeField(help_text="When the bot saw the join.")
 
     objects = RoomMemberQuerySet.as_manager()
 
     class Meta:
         constraints = [
-            # Also the index by which a user's rooms are found.
+            # Also the index for the rooms of a user.
             models.UniqueConstraint(fields=["user_id", "room"], name="room_member_is_unique"),
         ]
 
@@ -179,19 +182,19 @@ class RoomMember(models.Model):
 
 
 def is_member(user_id: str, room: str, at: str | None) -> Exists:
-    """For chat.membership."""
+    """Return a condition for chat.membership: the user is a member of the room since `at`."""
     rows = RoomMember.objects.current().filter(user_id=user_id, room__room_id=OuterRef(room))
     return Exists(rows.filter(joined_at__lte=OuterRef(at)) if at else rows)
 
 
 class Conversation(models.Model):
-    """The thread that a room, or a thread within it, is to the agent."""
+    """The thread of the agent that belongs to a room, or to a Matrix thread within it."""
 
     room = models.ForeignKey(Room, models.CASCADE, related_name="conversations", db_index=False)
     root = models.CharField(
         max_length=255,
         blank=True,
-        help_text="The event that began the Matrix thread, if it is one.",
+        help_text="The root event of the Matrix thread; empty for the room itself.",
     )
     thread = models.OneToOneField(Thread, models.CASCADE, related_name="conversation")
 
@@ -205,51 +208,50 @@ class Conversation(models.Model):
 
 
 class RoomEventQuerySet(models.QuerySet["RoomEvent"]):
-    def questions_among(self, event_ids: Iterable[str]) -> set[str]:
-        """Those of the events that can be edited or taken back."""
-        found = self.filter(event_id__in=list(event_ids), kind__in=RoomEvent.QUESTIONS)
-        return set(found.values_list("event_id", flat=True))
+    def messages_among(self, event_ids: Iterable[str]) -> set[str]:
+        """Return the ids of recorded messages, which can be edited and redacted."""
+        rows = self.filter(event_id__in=list(event_ids), kind__in=RoomEvent.MESSAGES)
+        return set(rows.values_list("event_id", flat=True))
 
     def prunable(self, state: str) -> "RoomEventQuerySet":
-        """Those of a state that may be forgotten: nothing that is unfinished, and nothing that would be
-        handled again if the homeserver told of it once more. That goes by the time at which it was
-        said, which the sender's homeserver tells and may have set in the future; hence both times."""
+        """Filter to the events of a state that may be deleted: nothing unfinished, and nothing that
+        would be handled again if the homeserver repeated it. That depends on `sent_at`, which the
+        sender's homeserver may have set in the future; so both times are compared."""
         if state not in RoomEvent.ENDED:
             return self.none()
         days = settings.BOT_RUNNER_EVENT_RETENTION_DAYS
         if state == RoomEvent.State.HANDLED:
             days = settings.BOT_RUNNER_REPLY_RETENTION_DAYS
         limit = timezone.now() - timedelta(days=days)
-        open_replies = Reply.objects.unfinished().filter(question=OuterRef("pk"))
+        open_replies = Reply.objects.unfinished().filter(message=OuterRef("pk"))
         return self.filter(
             ~Exists(open_replies),
             state=state,
             created_at__lt=limit,
-            said_at__lt=limit,
+            sent_at__lt=limit,
         )
 
 
 class RoomEvent(models.Model):
-    """Something that was said in a room, so that nothing is handled twice, and that it can be told why
-    it fired nothing. Whatever was not for the bot is kept without its words."""
+    """An event of a room, recorded so that it is handled once and that the console can explain which
+    commands matched. Events that are not for the bot are recorded without their content."""
 
     class Kind(models.TextChoices):
-        QUESTION = "question"  # it matched a bot command when it came
-        EDIT = "edit"  # of a question, if it is not ignored
-        REDACTION = "redaction"  # of a question, if it is not ignored
-        CANCEL = "cancel"  # an answer is not wanted any more
-        FORGET = "forget"  # what was asked here is to be deleted
-        SEALED = "sealed"  # encrypted with a key that has not come yet
-        REMARK = "remark"  # anything else
+        MESSAGE = "message"  # matched a bot command when it was received
+        EDIT = "edit"  # of a message, unless ignored
+        REDACTION = "redaction"  # of a message, unless ignored
+        CANCEL = "cancel"  # cancels runs
+        FORGET = "forget"  # deletes the conversation
+        ENCRYPTED = "encrypted"  # its key has not been received yet
+        OTHER = "other"
 
     class State(models.TextChoices):
         PENDING = "pending"
         HANDLED = "handled"
         IGNORED = "ignored"  # the note says why
-        FAILED = "failed"  # it could not be handled, see the log
+        FAILED = "failed"  # see the log
 
-    QUESTIONS = (Kind.QUESTION, Kind.SEALED)
-    ORDERS = (Kind.CANCEL, Kind.FORGET)
+    MESSAGES = (Kind.MESSAGE, Kind.ENCRYPTED)
     ENDED = (State.IGNORED, State.FAILED, State.HANDLED)
 
     room = models.ForeignKey(Room, models.CASCADE, related_name="events")
@@ -257,14 +259,14 @@ class RoomEvent(models.Model):
     kind = models.CharField(max_length=9, choices=Kind.choices)
     state = models.CharField(max_length=7, choices=State.choices, default=State.PENDING)
     sender = models.CharField(max_length=255)
-    # Of the event and of its content, as filters name them.
+    # The types of the event and of its content, as in filters.
     type = models.CharField(max_length=MAX_TYPE_LENGTH, blank=True)
     content_type = models.CharField(max_length=MAX_TYPE_LENGTH, blank=True)
-    said_at = models.DateTimeField(help_text="By the clock of the sender's homeserver.")
-    # As the homeserver gave it, decrypted. Gone once the event is ignored.
+    sent_at = models.DateTimeField(help_text="By the clock of the sender's homeserver.")
+    # From the homeserver, decrypted. Null once the event is ignored.
     source = models.JSONField(null=True, blank=True)
     note = models.TextField(blank=True)
-    # Read it through `command_verdicts`.
+    # Read through `command_verdicts`.
     verdicts = models.JSONField(default=list, blank=True)
     created_at = models.DateTimeField(default=timezone.now, editable=False)
 
@@ -273,21 +275,21 @@ class RoomEvent(models.Model):
     class Meta:
         ordering = ["id"]
         indexes = [
-            # acting.pending(), acting.sealed()
+            # handling.pending(), decryption.undecrypted()
             models.Index(fields=["id"], name="roomevent_pending", condition=Q(state="pending")),
             # The filters of the admin's list.
             models.Index(fields=["state", "-id"], name="roomevent_newest_by_state"),
             models.Index(fields=["kind", "-id"], name="roomevent_by_kind"),
             # prunable()
             models.Index(fields=["state", "created_at"], name="roomevent_by_state"),
-            # Its search, and what somebody said last.
+            # Its search, and a user's latest events.
             models.Index(fields=["sender", "-id"], name="roomevent_newest_of_sender"),
         ]
         constraints = [
             models.CheckConstraint(
                 condition=Q(state="ignored", source__isnull=True)
                 | (~Q(state="ignored") & Q(source__isnull=False)),
-                name="roomevent_ignored_is_kept_without_its_words",
+                name="roomevent_ignored_has_no_source",
             ),
         ]
 
@@ -296,7 +298,7 @@ class RoomEvent(models.Model):
 
     @property
     def command_verdicts(self) -> list[Verdict]:
-        """What each command that was looked at said to it; not all of very many."""
+        """The verdicts of the commands that were considered, up to `MAX_VERDICTS`."""
         return verdicts.read(self.verdicts)
 
 
@@ -312,28 +314,27 @@ class ReplyQuerySet(models.QuerySet["Reply"]):
 
 
 class Reply(models.Model):
-    """What the bot owes a room for a question. A run has one, and another for each time that it is
-    asked for again after its outcome was told; each is sent under a transaction id made of `key`, so
-    the homeserver takes it once."""
+    """A reply that the bot owes a room for a message. A run has one, and another for each retry
+    after its outcome was sent. Transaction ids are derived from `key`, so the homeserver accepts
+    each part once."""
 
     class Status(models.TextChoices):
         WAITING = "waiting"  # for the outcome of its run
         READY = "ready"
         SENT = "sent"
-        # The question was taken back or is answered with a later one, or the room lets the bot say
-        # nothing.
+        # The message was redacted or merged into a later one, or the bot may not write in the room.
         DROPPED = "dropped"
 
-    question = models.ForeignKey(RoomEvent, models.CASCADE, related_name="replies")
+    message = models.ForeignKey(RoomEvent, models.CASCADE, related_name="replies")
     room = models.ForeignKey(Room, models.CASCADE, related_name="replies", db_index=False)
-    # None: the question was refused, or the run was deleted, which the room is told all the same.
+    # None if the message was refused or the run was deleted; the room gets a reply all the same.
     run = models.ForeignKey(
         Run, models.SET_NULL, null=True, blank=True, related_name="replies", db_index=False
     )
     cycle = models.PositiveSmallIntegerField(
-        default=0, help_text="How often the run had been retried when it came to what this tells."
+        default=0, help_text="The number of retries of the run that this reply belongs to."
     )
-    # Which were fired; gone when they are.
+    # Null once they are deleted.
     registration = models.ForeignKey(
         BotRegistration,
         models.SET_NULL,
@@ -347,21 +348,21 @@ class Reply(models.Model):
     )
     key = models.CharField(max_length=255, unique=True)
     status = models.CharField(max_length=7, choices=Status.choices, default=Status.WAITING)
-    # The contents to send, frozen: what is repeated is the same. How many were, and as what events.
+    # The frozen contents, so that a resend is identical, and the ids of the parts that were sent.
     parts = models.JSONField(default=list, blank=True)
     event_ids = models.JSONField(default=list, blank=True)
     # With BOT_STREAM_EDITS the first part may be in the room before the outcome is known.
     drafted_at = models.DateTimeField(
-        null=True, blank=True, help_text="Since then a draft of it may be in the room."
+        null=True, blank=True, help_text="Since then the room may have a draft."
     )
     draft_id = models.CharField(
-        max_length=255, blank=True, help_text="The draft's event, once the homeserver has told."
+        max_length=255, blank=True, help_text="The event id of the draft, once known."
     )
     device_id = models.CharField(
-        max_length=255, blank=True, help_text="That tried to send it first."
+        max_length=255, blank=True, help_text="The device that first tried to send it."
     )
     attempts = models.PositiveIntegerField(default=0)
-    due_at = models.DateTimeField(null=True, blank=True, help_text="Not to be tried before.")
+    due_at = models.DateTimeField(null=True, blank=True, help_text="Not sent before this time.")
     error = models.TextField(blank=True)
     created_at = models.DateTimeField(default=timezone.now, editable=False)
     ready_at = models.DateTimeField(null=True, blank=True)
@@ -383,17 +384,17 @@ class Reply(models.Model):
             models.Index(fields=["run"], name="reply_waiting", condition=Q(status="waiting")),
             # The filter of the admin's list.
             models.Index(fields=["status", "-id"], name="reply_by_status"),
-            # activity.with_activity(), and the admin's lists of what one of them fired, newest first
+            # activity.with_activity(), and the admin's lists of replies of a registration or command
             models.Index(fields=["registration", "-created_at"], name="reply_by_registration"),
             models.Index(fields=["bot_command", "-created_at"], name="reply_by_command"),
             # Its search.
             models.Index(fields=["room"], name="reply_by_room"),
         ]
         constraints = [
-            models.UniqueConstraint(fields=["run", "cycle"], name="reply_tells_an_outcome_once"),
+            models.UniqueConstraint(fields=["run", "cycle"], name="reply_is_unique_per_outcome"),
             models.CheckConstraint(
                 condition=Q(draft_id="") | Q(drafted_at__isnull=False),
-                name="reply_draft_was_begun_before_it_was_sent",
+                name="reply_draft_id_needs_drafted_at",
             ),
         ]
 
@@ -401,12 +402,12 @@ class Reply(models.Model):
         return self.key
 
     def try_now(self) -> bool:
-        """Let it not wait for its next try. False where it does not wait for one."""
+        """Make it due now; return False if it is not waiting for a retry."""
         waits = Reply.objects.ready().filter(pk=self.pk, due_at__isnull=False)
         return bool(waits.update(due_at=None))
 
     def begin_draft(self, device_id: str) -> bool:
-        """Note that a draft is about to be sent. False when the outcome is known meanwhile."""
+        """Record that a draft is about to be sent; return False if the run has ended meanwhile."""
         now = timezone.now()
         waiting = Reply.objects.waiting().filter(pk=self.pk)
         if not waiting.update(drafted_at=now, device_id=device_id):
@@ -414,6 +415,6 @@ class Reply(models.Model):
         self.drafted_at, self.device_id = now, device_id
         return True
 
-    def note_draft(self, event_id: str) -> None:
+    def record_draft(self, event_id: str) -> None:
         self.draft_id = event_id
         Reply.objects.filter(pk=self.pk).update(draft_id=event_id)

@@ -134,7 +134,7 @@ def of(run: Run) -> Trace:
     """Return the trace of a run that was loaded with its thread, owner, message and answer."""
     steps = list(run.steps.all()[:MAX_STEPS])
     replies = list(
-        run.replies.select_related("question", "room", "registration", "bot_command").order_by(
+        run.replies.select_related("message", "room", "registration", "bot_command").order_by(
             "cycle", "id"
         )
     )

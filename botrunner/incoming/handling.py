@@ -62,7 +62,9 @@ def pending() -> list[int]:
     """The rows to act upon, in the order said."""
     rows = RoomEvent.objects.filter(state=RoomEvent.State.PENDING)
     return list(
-        rows.exclude(kind=RoomEvent.Kind.SEALED).order_by("id").values_list("pk", flat=True)[:500]
+        rows.exclude(kind=RoomEvent.Kind.ENCRYPTED)
+        .order_by("id")
+        .values_list("pk", flat=True)[:500]
     )
 
 
@@ -89,7 +91,7 @@ def act(pk: int, me: str, *, moderates: bool | None = None) -> None:
         with tagged(room=event.room.room_id, event_id=event.event_id, request_id=event.event_id):
             if said is None:
                 note = "It is no event of a timeline."
-            elif event.kind == RoomEvent.Kind.QUESTION:
+            elif event.kind == RoomEvent.Kind.MESSAGE:
                 note = _ask(event, said, me)
             elif event.kind != RoomEvent.Kind.REDACTION and _is_deactivated(said.sender):
                 # What is taken back is taken back for all: the homeserver has allowed it.
@@ -150,7 +152,7 @@ def _left_unsaid(event: RoomEvent) -> bool:
 def _ask_one(event: RoomEvent, said: TimelineEvent, command: Rule, asked: str) -> None:
     thread_id = _known_thread(event, said)
     reply = Reply(
-        question=event,
+        message=event,
         room=event.room,
         registration_id=command.registration_id,
         bot_command_id=command.command_id,
@@ -226,7 +228,7 @@ def _turn_away(event: RoomEvent, reply: Reply, error: inbox.Limited) -> str:
 def _notify(event: RoomEvent, reply: Reply) -> bool:
     """Have a person read why nothing comes of what they wrote. Once for an event, however many commands
     it was for, and a few times a minute: no run is counted, so no limit ends it. Whether they do."""
-    of_event = Reply.objects.filter(question=event, run=None)
+    of_event = Reply.objects.filter(message=event, run=None)
     if of_event.filter(error=reply.error).exists():
         return True
     key = f"refused.{_place(event)}.{int(time.time() // 60)}."
@@ -273,10 +275,10 @@ def _filter_of(command: BotCommand | None) -> Filter | None:
 
 
 def _take_back(event: RoomEvent, said: TimelineEvent) -> str:
-    replies = Reply.objects.filter(question__event_id=said.redacts, question__room=event.room)
+    replies = Reply.objects.filter(message__event_id=said.redacts, message__room=event.room)
     open_replies = list(
         replies.filter(status__in=[Reply.Status.WAITING, Reply.Status.READY]).select_related(
-            "run", "question"
+            "run", "message"
         )
     )
     for reply in open_replies:
@@ -288,7 +290,7 @@ def _take_back(event: RoomEvent, said: TimelineEvent) -> str:
             continue  # what is in the room already is brought to its end
         reply.status, reply.error = Reply.Status.DROPPED, "The question was taken back."
         reply.save(update_fields=["status", "error"])
-    sealed = RoomEvent.objects.filter(room=event.room, kind=RoomEvent.Kind.SEALED)
+    sealed = RoomEvent.objects.filter(room=event.room, kind=RoomEvent.Kind.ENCRYPTED)
     sealed.filter(event_id=said.redacts).update(
         state=RoomEvent.State.IGNORED, note="It was taken back.", source=None
     )
@@ -300,7 +302,7 @@ def _answers_others(reply: Reply) -> bool:
     run_ids = [reply.run_id]
     while run_ids:
         merged = Reply.objects.filter(run__merged_into__in=run_ids)
-        if merged.exclude(question__sender=reply.question.sender).exists():
+        if merged.exclude(message__sender=reply.message.sender).exists():
             return True
         run_ids = list(merged.values_list("run_id", flat=True))
     return False
@@ -313,13 +315,13 @@ def _cancel(event: RoomEvent, said: TimelineEvent, me: str, moderates: bool | No
         run__thread__conversation__room=event.room,
         run__thread__conversation__root=said.thread_root,
     )
-    asked = asked.select_related("run", "question").order_by("run__position")
+    asked = asked.select_related("run", "message").order_by("run__position")
     shared: set[int] = set()
     if control_of(said, me) == CANCEL_ALL:
         if not _moderates(event, said, moderates):
             return _answer(event, said, me, NO_POWER)
     else:
-        asked = asked.filter(question__sender=said.sender)
+        asked = asked.filter(message__sender=said.sender)
         shared = {reply.pk for reply in asked if _answers_others(reply)}
     cancelled = [
         actions.cancel(reply.run) for reply in asked if reply.run and reply.pk not in shared
@@ -345,7 +347,7 @@ def _forget(event: RoomEvent, said: TimelineEvent, me: str, moderates: bool | No
         return _answer(event, said, me, NO_POWER)
     retention.delete_thread(found)
     logger.info("The conversation %s was deleted", found.pk)
-    reply = Reply(question=event, room=event.room, key=f"{event.event_id}.order"[:255])
+    reply = Reply(message=event, room=event.room, key=f"{event.event_id}.order"[:255])
     reply.parts = parts_of(reply, "All that was asked here is deleted.", "m.notice")
     reply.device_id = Session.objects.values_list("device_id", flat=True).get(
         pk=event.room.session_id
@@ -367,16 +369,16 @@ def _answer(event: RoomEvent, said: TimelineEvent, me: str, words: str) -> str:
     if not RuleSet([said.sender], me).match(said).fired:
         # It may have been meant for another bot.
         return words
-    reply = Reply(question=event, room=event.room, error=words)
+    reply = Reply(message=event, room=event.room, error=words)
     return "" if _notify(event, reply) else words
 
 
 def sealed() -> list[tuple[int, str, Any]]:
     """What waits for its key: row, room id, event. Some of it, the latest of each sender: keys for what
     one has sent in masses may never come. What has become too old is given up."""
-    waiting = RoomEvent.objects.filter(state=RoomEvent.State.PENDING, kind=RoomEvent.Kind.SEALED)
+    waiting = RoomEvent.objects.filter(state=RoomEvent.State.PENDING, kind=RoomEvent.Kind.ENCRYPTED)
     limit = timezone.now() - timedelta(seconds=settings.BOT_RUNNER_MAX_EVENT_AGE)
-    waiting.filter(said_at__lt=limit).update(
+    waiting.filter(sent_at__lt=limit).update(
         state=RoomEvent.State.IGNORED, note="Its key never came.", source=None
     )
     place = Window(RowNumber(), partition_by=F("sender"), order_by=F("id").desc())
@@ -391,7 +393,7 @@ def unseal(pk: int, source: dict[str, Any], me: str) -> None:
     """The key has come: from here on it is an event like any other."""
     with transaction.atomic():
         state = RoomEvent.State.PENDING
-        sealed = RoomEvent.objects.filter(pk=pk, state=state, kind=RoomEvent.Kind.SEALED)
+        sealed = RoomEvent.objects.filter(pk=pk, state=state, kind=RoomEvent.Kind.ENCRYPTED)
         # Another process that has opened it may have acted upon it as well.
         if not sealed.update(state=state):
             return
@@ -400,7 +402,7 @@ def unseal(pk: int, source: dict[str, Any], me: str) -> None:
         opened = None
         if said and said.type in SPOKEN and not is_own_or_other_bots(said, me):
             opened = kept_of([(event.room, said)], me)[0].row
-        if opened is None or opened.kind == RoomEvent.Kind.SEALED:
+        if opened is None or opened.kind == RoomEvent.Kind.ENCRYPTED:
             event.state, event.source = RoomEvent.State.IGNORED, None
             event.note = "It is nothing that a person says."
         else:

@@ -296,7 +296,7 @@ def _keep(
 
 def _are_few_questions(pending: list[Kept]) -> bool:
     return 0 < len(pending) <= MAX_AT_ONCE and all(
-        each.row.kind == RoomEvent.Kind.QUESTION for each in pending
+        each.row.kind == RoomEvent.Kind.MESSAGE for each in pending
     )
 
 
@@ -335,11 +335,11 @@ def kept_of(spoken: list[tuple[Room, TimelineEvent]], me: str) -> list[Kept]:
         return []
     rules = RuleSet({said.sender for _, said in spoken}, me)
     targets = [target for _, said in spoken if (target := said.redacts or said.edits)]
-    questions = RoomEvent.objects.questions_among(targets) if targets else set()
+    questions = RoomEvent.objects.messages_among(targets) if targets else set()
     found = []
     for room, said in spoken:
         kept = _kept_of(room, said, rules, questions)
-        if kept.row.kind in RoomEvent.QUESTIONS:
+        if kept.row.kind in RoomEvent.MESSAGES:
             questions.add(said.event_id)
         found.append(kept)
     return found
@@ -354,7 +354,7 @@ def _kept_of(room: Room, said: TimelineEvent, rules: RuleSet, questions: set[str
             f"Too old: said at {format_time(said.sent_at)}, BOT_RUNNER_MAX_EVENT_AGE is {age:g} s.",
         )
     kind = _kind(said)
-    if kind == RoomEvent.Kind.SEALED:
+    if kind == RoomEvent.Kind.ENCRYPTED:
         logger.warning("Event %s in room %s cannot be decrypted yet", said.event_id, room.room_id)
         return _pending(room, said, kind, note="It cannot be read until its key comes.")
     if kind in (RoomEvent.Kind.EDIT, RoomEvent.Kind.REDACTION):
@@ -368,7 +368,7 @@ def _kept_of(room: Room, said: TimelineEvent, rules: RuleSet, questions: set[str
     match = rules.match(said)
     verdicts = stored(match.verdicts)
     if match.fired:
-        return _pending(room, said, RoomEvent.Kind.QUESTION, match.fired, verdicts=verdicts)
+        return _pending(room, said, RoomEvent.Kind.MESSAGE, match.fired, verdicts=verdicts)
     return _ignored(room, said, match.reason, verdicts=verdicts)
 
 
@@ -397,7 +397,7 @@ def _row(room: Room, said: TimelineEvent, **values: Any) -> RoomEvent:
         sender=said.sender,
         type=said.type,
         content_type=storable(said.content_type[:MAX_TYPE_LENGTH]),
-        said_at=said.sent_at,
+        sent_at=said.sent_at,
         **values,
     )
 
@@ -405,10 +405,10 @@ def _row(room: Room, said: TimelineEvent, **values: Any) -> RoomEvent:
 def _kind(said: TimelineEvent) -> RoomEvent.Kind:
     """As which it concerns the bot, as far as it tells itself."""
     if said.type == ENCRYPTED:
-        return RoomEvent.Kind.SEALED
+        return RoomEvent.Kind.ENCRYPTED
     if said.type == REDACTION:
         return RoomEvent.Kind.REDACTION
-    return RoomEvent.Kind.EDIT if said.edits else RoomEvent.Kind.REMARK
+    return RoomEvent.Kind.EDIT if said.edits else RoomEvent.Kind.OTHER
 
 
 def is_own_or_other_bots(said: TimelineEvent, me: str) -> bool:

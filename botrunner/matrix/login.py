@@ -41,7 +41,7 @@ async def connect(homeserver: Homeserver, session: Session) -> None:
     """Go on with the stored device and token, or log in. Raises `MatrixError`, `LoginRefused`, and
     `lib.secrets.Unreadable`: a token or key that cannot be read is no reason to begin a new device."""
     token = session.access_token
-    homeserver.unlock_store(await database_sync_to_async(session.own_store_key)())
+    homeserver.unlock_store(await database_sync_to_async(session.get_or_create_store_key)())
     if token and homeserver.has_keys_of(session):
         homeserver.restore(session)
         try:
@@ -75,7 +75,7 @@ async def _give_up_device(homeserver: Homeserver, session: Session) -> None:
         "its place, which cannot read what was encrypted for the old one",
         session.device_id,
     )
-    await database_sync_to_async(session.note_error)(
+    await database_sync_to_async(session.record_error)(
         f"The keys of device {session.device_id} were lost."
     )
     # Off the account, so that nobody encrypts for it any more.

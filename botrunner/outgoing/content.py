@@ -82,9 +82,9 @@ def split(text: str, limit: int) -> list[str]:
 
 def _related(reply: Reply, messages: list[Content]) -> list[Content]:
     """Add the relation to the reply's message, in its Matrix thread if it has one."""
-    event = TimelineEvent.parse(reply.question.source)
+    event = TimelineEvent.parse(reply.message.source)
     root = event.thread_root if event else ""
-    relation: Content = {"m.in_reply_to": {"event_id": reply.question.event_id}}
+    relation: Content = {"m.in_reply_to": {"event_id": reply.message.event_id}}
     if root:
         relation |= {"rel_type": "m.thread", "event_id": root, "is_falling_back": False}
     return [

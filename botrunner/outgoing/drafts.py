@@ -237,7 +237,7 @@ class Drafts:
             return
         content = await cpu_sync_to_async(draft.content)(text)
         sent = await self.homeserver.send(reply.room.room_id, content, draft.transaction)
-        await database_sync_to_async(reply.note_draft)(sent)
+        await database_sync_to_async(reply.record_draft)(sent)
         # After an earlier attempt, the room may show the text of that one.
         draft.shown = text if is_first else ""
 
@@ -276,7 +276,7 @@ def _waiting_replies(session: Session, followed: Iterable[int], device_id: str) 
         room__membership=Room.Membership.JOINED,
         run__status__in=Run.UNFINISHED,
     )
-    rows = waiting.exclude(pk__in=followed).select_related("run", "room", "question").order_by("id")
+    rows = waiting.exclude(pk__in=followed).select_related("run", "room", "message").order_by("id")
     return [
         reply
         for reply in rows[:MAX_FOLLOWED]

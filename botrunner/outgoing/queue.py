@@ -36,14 +36,14 @@ TYPING_LIMIT = timedelta(hours=1)
 # Runs retried longer ago are no longer followed.
 RETRY_MEMORY = timedelta(days=7)
 FINISHED = (Run.Status.COMPLETED, Run.Status.FAILED, Run.Status.CANCELLED)
-RELATED = ("run__answer", "question", "room")
+RELATED = ("run__answer", "message", "room")
 # The columns needed to render and send a reply, and no more: a person waits for this query.
 COLUMNS = (
     *("key", "status", "cycle", "parts", "event_ids", "device_id", "attempts", "error"),
     *("room_id", "run_id", "registration_id", "created_at", "drafted_at", "draft_id"),
     *("run__status", "run__safe_error", "run__finished_at", "run__answer__content"),
     "run__merged_into_id",
-    *("question__event_id", "question__source", "question__created_at"),
+    *("message__event_id", "message__source", "message__created_at"),
     *("room__room_id", "room__membership"),
 )
 
@@ -157,7 +157,7 @@ def follow_retries(session: Session) -> None:
         if waiting.update(cycle=retries):
             continue
         again = Reply(
-            question_id=reply.question_id,
+            message_id=reply.message_id,
             room_id=reply.room_id,
             run_id=reply.run_id,
             registration_id=reply.registration_id,
@@ -212,7 +212,7 @@ def next_of(
         return None
     reply = (loaded or {}).get(first[0])
     if reply is None:
-        reply = Reply.objects.ready().select_related("room", "question").filter(pk=first[0]).first()
+        reply = Reply.objects.ready().select_related("room", "message").filter(pk=first[0]).first()
     if reply is None:  # its message was redacted just now
         return next_of(room, device_id)
     if reply.room.membership == Room.Membership.LEFT:
@@ -232,7 +232,7 @@ def record_part(reply: Reply, event_id: str) -> None:
 def adopt_parts(reply: Reply, event_ids: list[str], device_id: str) -> None:
     """Record the parts that another device has sent. `event_ids`: all replies to the message in the
     room; those of other replies are known."""
-    others = Reply.objects.filter(question=reply.question_id).exclude(pk=reply.pk)
+    others = Reply.objects.filter(message=reply.message_id).exclude(pk=reply.pk)
     known = {sent for ids in others.values_list("event_ids", flat=True) for sent in ids}
     unknown = [event_id for event_id in event_ids if event_id not in known]
     if reply.drafted_at and len(unknown) == 1:  # the draft, which may be incomplete

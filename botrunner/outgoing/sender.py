@@ -136,7 +136,7 @@ class ReplySender:
     async def _send(self, outgoing: Outgoing) -> Outgoing | None:
         """Send the remaining parts of a reply; return the next reply of the room."""
         reply, following = outgoing.reply, None
-        event_id, registration = reply.question.event_id, str(reply.registration_id or "")
+        event_id, registration = reply.message.event_id, str(reply.registration_id or "")
         record = database_sync_to_async(self._record)
         with tagged(
             room=outgoing.room_id,
@@ -165,7 +165,7 @@ class ReplySender:
                 broken = MatrixError("BROKEN", type(error).__name__, status=400)
                 following = await record(queue.record_failure, reply, broken)
             else:
-                elapsed = timezone.now() - reply.question.created_at
+                elapsed = timezone.now() - reply.message.created_at
                 outcomes.info(
                     "Replied", parts=len(reply.parts), ms=round(elapsed.total_seconds() * 1000)
                 )
@@ -190,7 +190,7 @@ class ReplySender:
 
     async def _find(self, outgoing: Outgoing) -> list[str]:
         """Return the bot's events in the room that reply to the message, sent by another device."""
-        message = outgoing.reply.question
+        message = outgoing.reply.message
         event_ids: list[str] = []
         start = ""
         for _ in range(RECONCILE_PAGES):

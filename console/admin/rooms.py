@@ -64,7 +64,7 @@ class SessionAdmin(ReasonMixin, DetailPageMixin, ReadOnlyAdmin):
         # Separate subqueries: a join would count the product of replies and events.
         joined = Room.objects.filter(membership=Room.Membership.JOINED)
         pending = Reply.objects.filter(status__in=[Reply.Status.WAITING, Reply.Status.READY])
-        sealed = RoomEvent.objects.filter(kind=RoomEvent.Kind.SEALED, state="pending")
+        sealed = RoomEvent.objects.filter(kind=RoomEvent.Kind.ENCRYPTED, state="pending")
         return (
             super()
             .get_queryset(request)
@@ -135,7 +135,7 @@ class RoomEventAdmin(DetailPageMixin, MaskedBodiesMixin, ReadOnlyAdmin):
     page_template = "console/room_event.html"
     page_related = ("room",)
     bodies = {"source": "source"}
-    list_display = ["event_id", "kind", "state", "sender", "room", "said_at", "note"]
+    list_display = ["event_id", "kind", "state", "sender", "room", "sent_at", "note"]
     list_filter = ["state", "kind"]
     list_select_related = ["room"]
     search_fields = ["=event_id", "=sender", "=room__room_id"]
@@ -156,7 +156,7 @@ class ReplyAdmin(MaskedBodiesMixin, ReadOnlyAdmin):
     list_display = ["key", "status", "room", "run", "attempts", "due_at", "error", "sent_at"]
     list_filter = ["status"]
     list_select_related = ["room", "run"]
-    search_fields = ["=key", "=run__id", "=room__room_id", "=question__event_id"]
+    search_fields = ["=key", "=run__id", "=room__room_id", "=message__event_id"]
     ordering = ["-id"]
 
     def thread_of(self, reply: Reply) -> Reply:

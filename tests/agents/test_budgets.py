@@ -228,7 +228,7 @@ def test_in_a_room_a_run_that_finds_its_budget_gone_is_told_there(
     take_in(session(), event("Hello"))
     Spending.objects.create(scope="user:@alice:localhost", day=today(), tokens=1500)
     execution.execute(Run.objects.get().pk)
-    reply = RoomReply.objects.select_related("run", "question").get()
+    reply = RoomReply.objects.select_related("run", "message").get()
     [part] = queue.contents(reply)
     assert part["msgtype"] == "m.notice"
     assert "You may take 2,000 tokens a day" in part["body"]

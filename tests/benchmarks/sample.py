@@ -409,7 +409,7 @@ class History:
         dropped = self.random.random() < 0.01
         self._add(
             Reply,
-            question_id=self._event_id,
+            message_id=self._event_id,
             room_id=room.pk,
             run_id=run["id"],
             registration_id=self.registrations[owner.pk].pk,
@@ -442,12 +442,12 @@ class History:
             id=self._event_id,
             room_id=room.pk,
             event_id=said.event_id,
-            kind=RoomEvent.Kind.QUESTION if match.fired else RoomEvent.Kind.REMARK,
+            kind=RoomEvent.Kind.MESSAGE if match.fired else RoomEvent.Kind.OTHER,
             state=RoomEvent.State.HANDLED if match.fired else RoomEvent.State.IGNORED,
             sender=said.sender,
             type=said.type,
             content_type=said.content_type,
-            said_at=at,
+            sent_at=at,
             source=said.source if match.fired else None,
             note=match.reason,
             verdicts=verdicts.stored(match.verdicts),

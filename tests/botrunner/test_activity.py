@@ -44,9 +44,9 @@ def test_a_run_leads_to_what_fired_it_and_back() -> None:
     take_in(session(), said)
     reply = Run.objects.get().replies.get()
     assert (reply.bot_command, reply.registration) == (fired, fired.registration)
-    assert reply.question.event_id == said["event_id"]
+    assert reply.message.event_id == said["event_id"]
     assert fired.replies.get() == fired.registration.replies.get() == reply
-    assert reply.question.replies.get() == reply
+    assert reply.message.replies.get() == reply
 
 
 def test_a_reply_outlives_what_fired_it() -> None:
@@ -55,5 +55,5 @@ def test_a_reply_outlives_what_fired_it() -> None:
     fired.registration.delete()
     reply = Reply.objects.get()
     assert (reply.bot_command, reply.registration) == (None, None)
-    [verdict] = reply.question.command_verdicts
+    [verdict] = reply.message.command_verdicts
     assert verdict.command_id == str(fired.pk)

@@ -23,7 +23,7 @@ def test_the_bot_shows_its_state_and_never_its_token(admin_client: Client) -> No
     command()
     row = session()
     row.set_login(row.user_id, row.device_id, "secret-token")
-    row.note_error("The homeserver was away.")
+    row.record_error("The homeserver was away.")
     take_in(row, event("What is up?"))
     for model in (Session, Room, RoomEvent, Reply):
         name = model._meta.model_name

@@ -49,8 +49,8 @@ def test_a_question_and_its_reply_cost_seventeen_statements() -> None:
     # All that sending it looks at has been read.
     with at_most(0):
         assert outgoing.reply.parts[0]["body"].endswith("goes on with it.")
-        assert outgoing.reply.question.event_id
-        assert outgoing.reply.question.created_at
+        assert outgoing.reply.message.event_id
+        assert outgoing.reply.message.created_at
         assert outgoing.reply.registration_id
     with at_most(2):
         queue.record_part(outgoing.reply, "$sent")

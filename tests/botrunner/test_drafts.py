@@ -227,7 +227,7 @@ def test_the_answer_is_in_the_room_while_it_is_written(model: FakeLLM) -> None:
         # One message, which is in the end what it would have been without drafts.
         [event_id] = homeserver.seen
         reply = await database_sync_to_async(
-            Reply.objects.select_related("question", "run__answer").get
+            Reply.objects.select_related("message", "run__answer").get
         )()
         [whole] = await database_sync_to_async(queue.contents)(reply)
         assert whole["body"] == await database_sync_to_async(answer_of)(run_id)
@@ -466,7 +466,7 @@ class TestCancelling:
 
     def test_by_taking_the_question_back(self) -> None:
         async def redact(stage: Stage, run_id: str) -> None:
-            question = await database_sync_to_async(lambda: Reply.objects.get().question.event_id)()
+            question = await database_sync_to_async(lambda: Reply.objects.get().message.event_id)()
             said = event({}, type="m.room.redaction", redacts=question)
             await database_sync_to_async(take_in)(stage.row, said)
 

@@ -264,7 +264,7 @@ def test_what_cannot_be_decrypted_is_answered_when_its_key_comes(
             assert (await person.answer(question)).body == "Handled prompt: sealed"
 
     run(scene())
-    assert RoomEvent.objects.get().kind == RoomEvent.Kind.QUESTION
+    assert RoomEvent.objects.get().kind == RoomEvent.Kind.MESSAGE
 
 
 def test_a_crash_while_a_key_is_taken_in_does_not_lose_it(

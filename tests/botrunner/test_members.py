@@ -392,7 +392,9 @@ class TestOrders:
         handling.act(pk, ME, moderates=moderates)
 
     def replied(self) -> str:
-        reply = Reply.objects.filter(question__kind__in=RoomEvent.ORDERS).latest("pk")
+        reply = Reply.objects.filter(
+            message__kind__in=[RoomEvent.Kind.CANCEL, RoomEvent.Kind.FORGET]
+        ).latest("pk")
         return reply.error or str(reply.parts[0]["body"])
 
     @pytest.mark.parametrize("words", ["!cancel all", f"{ME}: !Cancel  All"])

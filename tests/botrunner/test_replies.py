@@ -38,7 +38,7 @@ def test_a_reply_relates_to_its_question_and_names_nobody() -> None:
     [reply] = ready("Hi")
     [content] = reply.parts
     assert content["body"] == "Handled prompt: Hi"
-    assert content["m.relates_to"] == {"m.in_reply_to": {"event_id": reply.question.event_id}}
+    assert content["m.relates_to"] == {"m.in_reply_to": {"event_id": reply.message.event_id}}
     assert content["m.mentions"] == {}
 
 
@@ -230,7 +230,7 @@ def test_a_room_that_was_left_may_have_been_owed_any_number() -> None:
     [reply] = ready("1")
     Reply.objects.bulk_create(
         Reply(
-            question=reply.question,
+            message=reply.message,
             room=reply.room,
             key=f"refused.{number}",
             status=Reply.Status.READY,

@@ -17,7 +17,7 @@ EVENT, REPLY = "room events", "replies"
 def grow_old(*, said: float, written: float, **which: Any) -> None:
     now = timezone.now()
     RoomEvent.objects.filter(**which).update(
-        said_at=now - timedelta(days=said), created_at=now - timedelta(days=written)
+        sent_at=now - timedelta(days=said), created_at=now - timedelta(days=written)
     )
 
 

@@ -85,7 +85,7 @@ def test_what_has_become_old_is_forgotten_by_the_bot(world: World, alice: Accoun
     world.wait("the event", RoomEvent.objects.exists)
     world.kill("bot")
     ago = timezone.now() - timedelta(days=8)
-    RoomEvent.objects.update(said_at=ago, created_at=ago)
+    RoomEvent.objects.update(sent_at=ago, created_at=ago)
     world.start("bot")
     world.wait("the pruning", lambda: not RoomEvent.objects.exists())
 

@@ -49,7 +49,7 @@ def test_what_fires_nothing_is_kept_without_its_words() -> None:
     row = only()
     assert (row.event_id, row.sender, row.room.room_id) == (said["event_id"], ALICE, ROOM)
     assert (row.type, row.content_type) == ("m.room.message", "m.text")
-    assert (row.kind, row.state) == (RoomEvent.Kind.REMARK, RoomEvent.State.IGNORED)
+    assert (row.kind, row.state) == (RoomEvent.Kind.OTHER, RoomEvent.State.IGNORED)
     assert row.note == "The only command did not match."
     [verdict] = row.command_verdicts
     assert verdict.registration_id == str(found.registration_id)
@@ -233,7 +233,7 @@ def test_what_cannot_be_read_is_told_until_and_after_its_key_comes() -> None:
     handling.unseal(only().pk, opened, ME)
     assert words() == ["Its body does not begin with '!ask '."]
     row = only()
-    assert (row.kind, row.state) == (RoomEvent.Kind.REMARK, RoomEvent.State.IGNORED)
+    assert (row.kind, row.state) == (RoomEvent.Kind.OTHER, RoomEvent.State.IGNORED)
     assert (row.type, row.content_type, row.source) == ("m.room.message", "m.text", None)
     assert handling.sealed() == []
 
@@ -250,7 +250,7 @@ def test_the_key_of_a_notice_makes_it_no_question() -> None:
 def test_a_key_that_never_came_is_told(settings: Any) -> None:
     settings.BOT_RUNNER_MAX_EVENT_AGE = 0.01
     take_in(session(), event({"ciphertext": "..."}, type="m.room.encrypted", age=0.05))
-    RoomEvent.objects.update(said_at=datetime(2020, 1, 1, tzinfo=UTC))
+    RoomEvent.objects.update(sent_at=datetime(2020, 1, 1, tzinfo=UTC))
     assert handling.sealed() == []
     assert (only().note, only().source) == ("Its key never came.", None)
 
@@ -375,7 +375,7 @@ class TestLimits:
         found = RoomEvent.objects.get(event_id=refused["event_id"])
         assert found.state == RoomEvent.State.HANDLED
         assert found.note.startswith("Refused (rate_limited): You may ask 1 question a minute.")
-        reply = Reply.objects.get(question=found)
+        reply = Reply.objects.get(message=found)
         assert (reply.run, reply.status) == (None, Reply.Status.WAITING)
         [part] = queue.contents(reply)
         assert part["msgtype"] == "m.notice"
@@ -392,7 +392,7 @@ class TestLimits:
         for number in range(10):
             take_in(row, event(f"{number}"), event(f"{number}", sender=BOB))
         assert Run.objects.count() == 1
-        told = Reply.objects.filter(run=None).values_list("question__sender", flat=True)
+        told = Reply.objects.filter(run=None).values_list("message__sender", flat=True)
         assert sorted(told) == [ALICE, BOB]
         assert RoomEvent.objects.filter(note__startswith="Refused (rate_limited)").count() == 19
         unsaid = RoomEvent.objects.filter(state="ignored", source__isnull=True)

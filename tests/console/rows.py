@@ -25,7 +25,7 @@ def one_of_each() -> dict[type[Model], Any]:
         event_id="$1",
         kind="command",
         sender="@alice:localhost",
-        said_at=timezone.now(),
+        sent_at=timezone.now(),
         source={},
     )
     webhook = Subscription.objects.create(owner=alice, url="https://hooks.example.org/")
@@ -49,7 +49,7 @@ def one_of_each() -> dict[type[Model], Any]:
         session,
         room,
         event,
-        Reply.objects.create(question=event, room=room, run=run, key="k"),
+        Reply.objects.create(message=event, room=room, run=run, key="k"),
         factories.price(),
         Limit.objects.create(kind="user", name="@alice:localhost", runs_waiting=1),
         Summary.objects.create(thread=run.thread, covers_from=0, covers_to=1, text="s", model="m"),

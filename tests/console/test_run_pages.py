@@ -75,7 +75,7 @@ class TestTrace:
             reply.registration,
             BotCommand.objects.get(),
             reply.room,
-            reply.question,
+            reply.message,
             reply,
             *Event.objects.all(),
         ):
@@ -191,7 +191,7 @@ class TestTrace:
                 run=run,
                 cycle=number,
                 key=f"k{number}",
-                question=RoomEvent.objects.get(),
+                message=RoomEvent.objects.get(),
                 room=Room.objects.get(),
             )
         assert queries_of(admin_client, url(run)) <= few + 1  # the summaries
@@ -396,7 +396,7 @@ class TestRooms:
             run=run,
             cycle=1,
             key="again",
-            question=RoomEvent.objects.get(),
+            message=RoomEvent.objects.get(),
             room=Room.objects.get(),
             registration=BotRegistration.objects.get(),
         )

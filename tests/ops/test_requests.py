@@ -105,7 +105,7 @@ class TestTheId:
 
         assert run.request_id == said["event_id"]
         assert lines.one("Run completed")["request_id"] == said["event_id"]
-        assert Reply.objects.get().question.event_id == said["event_id"]
+        assert Reply.objects.get().message.event_id == said["event_id"]
 
     @pytest.mark.django_db(transaction=True)
     def test_from_another_program(self, redis: Redis) -> None:

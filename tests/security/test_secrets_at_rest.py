@@ -47,7 +47,7 @@ def _place(settings: Any, tmp_path: Path) -> None:
 def session() -> Session:
     made = Session.objects.create(homeserver="http://hs", username="bot")
     made.set_login(BOT, DEVICE, TOKEN)
-    made.own_store_key()
+    made.get_or_create_store_key()
     return made
 
 
@@ -85,7 +85,7 @@ class TestABackup:
         [file] = seeds.files(settings.BOT_RUNNER_STORE)
         clear = {
             "token": session.access_token,
-            "store": session.own_store_key(),
+            "store": session.get_or_create_store_key(),
             "new": webhook.secret,
             "old": webhook.old_secret,
         }
@@ -104,7 +104,7 @@ class TestABackup:
         settings.SECRETS_KEY = [NEW]
         for read in (
             lambda: Session.objects.get().access_token,
-            lambda: Session.objects.get().own_store_key(),
+            lambda: Session.objects.get().get_or_create_store_key(),
             lambda: Subscription.objects.get().secret,
             lambda: Subscription.objects.get().secrets,
             lambda: identity(settings),
@@ -115,7 +115,10 @@ class TestABackup:
 
         settings.SECRETS_KEY = [NEW, OLD]
         again = Session.objects.get()
-        assert (again.access_token, again.own_store_key()) == (clear["token"], clear["store"])
+        assert (again.access_token, again.get_or_create_store_key()) == (
+            clear["token"],
+            clear["store"],
+        )
         assert Subscription.objects.get().secrets == [clear["new"], clear["old"]]
         assert identity(settings).public_keys() == known.public_keys()
 
@@ -125,7 +128,7 @@ class TestABackup:
 
         async def scene() -> Any:
             homeserver = Homeserver("http://127.0.0.1:1", "bot", settings.BOT_RUNNER_STORE)
-            homeserver.unlock_store(session.own_store_key())
+            homeserver.unlock_store(session.get_or_create_store_key())
             homeserver.restore(session)
             keys = homeserver.nio.olm.account.identity_keys
             own = OutboundGroupSession()
@@ -141,7 +144,7 @@ class TestABackup:
         for passphrase in ("", "DEFAULT_KEY", OLD):
             with pytest.raises(Exception, match=r"(?i)mac|decrypt|decod|pickle"):
                 OlmAccount.from_pickle(account, passphrase)
-        opened = OlmAccount.from_pickle(account, session.own_store_key())
+        opened = OlmAccount.from_pickle(account, session.get_or_create_store_key())
         assert opened.identity_keys == keys
 
     def test_has_them_in_no_session_of_a_browser(self, admin_client: Client) -> None:
@@ -170,7 +173,7 @@ class TestPlaces:
                 getattr(Subscription.objects.get(pk=other.pk), name)
         Session.objects.update(store_key=Sealed(column(session, "access_token")))
         with pytest.raises(Unreadable):
-            Session.objects.get().own_store_key()
+            Session.objects.get().get_or_create_store_key()
 
     def test_each_encryption_is_another_one(self) -> None:
         one, two = (secrets.seal("x", "purpose", 1) for _ in range(2))
@@ -226,7 +229,7 @@ class TestRotation:
     def test_encrypts_all_anew_once(
         self, session: Session, webhook: Subscription, settings: Any
     ) -> None:
-        clear = [TOKEN, session.own_store_key(), *webhook.secrets]
+        clear = [TOKEN, session.get_or_create_store_key(), *webhook.secrets]
         known = identity(settings).public_keys()
         settings.SECRETS_KEY = [NEW, OLD]
         nothing_done = {"total": 5, "outdated": 5, "unreadable": 0, "rotated": 0}
@@ -236,7 +239,7 @@ class TestRotation:
 
         settings.SECRETS_KEY = [NEW]
         again, hook = Session.objects.get(), Subscription.objects.get()
-        assert [again.access_token, again.own_store_key(), *hook.secrets] == clear
+        assert [again.access_token, again.get_or_create_store_key(), *hook.secrets] == clear
         assert identity(settings).public_keys() == known
         settings.SECRETS_KEY = [OLD]
         with pytest.raises(Unreadable):
@@ -312,7 +315,7 @@ class TestWithoutTheKey:
         for column_of in ("access_token", "store_key"):
             settings.SECRETS_KEY = [OLD]
             if column_of == "store_key":
-                session.own_store_key()
+                session.get_or_create_store_key()
             before = Session.objects.values(*kept).get()
             settings.SECRETS_KEY = [NEW]
             with pytest.raises(CommandError, match=r"cannot start: .* SECRETS_KEY does not have"):
@@ -334,7 +337,7 @@ class TestWithoutTheKey:
         asyncio.run(scene(settings.BOT_RUNNER_STORE, "the key of another database"))
         shutil.copytree(settings.BOT_RUNNER_STORE, tmp_path / "copy")
         with pytest.raises(Unreadable, match="Restore both from the same backup"):
-            asyncio.run(scene(tmp_path / "copy", session.own_store_key()))
+            asyncio.run(scene(tmp_path / "copy", session.get_or_create_store_key()))
 
     def test_no_webhook_is_sent_unsigned(
         self, settings: Any, https_receiver: Any, caplog: pytest.LogCaptureFixture
@@ -410,7 +413,7 @@ def test_nothing_shows_them(
     """Not the pages of the console, nor names of rows, exports, the audit trail or the log."""
     caplog.set_level(logging.DEBUG)
     identity(settings)
-    kept = [session.access_token, session.own_store_key(), *webhook.secrets]
+    kept = [session.access_token, session.get_or_create_store_key(), *webhook.secrets]
     shown = [repr(session), str(session), repr(webhook), str(webhook)]
     pages = (f"botrunner/session/{session.pk}/change", f"webhooks/subscription/{webhook.pk}/change")
     pages += ("botrunner/session", "webhooks/subscription", "console/auditentry", "system")
