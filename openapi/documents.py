@@ -272,14 +272,14 @@ class DocumentSchema(JsonApiAutoSchema):
         first, order = next(iter(self.view.sorts.items()))
         default = f"-{first}" if order[0].startswith("-") else first
         yield query("sort", "Sort order; `-` reverses it.", text(enum=sorts, default=default))
-        for name, chosen in self.view.serializer_class.filters.items():
-            if chosen.choices:
-                some = many(text(enum=list(chosen.choices))) | {"minItems": 1}
+        for name, each in self.view.serializer_class.filters.items():
+            if each.choices:
+                some = many(text(enum=list(each.choices))) | {"minItems": 1}
                 yield query(
                     f"filter[{name}]", "One of these values.", some, style="form", explode=False
                 )
             else:
-                exact = text(maxLength=chosen.max_length, pattern=r"^[^\x00]*$")
+                exact = text(maxLength=each.max_length, pattern=r"^[^\x00]*$")
                 yield query(f"filter[{name}]", "Exactly this value.", exact)
 
     def _shape_parameters(self) -> Iterator[Schema]:

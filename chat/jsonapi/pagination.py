@@ -1,5 +1,5 @@
-"""Pages of a list, cut at a place in its order and never by counting: a page costs the same wherever
-it begins, and what comes or goes meanwhile moves nothing."""
+"""Cursor pagination by keyset, without counting or offsets: every page costs the same, and rows that
+are added or deleted meanwhile shift nothing."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -20,65 +20,67 @@ PARAMETERS = frozenset({"page[size]", "page[after]", "page[before]"})
 CURSOR = re.compile(r"([0-9]{1,16})\.([A-Za-z0-9_-]{1,64})\Z")
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
-# A column and the id, which decides between equals; each with a sign, as an index has them.
+# A column and the id as a tiebreaker, each with a sign, as in an index.
 Order = tuple[str, str]
 
 
 @dataclass(frozen=True)
-class Page:
+class CursorPage:
     rows: list[Any]
     links: dict[str, str | None]
 
 
-def cut(
+def paginate(
     rows: QuerySet[Any],
     query: QueryDict,
     order: Order,
     link: Callable[[QueryDict], str],
     fitting: Callable[[list[Any]], int] = len,
-) -> Page:
-    """The page that a query asks for. `link` makes an address of another query; `fitting` says how
-    many of the rows there is room for, from the first on. Raises `BadRequest`."""
+) -> CursorPage:
+    """Return the page of a query. `link` builds the URL of another query; `fitting` returns how many of
+    the rows fit on a page. Raises `BadRequest`."""
     size = _size(query)
-    after, before = (_place(query, f"page[{side}]", rows.model, order) for side in SIDES)
+    after, before = (_position(query, f"page[{side}]", rows.model, order) for side in SIDES)
     if after:
         rows = rows.filter(_beyond(order, after))
     if before:
         rows = rows.filter(_beyond(_reversed(order), before))
     backwards = before is not None and after is None
-    found = list(rows.order_by(*(_reversed(order) if backwards else order))[: size + 1])
-    shown = fitting(found[:size])
-    more, found = len(found) > shown, found[:shown]
+    fetched = list(rows.order_by(*(_reversed(order) if backwards else order))[: size + 1])
+    count = fitting(fetched[:size])
+    more, shown = len(fetched) > count, fetched[:count]
     if backwards:
-        found.reverse()
+        shown.reverse()
 
-    def beside(side: str, row: Any) -> str:
-        there = query.copy()
+    def neighbour(side: str, row: Any) -> str:
+        other_query = query.copy()
         for other in SIDES:
-            there.pop(f"page[{other}]", None)
-        there[f"page[{side}]"] = cursor(row, order)
-        return link(there)
+            other_query.pop(f"page[{other}]", None)
+        other_query[f"page[{side}]"] = cursor(row, order)
+        return link(other_query)
 
     has_next, has_previous = (True, more) if backwards else (more, after is not None)
-    return Page(
-        found,
+    return CursorPage(
+        shown,
         {
-            "prev": beside("before", found[0]) if found and has_previous else None,
-            "next": beside("after", found[-1]) if found and has_next else None,
+            "prev": neighbour("before", shown[0]) if shown and has_previous else None,
+            "next": neighbour("after", shown[-1]) if shown and has_next else None,
         },
     )
 
 
-def chosen(query: QueryDict, sorts: Mapping[str, Order]) -> Order:
-    """The order asked for, else the first of them. Raises `BadRequest`."""
+def order_of(query: QueryDict, sorts: Mapping[str, Order]) -> Order:
+    """Return the requested order, by default the first one. Raises `BadRequest`."""
     name = query.get("sort")
     if name is None:
         return next(iter(sorts.values()))
     order = sorts.get(name.removeprefix("-"))
     if order is None:
-        raise BadRequest(f"It can be sorted by {', '.join(sorts)}.", parameter="sort")
-    falling = name.startswith("-")
-    return order if order[0].startswith("-") == falling else _reversed(order)
+        raise BadRequest(
+            f"Must be one of {', '.join(sorts)}, or one with a leading '-'.", parameter="sort"
+        )
+    descending = name.startswith("-")
+    return order if order[0].startswith("-") == descending else _reversed(order)
 
 
 def cursor(row: Any, order: Order) -> str:
@@ -92,40 +94,40 @@ def _size(query: QueryDict) -> int:
     value = query.get("page[size]", str(SIZE))
     if re.fullmatch("[0-9]{1,3}", value, re.ASCII) and 1 <= int(value) <= MAX_SIZE:
         return int(value)
-    raise BadRequest(f"A whole number from 1 to {MAX_SIZE}.", parameter="page[size]")
+    raise BadRequest(f"Must be a whole number from 1 to {MAX_SIZE}.", parameter="page[size]")
 
 
-def _place(
+def _position(
     query: QueryDict, parameter: str, model: type[Model], order: Order
 ) -> tuple[Any, Any] | None:
     text = query.get(parameter)
     if text is None:
         return None
-    refusal = BadRequest("It must be taken from a link to a page.", parameter=parameter)
-    found = CURSOR.match(text)
-    if not found:
-        raise refusal
+    error = BadRequest("Not a valid cursor. Take it from a page link.", parameter=parameter)
+    match = CURSOR.match(text)
+    if not match:
+        raise error
     try:
-        pk = model._meta.pk.to_python(found[2])
+        pk = model._meta.pk.to_python(match[2])
     except ValidationError:
-        raise refusal from None
-    number = int(found[1])
+        raise error from None
+    number = int(match[1])
     column = model._meta.get_field(order[0].removeprefix("-"))
     if isinstance(column, DateTimeField):
         return EPOCH + timedelta(microseconds=number), pk
     return number, pk
 
 
-def _beyond(order: Order, place: tuple[Any, Any]) -> Q:
-    (column, way), (_, tie) = map(_way, order)
-    value, pk = place
-    # The first says no more than the second, and is what an index can begin at.
-    return Q(**{f"{column}__{way}e": value}) & (
-        Q(**{f"{column}__{way}": value}) | Q(**{f"pk__{tie}": pk})
+def _beyond(order: Order, position: tuple[Any, Any]) -> Q:
+    (column, comparison), (_, tie) = map(_comparison, order)
+    value, pk = position
+    # The first condition is implied by the second; an index scan can start at it.
+    return Q(**{f"{column}__{comparison}e": value}) & (
+        Q(**{f"{column}__{comparison}": value}) | Q(**{f"pk__{tie}": pk})
     )
 
 
-def _way(name: str) -> tuple[str, str]:
+def _comparison(name: str) -> tuple[str, str]:
     return (name[1:], "lt") if name.startswith("-") else (name, "gt")
 
 

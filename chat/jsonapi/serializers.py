@@ -1,5 +1,4 @@
-"""The JSON:API resources of the chat server: what each tells, how they hang together, and what a list
-of them can be asked for."""
+"""JSON:API resources of the chat server: attributes, relationships, filters and sort orders."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -26,12 +25,12 @@ from lib.jsonapi.documents import StringField
 from lib.jsonapi.views import JSONAPIRenderer
 from realm.models import User
 
-# Of each thread that `include` adds them to; all of them are at the relationship's own address.
-NEWEST_TURNS = 25
+# Turns included per thread; the relationship's own URL lists all.
+INCLUDED_TURNS = 25
 
 
 class Relationship(ResourceRelatedField):
-    """Told without a query: what is not loaded is a link."""
+    """A relationship without a query of its own: it is a link unless its rows are loaded."""
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
@@ -41,13 +40,13 @@ class Relationship(ResourceRelatedField):
     def target(self) -> "type[ResourceSerializer]":
         return self.parent.included_serializers[self.field_name]
 
-    def load(self, rows: list[Any], others: QuerySet[Any], known: "Known") -> list[Any]:
-        """Those of `others` that the rows are related to; afterwards the rows can tell which."""
+    def load(self, rows: list[Any], others: QuerySet[Any], known: "LoadedRows") -> list[Any]:
+        """Load the rows of `others` that the rows are related to, and note them on the rows."""
         raise NotImplementedError
 
 
 class ToOne(Relationship):
-    """To the one that a column of the row names."""
+    """A relationship to the row whose id is in a column."""
 
     def __init__(self, kind: str, column: str) -> None:
         self.column = column
@@ -59,16 +58,16 @@ class ToOne(Relationship):
     def to_representation(self, value: Any) -> Any:
         return {"type": self.kind, "id": str(value.pk)}
 
-    def load(self, rows: list[Any], others: QuerySet[Any], known: "Known") -> list[Any]:
-        wanted = {getattr(row, self.column) for row in rows} - {None}
-        missing = wanted - known.of(others.model).keys()
+    def load(self, rows: list[Any], others: QuerySet[Any], known: "LoadedRows") -> list[Any]:
+        ids = {getattr(row, self.column) for row in rows} - {None}
+        missing = ids - known.of(others.model).keys()
         known.add(others.filter(pk__in=missing) if missing else [])
-        return [known.of(others.model)[pk] for pk in wanted & known.of(others.model).keys()]
+        return [known.of(others.model)[pk] for pk in ids & known.of(others.model).keys()]
 
 
 class OfThread(Relationship):
-    """To what stands in a thread: of the last turns where it is included, in their order; fewer of it
-    where it is long."""
+    """A relationship to the rows of a thread. If included, those of the last turns, fewer if they are
+    long."""
 
     def get_attribute(self, instance: Any) -> Any:
         included = getattr(instance, "included", {})
@@ -79,24 +78,24 @@ class OfThread(Relationship):
     def to_representation(self, value: Any) -> Any:
         return [{"type": self.kind, "id": str(row.pk)} for row in value]
 
-    def load(self, rows: list[Any], others: QuerySet[Any], known: "Known") -> list[Any]:
+    def load(self, rows: list[Any], others: QuerySet[Any], known: "LoadedRows") -> list[Any]:
         newest_first = others.filter(
             thread__in=[row.pk for row in rows],
-            position__gte=2 * (F("thread__turns") - NEWEST_TURNS),
+            position__gte=2 * (F("thread__turns") - INCLUDED_TURNS),
         ).order_by("-position")
         of_thread = defaultdict(list)
         for other in newest_first:
             of_thread[other.thread_id].append(other)
-        found = []
+        loaded = []
         for row in rows:
             newest = of_thread[row.pk]
-            told = known.add(reversed(newest[: fitting(other.size for other in newest)]))
-            row.included = getattr(row, "included", {}) | {self.field_name: told}
-            found += told
-        return found
+            shown = known.add(reversed(newest[: fitting(other.size for other in newest)]))
+            row.included = getattr(row, "included", {}) | {self.field_name: shown}
+            loaded += shown
+        return loaded
 
 
-class Known:
+class LoadedRows:
     """The rows of a document, each once."""
 
     def __init__(self) -> None:
@@ -109,9 +108,9 @@ class Known:
         return [self.of(type(row)).setdefault(row.pk, row) for row in rows]
 
 
-class Compound:
-    """A document's primary rows and what `include` adds to them: one query for each step of a path,
-    of what `reader` may read. What was said is left out until `read`."""
+class CompoundDocument:
+    """A document's primary rows and the rows that `include` adds, as far as `reader` may read them: one
+    query per step of a path. Contents are left out until `load_contents`."""
 
     def __init__(
         self,
@@ -121,7 +120,7 @@ class Compound:
         reader: User | None,
     ) -> None:
         self.reader = reader
-        self.known = Known()
+        self.known = LoadedRows()
         self.kinds: dict[type[Model], type[ResourceSerializer]] = {}
         self.primary = {(type(row), row.pk) for row in self.known.add(rows)}
         self._load(rows, kind, [path.split(".") for path in paths])
@@ -134,17 +133,18 @@ class Compound:
             field = fields[name]
             target = kind.included_serializers[name]
             self.kinds[target.Meta.model] = target
-            found = field.load(rows, target.rows(self.reader), self.known)
-            self._load(found, target, [path[1:] for path in paths if path[0] == name and path[1:]])
+            related = field.load(rows, target.rows(self.reader), self.known)
+            self._load(
+                related, target, [path[1:] for path in paths if path[0] == name and path[1:]]
+            )
 
     @property
     def size(self) -> int:
-        """How many characters were said in all that it tells."""
+        """The number of characters of all contents."""
         rows = (row for kind in (Message, Run) for row in self.known.of(kind).values())
         return sum(row.size for row in rows)
 
-    def read(self) -> None:
-        """Fill in what was said."""
+    def load_contents(self) -> None:
         answers = [run.answer for run in self.known.of(Run).values() if run.answer]
         read_contents([*self.known.of(Message).values(), *answers])
 
@@ -160,16 +160,16 @@ class Compound:
 class DocumentRenderer(JSONAPIRenderer):
     @classmethod
     def extract_relationships(cls, fields: Any, resource: Any, resource_instance: Any) -> Any:
-        told = {}
+        relationships = {}
         for name, field in fields.items():
             if isinstance(field, Relationship):
                 member = format_field_name(name)
-                at = f"/api/{field.parent.Meta.resource_name}/{resource_instance.pk}"
-                links = {"self": f"{at}/relationships/{member}", "related": f"{at}/{member}"}
-                told[member] = {"links": links}
+                url = f"/api/{field.parent.Meta.resource_name}/{resource_instance.pk}"
+                links = {"self": f"{url}/relationships/{member}", "related": f"{url}/{member}"}
+                relationships[member] = {"links": links}
                 if name in resource:
-                    told[member]["data"] = resource[name]
-        return told
+                    relationships[member]["data"] = resource[name]
+        return relationships
 
     @classmethod
     def build_json_resource_obj(cls, *args: Any, **kwargs: Any) -> Any:
@@ -186,13 +186,17 @@ class DocumentRenderer(JSONAPIRenderer):
         included_resources: Any,
         included_cache: Any,
     ) -> None:
-        """All that there is to add, with the first of the primary resources."""
+        """Add all included resources while the first primary resource is rendered."""
         context = fields.serializer.context
         for kind, rows in context["compound"].included if not included_cache else []:
-            told = kind(rows, many=True, context=context)
-            for row, data in zip(rows, told.data, strict=True):
+            serializer = kind(rows, many=True, context=context)
+            for row, data in zip(rows, serializer.data, strict=True):
                 built = cls.build_json_resource_obj(
-                    get_serializer_fields(told.child), data, row, kind.Meta.resource_name, told
+                    get_serializer_fields(serializer.child),
+                    data,
+                    row,
+                    kind.Meta.resource_name,
+                    serializer,
                 )
                 included_cache[built["type"]][built["id"]] = built
 
@@ -202,39 +206,41 @@ class DocumentJSONRenderer(DocumentRenderer):
 
 
 @dataclass(frozen=True)
-class Filter:
-    """`filter[name]`: the rows of which a column says just that, or one of several choices."""
+class ResourceFilter:
+    """`filter[name]`: rows whose column equals the value, or one of several choices."""
 
     column: str
     choices: tuple[str, ...] = ()
     max_length: int = 200
 
     def of(self, rows: QuerySet[Any], value: str, parameter: str) -> QuerySet[Any]:
-        """Raises `BadRequest`."""
+        """Return the matching rows. Raises `BadRequest`."""
         if not self.choices:
             if len(value) > self.max_length or inbox.UNSTORABLE.search(value):
-                raise BadRequest("Nothing can have this value.", parameter=parameter)
+                raise BadRequest("Too long, or not a storable text.", parameter=parameter)
             return rows.filter(**{self.column: value})
-        wanted = set(value.split(","))
-        if not wanted <= set(self.choices):
-            raise BadRequest(f"One or more of {', '.join(self.choices)}.", parameter=parameter)
-        return rows.filter(**{f"{self.column}__in": wanted})
+        values = set(value.split(","))
+        if not values <= set(self.choices):
+            raise BadRequest(
+                f"Must be one or more of {', '.join(self.choices)}.", parameter=parameter
+            )
+        return rows.filter(**{f"{self.column}__in": values})
 
 
 class ResourceSerializer(serializers.ModelSerializer):
-    filters: ClassVar[Mapping[str, Filter]] = {}
-    # The first is what a list comes in that nothing else is asked of.
+    filters: ClassVar[Mapping[str, ResourceFilter]] = {}
+    # The first is the default.
     sorts: ClassVar[Mapping[str, Order]] = {}
 
     @classmethod
     def rows(cls, reader: User | None) -> QuerySet[Any]:
-        """All that `reader` may read, with all that its document needs but the words: of these, `size`
-        is the number of characters."""
+        """Return the rows that `reader` may read, without their contents; `size` is the number of
+        characters of these."""
         raise NotImplementedError
 
     @classmethod
     def own_rows(cls, threads: ThreadQuerySet) -> QuerySet[Any]:
-        """Likewise what stands in the reader's own threads."""
+        """Return the rows of the reader's own threads, likewise."""
         raise NotImplementedError
 
 
@@ -264,7 +270,7 @@ class ThreadSerializer(ResourceSerializer):
 
 class MessageSerializer(ResourceSerializer):
     thread = ToOne("threads", "thread_id")
-    # That it asked for, or that it is the answer of.
+    # The run that the message requested or that answered with it.
     run = ToOne("runs", "run_pk")
 
     included_serializers = {
@@ -272,9 +278,9 @@ class MessageSerializer(ResourceSerializer):
         "run": "chat.jsonapi.serializers.RunSerializer",
     }
     filters = {
-        "thread": Filter("thread"),
-        "role": Filter("role", tuple(Message.Role.values)),
-        "correlationId": Filter("correlation_id"),
+        "thread": ResourceFilter("thread"),
+        "role": ResourceFilter("role", tuple(Message.Role.values)),
+        "correlationId": ResourceFilter("correlation_id"),
     }
     sorts = {"createdAt": ("-created_at", "id"), "position": ("position", "id")}
 
@@ -305,7 +311,7 @@ class RunSerializer(ResourceSerializer):
     thread = ToOne("threads", "thread_id")
     message = ToOne("messages", "message_id")
     answer = ToOne("messages", "answer_id")
-    # That answers its question too.
+    # The run that answers this run's message as well.
     merged_into = ToOne("runs", "merged_into_id")
 
     included_serializers = {
@@ -315,11 +321,11 @@ class RunSerializer(ResourceSerializer):
         "merged_into": "self",
     }
     filters = {
-        "thread": Filter("thread"),
-        "status": Filter("status", tuple(Run.Status.values)),
-        "source": Filter("source", tuple(Run.Source.values)),
-        "model": Filter("model"),
-        "correlationId": Filter("correlation_id"),
+        "thread": ResourceFilter("thread"),
+        "status": ResourceFilter("status", tuple(Run.Status.values)),
+        "source": ResourceFilter("source", tuple(Run.Source.values)),
+        "model": ResourceFilter("model"),
+        "correlationId": ResourceFilter("correlation_id"),
     }
     sorts = {"createdAt": ("-created_at", "id"), "position": ("position", "id")}
 
@@ -371,7 +377,7 @@ class RunSerializer(ResourceSerializer):
 
 
 class ThreadLink(serializers.Field):
-    """The thread to ask in, by its id; one that nobody has yet is begun."""
+    """The thread of a new message, by its id; an unused id creates a thread."""
 
     def to_internal_value(self, data: Any) -> str:
         pointer = "/data/relationships/thread/data"
@@ -380,18 +386,18 @@ class ThreadLink(serializers.Field):
             and isinstance(data.get("type"), str)
             and isinstance(data.get("id"), str)
         ):
-            raise BadRequest("A message is in one thread.", pointer=pointer)
+            raise BadRequest("The thread must be one resource identifier.", pointer=pointer)
         if data["type"] != "threads":
-            raise Conflict("The type here is 'threads'.", pointer=f"{pointer}/type")
+            raise Conflict("The type must be 'threads'.", pointer=f"{pointer}/type")
         if not CHOSEN_ID.match(data["id"]):
             raise BadRequest(
-                "1 to 64 letters, digits, '_' or '-'.", "invalid", pointer=f"{pointer}/id"
+                "Must be 1 to 64 letters, digits, '_' or '-'.", "invalid", pointer=f"{pointer}/id"
             )
         return data["id"]
 
 
-class QuestionSerializer(serializers.Serializer):
-    """Only the shape; agents.inbox has the rules."""
+class NewMessageSerializer(serializers.Serializer):
+    """The shape of a submitted message; agents.inbox enforces the rules."""
 
     content = StringField(error_messages={"blank": "Write at least 1 character."})
     model = StringField(required=False, allow_null=True, max_length=100)

@@ -1,4 +1,4 @@
-"""The chat server's JSON:API: `/api/threads`, `/api/messages`, `/api/runs`."""
+"""Views of the JSON:API: `/api/threads`, `/api/messages`, `/api/runs`."""
 
 from typing import Any
 
@@ -12,12 +12,12 @@ from rest_framework_json_api.utils import get_included_resources
 from agents import inbox
 from chat.jsonapi import pagination
 from chat.jsonapi.serializers import (
-    Compound,
+    CompoundDocument,
     DocumentJSONRenderer,
     DocumentRenderer,
     MessageSerializer,
+    NewMessageSerializer,
     OfThread,
-    QuestionSerializer,
     Relationship,
     ResourceSerializer,
 )
@@ -28,14 +28,14 @@ from lib.jsonapi.views import JSONAPIView
 
 
 class ResourcesView(CallerScopedView, JSONAPIView):
-    """To be used with the `serializer_class` of what it tells, and where that hangs on something
-    else, with the `parent` and the `relation` that leads to it."""
+    """Base of the views of a `serializer_class`. Related resources also set their `parent` and the
+    `relation` that leads to them."""
 
     serializer_class: type[ResourceSerializer]
     renderer_classes = [DocumentRenderer, DocumentJSONRenderer]
     parent: type[ResourceSerializer] = ResourceSerializer
     relation = ""
-    compound: Compound | None = None
+    compound: CompoundDocument | None = None
 
     def get_serializer_context(self) -> dict[str, Any]:
         return {**super().get_serializer_context(), "compound": self.compound}
@@ -44,34 +44,34 @@ class ResourcesView(CallerScopedView, JSONAPIView):
         return self.serializer_class.rows(self.caller)
 
     def one(self, rows: QuerySet[Any], pk: Any) -> Any:
-        found = rows.filter(pk=pk).first()
-        if found is None:
+        row = rows.filter(pk=pk).first()
+        if row is None:
             raise NotFound("There is nothing at this URL.")
-        return found
+        return row
 
     def owner(self) -> Any:
-        """What the address leads through."""
+        """Return the parent that the URL names."""
         return self.one(self.parent.rows(self.caller), self.kwargs["id"])
 
     @property
     def relationship(self) -> Relationship:
         return self.parent().fields[self.relation]
 
-    def told(self, row: Any) -> Any:
+    def represent(self, row: Any) -> Any:
         self.compound = self._compound([row])
-        self.compound.read()
+        self.compound.load_contents()
         return self.get_serializer(row).data
 
     def page(
         self, rows: QuerySet[Any], order: pagination.Order
     ) -> tuple[Any, dict[str, str | None]]:
-        page = pagination.cut(rows, self.request.query_params, order, self._address, self._fitting)
+        page = pagination.paginate(rows, self.request.query_params, order, self._url, self._fitting)
         if self.compound:
-            self.compound.read()
+            self.compound.load_contents()
         return self.get_serializer(page.rows, many=True).data, page.links
 
     def _fitting(self, rows: list[Any]) -> int:
-        """How many of the rows a page has room for, with what `include` adds to them: at least one."""
+        """Return how many of the rows fit on a page together with their included rows: at least one."""
         count = fitting(getattr(row, "size", 0) for row in rows)
         while True:
             self.compound = self._compound(rows[:count])
@@ -79,17 +79,17 @@ class ResourcesView(CallerScopedView, JSONAPIView):
                 return count
             count //= 2
 
-    def _address(self, query: QueryDict) -> str:
+    def _url(self, query: QueryDict) -> str:
         return f"{self.request.path}?{query.urlencode()}"
 
-    def _compound(self, rows: list[Any]) -> Compound:
+    def _compound(self, rows: list[Any]) -> CompoundDocument:
         paths = get_included_resources(self.request)
-        return Compound(rows, self.serializer_class, paths, self.caller)
+        return CompoundDocument(rows, self.serializer_class, paths, self.caller)
 
 
 class ResourceView(ResourcesView):
     def get(self, request: Request, id: Any) -> Response:
-        return Response(self.told(self.one(self.rows(), id)))
+        return Response(self.represent(self.one(self.rows(), id)))
 
 
 class CollectionView(ResourcesView):
@@ -101,13 +101,13 @@ class CollectionView(ResourcesView):
         return pagination.PARAMETERS | {"sort"} | filters
 
     def rows(self) -> QuerySet[Any]:
-        """Those of rooms only with the name of their thread: the others are read along one index."""
+        """Return rows of rooms only for one thread; otherwise one index orders the list."""
         if "filter[thread]" in self.request.query_params:
             return super().rows()
         return self.serializer_class.own_rows(self.own_threads())
 
     def get(self, request: Request, id: Any = None) -> Response:
-        order = pagination.chosen(request.query_params, self.sorts)
+        order = pagination.order_of(request.query_params, self.sorts)
         data, links = self.page(self.filtered(self.rows()), order)
         return Response({"results": data, "links": links})
 
@@ -116,15 +116,15 @@ class CollectionView(ResourcesView):
         return dict(self.serializer_class.sorts)
 
     def filtered(self, rows: QuerySet[Any]) -> QuerySet[Any]:
-        for name, chosen in self.serializer_class.filters.items():
+        for name, each in self.serializer_class.filters.items():
             parameter = f"filter[{name}]"
             if (value := self.request.query_params.get(parameter)) is not None:
-                rows = chosen.of(rows, value, parameter)
+                rows = each.of(rows, value, parameter)
         return rows
 
 
 class OfThreadView(CollectionView):
-    """What stands in a thread, in its order where no other is asked for."""
+    """The rows of a thread, by default in its order."""
 
     def rows(self) -> QuerySet[Any]:
         return self.serializer_class.rows(self.caller).filter(thread=self.owner())
@@ -139,13 +139,13 @@ class RelatedView(ResourcesView):
         other = getattr(self.owner(), self.relationship.column)
         if other is None:
             return Response(None)
-        return Response(self.told(self.one(self.rows(), other)))
+        return Response(self.represent(self.one(self.rows(), other)))
 
 
 class LinkageView(ResourcesView):
-    """Which ones a relationship leads to, without telling them."""
+    """The resource identifiers of a relationship."""
 
-    # The document is made here, not by the renderer.
+    # The view builds the document, not the renderer.
     resource_name = False
 
     @property
@@ -159,7 +159,7 @@ class LinkageView(ResourcesView):
         data: Any
         if isinstance(relationship, OfThread):
             rows = self.rows().filter(thread=owner)
-            page = pagination.cut(rows, request.query_params, ("position", "id"), self._address)
+            page = pagination.paginate(rows, request.query_params, ("position", "id"), self._url)
             data = [{"type": relationship.kind, "id": str(row.pk)} for row in page.rows]
             links |= page.links
         else:
@@ -175,11 +175,11 @@ class MessagesView(CollectionView):
     def handle_exception(self, exc: Exception) -> Response:
         if isinstance(exc, inbox.Invalid):
             code = getattr(exc, "code", "invalid")
-            exc = BadRequest(str(exc), code, **WHERE[exc.name])
+            exc = BadRequest(str(exc), code, **ERROR_SOURCES[exc.name])
         elif isinstance(exc, inbox.Busy):
             exc = Conflict(str(exc), "thread_is_busy")
         elif isinstance(exc, inbox.Deleted):
-            exc = Conflict(str(exc), exc.code, **WHERE["threadId"])
+            exc = Conflict(str(exc), exc.code, **ERROR_SOURCES["threadId"])
         elif isinstance(exc, inbox.KeyReused):
             exc = Unprocessable(str(exc), "idempotency_key_reused", header="Idempotency-Key")
         elif isinstance(exc, inbox.Limited):
@@ -187,19 +187,19 @@ class MessagesView(CollectionView):
         return super().handle_exception(exc)
 
     def post(self, request: Request) -> Response:
-        """Ask. The message is there at once; its run tells what becomes of it."""
-        question = QuestionSerializer(data=request.data)
-        question.is_valid(raise_exception=True)
-        accepted = self.submit(**question.validated_data)
+        """Create a message and queue its run."""
+        body = NewMessageSerializer(data=request.data)
+        body.is_valid(raise_exception=True)
+        accepted = self.submit(**body.validated_data)
         message = self.one(self.rows(), accepted.message_id)
         headers = {"Location": f"/api/messages/{message.pk}"}
         if accepted.repeated:
             headers["Idempotency-Replayed"] = "true"
-        return Response(self.told(message), status.HTTP_201_CREATED, headers=headers)
+        return Response(self.represent(message), status.HTTP_201_CREATED, headers=headers)
 
 
-# Where in a document a value stands that agents.inbox refuses.
-WHERE = {
+# The source of an error by the value that agents.inbox rejects.
+ERROR_SOURCES = {
     "content": {"pointer": "/data/attributes/content"},
     "model": {"pointer": "/data/attributes/model"},
     "correlationId": {"pointer": "/data/attributes/correlationId"},
