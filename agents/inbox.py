@@ -1,4 +1,4 @@
-"""The one door in: whatever is asked, over HTTP, in a room or on the stream, comes through `ask()`."""
+"""Submit messages: the one entrance, for HTTP, for rooms and for the stream."""
 
 import hashlib
 import json
@@ -16,9 +16,9 @@ from django.db.models import Exists, F
 from django.db.models.functions import Now
 from django.utils import timezone
 
-from agents.events import stream
+from agents.events.log import emit_event
 from agents.lifecycle import states
-from agents.models import CHAT_REPLY, DeletedRun, Event, IdempotencyKey, Run, new_run_id
+from agents.models import CHAT_REPLY, DeletedRun, IdempotencyKey, Run, new_run_id
 from agents.runs import actions
 from agents.usage import limits, refusals
 from chat.models import CHOSEN_ID, DeletedThread, Message, Thread, ThreadQuerySet, new_thread_id
@@ -29,16 +29,16 @@ MAX_MODEL_LENGTH = 100
 MAX_CORRELATION_LENGTH = 200
 MAX_KEY_LENGTH = 255
 MAX_DEADLINE_SECONDS = 86400
-# What no database or JSON reader can be relied on to carry.
+# Characters that databases and JSON parsers do not carry reliably.
 UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
 
 
 class Refused(Exception):
-    """What was asked cannot be done; the message says why and is safe to show."""
+    """The message was not accepted; the error gives the reason and is safe to show."""
 
 
 class Invalid(Refused):
-    """A value is wrong; the message begins with its name."""
+    """A value is invalid; the error begins with its name."""
 
     @property
     def name(self) -> str:
@@ -52,29 +52,29 @@ class TooLong(Invalid):
 
 
 class UnknownThread(Refused):
-    """The thread is somebody else's: to the asker it does not exist."""
+    """The thread is another user's: to this one it does not exist."""
 
 
 class Deleted(Refused):
-    """The id is that of a thread or a run that was deleted, which the asker may know of."""
+    """The id is of a deleted thread or run that the caller may know of."""
 
     code = "id_deleted"
 
 
-class UnknownAsker(Refused):
-    """The account of the asker was deleted while the question was being taken."""
+class UnknownUser(Refused):
+    """The account of the user was deleted meanwhile."""
 
 
 class KeyReused(Refused):
-    """The idempotency key stands for another request."""
+    """The idempotency key belongs to another request."""
 
 
 class Busy(Refused):
-    """A run of the thread has not ended, and whoever asked wanted no other beside it."""
+    """The thread has an unfinished run, and the concurrency policy is to reject."""
 
 
 class Limited(Refused):
-    """A limit of the asker's or of the room's is reached (agents.usage.limits)."""
+    """A limit of the user or of the room is reached (agents.usage.limits)."""
 
     def __init__(self, reached: limits.Reached) -> None:
         super().__init__(str(reached))
@@ -83,32 +83,19 @@ class Limited(Refused):
 
 
 class WhenBusy(StrEnum):
-    """What becomes of a question whose thread has runs that have not ended."""
+    """The concurrency policy of a message whose thread has unfinished runs."""
 
     ENQUEUE = "enqueue"  # it waits for its turn
-    MERGE = "merge"  # those that nobody has begun are answered together with it
+    MERGE = "merge"  # it is answered together with the queued ones
     REJECT = "reject"
     INTERRUPT = "interrupt"  # they are cancelled
 
 
 @dataclass(frozen=True)
-class Accepted:
-    """What was made of a question; the same again for a repeat with its idempotency key."""
-
-    run_id: str
-    thread_id: str
-    message_id: uuid.UUID
-    model: str
-    correlation_id: str
-    repeated: bool = False
-    began_thread: bool = False
-
-
-@dataclass(frozen=True)
 class Idempotency:
-    """A caller's key: unique for the caller, for good."""
+    """An idempotency key: unique for the caller, for good."""
 
-    # An account, or for anonymous callers the network that they ask from (chat.permissions.caller_key).
+    # An account, or the network of anonymous callers (chat.permissions.caller_key).
     caller: str
     key: str
 
@@ -119,119 +106,141 @@ class Idempotency:
             )
 
 
-@db.retry_on_conflict
-def ask(
-    *,
-    content: str,
-    source: Run.Source,
-    threads: ThreadQuerySet,
-    owner: User | None = None,
-    asker: str | None = None,
-    thread_id: str | None = None,
-    model: str | None = None,
-    place: str = "",
-    room_id: str = "",
-    asked_at: datetime | None = None,
-    command: str = CHAT_REPLY,
-    input: dict[str, Any] | None = None,
-    correlation_id: str | None = None,
-    idempotency: Idempotency | None = None,
-    run_id: str | None = None,
-    event_id: uuid.UUID | None = None,
-    deadline_seconds: int | None = None,
-    when_busy: WhenBusy | None = None,
-) -> Accepted:
-    """Record a question and the run that will answer it: thread, message, run and event in one
-    transaction; the event goes to the stream after the commit.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Submission:
+    """A message with its parameters, as it was submitted."""
 
-    `threads` are those that the asker may write to. A `thread_id` that was never used makes a new
-    thread of that name, owned by `owner`. `asker` is whose limits hold, where that is not the owner.
-    `event_id` is given by whoever has read the event from the
-    stream already. `command`, with its `input`, is what the run carries out. `place` is where it was
-    asked, for whoever adds up what a place costs. A thread that is begun with a `room_id` belongs to
-    that room, and to no owner; `asked_at` is when the room was seen to ask. What has not ended
-    `deadline_seconds` from now fails.
-    `when_busy` says what becomes of it where the thread has runs that have not ended. Raises `Refused`.
-    """
-    content = clean_content(content)
-    # What was sent, before any rule that a setting may change: a repeat gets its answer for good.
-    fingerprint = _fingerprint(
-        content,
-        model,
-        thread_id,
-        correlation_id,
-        command,
-        input,
-        deadline_seconds=deadline_seconds,
-        when_busy=when_busy,
-    )
-    if idempotency and (earlier := _repeat(idempotency, fingerprint)):
+    content: str
+    source: Run.Source
+    # The threads that the user may write to.
+    threads: ThreadQuerySet
+    owner: User | None = None
+    # The user whose limits hold, if not the owner.
+    asker: str | None = None
+    # An id that was never used makes a new thread, of `owner`, or of the room of `room_id`.
+    thread_id: str | None = None
+    room_id: str = ""
+    # The room that usage is counted for.
+    place: str = ""
+    model: str | None = None
+    # The command that the run executes, and its input.
+    command: str = CHAT_REPLY
+    input: dict[str, Any] | None = None
+    # The time at which the message was received in the room.
+    received_at: datetime | None = None
+    correlation_id: str | None = None
+    idempotency: Idempotency | None = None
+    run_id: str | None = None
+    # The id of an event that was read from the stream.
+    event_id: uuid.UUID | None = None
+    # The run fails if it has not ended so many seconds from now.
+    deadline_seconds: int | None = None
+    when_busy: WhenBusy | None = None
+
+    def fingerprint(self) -> str:
+        """Return a hash of the request, for idempotency: of the values before any setting applies, so
+        that a repeat gets its answer for good."""
+        parts: list[Any] = [
+            self.content,
+            self.model,
+            self.thread_id,
+            self.correlation_id,
+            self.command,
+            self.input,
+        ]
+        # Left out when not given, as keys from before these parameters are row.
+        optional = {"deadline_seconds": self.deadline_seconds, "when_busy": self.when_busy}
+        if given := {name: value for name, value in optional.items() if value is not None}:
+            parts.append(given)
+        # Unlike orjson, it takes big numbers.
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def policy(self) -> WhenBusy:
+        """Return the concurrency policy, by default that of the setting. A room or the stream has no
+        caller to reject: there, messages are queued instead."""
+        if self.when_busy:
+            return WhenBusy(self.when_busy)
+        default = WhenBusy(settings.CHAT_WHEN_BUSY)
+        if default is WhenBusy.REJECT and self.source != Run.Source.HTTP:
+            return WhenBusy.ENQUEUE
+        return default
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """The ids of an accepted message; a repeat with its idempotency key gets the same."""
+
+    run_id: str
+    thread_id: str
+    message_id: uuid.UUID
+    model: str
+    correlation_id: str
+    repeated: bool = False
+    began_thread: bool = False
+
+
+@db.retry_on_conflict
+def submit(submission: Submission) -> Accepted:
+    """Record a message and the run that will answer it: thread, message, run and event in one
+    transaction. The event is published after the commit. Raises `Refused`."""
+    submission = replace(submission, content=clean_content(submission.content))
+    fingerprint = submission.fingerprint()
+    key, owner = submission.idempotency, submission.owner
+    if key and (earlier := _repeat(key, fingerprint)):
         return earlier
-    _check_length(content)
-    model = choose_model(model)
-    correlation_id = _clean_correlation_id(correlation_id)
-    deadline = _clean_deadline(deadline_seconds)
-    for name, value in (("threadId", thread_id), ("runId", run_id)):
+    _check_length(submission.content)
+    model = choose_model(submission.model)
+    correlation_id = _clean_correlation_id(submission.correlation_id)
+    deadline = _clean_deadline(submission.deadline_seconds)
+    for name, value in (("threadId", submission.thread_id), ("runId", submission.run_id)):
         if value is not None and not CHOSEN_ID.match(value):
             raise Invalid(f"{name} must be 1 to 64 letters, digits, '_' or '-'.")
-    asked = Accepted(
-        run_id=run_id or new_run_id(),
-        thread_id=thread_id or new_thread_id(),
+    accepted = Accepted(
+        run_id=submission.run_id or new_run_id(),
+        thread_id=submission.thread_id or new_thread_id(),
         message_id=uuid.uuid4(),
         model=model,
         correlation_id=correlation_id or str(uuid.uuid4()),
     )
-    asker = asker or limits.asker_of(owner)
+    asker = submission.asker or limits.asker_of(owner)
     try:
         with transaction.atomic():
-            _admit(asker, place, command, model, content, input)
-            if idempotency:
-                _keep(idempotency, fingerprint, asked)
-            began_thread = _write(
-                asked,
-                content,
-                source,
-                threads,
-                Thread(id=asked.thread_id, owner=None if room_id else owner, room_id=room_id),
-                event_id,
-                asked_at=asked_at,
-                columns={
-                    "command": command,
-                    "input": input or {},
-                    "place": place,
-                    "asker": asker,
-                    # By the database's clock, which the sweep goes by.
-                    "deadline_at": Now() + deadline if deadline else None,
-                },
-                is_new_thread=thread_id is None,
-                is_chosen_run=run_id is not None,
-                when_busy=WhenBusy(when_busy or _usual(source)),
+            _check_limits(
+                asker,
+                submission.place,
+                submission.command,
+                model,
+                submission.content,
+                submission.input,
             )
+            if key:
+                _store_key(key, fingerprint, accepted)
+            began_thread = _write(submission, accepted, asker, deadline)
     except IntegrityError:
-        # Another request with the same key was first by a hair.
-        if idempotency and (earlier := _repeat(idempotency, fingerprint)):
+        # A concurrent request with the same key was first.
+        if key and (earlier := _repeat(key, fingerprint)):
             return earlier
         if owner and not User.objects.filter(pk=owner.pk).exists():
-            raise UnknownAsker("Your account does not exist any more.") from None
+            raise UnknownUser("Your account does not exist any more.") from None
         raise
     except limits.Reached as reached:
-        _count(source, reached)
+        _count(submission.source, reached)
         raise Limited(reached) from None
-    return replace(asked, began_thread=began_thread)
+    return replace(accepted, began_thread=began_thread)
 
 
 @db.retry_on_conflict
-def ask_again(run: Run) -> bool:
-    """Have a run begun anew that failed or was cancelled, as whoever asked it wants: it counts as a
-    question. False when it is in no such state, or gone. Raises `Limited`."""
+def retry(run: Run) -> bool:
+    """Retry a failed or cancelled run for its user: it counts as a message. Return False when it is in
+    no such state, or was deleted. Raises `Limited`."""
     if not run.may_be_retried:
         return False
-    question = Message.objects.filter(run=run).values_list("content", flat=True).first()
-    if question is None:
+    content = Message.objects.filter(run=run).values_list("content", flat=True).first()
+    if content is None:
         return False
     try:
         with transaction.atomic():
-            _admit(run.asker, run.place, run.command, run.model, question, run.input)
+            _check_limits(run.asker, run.place, run.command, run.model, content, run.input)
             if not actions.retry(run):
                 transaction.set_rollback(True)
                 return False
@@ -242,26 +251,26 @@ def ask_again(run: Run) -> bool:
 
 
 @db.retry_on_conflict
-def amend(run_id: str, *, content: str) -> bool:
-    """Put other words to a question whose run has not begun. False when it has: then it answers the
-    words that it began with. Raises `Invalid`."""
+def edit(run_id: str, *, content: str) -> bool:
+    """Replace the content of a message whose run was never claimed. Return False when it was: then the
+    run answers the content that it started with. Raises `Invalid`."""
     content = clean_content(content)
     _check_length(content)
     with transaction.atomic():
-        # Whoever would claim the run now waits for this transaction, and reads the new words.
-        waiting = Run.objects.filter(pk=run_id).matching(states.UNCLAIMED)
-        if not waiting.update(updated_at=timezone.now()):
+        # A claim of the run waits for this transaction, and its worker reads the new content.
+        unclaimed = Run.objects.filter(pk=run_id).matching(states.UNCLAIMED)
+        if not unclaimed.update(updated_at=timezone.now()):
             return False
         Message.objects.filter(run=run_id).update(content=content)
     return True
 
 
 def _count(source: str, reached: limits.Reached) -> None:
-    # Where it is part of a transaction that is repeated, it is a refusal once.
+    # After the commit: a transaction that is repeated counts one refusal.
     transaction.on_commit(partial(refusals.count, str(source), reached.code), robust=True)
 
 
-def _admit(
+def _check_limits(
     asker: str,
     place: str,
     command: str,
@@ -269,7 +278,7 @@ def _admit(
     content: str,
     input: dict[str, Any] | None,
 ) -> None:
-    """Raises `limits.Reached`."""
+    """Count a message. Raises `limits.Reached`."""
     size = len(content.encode()) + (len(json.dumps(input)) if input else 0)
     limits.admit(asker, place, size)
     if command == CHAT_REPLY:
@@ -286,16 +295,16 @@ def clean_content(content: str) -> str:
 
 
 def _check_length(content: str) -> None:
-    most = settings.CHAT_MAX_MESSAGE_CHARACTERS
-    if most and len(content) > most:
+    limit = settings.CHAT_MAX_MESSAGE_CHARACTERS
+    if limit and len(content) > limit:
         raise TooLong(
-            f"content must be at most {most:,} characters long, and has {len(content):,}. "
+            f"content must be at most {limit:,} characters long, and has {len(content):,}. "
             "Send it in parts; an operator can raise CHAT_MAX_MESSAGE_CHARACTERS."
         )
 
 
 def choose_model(model: str | None) -> str:
-    """The model asked for, or the default one. Raises `Invalid` when it is not allowed."""
+    """Return the model to use, by default that of the setting. Raises `Invalid`."""
     if model is None:
         return settings.CHAT_DEFAULT_MODEL
     model = model.strip()
@@ -325,106 +334,91 @@ def _clean_deadline(seconds: int | None) -> timedelta | None:
     return timedelta(seconds=seconds)
 
 
-def _usual(source: Run.Source) -> WhenBusy:
-    """What the setting says. In rooms and on the stream there is nobody to be turned away with an
-    answer that a program could act upon: there, questions wait instead."""
-    usual = WhenBusy(settings.CHAT_WHEN_BUSY)
-    if usual is WhenBusy.REJECT and source != Run.Source.HTTP:
-        return WhenBusy.ENQUEUE
-    return usual
-
-
 def _write(
-    asked: Accepted,
-    content: str,
-    source: Run.Source,
-    threads: ThreadQuerySet,
-    new_thread: Thread,
-    event_id: uuid.UUID | None,
-    *,
-    asked_at: datetime | None,
-    columns: dict[str, Any],
-    is_new_thread: bool,
-    is_chosen_run: bool,
-    when_busy: WhenBusy,
+    submission: Submission, accepted: Accepted, asker: str, deadline: timedelta | None
 ) -> bool:
-    """Whether it begins its thread."""
-    turn = 0 if is_new_thread else _next_turn(asked.thread_id, threads)
+    """Write the rows of a message, and return whether it begins its thread."""
+    thread_id, policy = accepted.thread_id, submission.policy()
+    turn = _next_turn(thread_id, submission.threads) if submission.thread_id else 0
     if turn == 0:
-        turn = _begin_thread(asked.thread_id, threads, new_thread)
-        if turn == 0 and not is_new_thread:
-            _check_thread_is_new(asked.thread_id, source, new_thread.owner)
+        turn = _begin_thread(submission, thread_id)
+        if turn == 0 and submission.thread_id:
+            _check_thread_is_new(thread_id, submission.source, submission.owner)
     if turn:
-        # The thread is locked since its turn was taken: no question can come in between.
-        _make_way(asked.thread_id, when_busy, columns["command"])
+        # The thread is locked since its turn was taken: no other message can come in between.
+        _apply_policy(thread_id, policy, submission.command)
     position = 2 * turn
     message = Message.objects.create(
-        id=asked.message_id,
-        thread_id=asked.thread_id,
+        id=accepted.message_id,
+        thread_id=thread_id,
         position=position,
         role=Message.Role.USER,
-        content=content,
-        correlation_id=asked.correlation_id,
-        created_at=asked_at or timezone.now(),
+        content=submission.content,
+        correlation_id=accepted.correlation_id,
+        created_at=submission.received_at or timezone.now(),
     )
+    # By the database's clock, as the sweep, the claim and a retry are.
+    now = Now()
     run = Run.objects.create(
-        id=asked.run_id,
-        thread_id=asked.thread_id,
+        id=accepted.run_id,
+        thread_id=thread_id,
         message=message,
         position=position,
-        correlation_id=asked.correlation_id,
-        source=source,
+        correlation_id=accepted.correlation_id,
+        source=submission.source,
+        place=submission.place,
+        asker=asker,
         request_id=tracing.request_id(),
-        model=asked.model,
-        request_event_id=event_id or uuid.uuid4(),
-        # By the database's clock, which the claim goes by, and a retry's time.
-        created_at=Now(),
-        due_at=Now(),
-        dispatched_at=Now(),
-        **columns,
+        command=submission.command,
+        input=submission.input or {},
+        model=accepted.model,
+        request_event_id=submission.event_id or uuid.uuid4(),
+        created_at=now,
+        due_at=now,
+        dispatched_at=now,
+        deadline_at=now + deadline if deadline else None,
     )
-    if is_chosen_run:
-        _check_run_is_new(asked.run_id)
-    event = Event.objects.create(
-        id=run.request_event_id,
-        type=Event.Type.REQUESTED,
-        run=run,
-        correlation_id=asked.correlation_id,
-        payload=run.request_payload(content),
-        published_at=timezone.now() if event_id else None,
+    if submission.run_id:
+        _check_run_is_new(accepted.run_id)
+    emit_event(
+        run,
+        states.EventType.REQUESTED,
+        run.request_payload(submission.content),
+        is_published=submission.event_id is not None,
     )
-    if not event_id:
-        transaction.on_commit(partial(stream.publish, [event.as_entry()]), robust=True)
-    if turn and when_busy is WhenBusy.MERGE:
+    if turn and policy is WhenBusy.MERGE:
         actions.merge_queued(run)
     return not turn
 
 
-def _make_way(thread_id: str, when_busy: WhenBusy, command: str) -> None:
+def _apply_policy(thread_id: str, policy: WhenBusy, command: str) -> None:
     unfinished = Run.objects.unfinished().filter(thread=thread_id).order_by("position")
-    if when_busy is WhenBusy.REJECT and (going := unfinished.first()):
-        raise Busy(f"The thread is busy: its run {going.pk} has not ended.")
-    if when_busy is WhenBusy.INTERRUPT and command == CHAT_REPLY:
+    if policy is WhenBusy.REJECT and (active := unfinished.first()):
+        raise Busy(f"The thread is busy: its run {active.pk} has not ended.")
+    if policy is WhenBusy.INTERRUPT and command == CHAT_REPLY:
         for run in unfinished.filter(command=CHAT_REPLY):
             actions.cancel(run)
 
 
 def _next_turn(thread_id: str, threads: ThreadQuerySet) -> int:
-    """Take the next turn of an existing thread; 0 if there is none that the asker may write to. The
-    UPDATE locks the row, so two questions at once get turns of their own, in the order of commit."""
-    mine = threads.filter(pk=thread_id)
-    if not mine.update(turns=F("turns") + 1, updated_at=timezone.now(), archived_at=None):
+    """Take the next turn of an existing thread; 0 if there is none that the user may write to. The
+    UPDATE locks the row, so concurrent messages get turns of their own, in the order of commit."""
+    thread = threads.filter(pk=thread_id)
+    if not thread.update(turns=F("turns") + 1, updated_at=timezone.now(), archived_at=None):
         return 0
-    return mine.values_list("turns", flat=True).get() - 1
+    return thread.values_list("turns", flat=True).get() - 1
 
 
-def _begin_thread(thread_id: str, threads: ThreadQuerySet, new: Thread) -> int:
-    new.turns = 1
+def _begin_thread(submission: Submission, thread_id: str) -> int:
+    """Insert the thread, and return 0; its next turn if a concurrent request inserted it."""
+    room_id = submission.room_id
+    thread = Thread(id=thread_id, owner=None if room_id else submission.owner, room_id=room_id)
+    thread.turns = 1
     try:
         with transaction.atomic():
-            new.save(force_insert=True)
+            thread.save(force_insert=True)
     except IntegrityError:
-        turn = _next_turn(thread_id, threads)  # begun by another request just now
+        turn = _next_turn(thread_id, submission.threads)
         if turn == 0:
             raise UnknownThread(f"There is no thread {thread_id}.") from None
         return turn
@@ -432,23 +426,24 @@ def _begin_thread(thread_id: str, threads: ThreadQuerySet, new: Thread) -> int:
 
 
 def _check_thread_is_new(thread_id: str, source: Run.Source, owner: User | None) -> None:
-    """Refuse the id of a deleted thread. To be called after the thread was inserted: a deletion that
-    had not been committed held that up, and its tombstone is seen by a statement that begins now."""
+    """Refuse the id of a deleted thread. Call it after the insertion of the thread, which waits for a
+    deletion to commit: a statement that begins then sees its tombstone."""
     deleted = DeletedThread.objects.filter(pk=thread_id)
     # Programs on the stream and rooms may write to all threads.
     known = deleted.open_to(owner) if source == Run.Source.HTTP else deleted
     # One query where the id is new, which is nearly always.
-    if found := deleted.annotate(known=Exists(known)).values_list("known", flat=True).first():
+    is_known = deleted.annotate(known=Exists(known)).values_list("known", flat=True).first()
+    if is_known:
         raise Deleted(
             f"The thread {thread_id} was deleted, and its id is not used again. Choose another "
             "threadId, or leave it out."
         )
-    if found is not None:
+    if is_known is not None:
         raise UnknownThread(f"There is no thread {thread_id}.")
 
 
 def _check_run_is_new(run_id: str) -> None:
-    """Refuse the id of a deleted run. To be called after the run was inserted, as for threads."""
+    """Refuse the id of a deleted run. Call it after the insertion of the run, as for threads."""
     if DeletedRun.objects.filter(pk=run_id).exists():
         raise Deleted(
             f"The run {run_id} was deleted, and its id is not used again. Choose another runId."
@@ -456,37 +451,29 @@ def _check_run_is_new(run_id: str) -> None:
 
 
 def _repeat(idempotency: Idempotency, fingerprint: str) -> Accepted | None:
-    kept = IdempotencyKey.objects.filter(caller=idempotency.caller, key=idempotency.key).first()
-    if kept is None:
+    row = IdempotencyKey.objects.filter(caller=idempotency.caller, key=idempotency.key).first()
+    if row is None:
         return None
-    if kept.fingerprint != fingerprint:
+    if row.fingerprint != fingerprint:
         raise KeyReused("This Idempotency-Key was used for another request. Use a new one.")
     return Accepted(
-        run_id=kept.run_id,
-        thread_id=kept.thread_id,
-        message_id=kept.message_id,
-        model=kept.model,
-        correlation_id=kept.correlation_id,
+        run_id=row.run_id,
+        thread_id=row.thread_id,
+        message_id=row.message_id,
+        model=row.model,
+        correlation_id=row.correlation_id,
         repeated=True,
     )
 
 
-def _keep(idempotency: Idempotency, fingerprint: str, asked: Accepted) -> None:
+def _store_key(idempotency: Idempotency, fingerprint: str, accepted: Accepted) -> None:
     IdempotencyKey.objects.create(
         caller=idempotency.caller,
         key=idempotency.key,
         fingerprint=fingerprint,
-        run_id=asked.run_id,
-        thread_id=asked.thread_id,
-        message_id=asked.message_id,
-        model=asked.model,
-        correlation_id=asked.correlation_id,
+        run_id=accepted.run_id,
+        thread_id=accepted.thread_id,
+        message_id=accepted.message_id,
+        model=accepted.model,
+        correlation_id=accepted.correlation_id,
     )
-
-
-def _fingerprint(*parts: Any, **more: Any) -> str:
-    # What was added later changes nothing where it is not given: keys are kept for good.
-    given = {name: value for name, value in more.items() if value is not None}
-    # Takes what orjson would not, such as big numbers
-    raw = json.dumps([*parts, given] if given else parts, sort_keys=True)
-    return hashlib.sha256(raw.encode()).hexdigest()

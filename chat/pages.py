@@ -120,14 +120,16 @@ class ChatPage(SecureView):
                 raise inbox.Refused(
                     "You are signed in as another user now. Send the message again to use this account."
                 )
-            accepted = inbox.ask(
-                content=self.request.POST.get("content", ""),
-                model=self.request.POST.get("model") or None,
-                thread_id=thread.pk if thread else None,
-                source=Run.Source.HTTP,
-                threads=Thread.objects.owned_by(self.caller),
-                owner=self.caller,
-                idempotency=inbox.Idempotency(caller_key(self.request), key) if key else None,
+            accepted = inbox.submit(
+                inbox.Submission(
+                    content=self.request.POST.get("content", ""),
+                    model=self.request.POST.get("model") or None,
+                    thread_id=thread.pk if thread else None,
+                    source=Run.Source.HTTP,
+                    threads=Thread.objects.owned_by(self.caller),
+                    owner=self.caller,
+                    idempotency=inbox.Idempotency(caller_key(self.request), key) if key else None,
+                )
             )
         except inbox.Refused as error:
             draft = self.request.POST.get("content", "")
@@ -228,7 +230,7 @@ class RetryForm(ChatPage):
     def post(self, request: HttpRequest, run_id: str) -> HttpResponse:
         run = self.controllable_run(run_id)
         try:
-            inbox.ask_again(run)
+            inbox.retry(run)
         except inbox.Limited as error:
             return self.rate_limited(self.thread(run.thread_id), error)
         return _redirect_to(run.thread_id, run.pk)

@@ -96,18 +96,19 @@ class CallerScopedView(APIView):
         """Return the threads that the caller may write to."""
         return Thread.objects.owned_by(self.caller)
 
-    def submit(self, **message: Any) -> inbox.Accepted:
+    def submit(self, **fields: Any) -> inbox.Accepted:
         """Submit a message of the caller. Raises `inbox.Refused`, `PermissionDenied`."""
+        submission = inbox.Submission(
+            **fields,
+            source=Run.Source.HTTP,
+            threads=self.own_threads(),
+            owner=self.caller,
+            idempotency=self.idempotency(),
+        )
         try:
-            return inbox.ask(
-                **message,
-                source=Run.Source.HTTP,
-                threads=self.own_threads(),
-                owner=self.caller,
-                idempotency=self.idempotency(),
-            )
+            return inbox.submit(submission)
         except inbox.UnknownThread:
-            if self.threads().filter(pk=message.get("thread_id")).exists():
+            if self.threads().filter(pk=submission.thread_id).exists():
                 raise exceptions.PermissionDenied(READ_ONLY) from None
             raise
 

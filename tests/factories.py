@@ -12,10 +12,9 @@ def user(name: str) -> User:
 
 
 def ask(content: str = "Hello", **extra: Any) -> Run:
-    """A run as the door in makes it."""
-    accepted = inbox.ask(
-        **{"content": content, "source": Run.Source.HTTP, "threads": Thread.objects.all()} | extra
-    )
+    """A run as the inbox makes it."""
+    fields = {"content": content, "source": Run.Source.HTTP, "threads": Thread.objects.all()}
+    accepted = inbox.submit(inbox.Submission(**fields | extra))
     return Run.objects.select_related("thread", "message").get(pk=accepted.run_id)
 
 

@@ -99,16 +99,18 @@ class Consumer:
                 # One of ours, whose run has been deleted since.
                 raise MalformedEvent("its prompt is truncated, and its run does not exist")
             with tagged(request_id=str(event.id)):
-                inbox.ask(
-                    content=event.text("prompt"),
-                    source=Run.Source.STREAM,
-                    asker=limits.PROGRAMS,
-                    threads=Thread.objects.outside_rooms().exclude(owner__is_active=False),
-                    thread_id=event.optional_text("threadId"),
-                    model=event.optional_text("model"),
-                    correlation_id=event.correlation_id,
-                    run_id=event.run_id,
-                    event_id=event.id,
+                inbox.submit(
+                    inbox.Submission(
+                        content=event.text("prompt"),
+                        source=Run.Source.STREAM,
+                        asker=limits.PROGRAMS,
+                        threads=Thread.objects.outside_rooms().exclude(owner__is_active=False),
+                        thread_id=event.optional_text("threadId"),
+                        model=event.optional_text("model"),
+                        correlation_id=event.correlation_id,
+                        run_id=event.run_id,
+                        event_id=event.id,
+                    )
                 )
         except inbox.Limited:
             raise

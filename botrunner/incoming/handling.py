@@ -6,7 +6,6 @@ import logging
 import time
 from dataclasses import replace
 from datetime import timedelta
-from functools import partial
 from typing import Any
 
 from django.conf import settings
@@ -193,8 +192,7 @@ def _accepted(
     event: RoomEvent, said: TimelineEvent, command: Rule, asked: str, thread_id: str | None
 ) -> inbox.Accepted:
     """Raises `inbox.Refused`."""
-    ask = partial(
-        inbox.ask,
+    submission = inbox.Submission(
         content=asked or command.command,
         source=Run.Source.MATRIX,
         threads=Thread.objects.filter(room_id=event.room.room_id),
@@ -202,16 +200,17 @@ def _accepted(
         asker=said.sender,
         place=event.room.room_id,
         room_id=event.room.room_id,
-        asked_at=event.created_at,
+        received_at=event.created_at,
         command=command.command,
         input=_input(event, said),
         correlation_id=said.event_id[: inbox.MAX_CORRELATION_LENGTH],
+        thread_id=thread_id,
     )
     try:
-        return ask(thread_id=thread_id)
+        return inbox.submit(submission)
     except (inbox.Deleted, inbox.UnknownThread):
-        # It was deleted since it was looked up, and its id is not used again.
-        return ask(thread_id=None)
+        # The thread was deleted since it was read, and its id is not used again.
+        return inbox.submit(replace(submission, thread_id=None))
 
 
 def _turn_away(event: RoomEvent, reply: Reply, error: inbox.Limited) -> str:
@@ -259,7 +258,7 @@ def _edit(event: RoomEvent, said: TimelineEvent, me: str) -> str:
         wanted = _filter_of(reply.bot_command)
         words = prompt_of(wanted, edited, me) if wanted else ""
         if reply.run_id and words:
-            changed |= inbox.amend(reply.run_id, content=words)
+            changed |= inbox.edit(reply.run_id, content=words)
     if not changed:
         return "The answer was under way."
     logger.info("Question %s was edited before its run began", first.event_id)

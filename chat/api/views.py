@@ -45,7 +45,7 @@ WAITING_SEATS = threading.BoundedSemaphore(4)
 class ChatView(CallerScopedView, PlainAPIView):
     statuses = {
         inbox.Invalid: 400,
-        inbox.UnknownAsker: 401,
+        inbox.UnknownUser: 401,
         inbox.UnknownThread: 404,
         inbox.KeyReused: 422,
         inbox.Busy: 409,
@@ -220,7 +220,7 @@ class RunCancelView(ChatView):
 class RunRetryView(ChatView):
     def post(self, request: Request, run_id: str) -> Response:
         """Retry a failed or cancelled run: 202, or 409 for any other."""
-        if not inbox.ask_again(self.controllable_run(run_id)):
+        if not inbox.retry(self.controllable_run(run_id)):
             raise Conflict(
                 self.run(run_id).why_not_retried or "The run was retried by another request."
             )

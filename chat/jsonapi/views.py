@@ -170,7 +170,7 @@ class LinkageView(ResourcesView):
 
 class MessagesView(CollectionView):
     serializer_class = MessageSerializer
-    http_errors = {inbox.UnknownThread: NotFound, inbox.UnknownAsker: exceptions.NotAuthenticated}
+    http_errors = {inbox.UnknownThread: NotFound, inbox.UnknownUser: exceptions.NotAuthenticated}
 
     def handle_exception(self, exc: Exception) -> Response:
         if isinstance(exc, inbox.Invalid):

@@ -289,8 +289,10 @@ class TestWhoSaysSo:
         assert Run.objects.count() == 1
 
     def test_keys_of_before_are_good_still(self) -> None:
-        parts = ("Hi", None, None, None, "chat.reply", None)
-        assert inbox._fingerprint(*parts, when_busy=None) == (
+        submission = inbox.Submission(
+            content="Hi", source=Run.Source.HTTP, threads=Thread.objects.all()
+        )
+        assert submission.fingerprint() == (
             "99669e4ea04f35d94a8481eb92f8a9eeb93b37bfb64d62fadaef1def8dbc9ca2"
         )
 

@@ -90,11 +90,11 @@ def test_a_command_that_was_taken_away_fails_its_runs() -> None:
 @pytest.mark.django_db
 def test_amending_is_for_runs_that_wait() -> None:
     run = ask("first")
-    assert inbox.amend(run.pk, content="second")
+    assert inbox.edit(run.pk, content="second")
     run.message.refresh_from_db()
     assert run.message.content == "second"
     execution.execute(run.pk)
-    assert not inbox.amend(run.pk, content="third")
+    assert not inbox.edit(run.pk, content="third")
 
 
 @pytest.fixture

@@ -114,14 +114,16 @@ class Conformance(RuleBasedStateMachine):
         count = len(self.world.runs)
         self.world.accept(thread, when_busy, deadline)
         try:
-            inbox.ask(
-                content="Hello",
-                source=Run.Source.HTTP,
-                threads=Thread.objects.all(),
-                thread_id=f"thr_{thread}",
-                run_id=f"run_{count}",
-                when_busy=inbox.WhenBusy(when_busy),
-                deadline_seconds=int(deadline.total_seconds()) if deadline else None,
+            inbox.submit(
+                inbox.Submission(
+                    content="Hello",
+                    source=Run.Source.HTTP,
+                    threads=Thread.objects.all(),
+                    thread_id=f"thr_{thread}",
+                    run_id=f"run_{count}",
+                    when_busy=inbox.WhenBusy(when_busy),
+                    deadline_seconds=int(deadline.total_seconds()) if deadline else None,
+                )
             )
         except inbox.Busy:
             assert len(self.world.runs) == count

@@ -27,7 +27,7 @@ def gone() -> Run:
     return run
 
 
-@pytest.mark.parametrize("deed", [actions.cancel, actions.retry, actions.requeue, inbox.ask_again])
+@pytest.mark.parametrize("deed", [actions.cancel, actions.retry, actions.requeue, inbox.retry])
 def test_nothing_is_done_to_it(gone: Run, deed: Callable[[Run], bool]) -> None:
     assert deed(gone) is False
 
@@ -37,7 +37,7 @@ def test_a_failed_one_is_not_asked_for_again() -> None:
     actions.cancel(run)
     retention.delete_thread(run.thread)
 
-    assert inbox.ask_again(run) is False
+    assert inbox.retry(run) is False
 
 
 def test_it_is_deleted_once_more_without_a_word(gone: Run) -> None:

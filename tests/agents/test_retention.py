@@ -242,9 +242,10 @@ class TestThreads:
 
         assert not Thread.objects.exists()
         assert IdempotencyKey.objects.get().run_id == run.pk
-        repeat = inbox.ask(
+        submission = inbox.Submission(
             content="Hello", source=Run.Source.HTTP, threads=Thread.objects.all(), idempotency=key
         )
+        repeat = inbox.submit(submission)
         assert (repeat.repeated, repeat.run_id) == (True, run.pk)
         assert not Run.objects.exists()
 

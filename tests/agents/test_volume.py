@@ -52,7 +52,7 @@ class TestMessage:
     def test_a_question_is_not_made_longer_either(self) -> None:
         run = factories.ask("short")
         with pytest.raises(inbox.TooLong):
-            inbox.amend(run.pk, content="x" * 11)
+            inbox.edit(run.pk, content="x" * 11)
 
     def test_a_repeat_gets_its_answer_whatever_the_setting_is_by_now(
         self, api: APIClient, settings: Any
@@ -103,7 +103,7 @@ class TestDay:
         actions.cancel(run)
         run.refresh_from_db()
         with pytest.raises(inbox.Limited):
-            inbox.ask_again(run)
+            inbox.retry(run)
 
     def test_a_limit_of_ones_own(self, settings: Any) -> None:
         settings.LIMIT_USER_BYTES_PER_DAY = 5

@@ -99,14 +99,14 @@ def test_an_event_that_cannot_be_handled_holds_up_none_of_the_others(
     settings.BOT_RUNNER_STORE = tmp_path
     command()
     row = session()
-    asked = inbox.ask
+    submit = inbox.submit
 
-    def fails_for_one(*, content: str, **rest: Any) -> Any:
-        if content == "two":
+    def fails_for_one(submission: inbox.Submission) -> Any:
+        if submission.content == "two":
             raise ZeroDivisionError("nobody foresaw this")
-        return asked(content=content, **rest)
+        return submit(submission)
 
-    monkeypatch.setattr(inbox, "ask", fails_for_one)
+    monkeypatch.setattr(inbox, "submit", fails_for_one)
     news = RoomNews(ROOM, [event("one"), event("two"), event("three")], False)
     ask = partial(handling.ask, me=ME) if asked_at_once else None
     assert recording.write_down(row, HOLDER, Batch("s1", [news]), ask) == 3
@@ -132,10 +132,10 @@ def test_while_the_database_is_away_a_batch_is_not_half_written(
     command()
     row = session()
 
-    def away(**asked: Any) -> Any:
+    def unavailable(submission: inbox.Submission) -> Any:
         raise OperationalError
 
-    monkeypatch.setattr(inbox, "ask", away)
+    monkeypatch.setattr(inbox, "submit", unavailable)
     batch = Batch("s1", [RoomNews(ROOM, [event()], False)])
     with pytest.raises(OperationalError):
         recording.write_down(row, HOLDER, batch, partial(handling.ask, me=ME))

@@ -27,15 +27,15 @@ def test_a_thread_that_is_deleted_just_before_a_question_is_linked_again(
     row = session()
     take_in(row, event("one"))
     thread = Conversation.objects.get().thread
-    asked = inbox.ask
+    submit = inbox.submit
 
-    def deleted_first(**question: Any) -> Any:
+    def deleted_first(submission: inbox.Submission) -> Any:
         retention.delete_thread(thread)
-        return asked(**question)
+        return submit(submission)
 
-    monkeypatch.setattr(inbox, "ask", deleted_first)
+    monkeypatch.setattr(inbox, "submit", deleted_first)
     take_in(row, event("two"))
-    monkeypatch.setattr(inbox, "ask", asked)
+    monkeypatch.setattr(inbox, "submit", submit)
     take_in(row, event("three"))
     two, three = threads_of("two", "three")
     assert Conversation.objects.get().thread_id == two == three

@@ -424,12 +424,13 @@ class TestRefusals:
         Limit.objects.create(kind="user", name=limits.PROGRAMS, messages_per_minute=1)
         for number in range(3):
             with suppress(inbox.Limited):
-                inbox.ask(
+                submission = inbox.Submission(
                     content=f"{number}",
                     source=Run.Source.STREAM,
                     asker=limits.PROGRAMS,
                     threads=Thread.objects.all(),
                 )
+                inbox.submit(submission)
         told = scrape()
         assert told.value("botrealm_refusals_total", source="stream", code="rate_limited") == 2
 

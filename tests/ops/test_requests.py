@@ -68,13 +68,13 @@ class TestTheId:
         def explode(*_: Any, **__: Any) -> None:
             raise RuntimeError("canary")
 
-        monkeypatch.setattr("agents.inbox.ask", explode)
+        monkeypatch.setattr("agents.inbox.submit", explode)
         response = client.post(
             "/api/chat/messages", {"content": "a"}, "application/json", headers={HEADER: "r-1"}
         )
 
         assert (response.status_code, response.headers[HEADER]) == (500, "r-1")
-        defect = lines.one("A request failed unexpectedly")
+        defect = lines.one("Unexpected error in a request")
         assert defect["request_id"] == "r-1"
         assert "canary" in defect["exception"]
         assert lines.one("Request")["level"] == "warning"

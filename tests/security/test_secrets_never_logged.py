@@ -170,7 +170,7 @@ class Paths:
             RuntimeError(f"Authorization: Bearer {self.jwt}"),
         ):
             with self.monkeypatch.context() as patch:
-                patch.setattr(inbox, "ask", _raising(error))
+                patch.setattr(inbox, "submit", _raising(error))
                 said = {"content": SAID}
                 answer = self.client.post("/api/chat/messages", said, "application/json")
                 assert answer.status_code >= 500
