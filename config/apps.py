@@ -9,6 +9,5 @@ class ConfigConfig(AppConfig):
     def ready(self) -> None:
         from config import checks  # noqa: F401  (registers the system checks)
 
-        # Web server, worker and bot: each holds a file for every connection, and common systems give
-        # a process 1024 until it asks for more.
+        # Web server, worker and bot hold a file for every connection, and the usual soft limit is 1024.
         files.raise_limit()

@@ -4,11 +4,11 @@ from typing import Any
 
 from django.conf import settings
 from django.core.checks import CheckMessage, Error, register
-from django.core.checks import Warning as Caution
+from django.core.checks import Warning as Warn
 
 from agents.tools import TOOLS
 
-# Of its own, so that a process without URLs can run these and leave out the checks that load them.
+# A tag of its own: a process without URLs runs these checks, not those that load the URLs.
 TAG = "botrealm"
 
 
@@ -17,10 +17,10 @@ def secrets(**_: Any) -> list[CheckMessage]:
     if settings.DEBUG or settings.SECRET_KEY != settings.REALM_SECRET_SEED:
         return []
     return [
-        Caution(
-            "SECRET_KEY and REALM_SECRET_SEED are the same: whoever may mint realm tokens could "
+        Warn(
+            "SECRET_KEY and REALM_SECRET_SEED are equal: a program that issues realm tokens could "
             "forge admin sessions.",
-            hint="Give each its own value.",
+            hint="Set each to its own value.",
             id="botrealm.W003",
         )
     ]
@@ -31,9 +31,9 @@ def secrets_at_rest(**_: Any) -> list[CheckMessage]:
     if settings.DEVELOPMENT_SECRET not in settings.SECRETS_KEY:
         return []
     return [
-        Caution(
+        Warn(
             "SECRETS_KEY is the built-in key: the bot's token, the keys of encrypted rooms and the "
-            "secrets of webhooks are as good as unencrypted.",
+            "secrets of webhooks are practically unencrypted.",
             hint="Set SECRETS_KEY: openssl rand -hex 32. Then: python manage.py rotate_secrets",
             id="botrealm.W005",
         )
@@ -45,8 +45,8 @@ def model_endpoint(**_: Any) -> list[CheckMessage]:
     if settings.OPENAI_API_KEY or settings.OPENAI_BASE_URL:
         return []
     return [
-        Caution(
-            "No model is configured: every answer is an echo of its question.",
+        Warn(
+            "No model is configured: every answer is an echo of its message.",
             hint="Set OPENAI_API_KEY, or OPENAI_BASE_URL for another compatible endpoint.",
             id="botrealm.W001",
         )
@@ -59,9 +59,9 @@ def allowed_models(**_: Any) -> list[CheckMessage]:
     if not summary or not allowed or summary in allowed:
         return []
     return [
-        Caution(
+        Warn(
             f"CHAT_SUMMARY_MODEL={summary!r} is not in CHAT_ALLOWED_MODELS.",
-            hint="That is fine if only the server may use it; otherwise add it to the list.",
+            hint="Ignore this if users may not request it; otherwise add it to the list.",
             id="botrealm.W002",
         )
     ]
@@ -72,9 +72,9 @@ def anonymous_chat(**_: Any) -> list[CheckMessage]:
     if settings.DEBUG or not settings.CHAT_ALLOW_ANONYMOUS:
         return []
     return [
-        Caution(
-            "CHAT_ALLOW_ANONYMOUS is on although DEBUG is off: anybody can spend your tokens.",
-            hint="Leave it off unless something in front of the server lets only your users in.",
+        Warn(
+            "CHAT_ALLOW_ANONYMOUS is on although DEBUG is off: anyone can spend your tokens.",
+            hint="Turn it off unless a proxy in front of the server admits only your users.",
             id="botrealm.W004",
         )
     ]
@@ -82,12 +82,12 @@ def anonymous_chat(**_: Any) -> list[CheckMessage]:
 
 @register(TAG)
 def retention(**_: Any) -> list[CheckMessage]:
-    """What is forgotten while it is young enough to be handled may be handled again."""
+    """Check that an event is kept until it is too old to be handled again."""
     age = settings.BOT_RUNNER_MAX_EVENT_AGE
     return [
         Error(
-            f"{name} is not longer than BOT_RUNNER_MAX_EVENT_AGE: an event could be forgotten and "
-            "then be handled again.",
+            f"{name} is not longer than BOT_RUNNER_MAX_EVENT_AGE: an event could be deleted and "
+            "then handled again.",
             hint=f"BOT_RUNNER_MAX_EVENT_AGE is {age / 86400:.3g} days; keep events for longer.",
             id="botrealm.E004",
         )
@@ -100,7 +100,7 @@ def retention(**_: Any) -> list[CheckMessage]:
 def tools(**_: Any) -> list[CheckMessage]:
     return [
         Error(
-            f"AGENT_TOOLS names {name!r}, which is no tool.",
+            f"AGENT_TOOLS names an unknown tool: {name!r}.",
             hint=f"The tools are: {', '.join(TOOLS)}.",
             id="botrealm.E003",
         )

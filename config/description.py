@@ -1,4 +1,4 @@
-"""The description of the HTTP API, as the repository has it, and a page that shows it."""
+"""The OpenAPI description of the HTTP API, and a page that shows it."""
 
 import functools
 import hashlib

@@ -1,4 +1,4 @@
-"""Read settings from the environment; a bad value stops the start with the variable's name."""
+"""Read settings from the environment. An invalid value stops the start with the variable's name."""
 
 import ipaddress
 import os
@@ -20,13 +20,13 @@ FALSE = {"0", "false", "no", "off"}
 
 
 def text(name: str, default: str = "") -> str:
-    """The variable without surrounding blanks. Set but empty counts as not set."""
+    """Return the variable without surrounding blanks. An empty one counts as not set."""
     return os.environ.get(name, "").strip() or default
 
 
 def signing_secret(name: str, default: str) -> str:
-    """Return a secret. `unused` keeps it from a process that signs nothing: a random value, with
-    which it signs nothing that another process accepts, takes its place."""
+    """Return a secret. `unused` keeps it from a process that signs nothing: a random value replaces
+    it, whose signatures no other process accepts."""
     return secrets.token_urlsafe(48) if text(name) == UNUSED else text(name, default)
 
 
@@ -43,21 +43,21 @@ def flag(name: str, default: bool) -> bool:
     raise ImproperlyConfigured(f"{name}={value!r} is not a switch: use true or false.")
 
 
-def integer(name: str, default: int, *, least: int = 0, most: int | None = None) -> int:
+def integer(name: str, default: int, *, minimum: int = 0, maximum: int | None = None) -> int:
     value = text(name)
     if not value:
         return default
-    bounds = f"from {least} to {most}" if most is not None else f"of {least} or more"
+    bounds = f"from {minimum} to {maximum}" if maximum is not None else f"of {minimum} or more"
     try:
         number = int(value)
     except ValueError:
-        number = least - 1
-    if number < least or (most is not None and number > most):
+        number = minimum - 1
+    if number < minimum or (maximum is not None and number > maximum):
         raise ImproperlyConfigured(f"{name}={value!r} is not a whole number {bounds}.")
     return number
 
 
-def seconds(name: str, default: float, *, least: float = 0.1) -> float:
+def seconds(name: str, default: float, *, minimum: float = 0.1) -> float:
     value = text(name)
     if not value:
         return default
@@ -65,13 +65,15 @@ def seconds(name: str, default: float, *, least: float = 0.1) -> float:
         number = float(value)
     except ValueError:
         number = float("nan")
-    if not least <= number < float("inf"):
-        raise ImproperlyConfigured(f"{name}={value!r} is not a time in seconds of {least} or more.")
+    if not minimum <= number < float("inf"):
+        raise ImproperlyConfigured(
+            f"{name}={value!r} is not a time in seconds of {minimum} or more."
+        )
     return number
 
 
 def amount(name: str) -> Decimal:
-    """Money; 0 where it is not set."""
+    """Return an amount of money; 0 if it is not set."""
     value = text(name, "0")
     try:
         number = Decimal(value)
@@ -83,30 +85,30 @@ def amount(name: str) -> Decimal:
 
 
 def words(name: str, default: str = "") -> list[str]:
-    """A comma-separated list, blanks and empty entries dropped."""
+    """Return a comma-separated list without blanks and empty entries."""
     return [word.strip() for word in text(name, default).split(",") if word.strip()]
 
 
 def ports(name: str, default: str) -> frozenset[int]:
-    """TCP ports, comma-separated."""
-    found = words(name, default)
-    for word in found:
+    """Return TCP ports, comma-separated."""
+    values = words(name, default)
+    for word in values:
         if not (word.isascii() and word.isdigit() and 1 <= int(word[:6]) <= 65535):
             raise ImproperlyConfigured(f"{name}: {word!r} is not a port from 1 to 65535.")
-    return frozenset(map(int, found))
+    return frozenset(map(int, values))
 
 
 def networks(name: str, default: str = "") -> list[ipaddress.IPv4Network | ipaddress.IPv6Network]:
-    """Addresses and CIDR blocks, comma-separated."""
-    found = []
+    """Return addresses and CIDR blocks, comma-separated."""
+    blocks = []
     for word in words(name, default):
         try:
-            found.append(ipaddress.ip_network(word, strict=False))
+            blocks.append(ipaddress.ip_network(word, strict=False))
         except ValueError:
             raise ImproperlyConfigured(
                 f"{name}: {word!r} is not an address or a network such as 10.0.0.0/8."
             ) from None
-    return found
+    return blocks
 
 
 def choice(name: str, default: str, choices: tuple[str, ...]) -> str:
@@ -135,7 +137,7 @@ def url(name: str, default: str = "", *, schemes: tuple[str, ...]) -> str:
 
 
 def file(name: str) -> str:
-    """The path of a file that can be read; empty where it is not set."""
+    """Return the path of a readable file; empty if it is not set."""
     value = text(name)
     if not value:
         return ""
@@ -146,19 +148,19 @@ def file(name: str) -> str:
     return value
 
 
-def redis_server(url: str, *, ca_file: str, cert_file: str, key_file: str) -> redis.Server:
-    """The Redis that REDIS_URL and its certificates name."""
+def redis_server(url: str, *, ca_file: str, cert_file: str, key_file: str) -> redis.RedisServer:
+    """Return the Redis server of REDIS_URL and its certificates."""
     try:
         server = redis.parse(url, ca_file=ca_file, cert_file=cert_file, key_file=key_file)
         if server.tls:
             server.tls.context()
-    except redis.Invalid as error:
+    except redis.InvalidConfiguration as error:
         raise ImproperlyConfigured(str(error)) from None
     return server
 
 
 def proxy_header(name: str) -> tuple[str, str] | None:
-    """The header by which a proxy tells that it was asked by HTTPS, as Django wants it."""
+    """Return, in Django's form, the header that a proxy sets for requests by HTTPS."""
     value = text(name)
     if not value:
         return None
@@ -168,10 +170,10 @@ def proxy_header(name: str) -> tuple[str, str] | None:
 
 
 def database(name: str, default: str, *, base: Path) -> dict[str, Any]:
-    """Django's settings for a database URL.
+    """Return Django's settings for a database URL.
 
-    `file:PATH` is the spelling of the chat server's document for SQLite; a relative path counts from
-    `base`. `sqlite:///PATH` and `postgres://...` are the usual ones.
+    `file:PATH` is the form of the chat server's specification for SQLite; a relative path starts at
+    `base`. `sqlite:///PATH` and `postgres://...` are the usual forms.
     """
     value = text(name, default)
     if value.startswith("file:"):

@@ -1,5 +1,4 @@
-"""Error reports to Sentry: which version, grouped by what was the cause, with nothing that is secret
-or private."""
+"""Error reports to Sentry: with the release, grouped by cause, without secret or private data."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,11 +10,11 @@ from config.scrub import REMOVED, is_private, shortened
 
 Scrub = Callable[[str], str]
 
-# What passes by itself is one problem, wherever it is met.
-PASSING = {"OperationalError", "InterfaceError", "ConnectionError", "TimeoutError", "RedisError"}
-# Where requests and calls keep what was said or asked, and who is calling.
+# Transient errors, by name: each is one issue, wherever it occurs.
+TRANSIENT = {"OperationalError", "InterfaceError", "ConnectionError", "TimeoutError", "RedisError"}
+# Keys that hold messages, parameters or the identity of the caller.
 PRIVATE = {"cookies", "data", "query_string", "http.query", "http.fragment", "env", "vars"}
-# Prompts and answers sit in bodies, in local variables and in what is sent to a model.
+# Prompts and answers are in bodies, in local variables and in requests to a model.
 NOTHING: Any = {
     "user_info": False,
     "cookies": {"mode": "off"},
@@ -31,7 +30,7 @@ NOTHING: Any = {
 
 
 def report_to(dsn: str, *, environment: str, release: str, scrub: Scrub, **options: Any) -> None:
-    """Raises `ImproperlyConfigured` for what is no DSN."""
+    """Start reporting. Raises `ImproperlyConfigured` for an invalid DSN."""
 
     def before_send(event: Any, hint: dict[str, Any]) -> Any:
         grouped(event, hint)
@@ -53,7 +52,7 @@ def report_to(dsn: str, *, environment: str, release: str, scrub: Scrub, **optio
 
 
 def grouped(event: Any, hint: dict[str, Any]) -> None:
-    """One group for each cause, where Sentry would make one for each place that meets it."""
+    """Group by cause; Sentry would group by the place that reports it."""
     for error in _causes((hint.get("exc_info") or (None, None))[1]):
         code = getattr(error, "code", None)
         kinds = [kind.__name__ for kind in type(error).__mro__]
@@ -62,13 +61,13 @@ def grouped(event: Any, hint: dict[str, Any]) -> None:
         if isinstance(code, str) and code != "internal":
             event["fingerprint"] = [kinds[0], code]
             return
-        if passing := next((kind for kind in kinds if kind in PASSING), None):
-            event["fingerprint"] = [passing, type(error).__module__.partition(".")[0]]
+        if transient := next((kind for kind in kinds if kind in TRANSIENT), None):
+            event["fingerprint"] = [transient, type(error).__module__.partition(".")[0]]
             return
 
 
 def cleaned(node: Any, scrub: Scrub) -> Any:
-    """The same with all texts scrubbed, and without what is private whatever it says."""
+    """Return a copy with all texts scrubbed and without private keys."""
     if isinstance(node, str):
         return scrub(shortened(node, scrub))
     if isinstance(node, dict):
@@ -83,7 +82,7 @@ def cleaned(node: Any, scrub: Scrub) -> Any:
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """The error and what it came from."""
+    """Yield the error and its causes."""
     while error is not None:
         yield error
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)

@@ -1,7 +1,7 @@
-"""Logging: `LOG_LEVELS`, and one structured line per record, for a person or for a machine.
+"""Logging: `LOG_LEVELS`, and one structured line per record, for people or as JSON.
 
 `LOG_LEVELS` is a comma-separated list of `pattern=level`; a pattern is a logger's name where `*`
-stands for anything. The last pattern that matches decides: `*=none,agents*=debug`.
+matches anything. The last matching pattern decides: `*=none,agents*=debug`.
 """
 
 import fnmatch
@@ -25,7 +25,7 @@ LEVELS = {
     "critical": logging.CRITICAL,
     "none": logging.CRITICAL + 1,
 }
-# What libraries say on every task, request or attempt is noise unless it is asked for by name.
+# Lines of libraries for every task, request or attempt; a pattern with the name turns them on.
 QUIET = {
     "celery.worker.strategy": logging.WARNING,
     "celery.app.trace": logging.WARNING,
@@ -39,17 +39,17 @@ QUIET = {
     "kombu": logging.WARNING,
     "amqp": logging.WARNING,
     "nio": logging.WARNING,
-    "psycopg.pool": logging.ERROR,  # whoever needs the connection says that it is missing
+    "psycopg.pool": logging.ERROR,  # the code that needs the connection logs its error
 }
 
 
 PLAIN = frozenset({str, int, float, bool, type(None)})
 
 
-def _with_those_below(kind: type[Exception]) -> Iterator[type[Exception]]:
+def _with_subclasses(kind: type[Exception]) -> Iterator[type[Exception]]:
     yield kind
     for each in kind.__subclasses__():
-        yield from _with_those_below(each)
+        yield from _with_subclasses(each)
 
 
 def parse_levels(value: str) -> list[tuple[str, int]]:
@@ -79,8 +79,10 @@ class LevelFilter(logging.Filter):
             if fnmatch.fnmatchcase(name, pattern):
                 threshold = level
                 if pattern == "*":
-                    top = next((quiet for quiet in QUIET if f"{name}.".startswith(f"{quiet}.")), "")
-                    threshold = max(level, QUIET.get(top, level))
+                    parent = next(
+                        (quiet for quiet in QUIET if f"{name}.".startswith(f"{quiet}.")), ""
+                    )
+                    threshold = max(level, QUIET.get(parent, level))
         return threshold
 
     def filter(self, record: logging.LogRecord) -> bool:
@@ -88,27 +90,26 @@ class LevelFilter(logging.Filter):
 
 
 class OnlyDefects(logging.Filter):
-    """Of what Django logs of a request, the defects: how it was answered stands in our own line."""
+    """Passes Django's records of defects only: `ops.middleware` logs each request."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         return bool(record.exc_info) and getattr(record, "status_code", 500) >= 500
 
 
-# Below `django.security`: the exceptions that Django refuses a request for, and its CSRF check.
-REFUSED = "Refused a request (%s)"
+# Below `django.security`: the exceptions for refused requests, and the CSRF check.
+REFUSED = "Request refused: %s"
 REFUSALS = (
     "csrf",
-    # These two cannot be imported before the apps are ready.
+    # Not importable before the apps are ready.
     "DisallowedModelAdminLookup",
     "DisallowedModelAdminToField",
-    *(kind.__name__ for kind in _with_those_below(SuspiciousOperation)),
+    *(kind.__name__ for kind in _with_subclasses(SuspiciousOperation)),
 )
 
 
 class ShortRefusals(logging.Filter):
-    """Make one short warning of a request that Django refuses: for a forbidden host, a failed CSRF
-    check, a filter that the admin does not allow, or the like. What it writes itself quotes the
-    request's headers and has a traceback, which leads nowhere: nothing is broken."""
+    """Shortens Django's record of a refused request (forbidden host, failed CSRF check, forbidden
+    filter of the admin) to one warning. Django's own quotes headers and has a useless traceback."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         if record.name.startswith("django.security.") and record.msg != REFUSED:
@@ -123,7 +124,7 @@ class ShortRefusals(logging.Filter):
 
 
 class Cleaner:
-    """Scrub what a line is made of, and cut what is too long for one."""
+    """Scrubs the values of a record, and cuts long ones."""
 
     def __init__(self, scrub: Callable[[str], str]) -> None:
         self.scrub = scrub
@@ -132,7 +133,7 @@ class Cleaner:
         texts = [value for value in event.values() if type(value) is str]
         size = sum(map(len, texts))
         if size <= FIELD and self._is_plain(event):
-            # As nearly all are: looked at as one text.
+            # The usual case: scrubbed as one text.
             whole = "\n".join(texts)
             if self.scrub(whole) == whole:
                 return event
@@ -146,8 +147,8 @@ class Cleaner:
 
 
 def configuration(levels: str, style: str, *, scrub: Callable[[str], str] = str) -> dict[str, Any]:
-    """Django's LOGGING for a value of `LOG_LEVELS` and a style, `console` or `json`. What each line
-    is made of goes through `scrub`."""
+    """Return Django's LOGGING for a value of `LOG_LEVELS` and a style, `console` or `json`. All values
+    of a record pass `scrub`."""
     rules = parse_levels(levels)
     shared: list[Any] = [
         structlog.contextvars.merge_contextvars,
@@ -157,16 +158,16 @@ def configuration(levels: str, style: str, *, scrub: Callable[[str], str] = str)
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
     if style == "json":
-        last: list[Any] = [
+        renderers: list[Any] = [
             structlog.processors.EventRenamer("message"),
             structlog.processors.JSONRenderer(),
         ]
     else:
-        last = [
+        renderers = [
             structlog.dev.ConsoleRenderer(
                 colors=sys.stderr.isatty(),
                 pad_event_to=32,
-                # The default prints local variables where it can: prompts and keys.
+                # The default prints local variables, with prompts and keys.
                 exception_formatter=structlog.dev.plain_traceback,
             )
         ]
@@ -195,7 +196,7 @@ def configuration(levels: str, style: str, *, scrub: Callable[[str], str] = str)
                     structlog.stdlib.ProcessorFormatter.remove_processors_meta,
                     structlog.processors.format_exc_info,
                     Cleaner(scrub),
-                    *last,
+                    *renderers,
                 ],
                 "foreign_pre_chain": shared,
             }
@@ -216,7 +217,7 @@ def configuration(levels: str, style: str, *, scrub: Callable[[str], str] = str)
             "django": {"handlers": [], "propagate": True},
             "django.server": {"handlers": [], "propagate": True},
             "django.request": {"filters": ["only_defects"], "propagate": True},
-            # By themselves: error reports are made of a record before any handler sees it.
+            # One by one: error reports read a record before any handler.
             **{
                 f"django.security.{name}": {"filters": ["short_refusals"], "propagate": True}
                 for name in REFUSALS

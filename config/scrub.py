@@ -1,11 +1,11 @@
-"""Take out of a text what nobody may read in a log or an error report.
+"""Remove secrets and private data from texts of logs and error reports.
 
-Nothing secret or private is written there on purpose. This is for what comes in with the message of
-somebody else's exception: a driver that quotes the row, a client that quotes the address.
+The code here logs none on purpose. They come with exceptions of libraries: a driver quotes the row, a
+client quotes the URL.
 
-Anybody can have a long text of any kind written into a log, so each pattern takes time in proportion to
-the text: it never gives back what it has taken (`*+`, `++`), and never begins again inside of what it
-has read in vain. tests/config/test_scrub.py measures each.
+Any client can get long texts into a log, so each pattern takes time in proportion to the text: it is
+possessive (`*+`, `++`) and does not restart inside a failed match. tests/config/test_scrub.py measures
+each.
 """
 
 import functools
@@ -16,18 +16,18 @@ from typing import Any
 from urllib.parse import quote
 
 REMOVED = "[removed]"
-# A value as short or as well known as the built-in password would be found in ordinary words.
-SHORTEST = 10
-# In characters. A text is cut to `FIELD`; those of a line come to no more than `LINE` together.
+# Shorter values, such as the built-in password, occur in ordinary words.
+MIN_LENGTH = 10
+# In characters. A text is cut to `FIELD`, all texts of a line together to `LINE`.
 FIELD = 8 * 1024
 LINE = 16 * 1024
-# What is looked at of a text that is to be cut: what comes after that is not even scrubbed.
-LOOKED_AT = 8 * FIELD
-# What a cut may go through, and is looked at beyond it: no secret of ours is longer.
+# The part of a long text that is scrubbed before the cut; the rest is dropped.
+SCRUBBED = 8 * FIELD
+# Scrubbed beyond a cut, which may divide a secret: none here is longer.
 OVERLAP = 1024
 
-# What a value stands in, by how it begins: quotes, which a JSON text in a text has escaped, or nothing.
-# A quote that never ends takes the rest.
+# The delimiters of a value: quotes, escaped ones (JSON in a text), or none. An unclosed quote extends
+# to the end.
 VALUE = r"""
     (?:
         (?P<{0}_double>")(?:[^"\\]|\\.)*+
@@ -37,7 +37,7 @@ VALUE = r"""
     )
 """
 BYTES = "(?:b(?=[\"']))?+"
-# `name="value"`, as Digest has it.
+# `name="value"`, as in Digest.
 PARAMETER = r"""[\w-]{1,40}+ = (?: \\*+"[^"\\]*+(?:\\*+")?+ | [^\s,"'\\]*+ ) ,?+ [ ]{0,8}"""
 CREDENTIALS = rf"""
     [^\s"',;&\\]++
@@ -46,7 +46,7 @@ CREDENTIALS = rf"""
 WORD = r"""[^\s"'\\&]++"""
 SCHEME = re.compile(r"(?:Bearer|Basic|Digest|Token|Negotiate|ApiKey)[ \t]++", re.IGNORECASE)
 PATTERNS: dict[str, str] = {
-    # Of any scheme: in a header, a dict, or a list of pairs.
+    # With any scheme: in a header, a dict, or a list of pairs.
     "authorization": rf"""
         (?P<authorization>
             authorization (?: \s{{0,8}}[=:]\s{{0,8}} | \\*+["']\s{{0,8}}[:,=]\s{{0,8}} ) {BYTES}
@@ -64,24 +64,24 @@ PATTERNS: dict[str, str] = {
         )
         {VALUE.format("n", WORD)}
     """,
-    # In the query of an address.
+    # In the query of a URL.
     "query": r"(?P<query>[?&](?:key|token|sig|signature)=)[^\s\"'\\&]++",
-    # base64 of a JSON object: the head of a JWT, with what comes after it.
+    # base64 of a JSON object: a JWT.
     "jwt": r"\b(?-i:eyJ)[\w-]{8,}+(?:\.[\w-]*+)*+",
-    # Keys of OpenAI's kind, tokens of Synapse and MAS.
+    # Keys in OpenAI's format, tokens of Synapse and MAS.
     "key": r"\b(?:sk|syt|mct|mat)[-_][\w-]{8,}+",
-    # What webhooks are signed with.
+    # Signing secrets of webhooks.
     "webhook": r"\bwhsec_[\w+/=]{8,}+",
-    # PostgreSQL quotes the row that it refuses.
+    # PostgreSQL quotes a rejected row.
     "row": r"(?<=DETAIL:)(?:[^\n\\]|\\(?!n))++",
 }
-KEPT = ("authorization", "scheme", "name", "query")
+PREFIXES = ("authorization", "scheme", "name", "query")
 QUOTES = [f"{of}_{how}" for of in "an" for how in ("double", "single", "escaped")]
 TOKENS = re.compile(
     "|".join(f"(?:{pattern})" for pattern in PATTERNS.values()), re.VERBOSE | re.IGNORECASE
 )
 ADDRESSES = re.compile(r"""://[^\s"'\\<>]++""")
-# Most lines have none of these, and to look for them costs a fiftieth of the pattern.
+# Most lines have none of these, and this search costs a fiftieth of the pattern.
 HINTS = (
     "bearer",
     "basic",
@@ -106,7 +106,7 @@ HINTS = (
     "whsec_",
     "detail:",
 )
-# Values of these are nothing to read, whatever they look like.
+# Names whose values are always removed.
 PRIVATE_NAMES = re.compile(
     r"passw(?:or)?d|passphrase|secret|authorization|api_?key|cookie"
     r"|(?:access|refresh|id|auth|api|session|csrf)_?token\Z|\A_?token\Z",
@@ -115,14 +115,14 @@ PRIVATE_NAMES = re.compile(
 
 
 class Scrubber:
-    """Removes the given secrets, and what looks like one of anybody's."""
+    """Removes the given secrets, and any text that looks like a secret."""
 
     def __init__(self, *secrets: str) -> None:
         self._secrets = {
-            spelled
+            variant
             for secret in secrets
-            if len(secret) >= SHORTEST
-            for spelled in (secret, json.dumps(secret)[1:-1], quote(secret, safe=""))
+            if len(secret) >= MIN_LENGTH
+            for variant in (secret, json.dumps(secret)[1:-1], quote(secret, safe=""))
         }
 
     def __call__(self, text: str) -> str:
@@ -137,19 +137,19 @@ class Scrubber:
 
 
 def _removed(match: re.Match[str]) -> str:
-    found = match.groupdict()
-    kept = next((found[name] for name in KEPT if found[name]), "")
-    # The quote that ends it is left where it is.
-    kept += next((found[name] for name in QUOTES if found[name]), "")
-    scheme = SCHEME.match(match[0], len(kept))
-    return kept + (scheme[0] if scheme else "") + REMOVED
+    groups = match.groupdict()
+    prefix = next((groups[name] for name in PREFIXES if groups[name]), "")
+    # The closing quote is not part of the match.
+    prefix += next((groups[name] for name in QUOTES if groups[name]), "")
+    scheme = SCHEME.match(match[0], len(prefix))
+    return prefix + (scheme[0] if scheme else "") + REMOVED
 
 
 def _without_password(match: re.Match[str]) -> str:
-    """Take out the password of an address, whatever is in it, or its user, who is the secret in a DSN.
-    What is one word may be several addresses."""
+    """Remove the password of a URL, with any characters in it, or the user, which is the secret of a
+    DSN. One word may hold several URLs."""
     word = match[0]
-    done: list[str] = []
+    parts: list[str] = []
     place, end = 0, word.rfind("@")
     while 0 <= (start := word.find("://", place)) < end:
         start += 3
@@ -158,49 +158,49 @@ def _without_password(match: re.Match[str]) -> str:
         host = word[start:after].partition("/")[0]
         user, colon, _ = host.partition(":")
         if colon and "@" not in user and start + len(user) < end:
-            # To the last @: a password may have any character in it, and a port is none.
-            return "".join([*done, word[place : start + len(user) + 1], REMOVED, word[end:]])
+            # Up to the last @: a password may have any character, and a port none.
+            return "".join([*parts, word[place : start + len(user) + 1], REMOVED, word[end:]])
         at = host.rfind("@")
         if at >= 0:
-            done += [word[place:start], REMOVED]
+            parts += [word[place:start], REMOVED]
             start += at
             place = start
-        done.append(word[place:after])
+        parts.append(word[place:after])
         place = after
-    return "".join([*done, word[place:]])
+    return "".join([*parts, word[place:]])
 
 
-def shortened(text: str, scrub: Callable[[str], str], most: int = FIELD) -> str:
-    """Cut a text that is too long to be read, with a note of how much. What goes through the cut is
-    scrubbed before, or half a secret would be no secret any more."""
-    if len(text) <= most:
+def shortened(text: str, scrub: Callable[[str], str], limit: int = FIELD) -> str:
+    """Cut a long text and note how much was cut. It is scrubbed first, because half a secret would not
+    match."""
+    if len(text) <= limit:
         return text
-    known = scrub(text[: LOOKED_AT + OVERLAP])
-    if len(text) > LOOKED_AT + OVERLAP:
-        # Where it ends nobody knows; so its end is not shown.
-        return f"{known[:most]}{_cut(len(text) - most)}"
-    end = most // 4
-    return f"{known[: most - end]}{_cut(len(text) - most)}{known[-end:]}"
+    known = scrub(text[: SCRUBBED + OVERLAP])
+    if len(text) > SCRUBBED + OVERLAP:
+        # The end is not scrubbed, so it is not shown.
+        return f"{known[:limit]}{_cut(len(text) - limit)}"
+    end = limit // 4
+    return f"{known[: limit - end]}{_cut(len(text) - limit)}{known[-end:]}"
 
 
 def _cut(count: int) -> str:
     return f" [{count} characters cut] "
 
 
-def cleaned(node: Any, scrub: Callable[[str], str], most: int = FIELD) -> Any:
-    """The same with each text cut and scrubbed, and without what is private by its name."""
+def cleaned(node: Any, scrub: Callable[[str], str], limit: int = FIELD) -> Any:
+    """Return a copy with each text cut and scrubbed, and without values of private names."""
     if isinstance(node, str):
-        return scrub(shortened(node, scrub, most))
+        return scrub(shortened(node, scrub, limit))
     if isinstance(node, Mapping):
         return {
-            key: REMOVED if value and is_private(str(key)) else cleaned(value, scrub, most)
+            key: REMOVED if value and is_private(str(key)) else cleaned(value, scrub, limit)
             for key, value in node.items()
         }
     if isinstance(node, list | tuple | set | frozenset):
-        return [cleaned(each, scrub, most) for each in node]
+        return [cleaned(each, scrub, limit) for each in node]
     if node is None or isinstance(node, bool | int | float):
         return node
-    return scrub(shortened(repr(node), scrub, most))
+    return scrub(shortened(repr(node), scrub, limit))
 
 
 @functools.lru_cache(maxsize=1024)

@@ -1,8 +1,8 @@
-"""Requests to addresses that others have chosen: a POST to an `https://` host and port that settings
-allow, at an address that is public.
+"""Requests to URLs that users configure: a POST to an `https://` host and port that the settings allow,
+at a public address.
 
 A name with a special-purpose address among its addresses is refused. Each address is checked right
-before the connection to it is made. No redirect is followed: its target would have to pass the same
+before the connection to it is made. Redirects are not followed: their targets would need the same
 checks.
 """
 
@@ -25,7 +25,7 @@ DEFAULT_PORT = HTTPS_PORT = 443
 CHUNK_BYTES = 16 * 1024
 ESCAPE = re.compile("%([0-9A-Fa-f]{2})")
 UNRESERVED = re.compile("[A-Za-z0-9._~-]")
-# What a request fails with when whoever is asked does not do their part.
+# The errors of a server that does not answer correctly.
 NO_ANSWER = (OSError, http.client.HTTPException)
 
 # The IANA registries of special-purpose addresses (RFC 6890 and its updates, as of 2026-11), with the
@@ -72,16 +72,16 @@ SPECIAL_PURPOSE_V6 = tuple(
 NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 
 
-class Forbidden(Exception):
-    """The address may not be called; the message is safe to show."""
+class ForbiddenURL(Exception):
+    """The URL may not be called; the message is safe to show."""
 
 
-class TooLong(Exception):
-    """The answer is longer than whoever asked wants to read."""
+class ResponseTooLong(Exception):
+    """The response is longer than the limit."""
 
 
 def allowed(url: str, hosts: Iterable[str]) -> bool:
-    """Return whether `url` may be called at all, as far as its text shows; `hosts` are patterns."""
+    """Return True if the text of `url` permits a call; `hosts` are patterns."""
     parts = _split(url)
     return (
         parts is not None
@@ -91,14 +91,14 @@ def allowed(url: str, hosts: Iterable[str]) -> bool:
 
 
 def host_of(url: str) -> str:
-    """What may be logged and shown of it: a path may well be a secret."""
+    """Return the part of a URL to log and show: its path may be a secret."""
     parts = _split(url)
     return (parts.hostname or "") if parts else ""
 
 
 def normalised(url: str) -> str:
-    """The one way to write a URL of many that mean the same: by RFC 3986, section 6.2.2 and 6.2.3, and
-    without a fragment, which is never sent. A URL that cannot be called comes back as it is."""
+    """Normalise a URL by RFC 3986, section 6.2.2 and 6.2.3, without a fragment, which is never sent.
+    Return one that cannot be called unchanged."""
     parts = _split(url)
     if parts is None:
         return url
@@ -110,7 +110,7 @@ def normalised(url: str) -> str:
 
 
 def _unescaped(text: str) -> str:
-    """Without the escapes that change nothing; the others in capitals."""
+    """Remove needless escapes; write the others in capitals."""
     return ESCAPE.sub(_plain, text)
 
 
@@ -123,11 +123,12 @@ def _plain(escape: re.Match[str]) -> str:
 def post(
     url: str, body: bytes, headers: dict[str, str], *, hosts: Iterable[str], deadline: float
 ) -> Iterator[http.client.HTTPResponse]:
-    """The answer, its body still to be read. `deadline`, in `time.monotonic()`, holds for all of it:
-    a socket's own time-out starts anew with each byte. Raises `Forbidden`, and `NO_ANSWER`."""
+    """Send a POST and yield the response, its body still to be read. `deadline`, in
+    `time.monotonic()`, covers all of it: a socket's time-out restarts with each byte. Raises
+    `ForbiddenURL`, and `NO_ANSWER`."""
     parts = _split(url)
     if parts is None or not allowed(url, hosts):
-        raise Forbidden("This address may not be called.")
+        raise ForbiddenURL("This URL may not be called.")
     connection = _Connection(parts.hostname or "", parts.port or DEFAULT_PORT, deadline=deadline)
     target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
     try:
@@ -139,28 +140,29 @@ def post(
 
 
 def read(
-    response: http.client.HTTPResponse, *, most: int, check: Callable[[], None] = lambda: None
+    response: http.client.HTTPResponse, *, limit: int, check: Callable[[], None] = lambda: None
 ) -> bytes:
-    """The body of an answer; `check` is called between its pieces. Raises `TooLong`, `NO_ANSWER`."""
+    """Read the body of a response; call `check` between its pieces. Raises `ResponseTooLong`,
+    `NO_ANSWER`."""
     body = b""
     while chunk := response.read1(CHUNK_BYTES):
         check()
         body += chunk
-        if len(body) > most:
-            raise TooLong
+        if len(body) > limit:
+            raise ResponseTooLong
     return body
 
 
 def public_addresses(host: str, port: int) -> list[str]:
     """Return the addresses of `host`, in the resolver's order, if all of them are public: a name that
-    has a private one too is not to be trusted. Raises `Forbidden`, `OSError`."""
+    also has a private one is not trusted. Raises `ForbiddenURL`, `OSError`."""
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except UnicodeError:  # a label that is empty, or too long
-        raise Forbidden("This is no name of a host.") from None
-    addresses = list(dict.fromkeys(str(info[4][0]).split("%")[0] for info in found))
+        raise ForbiddenURL("This is not a valid host name.") from None
+    addresses = list(dict.fromkeys(str(info[4][0]).split("%")[0] for info in infos))
     if not addresses or not all(is_public(address) for address in addresses):
-        raise Forbidden("This address is not on the public network.")
+        raise ForbiddenURL("This address is not on the public network.")
     return addresses
 
 
@@ -178,29 +180,29 @@ def is_public(address: str) -> bool:
 
 
 class _Socket(ssl.SSLSocket):
-    """Waits until the deadline of its request, whatever it waits for."""
+    """A socket on which every wait ends at the deadline of the request."""
 
     deadline = float("inf")
 
     def recv_into(self, *args: Any, **kwargs: Any) -> int:
-        self.settimeout(_left(self.deadline))
+        self.settimeout(_remaining(self.deadline))
         return super().recv_into(*args, **kwargs)
 
     def send(self, *args: Any, **kwargs: Any) -> int:
-        self.settimeout(_left(self.deadline))
+        self.settimeout(_remaining(self.deadline))
         return super().send(*args, **kwargs)
 
 
 @cache
 def _tls() -> ssl.SSLContext:
-    # Once: it reads all the authorities that the system trusts.
+    # Cached: it reads all the authorities that the system trusts.
     context = ssl.create_default_context()
     context.sslsocket_class = _Socket
     return context
 
 
 class _Connection(http.client.HTTPSConnection):
-    """Connects to the address that was checked, and proves the certificate for the name."""
+    """Connects to the checked address, and verifies the certificate for the name."""
 
     def __init__(self, host: str, port: int, *, deadline: float) -> None:
         super().__init__(host, port, context=_tls())
@@ -209,8 +211,8 @@ class _Connection(http.client.HTTPSConnection):
     def connect(self) -> None:
         plain = self._connect_to_one(public_addresses(self.host, self.port))
         try:
-            # A share was for connecting; the handshake may take all the time that is left.
-            plain.settimeout(_left(self._deadline))
+            # The connection had a share of the time; the handshake may take all the rest.
+            plain.settimeout(_remaining(self._deadline))
             self.sock = cast(_Socket, _tls().wrap_socket(plain, server_hostname=self.host))
             self.sock.deadline = self._deadline
         except BaseException:
@@ -218,10 +220,10 @@ class _Connection(http.client.HTTPSConnection):
             raise
 
     def _connect_to_one(self, addresses: list[str]) -> socket.socket:
-        """Connect to the first address that answers; each gets an equal share of the time left."""
+        """Connect to the first address that answers; each gets an equal share of the remaining time."""
         failure: OSError | None = None
         for number, address in enumerate(addresses):
-            share = _left(self._deadline) / (len(addresses) - number)
+            share = _remaining(self._deadline) / (len(addresses) - number)
             try:
                 return socket.create_connection((address, self.port), timeout=share)
             except OSError as error:
@@ -229,15 +231,15 @@ class _Connection(http.client.HTTPSConnection):
         raise failure or OSError("The name has no address.")
 
 
-def _left(deadline: float) -> float:
-    left = deadline - time.monotonic()
-    if left <= 0:
+def _remaining(deadline: float) -> float:
+    remaining = deadline - time.monotonic()
+    if remaining <= 0:
         raise TimeoutError
-    return left
+    return remaining
 
 
 def _split(url: str) -> SplitResult | None:
-    """The parts of a URL that can be called at all, None for anything else."""
+    """Return the parts of a URL that can be called, None for any other."""
     if not url.isascii() or not url.isprintable() or " " in url:
         return None
     try:

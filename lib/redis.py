@@ -1,7 +1,7 @@
-"""Connections to Redis. Each client of the house is made here, from one parse of REDIS_URL.
+"""Connections to Redis. Every client of the project is made here, from one parse of REDIS_URL.
 
-`rediss://` is TLS with a verified certificate and host name; nothing in the URL can weaken that. The
-password is in no text that this module makes: neither in an error nor in a repr.
+`rediss://` is TLS with a verified certificate and host name; nothing in the URL can weaken that. No
+error and no repr of this module has the password.
 """
 
 import functools
@@ -25,10 +25,10 @@ from redis.retry import Retry
 
 DEFAULT_PORT = 6379
 SCHEMES = ("redis", "rediss", "unix")
-# What OpenSSL answers where the certificate is sound, and somebody else's.
-ANOTHER_HOST = {62, 64}
-# Parameters that other libraries take from such a URL. A name that is not among them is not repeated:
-# it may be the second half of a password with a question mark.
+# OpenSSL's codes for a valid certificate of another host.
+WRONG_HOST = {62, 64}
+# Parameters that other libraries read from such a URL. Another name is not repeated: it may be the
+# second half of a password with a question mark.
 TLS_PARAMETER = re.compile(r"ssl(_[a-z_]{1,40})?\Z")
 KNOWN_PARAMETER = re.compile(
     r"(socket_\w{1,30}|retry_on_\w{1,20}|health_check_interval|max_connections|protocol|client_name|"
@@ -36,46 +36,48 @@ KNOWN_PARAMETER = re.compile(
 )
 
 
-class Invalid(ValueError):
-    """The address or a certificate cannot be used; the message names the variable, and no secret."""
+class InvalidConfiguration(ValueError):
+    """The URL or a certificate is invalid; the message names the variable, and no secret."""
 
 
 @dataclass(frozen=True)
 class TLS:
-    """What a server is verified by, and what this client proves itself with."""
+    """The certificates to verify a server, and to authenticate this client."""
 
     ca_file: str = ""
     cert_file: str = ""
     key_file: str = ""
 
     def context(self) -> ssl.SSLContext:
-        """Return the context, kept for as long as no file changes. Raises `OSError`, `Invalid`."""
+        """Return the context, cached until a file changes. Raises `OSError`, `InvalidConfiguration`."""
         names = (self.ca_file, self.cert_file, self.key_file)
         return _context(self, tuple(os.stat(name).st_mtime_ns for name in names if name))
 
 
 @functools.lru_cache(maxsize=4)
 def _context(tls: TLS, changed: tuple[int, ...]) -> ssl.SSLContext:
-    # To read the authorities of the system takes 20 ms: not for each connection.
+    # Cached: to read the authorities of the system takes 20 ms.
     try:
         context = ssl.create_default_context(cafile=tls.ca_file or None)
     except ssl.SSLError:
-        raise Invalid(f"REDIS_CA_FILE: {tls.ca_file} holds no certificate in PEM format.") from None
+        raise InvalidConfiguration(
+            f"REDIS_CA_FILE: {tls.ca_file} has no certificate in PEM format."
+        ) from None
     if tls.cert_file:
         try:
-            # An empty password, as OpenSSL would ask for one on the terminal.
+            # Without a password OpenSSL would prompt for one on the terminal.
             context.load_cert_chain(tls.cert_file, tls.key_file or None, password="")
         except (ssl.SSLError, ValueError):
-            raise Invalid(
-                "REDIS_CLIENT_CERT_FILE and REDIS_CLIENT_KEY_FILE: they are not a certificate and "
-                "its key, in PEM format and without a passphrase."
+            raise InvalidConfiguration(
+                "REDIS_CLIENT_CERT_FILE and REDIS_CLIENT_KEY_FILE are not a certificate and its key, "
+                "in PEM format and without a passphrase."
             ) from None
     return context
 
 
 @dataclass(frozen=True)
-class Server:
-    """Where Redis is, as whom it is used, and which of its databases."""
+class RedisServer:
+    """The address of a Redis server, the user and the database."""
 
     host: str = "localhost"
     port: int = DEFAULT_PORT
@@ -86,14 +88,14 @@ class Server:
     tls: TLS | None = None
 
     def __str__(self) -> str:
-        """The address without user and password."""
+        """Return the address without user and password."""
         if self.path:
             return f"unix://{self.path}?db={self.database}"
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{'rediss' if self.tls else 'redis'}://{host}:{self.port}/{self.database}"
 
     def parameters(self) -> dict[str, Any]:
-        """Return what a connection of redis-py is made with, time-outs apart."""
+        """Return the arguments of a connection of redis-py, without time-outs."""
         where: dict[str, Any] = (
             {"path": self.path} if self.path else {"host": self.host, "port": self.port}
         )
@@ -140,11 +142,10 @@ class Server:
         timeout: float,
         connect_timeout: float | None = None,
         retries: int = 0,
-        most: int = 16,
-        patience: float | None = 5,
+        max_connections: int = 16,
+        pool_timeout: float | None = 5,
     ) -> redis.asyncio.Redis:
-        """Return a client for asyncio with `most` connections, for one of which it waits `patience`
-        seconds."""
+        """Return a client for asyncio. It waits `pool_timeout` seconds for one of its connections."""
         kind: type[redis.asyncio.connection.AbstractConnection] = redis.asyncio.Connection
         if self.path:
             kind = redis.asyncio.UnixDomainSocketConnection
@@ -152,8 +153,8 @@ class Server:
             kind = AsyncTLSConnection
         return redis.asyncio.Redis.from_pool(
             redis.asyncio.BlockingConnectionPool(
-                max_connections=most,
-                timeout=patience,
+                max_connections=max_connections,
+                timeout=pool_timeout,
                 connection_class=kind,
                 **self.parameters(),
                 socket_timeout=timeout,
@@ -163,8 +164,8 @@ class Server:
         )
 
 
-def parse(url: str, *, ca_file: str = "", cert_file: str = "", key_file: str = "") -> Server:
-    """Return the server that a URL names. Raises `Invalid`.
+def parse(url: str, *, ca_file: str = "", cert_file: str = "", key_file: str = "") -> RedisServer:
+    """Parse a URL. Raises `InvalidConfiguration`.
 
     `redis://[user[:password]@]host[:port][/database]`, the same with `rediss://` for TLS, and
     `unix://[user[:password]@]/path[?db=database]`. User and password are percent-decoded.
@@ -176,22 +177,24 @@ def parse(url: str, *, ca_file: str = "", cert_file: str = "", key_file: str = "
         )
         host, path = parts.hostname or "", unquote(parts.path, errors="strict")
     except UnicodeDecodeError:
-        raise Invalid("REDIS_URL: what it holds percent-encoded is not UTF-8.") from None
+        raise InvalidConfiguration("REDIS_URL: a percent-encoded part is not UTF-8.") from None
     wants_tls = parts.scheme == "rediss"
     if not wants_tls and (ca_file or cert_file or key_file):
-        raise Invalid(
-            "REDIS_CA_FILE, REDIS_CLIENT_CERT_FILE and REDIS_CLIENT_KEY_FILE are for TLS, which "
-            "REDIS_URL does not use: let it start with rediss://, or do not set them."
+        raise InvalidConfiguration(
+            "REDIS_CA_FILE, REDIS_CLIENT_CERT_FILE and REDIS_CLIENT_KEY_FILE need TLS, which REDIS_URL "
+            "does not use: start it with rediss://, or unset them."
         )
     if key_file and not cert_file:
-        raise Invalid("REDIS_CLIENT_KEY_FILE is of no use without REDIS_CLIENT_CERT_FILE.")
+        raise InvalidConfiguration("REDIS_CLIENT_KEY_FILE needs REDIS_CLIENT_CERT_FILE.")
     database = _database(parts)
     if parts.scheme == "unix":
         if host or not path.strip("/"):
-            raise Invalid("REDIS_URL: write the path of a socket as unix:///absolute/path.")
-        return Server(path=path, username=username, password=password, database=database)
+            raise InvalidConfiguration(
+                "REDIS_URL: write the path of a socket as unix:///absolute/path."
+            )
+        return RedisServer(path=path, username=username, password=password, database=database)
     tls = TLS(ca_file, cert_file, key_file) if wants_tls else None
-    return Server(
+    return RedisServer(
         host=host,
         port=port or DEFAULT_PORT,
         username=username,
@@ -207,20 +210,20 @@ def _split(url: str) -> tuple[SplitResult, int | None]:
         port = parts.port
     except ValueError:
         parts, port = SplitResult("", "", "", "", ""), None
-    is_whole = parts.scheme == "unix" or bool(parts.hostname)
-    if parts.scheme not in SCHEMES or not is_whole or port == 0:
+    has_address = parts.scheme == "unix" or bool(parts.hostname)
+    if parts.scheme not in SCHEMES or not has_address or port == 0:
         # The value may carry a password, so it is not repeated.
-        raise Invalid(
+        raise InvalidConfiguration(
             "REDIS_URL is not a URL that starts with redis:// or rediss:// or unix:// and names a "
-            "host. A user or password with one of / ? # @ : in it is written percent-encoded."
+            "host. Percent-encode any of / ? # @ : in a user or password."
         )
     if parts.fragment or any(character.isspace() for character in url):
-        raise Invalid("REDIS_URL holds a blank or a '#': write it percent-encoded.")
+        raise InvalidConfiguration("REDIS_URL has a blank or a '#': percent-encode it.")
     return parts, port
 
 
 def _database(parts: SplitResult) -> int:
-    """The number in the path or, for all schemes, in `?db=`: the one parameter there is."""
+    """Return the number in the path or, with any scheme, in `?db=`, the only parameter."""
     query = dict(parse_qsl(parts.query, keep_blank_values=True))
     value = query.pop("db", None)
     for name in query:
@@ -228,22 +231,28 @@ def _database(parts: SplitResult) -> int:
     in_path = parts.path.strip("/") if parts.scheme != "unix" else ""
     number = in_path or value or "0"
     if (in_path and value) or not (number.isascii() and number.isdigit()):
-        raise Invalid("REDIS_URL: the database is one whole number, as in redis://host:6379/0.")
+        raise InvalidConfiguration(
+            "REDIS_URL: the database is one whole number, as in redis://host:6379/0."
+        )
     return int(number)
 
 
 def _refuse(parameter: str) -> None:
     if TLS_PARAMETER.match(parameter):
-        raise Invalid(
+        raise InvalidConfiguration(
             f"REDIS_URL has the parameter {parameter!r}. Certificate and host name are always "
             "verified: remove it, and set REDIS_CA_FILE, REDIS_CLIENT_CERT_FILE and "
             "REDIS_CLIENT_KEY_FILE instead."
         )
-    named = f"the parameter {parameter!r}" if KNOWN_PARAMETER.match(parameter) else "a parameter"
-    raise Invalid(f"REDIS_URL has {named} that has no effect here: only 'db' has. Remove it.")
+    description = (
+        f"the parameter {parameter!r}" if KNOWN_PARAMETER.match(parameter) else "a parameter"
+    )
+    raise InvalidConfiguration(
+        f"REDIS_URL has {description} that is not supported: only 'db' is. Remove it."
+    )
 
 
-def server() -> Server:
+def server() -> RedisServer:
     """Return the server of the settings."""
     return _parsed(
         settings.REDIS_URL,
@@ -254,12 +263,13 @@ def server() -> Server:
 
 
 @functools.lru_cache(maxsize=4)
-def _parsed(url: str, ca_file: str, cert_file: str, key_file: str) -> Server:
+def _parsed(url: str, ca_file: str, cert_file: str, key_file: str) -> RedisServer:
     return parse(url, ca_file=ca_file, cert_file=cert_file, key_file=key_file)
 
 
-def from_environment(environment: Mapping[str, str]) -> Server:
-    """Return the server that an environment names, for scripts without settings. Raises `Invalid`."""
+def from_environment(environment: Mapping[str, str]) -> RedisServer:
+    """Return the server of an environment, for scripts without settings. Raises
+    `InvalidConfiguration`."""
     names = ("REDIS_URL", "REDIS_CA_FILE", "REDIS_CLIENT_CERT_FILE", "REDIS_CLIENT_KEY_FILE")
     return _parsed(*(environment.get(name, "").strip() for name in names))
 
@@ -267,18 +277,18 @@ def from_environment(environment: Mapping[str, str]) -> Server:
 def client(*, timeout: float, connect_timeout: float | None = None, **options: Any) -> Redis:
     """Return a client for REDIS_URL whose commands end after `timeout` seconds.
 
-    It never repeats a command by itself, which might add an entry twice; `retries=1` allows it where
+    It never repeats a command by itself, which might add an entry twice; `retries=1` allows it if
     that is harmless.
     """
     return server().client(timeout=timeout, connect_timeout=connect_timeout, **options)
 
 
 def async_client(*, timeout: float, **options: Any) -> redis.asyncio.Redis:
-    """Return a client for asyncio; options are those of `Server.async_client`."""
+    """Return a client for asyncio; options are those of `RedisServer.async_client`."""
     return server().async_client(timeout=timeout, **options)
 
 
-# How Redis begins its answer where it is there and takes nothing, and what that comes from.
+# The first words of a Redis that refuses writes, and the causes.
 REFUSALS = {
     "OOM": "its memory is full",
     "READONLY": "it is a replica",
@@ -288,7 +298,7 @@ REFUSALS = {
 
 
 def refused(error: redis.RedisError) -> str:
-    """Return why Redis takes no writes; empty where the error is another one."""
+    """Return why Redis refuses writes; empty for another error."""
     if isinstance(error.__cause__, redis.ResponseError):  # config.server.broker
         return refused(error.__cause__)
     if isinstance(error, redis.exceptions.ReadOnlyError):
@@ -299,13 +309,13 @@ def refused(error: redis.RedisError) -> str:
 
 
 def brief(error: redis.RedisError) -> str:
-    """Return what a log line has of an error: the kind, or what is to be done about TLS."""
+    """Return the text of an error for a log line: its type, or how to fix TLS."""
     text = str(error)
     return text if text.startswith("REDIS_") else type(error).__name__
 
 
 def why(error: redis.RedisError) -> str:
-    """Return what an operator has to know of an error, without a secret and in one line."""
+    """Return the text of an error for an operator, in one line and without a secret."""
     text = str(error)
     if text.startswith("REDIS_"):
         return text
@@ -313,8 +323,8 @@ def why(error: redis.RedisError) -> str:
         return f"Redis refuses writes: {reason}."
     denied = (redis.exceptions.AuthenticationError, redis.exceptions.NoPermissionError)
     if isinstance(error, denied) or text.startswith(("WRONGPASS", "NOAUTH", "NOPERM")):
-        return "REDIS_URL: Redis refuses the user or the password, or the user may not do this."
-    return f"It does not answer at REDIS_URL ({type(error).__name__})."
+        return "REDIS_URL: Redis rejects the user or the password, or the user lacks a permission."
+    return f"No answer at REDIS_URL ({type(error).__name__})."
 
 
 class Breaker:
@@ -336,7 +346,7 @@ class Breaker:
 
 
 class CacheConnections(ConnectionFactory):
-    """Connections of Django's cache: those of REDIS_URL, wherever its LOCATION points."""
+    """Connections of Django's cache: those of REDIS_URL, not of its LOCATION."""
 
     def get_connection_pool(self, params: dict[str, Any]) -> redis.ConnectionPool:
         return server().pool(
@@ -345,23 +355,22 @@ class CacheConnections(ConnectionFactory):
 
 
 class TLSConnection(redis.connection.SSLConnection):
-    """A connection that verifies the server's certificate and host name before it sends a byte of
-    its own."""
+    """A connection that verifies the server's certificate and host name before it sends data."""
 
     def __init__(self, *, tls: TLS, **kwargs: Any) -> None:
         self.tls = tls
         super().__init__(**kwargs)
 
     def _wrap_socket_with_ssl(self, sock: Any) -> ssl.SSLSocket:
-        return _usable(self.tls).wrap_socket(sock, server_hostname=self.host)
+        return _context_of(self.tls).wrap_socket(sock, server_hostname=self.host)
 
     def _error_message(self, exception: BaseException) -> str:
-        usual: str = super()._error_message(exception)
-        return explained(self.host, self.port, self.tls, exception) or usual
+        message: str = super()._error_message(exception)
+        return explained(self.host, self.port, self.tls, exception) or message
 
 
 class AsyncTLSConnection(redis.asyncio.SSLConnection):
-    """The same for asyncio."""
+    """The same connection for asyncio."""
 
     def __init__(self, *, tls: TLS, **kwargs: Any) -> None:
         self.tls = tls
@@ -369,40 +378,40 @@ class AsyncTLSConnection(redis.asyncio.SSLConnection):
 
     def _connection_arguments(self) -> dict[str, Any]:
         plain = super(redis.asyncio.SSLConnection, self)._connection_arguments()
-        return {**plain, "ssl": _usable(self.tls)}
+        return {**plain, "ssl": _context_of(self.tls)}
 
     def _error_message(self, exception: BaseException) -> str:
-        usual: str = super()._error_message(exception)
-        return explained(self.host, self.port, self.tls, exception) or usual
+        message: str = super()._error_message(exception)
+        return explained(self.host, self.port, self.tls, exception) or message
 
 
-def _usable(tls: TLS) -> ssl.SSLContext:
+def _context_of(tls: TLS) -> ssl.SSLContext:
     try:
         return tls.context()
-    except Invalid as error:  # the file was sound when the process started
+    except InvalidConfiguration as error:  # the file was valid when the process started
         raise redis.ConnectionError(str(error)) from None
 
 
 def explained(host: str, port: int | str, tls: TLS, error: BaseException) -> str:
-    """Return why a TLS connection failed and what to do; empty for what is no matter of TLS."""
+    """Return why a TLS connection failed and how to fix it; empty for another error."""
     where = f"{host}:{port}"
     if isinstance(error, ssl.SSLCertVerificationError):
-        if error.verify_code in ANOTHER_HOST:
+        if error.verify_code in WRONG_HOST:
             return (
                 f"REDIS_URL: the certificate of {where} is not valid for this host name. Let "
-                "REDIS_URL name the host as the certificate does."
+                "REDIS_URL name the host of the certificate."
             )
         source = (
             f"REDIS_CA_FILE ({tls.ca_file})" if tls.ca_file else "the system (no REDIS_CA_FILE)"
         )
         return (
-            f"REDIS_URL: the certificate of {where} was refused ({error.verify_message}). It is "
-            f"verified by the authorities of {source}."
+            f"REDIS_URL: the certificate of {where} was rejected ({error.verify_message}). It is "
+            f"verified with the authorities of {source}."
         )
     if isinstance(error, ssl.SSLError):
         reason = (error.reason or "unknown reason").replace("_", " ").lower()
         return (
-            f"REDIS_URL: the TLS handshake with {where} failed ({reason}). Does this port speak TLS, "
-            "and does the server want a REDIS_CLIENT_CERT_FILE?"
+            f"REDIS_URL: the TLS handshake with {where} failed ({reason}). Does this port use TLS, "
+            "and does the server require a REDIS_CLIENT_CERT_FILE?"
         )
     return ""

@@ -2,8 +2,8 @@
 
 Each value is encrypted by AES-256-GCM under the first key of `SECRETS_KEY` and can be decrypted by any
 of them, so that keys can be changed (`manage.py rotate_secrets`). Each purpose has a key of its own,
-derived by HKDF-SHA256. A value is bound to its place, such as one field of one row: moved to another
-place, it cannot be decrypted there.
+derived by HKDF-SHA256. A value is bound to its place, such as one field of one row: it cannot be
+decrypted in another place.
 """
 
 import base64
@@ -23,10 +23,10 @@ from django.conf import settings
 from django.db import models
 from django.db.models.query_utils import DeferredAttribute
 
-# What every encrypted value begins with; the id of its key and the data follow.
+# The prefix of every encrypted value; the id of its key and the data follow.
 PREFIX = "enc:1:"
 NONCE_BYTES = 12
-# Of an encrypted column: whether it is empty, and whether it is still as it was read.
+# The lookups of an encrypted column: for emptiness, and for an unchanged value.
 LOOKUPS = {"exact", "in", "isnull"}
 
 
@@ -35,27 +35,27 @@ class Unreadable(Exception):
 
 
 class Sealed(str):
-    """A value as it is stored: encrypted, or from before there was encryption."""
+    """A stored value: encrypted, or older than encryption."""
 
     __slots__ = ()
 
     @property
     def key_id(self) -> str:
-        """The id of the key that it was encrypted under; empty if it is not encrypted."""
+        """Return the id of the key; empty if the value is not encrypted."""
         return self[len(PREFIX) :].partition(":")[0] if self.startswith(PREFIX) else ""
 
 
 class Opened(str):
-    """A decrypted value, with what it was decrypted from and where that stands."""
+    """A decrypted value, with its encrypted form and its place."""
 
     sealed: Sealed
     home: tuple[object, ...]
 
     @classmethod
     def of(cls, sealed: Sealed, purpose: str, place: list[object]) -> "Opened":
-        made = cls(unseal(sealed, purpose, *place))
-        made.sealed, made.home = sealed, (purpose, *place)
-        return made
+        opened = cls(unseal(sealed, purpose, *place))
+        opened.sealed, opened.home = sealed, (purpose, *place)
+        return opened
 
 
 def seal(plain: str, purpose: str, *place: object) -> Sealed:
@@ -68,17 +68,17 @@ def seal(plain: str, purpose: str, *place: object) -> Sealed:
 
 
 def unseal(sealed: str, purpose: str, *place: object) -> str:
-    """The text that was encrypted for that place. One that is not encrypted is returned as it is:
-    `manage.py rotate_secrets` encrypts it. Raises `Unreadable`."""
+    """Decrypt a text for its place. Return one that is not encrypted unchanged: `manage.py
+    rotate_secrets` encrypts it. Raises `Unreadable`."""
     if not sealed.startswith(PREFIX):
         return sealed
-    wanted, _, text = sealed[len(PREFIX) :].partition(":")
+    wanted_id, _, text = sealed[len(PREFIX) :].partition(":")
     for key in settings.SECRETS_KEY:
-        if key_id(key) == wanted:
+        if key_id(key) == wanted_id:
             return _opened(key, text, purpose, place)
     raise Unreadable(
-        f"A stored secret ({purpose}) was encrypted under a key that SECRETS_KEY does not have. Set "
-        "SECRETS_KEY to the key that it was encrypted under, beside the present one."
+        f"A stored secret ({purpose}) was encrypted with a key that SECRETS_KEY does not have. Add "
+        "that key to SECRETS_KEY, after the current one."
     )
 
 
@@ -89,18 +89,18 @@ def _opened(key: str, text: str, purpose: str, place: tuple[object, ...]) -> str
         return _cipher(key, purpose).decrypt(nonce, data, _bound_to(purpose, place)).decode()
     except (InvalidTag, binascii.Error, ValueError):
         raise Unreadable(
-            f"A stored secret ({purpose}) cannot be decrypted by SECRETS_KEY: it was changed, or comes "
-            "from another row or another database. Restore it from a backup, or make a new one."
+            f"A stored secret ({purpose}) cannot be decrypted with SECRETS_KEY: it was changed, or "
+            "comes from another row or database. Restore it from a backup, or create a new one."
         ) from None
 
 
 def is_current(sealed: str) -> bool:
-    """Whether it is encrypted under the newest key."""
+    """Return True if the value is encrypted with the newest key."""
     return Sealed(sealed).key_id == key_id(settings.SECRETS_KEY[0])
 
 
 def key_id(key: str) -> str:
-    """A name for a key that reveals nothing of it."""
+    """Return a name for a key that reveals nothing of the key."""
     return _derived(key, "id")[:6].hex()
 
 
@@ -119,7 +119,7 @@ def _bound_to(purpose: str, place: tuple[object, ...]) -> bytes:
 
 
 class _Attribute(DeferredAttribute):
-    """Decrypts when it is read, so that a row can be loaded and saved without its key."""
+    """Decrypts on access, so that a row can be loaded and saved without its key."""
 
     field: "EncryptedTextField"
 
@@ -131,7 +131,7 @@ class _Attribute(DeferredAttribute):
         return value
 
     def __set__(self, instance: Any, value: Any) -> None:
-        # With this, what stands in the instance does not go before `__get__`.
+        # A data descriptor, so that the instance's dict does not shadow `__get__`.
         instance.__dict__[self.field.attname] = value
 
 
@@ -139,7 +139,7 @@ class EncryptedTextField(models.TextField):
     """A text that is encrypted in the database; an empty one stays empty.
 
     It is bound to the row by the fields that `bound_to` names, which must never change. Rows cannot be
-    looked up by it, and `update()` cannot set it: save the row.
+    filtered by it, and `update()` cannot set it: save the row.
     """
 
     descriptor_class = _Attribute
@@ -160,7 +160,7 @@ class EncryptedTextField(models.TextField):
         return [getattr(instance, name) for name in self.bound_to]
 
     def sealed_of(self, instance: models.Model) -> Sealed | str:
-        """The value as it is to be stored. One that was not read is stored as it was."""
+        """Return the value to store. One that was not read keeps its stored form."""
         value = instance.__dict__.get(self.attname)
         if value is None:
             value = getattr(instance, self.attname)  # it was deferred
@@ -179,7 +179,7 @@ class EncryptedTextField(models.TextField):
         return Sealed(value) if value else value
 
     def to_python(self, value: Any) -> Any:
-        """Of a fixture, which has the value as it is stored."""
+        """Accept the stored form, which fixtures have."""
         if isinstance(value, str) and value.startswith(PREFIX):
             return Sealed(value)
         return super().to_python(value)
@@ -188,7 +188,7 @@ class EncryptedTextField(models.TextField):
         return self.sealed_of(model_instance)
 
     def get_lookup(self, lookup_name: str) -> Any:
-        """None by a part of it, for which Django would not ask `get_prep_value`."""
+        """Refuse lookups by parts, for which Django does not call `get_prep_value`."""
         return super().get_lookup(lookup_name) if lookup_name in LOOKUPS else None
 
     def get_prep_value(self, value: Any) -> Any:
@@ -196,17 +196,17 @@ class EncryptedTextField(models.TextField):
             value = value.sealed  # loaddata saves what it reads from the row
         if value and not isinstance(value, Sealed):
             raise TypeError(
-                f"{self.name} is encrypted: rows cannot be looked up by it, and are changed by save()."
+                f"{self.name} is encrypted: rows cannot be filtered by it, and only save() changes it."
             )
         return None if value is None else str(value)
 
     def value_to_string(self, obj: models.Model) -> str:
-        """For exports such as dumpdata, which have it encrypted."""
+        """Return the encrypted form for exports such as dumpdata."""
         return self.sealed_of(obj)
 
 
 def fields() -> Iterator[EncryptedTextField]:
-    """Every encrypted field of every model."""
+    """Yield every encrypted field of every model."""
     for model in apps.get_models():
         for field in model._meta.local_fields:
             if isinstance(field, EncryptedTextField):

@@ -1,7 +1,7 @@
-"""Questions that may hang, asked without hanging.
+"""Run checks that may hang, each with a timeout.
 
-A database or a Redis that swallows packets keeps the thread that asks for as long as its driver
-waits. Until that is back no other thread is sent after it.
+A database or a Redis that swallows packets blocks the thread of a check until its driver times out.
+Until then no second thread is started for the same check.
 """
 
 import logging
@@ -19,41 +19,41 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-class NoAnswer(Exception):
-    """The message says why."""
+class CheckFailed(Exception):
+    """The message has the reason."""
 
 
-class Bounded(Generic[T]):
-    def __init__(self, ask: Callable[[], T]) -> None:
-        self.ask = ask
-        self._asking = threading.Lock()
+class BoundedCheck(Generic[T]):
+    def __init__(self, check: Callable[[], T]) -> None:
+        self.check = check
+        self._running = threading.Lock()
 
     def start(self) -> Callable[[float], T]:
-        """Begin to ask. What is returned waits for the answer until a moment of `time.monotonic()`
-        and raises `NoAnswer`."""
-        if not self._asking.acquire(blocking=False):
-            return _unasked
-        answers: list[T] = []
+        """Start the check. Return a function that waits for the result until a moment of
+        `time.monotonic()` and raises `CheckFailed`."""
+        if not self._running.acquire(blocking=False):
+            return _still_running
+        results: list[T] = []
         failures = ["No answer in time."]
-        answered = threading.Event()
+        done = threading.Event()
 
         def work() -> None:
             try:
-                answers.append(self.ask())
+                results.append(self.check())
             except SERVICE_ERRORS as error:
                 # The text may hold an address or a row.
                 failures.append(type(error).__name__)
             except Exception as error:
-                logger.exception("A check broke")
+                logger.exception("Unexpected error in a check")
                 failures.append(type(error).__name__)
             self._end()
-            answered.set()
+            done.set()
 
         def wait(until: float) -> T:
-            answered.wait(max(0.0, until - time.monotonic()))
-            if not answers:
-                raise NoAnswer(failures[-1])
-            return answers[0]
+            done.wait(max(0.0, until - time.monotonic()))
+            if not results:
+                raise CheckFailed(failures[-1])
+            return results[0]
 
         threading.Thread(target=work, name="check", daemon=True).start()
         return wait
@@ -64,22 +64,22 @@ class Bounded(Generic[T]):
         except SERVICE_ERRORS:
             pass  # it was lost already
         finally:
-            self._asking.release()
+            self._running.release()
 
 
-def _unasked(until: float) -> NoReturn:
-    raise NoAnswer("Still no answer to an earlier check.")
+def _still_running(until: float) -> NoReturn:
+    raise CheckFailed("Still no answer to an earlier check.")
 
 
-def ask_all(questions: Mapping[str, Bounded[T]], seconds: float) -> dict[str, T | NoAnswer]:
-    """The answers of all, asked at the same time."""
+def run_checks(checks: Mapping[str, BoundedCheck[T]], seconds: float) -> dict[str, T | CheckFailed]:
+    """Run checks at the same time; return the result of each."""
     until = time.monotonic() + seconds
-    waits = {name: question.start() for name, question in questions.items()}
-    return {name: _answer(wait, until) for name, wait in waits.items()}
+    waits = {name: check.start() for name, check in checks.items()}
+    return {name: _result(wait, until) for name, wait in waits.items()}
 
 
-def _answer(wait: Callable[[float], T], until: float) -> T | NoAnswer:
+def _result(wait: Callable[[float], T], until: float) -> T | CheckFailed:
     try:
         return wait(until)
-    except NoAnswer as none:
-        return none
+    except CheckFailed as failure:
+        return failure

@@ -29,7 +29,7 @@ from botrunner.models import Session
 from lib import files
 from lib.redis import why
 from lib.secrets import Unreadable
-from lib.timeouts import Bounded, NoAnswer, ask_all
+from lib.timeouts import BoundedCheck, CheckFailed, run_checks
 from ops import health, secrets_at_rest
 from webhooks.models import Delivery, Subscription
 
@@ -61,10 +61,10 @@ Findings = Iterator[tuple[str, str, str]]  # level, what is found, how to mend i
 
 def examine() -> list[Finding]:
     """All findings, in the order of the checks."""
-    questions = {name: Bounded(_listed(check)) for name, check in CHECKS.items()}
+    questions = {name: BoundedCheck(_listed(check)) for name, check in CHECKS.items()}
     return [
         Finding(name, *each)
-        for name, answer in ask_all(questions, PATIENCE_SECONDS).items()
+        for name, answer in run_checks(questions, PATIENCE_SECONDS).items()
         for each in (
             [
                 (
@@ -73,7 +73,7 @@ def examine() -> list[Finding]:
                     "See the other findings, and the log.",
                 )
             ]
-            if isinstance(answer, NoAnswer)
+            if isinstance(answer, CheckFailed)
             else answer
         )
     ]

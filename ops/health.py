@@ -18,7 +18,7 @@ from agents.events import stream
 from agents.models import Event, Run, Worker
 from botrunner.models import Session
 from lib.redis import refused
-from lib.timeouts import Bounded, NoAnswer, ask_all
+from lib.timeouts import BoundedCheck, CheckFailed, run_checks
 
 PATIENCE_SECONDS = 2.0
 
@@ -37,10 +37,10 @@ def progress() -> dict[str, Check]:
     return _asked(PROGRESS)
 
 
-def _asked(checks: Mapping[str, Bounded[Check]]) -> dict[str, Check]:
-    answers = ask_all(checks, PATIENCE_SECONDS)
+def _asked(checks: Mapping[str, BoundedCheck[Check]]) -> dict[str, Check]:
+    answers = run_checks(checks, PATIENCE_SECONDS)
     return {
-        name: Check(False, {"error": str(answer)}) if isinstance(answer, NoAnswer) else answer
+        name: Check(False, {"error": str(answer)}) if isinstance(answer, CheckFailed) else answer
         for name, answer in answers.items()
     }
 
@@ -146,13 +146,13 @@ def _age(moment: datetime | None) -> float:
 
 
 READINESS = {
-    "database": Bounded(_database),
-    "redis": Bounded(_redis),
-    "migrations": Bounded(_migrations),
+    "database": BoundedCheck(_database),
+    "redis": BoundedCheck(_redis),
+    "migrations": BoundedCheck(_migrations),
 }
 PROGRESS = {
-    "queue": Bounded(_queue),
-    "outbox": Bounded(_outbox),
-    "workers": Bounded(_workers),
-    "bot": Bounded(_bot),
+    "queue": BoundedCheck(_queue),
+    "outbox": BoundedCheck(_outbox),
+    "workers": BoundedCheck(_workers),
+    "bot": BoundedCheck(_bot),
 }

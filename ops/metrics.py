@@ -48,7 +48,7 @@ from agents.models import Attempt, Rollup, Run
 from agents.usage import refusals, rollups
 from botrunner.models import Reply
 from lib import formats
-from lib.timeouts import Bounded, NoAnswer, ask_all
+from lib.timeouts import BoundedCheck, CheckFailed, run_checks
 from ops import health
 from webhooks.models import Delivery
 
@@ -336,17 +336,17 @@ class System(Collector):
     """One half that cannot be read does not keep the other from being told."""
 
     parts = {
-        "database": Bounded(lambda: list(_from_database())),
-        "redis": Bounded(lambda: list(_from_redis())),
+        "database": BoundedCheck(lambda: list(_from_database())),
+        "redis": BoundedCheck(lambda: list(_from_redis())),
     }
 
     def collect(self) -> Iterator[Metric]:
         ok = GaugeMetricFamily(
             "botrealm_scrape_ok", "Whether it could be read in time.", labels=["part"]
         )
-        for name, found in ask_all(self.parts, PATIENCE_SECONDS).items():
-            ok.add_metric([name], not isinstance(found, NoAnswer))
-            if not isinstance(found, NoAnswer):
+        for name, found in run_checks(self.parts, PATIENCE_SECONDS).items():
+            ok.add_metric([name], not isinstance(found, CheckFailed))
+            if not isinstance(found, CheckFailed):
                 yield from found
         yield ok
 

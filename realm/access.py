@@ -1,7 +1,7 @@
-"""The credential that a request was let in with, and the reasons for which it counts no longer.
+"""The credential of a request, and the reasons for which it is no longer valid.
 
-A response that stays open outlives the moment at which its caller was authenticated. `Access` keeps
-what that took, and `lost` looks up, for many at once, which of them would be refused now.
+A response that stays open outlives the authentication of its caller. `Access` keeps the credential, and
+`look_up` finds, for many at once, those that would be refused now.
 """
 
 import time
@@ -34,7 +34,7 @@ class Reason(StrEnum):
         reason.sentence = sentence
         return reason
 
-    ANONYMOUS = "anonymous_not_allowed", "Requests without a sign-in are not allowed any more."
+    ANONYMOUS = "anonymous_not_allowed", "Anonymous requests are no longer allowed."
     DELETED = "account_deleted", "The account was deleted."
     DEACTIVATED = "account_deactivated", "The account was deactivated."
     TOKEN_EXPIRED = (
@@ -49,7 +49,7 @@ class Reason(StrEnum):
     PASSWORD_CHANGED = "password_changed", "The password was changed. Sign in again."
     SECOND_FACTOR = "second_factor_required", "The account has a second factor. Sign in again."
     THREAD_DELETED = "thread_deleted", "The thread was deleted."
-    THREAD_NOT_OPEN = "thread_not_open", "The thread is not open to you any more."
+    THREAD_NOT_OPEN = "thread_not_open", "You no longer have access to the thread."
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Access:
 
     @classmethod
     def of(cls, request: Any) -> "Access":
-        """That of a request of Django or of REST framework, which has been authenticated."""
+        """Return the credential of an authenticated request of Django or REST framework."""
         if not request.user.is_authenticated:
             return cls()
         claims = getattr(request, "auth", None)
@@ -92,14 +92,14 @@ class Access:
 
 
 @dataclass(frozen=True)
-class Found:
+class AccessStatus:
     lost: dict[Access, Reason]
     users: dict[int, User]
 
 
-def look_up(accesses: Collection[Access]) -> Found:
-    """The credentials that would be refused now, and the users of the others: three queries at most,
-    none for anonymous callers."""
+def look_up(accesses: Collection[Access]) -> AccessStatus:
+    """Find the credentials that would be refused now, and the users of the others: with at most three
+    queries, none for anonymous callers."""
     of_users = [access for access in accesses if access.user_id is not None]
     of_sessions = [access for access in of_users if access.session]
     users = User.objects.in_bulk({access.user_id for access in of_users}) if of_users else {}
@@ -121,7 +121,7 @@ def look_up(accesses: Collection[Access]) -> Found:
                 )
         if reason is not None:
             lost[access] = reason
-    return Found(lost, users)
+    return AccessStatus(lost, users)
 
 
 def _open_sessions(accesses: Collection[Access]) -> set[str]:
@@ -133,12 +133,12 @@ def _open_sessions(accesses: Collection[Access]) -> set[str]:
 
 
 def _devices(accesses: Collection[Access]) -> dict[int, set[str]]:
-    found: dict[int, set[str]] = {}
+    devices: dict[int, set[str]] = {}
     if accesses:
         users = {access.user_id for access in accesses}
         for device in TOTPDevice.objects.filter(user__in=users, confirmed=True):
-            found.setdefault(device.user_id, set()).add(device.persistent_id)
-    return found
+            devices.setdefault(device.user_id, set()).add(device.persistent_id)
+    return devices
 
 
 def _of_account(user: User | None) -> Reason | None:
@@ -163,8 +163,8 @@ def _of_token(access: Access, user: User) -> Reason | None:
 def _of_session(access: Access, user: User, sessions: set[str], devices: set[str]) -> Reason | None:
     if access.session not in sessions:
         return Reason.SIGNED_OUT
-    good = [user.get_session_auth_hash(), *user.get_session_auth_fallback_hash()]
-    if not any(constant_time_compare(access.session_hash, each) for each in good):
+    valid = [user.get_session_auth_hash(), *user.get_session_auth_fallback_hash()]
+    if not any(constant_time_compare(access.session_hash, each) for each in valid):
         return Reason.PASSWORD_CHANGED
     if devices and access.device not in devices:
         return Reason.SECOND_FACTOR

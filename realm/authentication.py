@@ -28,7 +28,7 @@ class RealmTokenAuthentication(BaseAuthentication):
         user = User.objects.filter(matrix_user_id=claims.user).first()
         if user is None:
             raise self.unknown_user(
-                "The token's user is not registered here. Ask for a session first."
+                "The token's user is unknown. Create a session first: POST /_server-session."
             )
         if not user.is_active:
             raise AuthenticationFailed("The token's user is deactivated.")
@@ -43,7 +43,7 @@ class RealmTokenAuthentication(BaseAuthentication):
 
 
 class RealmServerAuthentication(RealmTokenAuthentication):
-    """To the realm server a good token of a user that it does not have is something not found."""
+    """Answers 404 for a valid token of an unknown user, as the realm server specifies."""
 
     unknown_user = NotFound
 
@@ -55,5 +55,5 @@ class SessionAuthentication(authentication.SessionAuthentication):
         try:
             super().enforce_csrf(request)
         except (AttributeError, TypeError):
-            # Django looks for the token in a form; what came is JSON that has something else there.
+            # Django reads the token from a form; this JSON has another value in its place.
             raise PermissionDenied("CSRF Failed: CSRF token missing.") from None

@@ -1,7 +1,7 @@
-"""Rights of one user over another. A user manages only those who have no more rights than they have,
-and grants or takes only what they hold themselves. Rights are sets of permissions; a superuser has all.
+"""Rights of one user over another. A user manages only users with no more rights than their own, and
+grants or revokes only their own. Rights are sets of permissions; a superuser has all.
 
-Permissions count whether or not the account is active: a deactivated one may be activated again.
+Permissions of inactive accounts count too: an account may be activated again.
 """
 
 from collections.abc import Iterable
@@ -13,7 +13,7 @@ from realm.models import User
 
 
 def held_by(user: User) -> QuerySet[Permission]:
-    """The permissions that a user holds, by their groups included."""
+    """Return the permissions that a user holds, including those of their groups."""
     if user.is_superuser:
         return Permission.objects.all()
     own = Permission.objects.filter(user=user.pk).order_by().values("pk")
@@ -22,31 +22,31 @@ def held_by(user: User) -> QuerySet[Permission]:
 
 
 def beyond(user: User) -> QuerySet[Permission]:
-    """The permissions that a user does not hold."""
+    """Return the permissions that a user does not hold."""
     return Permission.objects.exclude(pk__in=held_by(user).order_by().values("pk"))
 
 
 def outranking(user: User) -> QuerySet[User]:
-    """The users with a right that `user` does not have."""
+    """Return the users with a right that `user` does not have."""
     if user.is_superuser:
         return User.objects.none()
-    more = beyond(user).order_by().values("pk")
-    of_groups = Group.objects.filter(permissions__in=more).order_by().values("pk")
-    direct = User.objects.filter(user_permissions__in=more).order_by().values("pk")
+    missing = beyond(user).order_by().values("pk")
+    of_groups = Group.objects.filter(permissions__in=missing).order_by().values("pk")
+    direct = User.objects.filter(user_permissions__in=missing).order_by().values("pk")
     by_group = User.objects.filter(groups__in=of_groups).order_by().values("pk")
     return User.objects.filter(Q(is_superuser=True) | Q(pk__in=direct) | Q(pk__in=by_group))
 
 
 def grantable_groups(user: User) -> QuerySet[Group]:
-    """The groups that `user` may put others into, and take others out of."""
+    """Return the groups whose members `user` may add and remove."""
     if user.is_superuser:
         return Group.objects.all()
-    more = beyond(user).order_by().values("pk")
-    return Group.objects.exclude(pk__in=Group.objects.filter(permissions__in=more).values("pk"))
+    missing = beyond(user).order_by().values("pk")
+    return Group.objects.exclude(pk__in=Group.objects.filter(permissions__in=missing).values("pk"))
 
 
 def objection(actor: User, target: User) -> str:
-    """The reason for which `actor` may not manage `target`; empty if they may."""
+    """Return the reason why `actor` may not manage `target`; empty if they may."""
     if not outranking(actor).filter(pk=target.pk).exists():
         return ""
     return (
@@ -56,7 +56,7 @@ def objection(actor: User, target: User) -> str:
 
 
 def group_objection(actor: User, group: Group) -> str:
-    """The reason for which `actor` may not change or delete `group`; empty if they may."""
+    """Return the reason why `actor` may not change or delete `group`; empty if they may."""
     if actor.is_superuser:
         return ""
     if not grantable_groups(actor).filter(pk=group.pk).exists():
@@ -66,7 +66,7 @@ def group_objection(actor: User, group: Group) -> str:
     return ""
 
 
-def not_grantable(allowed: QuerySet[Group] | QuerySet[Permission], asked: Iterable[str]) -> bool:
-    """True if one of the ids that a form was sent with is not among those allowed."""
-    wanted = {int(each) for each in asked if each.isascii() and each.isdigit() and len(each) < 19}
-    return bool(wanted - set(allowed.filter(pk__in=wanted).values_list("pk", flat=True)))
+def not_grantable(allowed: QuerySet[Group] | QuerySet[Permission], ids: Iterable[str]) -> bool:
+    """Return True if one of the submitted ids is not allowed."""
+    keys = {int(each) for each in ids if each.isascii() and each.isdigit() and len(each) < 19}
+    return bool(keys - set(allowed.filter(pk__in=keys).values_list("pk", flat=True)))

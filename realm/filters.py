@@ -1,4 +1,4 @@
-"""When a bot command fires: the filter of a command, as it is sent and stored."""
+"""The filter of a bot command, which selects the room events that run it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,8 +12,8 @@ MAX_LENGTH = 255
 
 
 class InvalidFilter(ValueError):
-    """The filter makes no sense; the message says why and is safe to show, `key` where ("" for the
-    whole)."""
+    """The filter is invalid. The message has the reason and is safe to show; `key` is the invalid key,
+    "" for the whole filter."""
 
     def __init__(self, key: str, message: str) -> None:
         super().__init__(f"{key}: {message}" if key else message)
@@ -22,11 +22,11 @@ class InvalidFilter(ValueError):
 
 
 @dataclass(frozen=True)
-class Filter:
-    """Which events a command is for.
+class EventFilter:
+    """The events that run a command.
 
-    `content_type` is the `type` in the content of a trigger, the `msgtype` of a message. Where
-    `prefix` is set the text must begin with it; where `mention` is set the bot must be mentioned.
+    `content_type` is the `type` in the content of a trigger, the `msgtype` of a message. If `prefix` is
+    set, the text must start with it; if `mention` is set, the bot must be mentioned.
     """
 
     type: str
@@ -36,15 +36,17 @@ class Filter:
     mention: bool | None = None
 
     @classmethod
-    def parse(cls, value: Any) -> "Filter":
-        """Raises `InvalidFilter`. A key that is not known is refused: to drop a condition silently
-        would make the command fire too often."""
+    def parse(cls, value: Any) -> "EventFilter":
+        """Parse a filter. An unknown key is refused, because a dropped condition would run the command
+        too often. Raises `InvalidFilter`."""
         if not isinstance(value, Mapping):
             raise InvalidFilter("", "It must be an object.")
         known = list(cls.__dataclass_fields__)
         for key in value:
             if key not in known:
-                raise InvalidFilter("", f"There is no key {key[:40]!r}, only {', '.join(known)}.")
+                raise InvalidFilter(
+                    "", f"Unknown key {key[:40]!r}. Known keys: {', '.join(known)}."
+                )
         return cls(
             type=_one_of(value, "type", (MATRIX_EVENT,)),
             event_type=_one_of(value, "event_type", EVENT_TYPES),
@@ -54,7 +56,7 @@ class Filter:
         )
 
     def in_words(self) -> str:
-        """What it lets pass, for an admin to read."""
+        """Describe the filter for people."""
         if self.event_type == BOT_TRIGGER:
             return f"a trigger of type {self.content_type!r}"
         conditions = []
@@ -68,23 +70,23 @@ class Filter:
 
 
 def _one_of(value: Mapping[str, Any], key: str, choices: tuple[str, ...]) -> str:
-    found = value.get(key)
-    if not isinstance(found, str) or found not in choices:
+    choice = value.get(key)
+    if not isinstance(choice, str) or choice not in choices:
         raise InvalidFilter(key, f"It must be {' or '.join(map(repr, choices))}.")
-    return found
+    return choice
 
 
 def _text(value: Mapping[str, Any], key: str) -> str:
-    found = value.get(key)
-    if not isinstance(found, str) or not found.strip() or len(found) > MAX_LENGTH:
+    text = value.get(key)
+    if not isinstance(text, str) or not text.strip() or len(text) > MAX_LENGTH:
         raise InvalidFilter(key, f"It must be a string of 1 to {MAX_LENGTH} characters.")
-    if "\x00" in found:
+    if "\x00" in text:
         raise InvalidFilter(key, "It must not hold a null character.")
-    return found
+    return text
 
 
 def _switch(value: Mapping[str, Any], key: str) -> bool | None:
-    found = value.get(key)
-    if found is not None and not isinstance(found, bool):
+    flag = value.get(key)
+    if flag is not None and not isinstance(flag, bool):
         raise InvalidFilter(key, "It must be true or false.")
-    return found
+    return flag

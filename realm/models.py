@@ -13,23 +13,23 @@ from django.db.models import F, Q
 from django.utils import timezone
 
 from lib import revocations
-from realm.filters import EVENT_TYPES, MATRIX_EVENT, Filter, InvalidFilter
+from realm.filters import EVENT_TYPES, MATRIX_EVENT, EventFilter, InvalidFilter
 
 # https://spec.matrix.org/v1.11/appendices/#user-identifiers, historical localparts included.
-# Anchored, as a validator searches: it would begin anew at each @.
+# Anchored, because a validator searches: it would restart at each @.
 MATRIX_USER_ID = re.compile(r"\A@[\x21-\x39\x3b-\x7e]{1,}:[A-Za-z0-9.\-\[\]:]{1,}\Z")
 MAX_MATRIX_ID_LENGTH = 255
-# Registrations, and commands, that one user may make: all of a sender's are asked about each message.
+# Registrations, and commands, of one user: each message is matched with all of its sender's.
 MAX_EACH = 100
 
 
 class NameTaken(Exception):
-    """An account that does not have this Matrix id bears its name; the message is safe to show."""
+    """Another account has this Matrix id as its username; the message is safe to show."""
 
 
 class UserQuerySet(models.QuerySet["User"]):
     def update(self, **columns: Any) -> int:
-        """Also publish that rights may be lost: of all users, since it is not known of which."""
+        """Update, and publish that rights may be revoked: of any user, because the rows are unknown."""
         if User.RIGHTS & columns.keys():
             revocations.publish_on_commit()
         return super().update(**columns)
@@ -40,12 +40,12 @@ class RealmUserManager(UserManager["User"]):
         return UserQuerySet(self.model, using=self._db)
 
     def create_matrix_user(self, matrix_user_id: str) -> "User":
-        """A user known by a Matrix id alone: no password, so no way in but a realm token."""
+        """Create a user without a password, who can sign in only with a realm token."""
         return self.create_user(username=matrix_user_id, matrix_user_id=matrix_user_id)
 
     def of_matrix_id(self, matrix_user_id: str) -> "User":
-        """The user with that Matrix id, created at first sight. Tokens that were issued before
-        belong to a deleted account, and are not good for this one. Raises `NameTaken`."""
+        """Return the user with that Matrix id, created if unknown. Earlier tokens belong to a deleted
+        account and are not valid for this one. Raises `NameTaken`."""
         try:
             user, _ = self.get_or_create(
                 matrix_user_id=matrix_user_id,
@@ -57,14 +57,14 @@ class RealmUserManager(UserManager["User"]):
             )
         except IntegrityError:
             raise NameTaken(
-                f"{matrix_user_id} is the name of an account that does not have this Matrix id."
+                f"{matrix_user_id} is the username of an account without this Matrix id."
             ) from None
         return user
 
     def deactivated_among(self, matrix_user_ids: Iterable[str]) -> set[str]:
-        """Those of the Matrix ids whose accounts are deactivated. An id without an account is none."""
-        found = self.filter(matrix_user_id__in=set(matrix_user_ids), is_active=False)
-        return {str(each) for each in found.values_list("matrix_user_id", flat=True)}
+        """Return the Matrix ids of deactivated accounts among those given."""
+        users = self.filter(matrix_user_id__in=set(matrix_user_ids), is_active=False)
+        return {str(each) for each in users.values_list("matrix_user_id", flat=True)}
 
 
 class User(AbstractUser):
@@ -88,17 +88,17 @@ class User(AbstractUser):
 
     objects: ClassVar[RealmUserManager] = RealmUserManager()
 
-    # What a change of may end open streams (realm.access).
+    # A change of these may end open streams (realm.access).
     RIGHTS = frozenset({"is_active", "password", "tokens_valid_from", "matrix_user_id"})
 
     def revoke_tokens(self) -> None:
-        """Have all realm tokens refused that the user has. The moment is the next second, for those of
-        this one must go too; whatever is issued from here on bears at least that time."""
+        """Revoke all realm tokens of the user, those of this second included: new tokens are issued for
+        the next second or later."""
         moment = timezone.now().replace(microsecond=0) + timedelta(seconds=1)
         me = User.objects.filter(pk=self.pk)
         earlier = Q(tokens_valid_from=None) | Q(tokens_valid_from__lt=moment)
         if not me.filter(earlier).update(tokens_valid_from=moment):
-            # Revoked in this second already, and a token issued since then bears that very time.
+            # Revoked in this second already; a token issued since then has that time.
             me.update(tokens_valid_from=F("tokens_valid_from") + timedelta(seconds=1))
         self.refresh_from_db(fields=["tokens_valid_from"])
 
@@ -108,19 +108,19 @@ class BotRegistrationQuerySet(models.QuerySet["BotRegistration"]):
         return self.filter(user_id=user.pk)
 
     def enable(self) -> int:
-        """How many were disabled."""
+        """Enable the bots; return the number that was disabled."""
         return self.filter(enabled=False).update(enabled=True, disabled_at=None, disabled_reason="")
 
     def disable(self, reason: str = "") -> int:
-        """What is said from now on fires nothing, and neither does what has not been acted upon yet;
-        runs that have been asked for go on. How many were enabled."""
+        """Disable the bots for new and unhandled events; runs continue. Return the number that was
+        enabled."""
         return self.filter(enabled=True).update(
             enabled=False, disabled_at=timezone.now(), disabled_reason=reason
         )
 
 
 class BotRegistration(models.Model):
-    """A bot's leave to act for a user. It makes no Matrix account."""
+    """The permission of a bot to act for a user. It creates no Matrix account."""
 
     id = models.UUIDField(primary_key=True, default=uuid.uuid4, editable=False)
     user = models.ForeignKey(User, models.CASCADE, related_name="bot_registrations")
@@ -144,7 +144,7 @@ class BotRegistration(models.Model):
         ordering = ["created_at", "id"]
         permissions = [("switch_botregistration", "Can enable and disable bot registrations")]
         indexes = [
-            # botrunner.incoming.matching: those of whoever says something.
+            # botrunner.incoming.matching: by the sender of an event.
             models.Index(fields=["username"], name="bot_registration_by_username"),
         ]
         constraints = [
@@ -168,7 +168,7 @@ class BotCommandQuerySet(models.QuerySet["BotCommand"]):
 
 
 class BotCommand(models.Model):
-    """What a registered bot does when an event passes the filter."""
+    """A command that a registered bot runs for each event that matches the filter."""
 
     id = models.UUIDField(primary_key=True, default=uuid.uuid4, editable=False)
     registration = models.ForeignKey(BotRegistration, models.CASCADE, related_name="commands")
@@ -197,16 +197,16 @@ class BotCommand(models.Model):
 
     def clean(self) -> None:
         try:
-            Filter.parse(self.filter)
+            EventFilter.parse(self.filter)
         except InvalidFilter as error:
             raise ValidationError({"filter": str(error)}) from None
 
     @property
-    def when(self) -> Filter:
-        return Filter.parse(self.filter)
+    def when(self) -> EventFilter:
+        return EventFilter.parse(self.filter)
 
     def in_words(self) -> str:
-        """When it fires."""
+        """Describe the events that run the command."""
         try:
             return self.when.in_words()
         except InvalidFilter as error:

@@ -1,9 +1,10 @@
-"""Whose is a Matrix OpenID token? Asked of our own homeserver (`MATRIX_URL`) and of no other: a
-server that the client named could answer for anybody.
+"""Look up the user of a Matrix OpenID token at the configured homeserver (`MATRIX_URL`) only: a server
+named by the client could answer for any user.
 
-The specification wants the token in the query string, and HTTP clients write their URLs into logs,
-traces and exceptions. So the request is written here by hand, and no exception says more than its
-kind.
+The specification requires the token in the query string, and HTTP clients write URLs to logs, traces
+and exceptions. So this module writes the request itself, and its exceptions have only the type of the
+cause. It shares no code with lib.outgoing, which speaks HTTPS to public addresses alone: a homeserver
+is often at a private one, without TLS.
 """
 
 import functools
@@ -26,53 +27,53 @@ logger = logging.getLogger(__name__)
 USERINFO = "/_matrix/federation/v1/openid/userinfo"
 TIMEOUT_SECONDS = 5
 MAX_TOKEN_LENGTH = 4096
-MAX_ANSWER_BYTES = 64 * 1024
-# A homeserver that hangs must not take all threads of the process with it.
-SEATS = threading.BoundedSemaphore(4)
-SEAT_WAIT_SECONDS = 0.5
+MAX_RESPONSE_BYTES = 64 * 1024
+# A homeserver that hangs must not block all threads of the process.
+LOOKUPS = threading.BoundedSemaphore(4)
+LOOKUP_WAIT_SECONDS = 0.5
 
 
 class OpenIDError(Exception):
-    """It is not known whose the token is; the message says why and is safe to show."""
+    """The user of a token is unknown; the message has the reason and is safe to show."""
 
 
-class TokenRefused(OpenIDError):
+class OpenIDTokenRejected(OpenIDError):
     """The homeserver does not know the token, or it has expired."""
 
 
-class HomeserverAway(OpenIDError):
-    """No answer from the homeserver; a later try may have one."""
+class HomeserverUnavailable(OpenIDError):
+    """The homeserver does not answer; another try may succeed."""
 
 
-class BadAnswer(OpenIDError):
-    """The homeserver answered what it should not."""
+class InvalidHomeserverResponse(OpenIDError):
+    """The homeserver returned an invalid response."""
 
 
 def matrix_user(token: str) -> str:
-    """The Matrix id of the user that an OpenID token was made for. Raises `OpenIDError`."""
+    """Return the Matrix id of the user of an OpenID token. Raises `OpenIDError`."""
     try:
-        return _subject(*_answer(token))
-    except (HomeserverAway, BadAnswer) as error:
-        logger.warning("An OpenID token could not be checked: %s", error)
+        return _subject(*_response(token))
+    except (HomeserverUnavailable, InvalidHomeserverResponse) as error:
+        logger.warning("OpenID token could not be checked: %s", error)
         raise
 
 
-def _answer(token: str) -> tuple[int, bytes]:
-    if not SEATS.acquire(timeout=SEAT_WAIT_SECONDS):
-        raise HomeserverAway("The homeserver is slow to answer. Please try again.")
+def _response(token: str) -> tuple[int, bytes]:
+    if not LOOKUPS.acquire(timeout=LOOKUP_WAIT_SECONDS):
+        raise HomeserverUnavailable("The homeserver is slow. Please try again.")
     try:
-        return _ask(token)
+        return _request(token)
     except TimeoutError:
-        raise HomeserverAway("The homeserver did not answer in time.") from None
+        raise HomeserverUnavailable("The homeserver did not answer in time.") from None
     except (OSError, http.client.HTTPException) as error:
-        raise HomeserverAway(
-            f"The homeserver could not be asked ({type(error).__name__})."
+        raise HomeserverUnavailable(
+            f"The homeserver could not be reached ({type(error).__name__})."
         ) from None
     finally:
-        SEATS.release()
+        LOOKUPS.release()
 
 
-def _ask(token: str) -> tuple[int, bytes]:
+def _request(token: str) -> tuple[int, bytes]:
     base = urlsplit(settings.MATRIX_URL)
     target = f"{base.path.rstrip('/')}{USERINFO}?access_token={quote(token, safe='')}"
     lines = [
@@ -94,7 +95,7 @@ def _ask(token: str) -> tuple[int, bytes]:
             sock.sendall(("\r\n".join(lines) + "\r\n\r\n").encode("ascii"))
             with closing(http.client.HTTPResponse(sock, method="GET")) as response:
                 response.begin()
-                return response.status, response.read(MAX_ANSWER_BYTES + 1)
+                return response.status, response.read(MAX_RESPONSE_BYTES + 1)
         finally:
             if late.is_set():
                 raise TimeoutError
@@ -111,8 +112,8 @@ def _tls() -> ssl.SSLContext:
 
 @contextmanager
 def _cut_off(sock: socket.socket) -> Iterator[threading.Event]:
-    """Ends the conversation when its time is over: the socket's own time-out starts anew with every
-    byte. Sets the event that it gives."""
+    """End the connection after `TIMEOUT_SECONDS`, and set the yielded event: a socket's time-out
+    restarts with every byte."""
     late = threading.Event()
 
     def shut() -> None:
@@ -131,20 +132,22 @@ def _cut_off(sock: socket.socket) -> Iterator[threading.Event]:
 
 def _subject(status: int, body: bytes) -> str:
     if status in (401, 403):
-        raise TokenRefused("The homeserver does not accept the OpenID token.")
+        raise OpenIDTokenRejected("The homeserver does not accept the OpenID token.")
     if status in (429, 503, 504):
-        raise HomeserverAway("The homeserver is busy. Please try again.")
-    if status != 200 or len(body) > MAX_ANSWER_BYTES:
-        raise BadAnswer(f"The homeserver gave no usable answer (status {status}).")
+        raise HomeserverUnavailable("The homeserver is busy. Please try again.")
+    if status != 200 or len(body) > MAX_RESPONSE_BYTES:
+        raise InvalidHomeserverResponse(
+            f"The homeserver returned an invalid response (status {status})."
+        )
     try:
         answer = orjson.loads(body)
     except orjson.JSONDecodeError:
-        raise BadAnswer("The homeserver's answer is not JSON.") from None
+        raise InvalidHomeserverResponse("The homeserver's response is not JSON.") from None
     user = answer.get("sub") if isinstance(answer, dict) else None
     if (
         not isinstance(user, str)
         or not MATRIX_USER_ID.match(user)
         or len(user) > MAX_MATRIX_ID_LENGTH
     ):
-        raise BadAnswer("The homeserver's answer names no Matrix user.")
+        raise InvalidHomeserverResponse("The homeserver's response names no Matrix user.")
     return user

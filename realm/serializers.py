@@ -1,4 +1,4 @@
-"""The realm server's documents: shapes, and what may be told only to their owner."""
+"""The documents of the realm server, and the checks of their owner."""
 
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -12,13 +12,13 @@ from rest_framework_json_api import serializers
 from lib.httperrors import Forbidden, NotFound
 from lib.jsonapi.documents import StringField
 from realm import commands, models, openid, tokens
-from realm.filters import Filter, InvalidFilter
+from realm.filters import EventFilter, InvalidFilter
 from realm.models import BotCommand, BotRegistration, User
 
 
 @dataclass(frozen=True)
-class Session:
-    """A realm-server JWT and what it stands for. It is not stored."""
+class ServerSession:
+    """A realm-server JWT and its claims. It is not stored."""
 
     pk: str
     user: str
@@ -26,7 +26,7 @@ class Session:
     expires_at: datetime
 
     @classmethod
-    def of(cls, user: User) -> "Session":
+    def of(cls, user: User) -> "ServerSession":
         name = str(user.matrix_user_id)
         token = tokens.issue(name, valid_from=user.tokens_valid_from)
         expires = datetime.fromtimestamp(tokens.verify(token).expires, UTC)
@@ -66,7 +66,7 @@ class BotRegistrationSerializer(serializers.ModelSerializer):
 
 
 class IdField(UUIDField):
-    """A UUID in a string: DRF takes a number for one, too."""
+    """A UUID in a string; DRF also accepts a number."""
 
     def to_internal_value(self, data: Any) -> UUID:
         if not isinstance(data, str):
@@ -75,11 +75,11 @@ class IdField(UUIDField):
 
 
 class FilterField(Field[Any, Any, Any, Any]):
-    """Checked as a whole, kept as it was sent."""
+    """An event filter, validated as a whole and stored as sent."""
 
     def to_internal_value(self, data: Any) -> Any:
         try:
-            Filter.parse(data)
+            EventFilter.parse(data)
         except InvalidFilter as error:
             message = error.message
             raise serializers.ValidationError(
@@ -119,14 +119,13 @@ class BotCommandSerializer(serializers.ModelSerializer):
 
 def _check_number(rows: QuerySet[Any], name: str) -> None:
     if rows.count() >= models.MAX_EACH:
-        raise serializers.ValidationError(f"Nobody may have more than {models.MAX_EACH} {name}.")
+        raise serializers.ValidationError(f"A user may have at most {models.MAX_EACH} {name}.")
 
 
 def check_owner(bot_id: UUID, user: User, **source: str) -> None:
-    """Raises 404 where there is no such bot, 403 where it is another's; `source` says where its id
-    stood."""
+    """Raise 404 for an unknown bot, 403 for that of another user; `source` names its place."""
     owner = BotRegistration.objects.filter(pk=bot_id).values_list("user_id", flat=True).first()
     if owner is None:
         raise NotFound("There is no registered bot with this id.", **source)
     if owner != user.pk:
-        raise Forbidden("This bot is registered by somebody else.", **source)
+        raise Forbidden("This bot is registered by another user.", **source)

@@ -18,7 +18,7 @@ LEEWAY_SECONDS = 30
 
 
 class InvalidToken(Exception):
-    """The token proves nothing; the message is safe to show and says why."""
+    """The token is not valid; the message has the reason and is safe to show."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ def issue(
     max_age: int = MAX_AGE_SECONDS,
     valid_from: datetime | None = None,
 ) -> str:
-    """A token for the Matrix id `user`, good for `max_age` seconds (at most seven days). `valid_from`:
-    the user's, if their tokens have been revoked; it may be a moment ahead."""
+    """Issue a token for the Matrix id `user`, valid for `max_age` seconds (at most seven days).
+    `valid_from`: that of the user, if their tokens were revoked; it may be a second ahead."""
     now = int(time.time())
     if valid_from:
         now = max(now, int(valid_from.timestamp()))
@@ -52,7 +52,7 @@ def issue(
 
 
 def verify(token: str) -> Claims:
-    """Whether the user has it still is for `check_not_revoked` to say. Raises `InvalidToken`."""
+    """Verify a token, except for its revocation (`check_not_revoked`). Raises `InvalidToken`."""
     if len(token) > MAX_LENGTH:
         raise InvalidToken("The token is too long.")
     try:
@@ -84,6 +84,6 @@ def verify(token: str) -> Claims:
 
 
 def check_not_revoked(claims: Claims, user: User) -> None:
-    """Raises `InvalidToken`. Without a leeway, which would let in what leaked just before."""
+    """Raise `InvalidToken` for a revoked token. A leeway would accept one that leaked just before."""
     if user.tokens_valid_from and claims.issued < user.tokens_valid_from.timestamp():
         raise InvalidToken("The token has been revoked. Get a new one: POST /_server-session.")

@@ -17,14 +17,14 @@ from realm.models import BotCommand, BotRegistration, NameTaken, User
 from realm.serializers import (
     BotCommandSerializer,
     BotRegistrationSerializer,
+    ServerSession,
     ServerSessionSerializer,
-    Session,
     check_owner,
 )
 
 
 class OpenIDTokenParser(JSONParser):
-    """What a homeserver gave its client, passed on as it is; or the same as a document."""
+    """Parses a Matrix OpenID token, either as the homeserver issued it or as a document."""
 
     def parse_data(self, result: Any, parser_context: Any) -> Any:
         if not isinstance(result, dict) or "data" in result:
@@ -38,14 +38,14 @@ class OpenIDTokenParser(JSONParser):
 class ServerSessionView(JSONAPIView):
     serializer_class = ServerSessionSerializer
     parser_classes = [JSONAPIParser, OpenIDTokenParser]
-    # Whoever comes for a new token may still send the one that has expired.
+    # A client that needs a new token may send the expired one.
     authentication_classes = []
     permission_classes = []
     throttle_classes = [throttles.ServerSessionThrottle]
     http_errors = {
-        openid.TokenRefused: exceptions.AuthenticationFailed,
-        openid.HomeserverAway: ServiceUnavailable,
-        openid.BadAnswer: BadGateway,
+        openid.OpenIDTokenRejected: exceptions.AuthenticationFailed,
+        openid.HomeserverUnavailable: ServiceUnavailable,
+        openid.InvalidHomeserverResponse: BadGateway,
         NameTaken: Conflict,
     }
 
@@ -53,13 +53,13 @@ class ServerSessionView(JSONAPIView):
         return RealmServerAuthentication().authenticate_header(request)
 
     def post(self, request: Request) -> Response:
-        asked = self.get_serializer(data=request.data)
-        asked.is_valid(raise_exception=True)
-        matrix_user_id = openid.matrix_user(asked.validated_data["access_token"])
+        serializer = self.get_serializer(data=request.data)
+        serializer.is_valid(raise_exception=True)
+        matrix_user_id = openid.matrix_user(serializer.validated_data["access_token"])
         user = User.objects.of_matrix_id(matrix_user_id)
         if not user.is_active:
             raise Forbidden("This account is deactivated.")
-        session = Session.of(user)
+        session = ServerSession.of(user)
         return Response(
             self.get_serializer(session).data,
             status.HTTP_201_CREATED,
@@ -82,12 +82,12 @@ class RealmServerView(JSONAPIView):
         return Response(serializer.data, status.HTTP_201_CREATED)
 
     def destroy(self, request: Request, pk: str | None, model: Any) -> Response:
-        """By the id in the path, else by the one in the body. What is gone is gone: 204."""
+        """Delete by the id in the path, or else in the body. A deleted row is 204 too."""
         document: Any = {} if pk else request.data
-        wanted = identifier(pk) if pk else identifier(document.get("id"), pointer="/data/id")
-        deleted, _ = model.objects.of(self.caller).filter(pk=wanted).delete()
-        if not deleted and model.objects.filter(pk=wanted).exists():
-            raise Forbidden("This belongs to somebody else.")
+        key = identifier(pk) if pk else identifier(document.get("id"), pointer="/data/id")
+        deleted, _ = model.objects.of(self.caller).filter(pk=key).delete()
+        if not deleted and model.objects.filter(pk=key).exists():
+            raise Forbidden("This belongs to another user.")
         return Response(status=status.HTTP_204_NO_CONTENT)
 
 
@@ -114,7 +114,7 @@ class BotCommandsView(RealmServerView):
     query_parameters = frozenset({"botId"})
 
     def get(self, request: Request) -> Response:
-        """All of the caller's, or those of one bot: `botId`."""
+        """List the caller's commands, or those of one bot: `botId`."""
         rows = BotCommand.objects.of(self.caller)
         if bot_id := self._bot_id(request):
             rows = rows.filter(registration_id=bot_id)

@@ -232,7 +232,7 @@ def _post(delivery: Delivery) -> tuple[int | None, str, float]:
             deadline=time.monotonic() + settings.HOOKS_TIMEOUT_SECONDS,
         ) as response:
             return response.status, _complaint(response.status), _retry_after(response)
-    except (outgoing.Forbidden, Unreadable) as error:
+    except (outgoing.ForbiddenURL, Unreadable) as error:
         # Nothing is sent without a signature.
         return None, str(error), 0
     except outgoing.NO_ANSWER as error:

@@ -38,11 +38,11 @@ def post(url: str, event: dict[str, Any], *, key: str, options: completions.Call
             hosts=settings.AGENT_WEBHOOK_HOSTS,
             deadline=deadline,
         ) as response:
-            body = outgoing.read(response, most=MAX_ANSWER_BYTES, check=options.check)
+            body = outgoing.read(response, limit=MAX_ANSWER_BYTES, check=options.check)
             return _text(response.status, body)
-    except outgoing.Forbidden as error:
+    except outgoing.ForbiddenURL as error:
         raise _refused(str(error), "webhook_forbidden") from None
-    except outgoing.TooLong:
+    except outgoing.ResponseTooLong:
         raise _refused("The service's answer is too long.", "webhook_too_long") from None
     except outgoing.NO_ANSWER as error:
         logger.warning("Webhook at %s failed: %s", outgoing.host_of(url), type(error).__name__)

@@ -32,7 +32,7 @@ from botrunner.outgoing.content import parts_of
 from botrunner.verdicts import stored
 from chat.models import Thread
 from lib.tracing import tagged
-from realm.filters import Filter, InvalidFilter
+from realm.filters import EventFilter, InvalidFilter
 from realm.models import BotCommand, User
 
 logger = logging.getLogger(__name__)
@@ -265,7 +265,7 @@ def _edit(event: RoomEvent, said: TimelineEvent, me: str) -> str:
     return ""
 
 
-def _filter_of(command: BotCommand | None) -> Filter | None:
+def _filter_of(command: BotCommand | None) -> EventFilter | None:
     """None when it makes no sense any more, or is gone."""
     try:
         return command.when if command else None

@@ -13,7 +13,7 @@ import orjson
 
 from botrunner.matrix.events import TimelineEvent, text_of
 from botrunner.verdicts import MAX_VERDICTS, Verdict
-from realm.filters import BOT_TRIGGER, ROOM_MESSAGE, Filter, InvalidFilter
+from realm.filters import BOT_TRIGGER, ROOM_MESSAGE, EventFilter, InvalidFilter
 from realm.models import BotRegistration, User
 
 CANCEL = "!cancel"
@@ -28,7 +28,7 @@ class Match:
     """The rules that fire on an event, in order, and the verdicts: of every rule that fires, and of
     others up to `MAX_VERDICTS`."""
 
-    fired: list[tuple["Rule", Filter]]
+    fired: list[tuple["Rule", EventFilter]]
     verdicts: list[Verdict]
     reason: str = ""  # if no rule fires
 
@@ -46,7 +46,7 @@ class Rule:
     command_id: UUID | None = None
     command: str = ""
     commanded_at: datetime | None = None
-    filter: Filter | None = None
+    filter: EventFilter | None = None
     in_words: str = ""
 
     def mismatch(self, event: TimelineEvent, me: str) -> str:
@@ -99,7 +99,7 @@ class RuleSet:
         """Try the sender's rules first, then the bot user's. A command fires once, even if it is
         registered twice."""
         rules = [*self._by_username.get(event.sender, []), *self._by_username.get(self.me, [])]
-        fired: dict[str, tuple[Rule, Filter]] = {}
+        fired: dict[str, tuple[Rule, EventFilter]] = {}
         verdicts: list[Verdict] = []
         for rule in rules:
             reason = rule.mismatch(event, self.me)
@@ -147,9 +147,9 @@ def _rule(*row: Any) -> Rule:
     rule = Rule(*registration)
     if command_id is None:
         return rule
-    parsed: Filter | None
+    parsed: EventFilter | None
     try:
-        parsed = Filter.parse(raw_filter)
+        parsed = EventFilter.parse(raw_filter)
         words = parsed.in_words()
     except InvalidFilter as error:
         parsed, words = None, f"never: {error}"
@@ -168,7 +168,7 @@ def _age(rule: Rule) -> tuple[datetime, str]:
     return since, str(rule.command_id or rule.registration_id)
 
 
-def mismatch(filter_: Filter, event: TimelineEvent, me: str) -> str:
+def mismatch(filter_: EventFilter, event: TimelineEvent, me: str) -> str:
     """Return the reason why the event does not pass a filter; empty if it does. It never quotes the
     event's text: the reason is stored for events that were not meant for the bot."""
     if event.type != filter_.event_type:
@@ -195,7 +195,7 @@ def _trigger_error(event: TimelineEvent) -> str:
     return "" if "input" in content else "The trigger has no 'input'."
 
 
-def prompt_of(filter_: Filter, event: TimelineEvent, me: str) -> str:
+def prompt_of(filter_: EventFilter, event: TimelineEvent, me: str) -> str:
     """Return the text for the agent, without the prefix or mention that calls the bot."""
     if event.type != ROOM_MESSAGE:
         return _input_text(event.content.get("input"))

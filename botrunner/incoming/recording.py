@@ -26,7 +26,7 @@ from botrunner.matrix.events import (
 from botrunner.models import MAX_TYPE_LENGTH, LeaseLost, Room, RoomEvent, Session
 from botrunner.verdicts import stored
 from lib.db import TRANSIENT_ERRORS
-from realm.filters import EVENT_TYPES, Filter
+from realm.filters import EVENT_TYPES, EventFilter
 from realm.models import User
 
 logger = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ class Kept:
 
     row: RoomEvent
     said: TimelineEvent
-    fired: list[tuple[Rule, Filter]] = field(default_factory=list)
+    fired: list[tuple[Rule, EventFilter]] = field(default_factory=list)
 
 
 def write_down(
@@ -376,7 +376,7 @@ def _pending(
     room: Room,
     said: TimelineEvent,
     kind: RoomEvent.Kind,
-    fired: Iterable[tuple[Rule, Filter]] = (),
+    fired: Iterable[tuple[Rule, EventFilter]] = (),
     **reasons: Any,
 ) -> Kept:
     source = storable(said.source)

@@ -43,8 +43,8 @@ def lines(text: io.StringIO, about: str) -> list[dict[str, Any]]:
 def test_a_forbidden_host(written: io.StringIO) -> None:
     assert Client().get("/api/chat/threads", headers={"host": f"{LONG}.example"}).status_code == 400
 
-    (line,) = lines(written, "Refused")
-    assert line["message"] == "Refused a request (DisallowedHost)"
+    (line,) = lines(written, "Request refused")
+    assert line["message"] == "Request refused: DisallowedHost"
     assert line["level"] == "warning"
     assert "exception" not in line
 
@@ -53,8 +53,8 @@ def test_a_failed_csrf_check(written: io.StringIO) -> None:
     client = Client(enforce_csrf_checks=True)
     client.post("/admin/login/", {"a": "b"}, headers={"origin": f"https://{LONG}.example"})
 
-    (line,) = lines(written, "Refused")
-    assert line["message"] == "Refused a request (csrf: Origin checking failed)"
+    (line,) = lines(written, "Request refused")
+    assert line["message"] == "Request refused: csrf: Origin checking failed"
     assert line["level"] == "warning"
 
 
@@ -62,9 +62,9 @@ def test_a_filter_that_the_admin_does_not_allow(written: io.StringIO, admin_clie
     answer = admin_client.get("/admin/agents/run/?message__content__startswith=canary")
     assert answer.status_code == 400
 
-    (line,) = lines(written, "Refused")
+    (line,) = lines(written, "Request refused")
     assert (line["message"], line["level"]) == (
-        "Refused a request (DisallowedModelAdminLookup)",
+        "Request refused: DisallowedModelAdminLookup",
         "warning",
     )
 

@@ -70,7 +70,7 @@ def test_what_stands_beside_it_stays(text: str, told: str) -> None:
     [
         "https://host/path?email=a@b.c",
         "https://host:8448/path",
-        "Refused a request (csrf: CSRF token missing.)",
+        "Request refused: csrf: CSRF token missing.",
         "The token was refused",
         "eyj is no JWT",
     ],

@@ -62,7 +62,7 @@ class TestUnusedSecrets:
     def test_secrets_at_rest_need_their_own_key_then(self, start: Start) -> None:
         process = start("settings.DEBUG", **(self.ENV | {"SECRETS_KEY": ""}))
         assert process.returncode != 0
-        assert "SECRETS_KEY: it is needed where SECRET_KEY is unused" in process.stderr
+        assert "SECRETS_KEY is required if SECRET_KEY is unused" in process.stderr
 
     def test_the_web_server_does_not_start(self, start: Start) -> None:
         process = start("__import__('config.asgi')", **self.ENV)
@@ -78,7 +78,7 @@ def test_what_can_be_guessed_is_no_secret(name: str, value: str, start: Start) -
     process = start("settings.DEBUG", DEBUG="false", **secrets)
 
     assert process.returncode != 0
-    assert f"ImproperlyConfigured: {name} is the built-in one" in process.stderr
+    assert f"ImproperlyConfigured: {name} is the built-in value" in process.stderr
     assert start("settings.DEBUG", DEBUG="true", **secrets).stdout.strip() == "True"
 
 

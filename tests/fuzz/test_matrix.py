@@ -22,7 +22,7 @@ from botrunner.matrix.client import Homeserver
 from botrunner.matrix.errors import MatrixError
 from botrunner.matrix.events import UNSTORABLE, TimelineEvent, is_own_join, since_own_join, storable
 from botrunner.models import RoomEvent, Session
-from realm.filters import Filter, InvalidFilter
+from realm.filters import EventFilter, InvalidFilter
 from tests.botrunner import scenes
 from tests.botrunner.scenes import ALICE, BOB, HOLDER, ME, ROOM
 from tests.fuzz.examples import anything, objects, odd, tried, words
@@ -194,9 +194,9 @@ def test_an_event_is_read_or_is_none(source: Any) -> None:
 
 
 FILTERS = [
-    Filter.parse(scenes.MESSAGE),
-    Filter.parse(scenes.MESSAGE | {"prefix": "!", "mention": True}),
-    Filter.parse(scenes.TRIGGER),
+    EventFilter.parse(scenes.MESSAGE),
+    EventFilter.parse(scenes.MESSAGE | {"prefix": "!", "mention": True}),
+    EventFilter.parse(scenes.TRIGGER),
 ]
 FILTER = objects(
     {
@@ -212,7 +212,7 @@ FILTER = objects(
 @tried(80, value=st.one_of(FILTER, anything), source=EVENT)
 def test_a_filter_is_one_or_says_why_not(value: Any, source: Any) -> None:
     try:
-        wanted = Filter.parse(value)
+        wanted = EventFilter.parse(value)
     except InvalidFilter as error:
         assert str(error)
         return

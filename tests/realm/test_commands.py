@@ -5,7 +5,7 @@ import pytest
 from django.db import IntegrityError, transaction
 
 from realm import commands
-from realm.filters import Filter
+from realm.filters import EventFilter
 from realm.models import BotCommand, BotRegistration, User
 from tests.realm.conftest import Client, a_filter, client_of, command_of, only_error
 
@@ -43,7 +43,7 @@ def test_an_owner_registers_a_command(alice: User, bot: BotRegistration) -> None
     assert data["attributes"]["filter"] == sent  # its keys are not put into camelCase
     row = BotCommand.objects.get()
     assert (str(row.pk), row.registration, row.filter) == (data["id"], bot, sent)
-    assert row.when == Filter("matrix-event", "m.room.message", "m.text", prefix="!ask ")
+    assert row.when == EventFilter("matrix-event", "m.room.message", "m.text", prefix="!ask ")
 
 
 @pytest.mark.parametrize("name", ["chat.reply", "chat.summarize", "ping"])

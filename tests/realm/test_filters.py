@@ -2,7 +2,7 @@ from typing import Any
 
 import pytest
 
-from realm.filters import Filter
+from realm.filters import EventFilter
 from realm.models import BotCommand
 from tests.realm.conftest import a_filter
 
@@ -21,11 +21,11 @@ from tests.realm.conftest import a_filter
 )
 def test_a_filter_in_words(changes: dict[str, Any], words: str) -> None:
     of_messages = a_filter(event_type="m.room.message", content_type="m.text", **changes)
-    assert Filter.parse(of_messages).in_words() == words
+    assert EventFilter.parse(of_messages).in_words() == words
 
 
 def test_a_filter_of_triggers_in_words() -> None:
-    assert Filter.parse(a_filter()).in_words() == "a trigger of type 'chat'"
+    assert EventFilter.parse(a_filter()).in_words() == "a trigger of type 'chat'"
 
 
 def test_a_command_whose_filter_makes_no_sense_says_so() -> None:

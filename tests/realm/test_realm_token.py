@@ -78,8 +78,8 @@ def test_it_does_not_revoke_and_create_at_once() -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["@dora:localhost"], "not known here"),
-        (["@dora:localhost", "--revoke"], "no token of theirs is good"),
+        (["@dora:localhost"], "is unknown"),
+        (["@dora:localhost", "--revoke"], "no token of theirs is valid"),
         (["dora"], "not a Matrix id"),
         (["@dora"], "not a Matrix id"),
         (["@" + "d" * 300 + ":localhost", "--create"], "not a Matrix id"),
@@ -95,7 +95,7 @@ def test_it_says_what_is_wrong(arguments: list[str], says: str) -> None:
 
 def test_it_does_not_take_over_an_account_by_its_name(django_user_model: Any) -> None:
     django_user_model.objects.create_superuser("@dora:localhost", password="secret")
-    with pytest.raises(CommandError, match="does not have this Matrix id"):
+    with pytest.raises(CommandError, match="without this Matrix id"):
         printed("@dora:localhost", "--create")
 
 

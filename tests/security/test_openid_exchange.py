@@ -37,7 +37,7 @@ def exchange(body: Any = None, **extra: Any) -> Any:
 @pytest.fixture
 def brief(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(openid, "TIMEOUT_SECONDS", 1.5)
-    monkeypatch.setattr(openid, "SEAT_WAIT_SECONDS", 0.05)
+    monkeypatch.setattr(openid, "LOOKUP_WAIT_SECONDS", 0.05)
 
 
 @pytest.fixture
@@ -344,9 +344,9 @@ def test_a_server_that_speaks_no_http(homeserver: Homeserver, raw: bytes) -> Non
 def test_a_hanging_homeserver_takes_few_threads(
     homeserver: Homeserver, brief: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(openid, "SEATS", threading.BoundedSemaphore(1))
+    monkeypatch.setattr(openid, "LOOKUPS", threading.BoundedSemaphore(1))
     homeserver.users[TOKEN] = "@alice:localhost"
-    with openid.SEATS:
+    with openid.LOOKUPS:
         response = exchange()
         assert response.status_code == 503
         assert homeserver.asked == []
@@ -410,7 +410,7 @@ def test_why_it_failed_is_told_to_the_operator(
 ) -> None:
     homeserver.answers(b"", 404)
     exchange()
-    assert "An OpenID token could not be checked" in caplog.text
+    assert "OpenID token could not be checked" in caplog.text
     assert "status 404" in caplog.text
 
 

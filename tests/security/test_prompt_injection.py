@@ -312,7 +312,7 @@ class TestWhereRequestsGo:
         self, address: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         resolve(monkeypatch, "93.184.215.14", address)
-        with pytest.raises(outgoing.Forbidden, match="not on the public network"):
+        with pytest.raises(outgoing.ForbiddenURL, match="not on the public network"):
             outgoing.public_addresses("hooks.example.org", 443)
 
     def test_to_public_addresses(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -340,7 +340,7 @@ class TestWhereRequestsGo:
 
     @pytest.mark.parametrize("host", [".example.org", "a..example.org", f"{'a' * 64}.example.org"])
     def test_not_to_what_is_no_name(self, host: str) -> None:
-        with pytest.raises(outgoing.Forbidden, match="no name"):
+        with pytest.raises(outgoing.ForbiddenURL, match="no name"):
             outgoing.public_addresses(host, 443)
 
 

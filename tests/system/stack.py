@@ -37,7 +37,7 @@ import psutil
 import redis
 from supervisor.xmlrpc import SupervisorTransport
 
-from lib.redis import Server, from_environment
+from lib.redis import RedisServer, from_environment
 from tests.freezing import freeze
 from tests.ports import free_port
 
@@ -277,7 +277,7 @@ class Stack:
         return self.redis_server.client(timeout=10)
 
     @property
-    def redis_server(self) -> Server:
+    def redis_server(self) -> RedisServer:
         """The stack's Redis, with the certificates that its programs have."""
         return from_environment(self.env | {"REDIS_URL": self.redis_url})
 

@@ -111,14 +111,14 @@ def test_the_doctor_looks_at_the_stack_that_runs() -> None:
         done = doctor(stack)
 
         assert f"looking at the local stack of {stack.directory}" in done.stdout
-        assert "does not answer at REDIS_URL" not in done.stdout
+        assert "No answer at REDIS_URL" not in done.stdout
         assert "The web processes add up what they count." in done.stdout
         assert done.returncode == 0, done.stdout
 
         other = doctor(stack, REDIS_URL="redis://127.0.0.1:1", DATABASE_URL="sqlite:///:memory:")
 
         assert f"not at the local stack of {stack.directory}" in other.stdout
-        assert "does not answer at REDIS_URL" in other.stdout
+        assert "No answer at REDIS_URL" in other.stdout
         stack.stop()
         assert not written.exists()
 

@@ -153,7 +153,7 @@ class TestADelivery:
         self, receiver: type[Receiver], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         def private(host: str, port: int) -> list[str]:
-            raise outgoing.Forbidden("This address is not on the public network.")
+            raise outgoing.ForbiddenURL("This address is not on the public network.")
 
         monkeypatch.setattr(outgoing, "public_addresses", private)
         delivery = scenes.delivery()
@@ -171,7 +171,7 @@ class TestADelivery:
         send_due(delivery.subscription_id)
 
         assert not receiver.seen
-        assert state(delivery).error == "This address may not be called."
+        assert state(delivery).error == "This URL may not be called."
 
     def test_goes_to_nobody_who_has_no_certificate_for_the_name(
         self, receiver: type[Receiver], settings: Any

@@ -9,8 +9,8 @@ from realm.models import MATRIX_USER_ID, MAX_MATRIX_ID_LENGTH, NameTaken, User
 
 
 class Command(BaseCommand):
-    help = "Print a realm-server JWT for a Matrix user, for scripts; or revoke all that there are."
-    requires_system_checks: list[str] = []  # their warnings would end up in $(...)
+    help = "Print a realm-server JWT for a Matrix user, for scripts; or revoke all of theirs."
+    requires_system_checks: list[str] = []  # their warnings would become part of $(...)
 
     def add_arguments(self, parser: CommandParser) -> None:
         parser.add_argument("user", help="a Matrix id, @user:server")
@@ -19,10 +19,10 @@ class Command(BaseCommand):
         way.add_argument(
             "--revoke",
             action="store_true",
-            help="have all tokens refused that the user has, and print none",
+            help="revoke all tokens of the user, and print none",
         )
         parser.add_argument(
-            "--hours", type=int, default=168, help="how long it is good for (at most 168)"
+            "--hours", type=int, default=168, help="the lifetime of the token (at most 168)"
         )
 
     def handle(
@@ -31,32 +31,32 @@ class Command(BaseCommand):
         if not MATRIX_USER_ID.match(user) or len(user) > MAX_MATRIX_ID_LENGTH:
             raise CommandError(f"{user!r} is not a Matrix id: write it as @user:server.")
         if not 1 <= hours <= 168:
-            raise CommandError("--hours is from 1 to 168.")
-        found = User.objects.filter(matrix_user_id=user).first()
+            raise CommandError("--hours must be from 1 to 168.")
+        known_user = User.objects.filter(matrix_user_id=user).first()
         if revoke:
-            self._revoke(user, found)
+            self._revoke(user, known_user)
             return
         if "REALM_SECRET_SEED" in settings.UNUSED_SECRETS:
             raise CommandError(
                 "REALM_SECRET_SEED is unused here. Print tokens where the web server runs."
             )
-        if found is None:
+        if known_user is None:
             if not create:
-                raise CommandError(f"{user} is not known here. Add --create to create the user.")
+                raise CommandError(f"{user} is unknown. Add --create to create the user.")
             try:
-                found = User.objects.of_matrix_id(user)
+                known_user = User.objects.of_matrix_id(user)
             except NameTaken as error:
                 raise CommandError(str(error)) from None
         self.stdout.write(
-            tokens.issue(user, max_age=hours * 3600, valid_from=found.tokens_valid_from)
+            tokens.issue(user, max_age=hours * 3600, valid_from=known_user.tokens_valid_from)
         )
 
     def _revoke(self, name: str, user: User | None) -> None:
         if user is None:
-            raise CommandError(f"{name} is not known here: no token of theirs is good.")
+            raise CommandError(f"{name} is unknown, so no token of theirs is valid.")
         with transaction.atomic():
             user.revoke_tokens()
             audit.record(user, "All API tokens revoked.", "manage.py realm_token")
         self.stdout.write(
-            f"All tokens of {name} are revoked. The same without --revoke prints a new one."
+            f"All tokens of {name} are revoked. Without --revoke this command prints a new one."
         )
