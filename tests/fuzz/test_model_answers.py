@@ -65,7 +65,7 @@ def read(pieces: list[bytes], kind: str) -> None:
         answer.end()
     except completions.LLMError as error:
         assert error.code in ("unreadable", "broken")
-    answer.keep()
+    answer.store()
     storable(reply)
 
 
