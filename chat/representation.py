@@ -146,7 +146,7 @@ def run_json(run: Run) -> RunJSON:
 
 
 def outcome_json(event: Event) -> RunJSON:
-    """Represent the run of an outcome event as it was then, whatever happened to it since."""
+    """Represent the run of an outcome event as of the event."""
     return _run_json(
         event.run,
         status=event.type.rpartition(".")[2],

@@ -170,7 +170,7 @@ class RunQuerySet(models.QuerySet["Run"]):
 
     def visible_to(self, user: User | AnonymousUser | None) -> "RunQuerySet":
         """Those in their own threads, and in a room's those asked since they joined it."""
-        return self.filter(visible(user, asked_at="message__created_at"))
+        return self.filter(visible(user, sent_at="message__created_at"))
 
 
 class Run(models.Model):

@@ -134,7 +134,7 @@ def _parse_quality(value: str) -> float:
 
 
 def requested_event_id(request: Request) -> EventId | None:
-    """Where a client wants to go on: after this. None: from the beginning."""
+    """Return the id of the last event that the client received, None for none."""
     value = _after(request)
     if not value:
         return None

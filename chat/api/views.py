@@ -37,9 +37,9 @@ from lib.plainjson import PlainAPIView
 from realm.access import Access
 
 MAX_PAGE = 200
-# A waiting request holds one of the few threads of its process; half of them stay free. Whoever finds
-# no slot is answered at once, as RFC 7240 allows.
-WAITING_SEATS = threading.BoundedSemaphore(4)
+# A waiting request holds one of the few threads of its process; half of them stay free. Without a free
+# slot a request does not wait, as RFC 7240 allows.
+WAITING_SLOTS = threading.BoundedSemaphore(4)
 
 
 class ChatView(CallerScopedView, PlainAPIView):
@@ -112,12 +112,12 @@ class MessagesView(ChatView):
         """Return the run if it finishes within `seconds`. Raises `AuthenticationFailed` if the caller
         lost access meanwhile."""
         access, waited = Access.of(self.request), False
-        with _seat() as seated, stream.outcome_of(run_id) as outcome:
+        with _waiting_slot() as may_wait, stream.outcome_of(run_id) as outcome:
             deadline = time.monotonic() + seconds
             visible = Run.objects.visible_to(self.caller)
             runs = visible.select_related("answer").filter(pk=run_id)
             run = runs.first()
-            while seated and run and not run.is_finished and outcome.wait(deadline):
+            while may_wait and run and not run.is_finished and outcome.wait(deadline):
                 waited, run = True, runs.all().first()
         if waited and (reason := access.reason_lost()):
             raise exceptions.AuthenticationFailed(reason.sentence, str(reason))
@@ -263,13 +263,13 @@ class UnknownPathView(PlainAPIView):
 
 
 @contextmanager
-def _seat() -> Iterator[bool]:
-    seated = WAITING_SEATS.acquire(blocking=False)
+def _waiting_slot() -> Iterator[bool]:
+    acquired = WAITING_SLOTS.acquire(blocking=False)
     try:
-        yield seated
+        yield acquired
     finally:
-        if seated:
-            WAITING_SEATS.release()
+        if acquired:
+            WAITING_SLOTS.release()
 
 
 def _seconds_to_wait(request: Request) -> int:

@@ -30,9 +30,9 @@ class Migration(migrations.Migration):
             name='Thread',
             fields=[
                 ('id', models.CharField(default=chat.models.new_thread_id, editable=False, max_length=64, primary_key=True, serialize=False)),
-                ('room_id', models.CharField(blank=True, db_default='', default='', editable=False, help_text='Of the room that it belongs to: its members read it, and it has no owner.', max_length=255, verbose_name='Matrix room id')),
-                ('title', models.CharField(blank=True, help_text='Empty: the first words of the first question tell.', max_length=200)),
-                ('archived_at', models.DateTimeField(blank=True, help_text="Left out of its owner's list until somebody asks in it.", null=True)),
+                ('room_id', models.CharField(blank=True, db_default='', default='', editable=False, help_text='The room of the thread: its members may read it, and it has no owner.', max_length=255, verbose_name='Matrix room id')),
+                ('title', models.CharField(blank=True, help_text='If empty, the beginning of the first message is shown.', max_length=200)),
+                ('archived_at', models.DateTimeField(blank=True, help_text="Hidden from the owner's list until the next message.", null=True)),
                 ('turns', models.PositiveIntegerField(default=0)),
                 ('summary', models.TextField(blank=True)),
                 ('summary_reach', models.IntegerField(default=-1)),
@@ -55,7 +55,7 @@ class Migration(migrations.Migration):
             ],
             options={
                 'ordering': ['thread', 'position'],
-                'permissions': [('read_messages', 'Can read what others said and were told')],
+                'permissions': [('read_messages', 'Can read messages of others')],
             },
         ),
         migrations.AddIndex(

@@ -177,9 +177,9 @@ class TestWaiting:
         self, client: APIClient, redis: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         # Fewer than there are threads: the others go on answering.
-        assert views.WAITING_SEATS._initial_value < server.THREADS  # type: ignore[attr-defined]
+        assert views.WAITING_SLOTS._initial_value < server.THREADS  # type: ignore[attr-defined]
         seats = threading.BoundedSemaphore(1)
-        monkeypatch.setattr(views, "WAITING_SEATS", seats)
+        monkeypatch.setattr(views, "WAITING_SLOTS", seats)
         with seats:
             answer, took = self.wait(client, "60")
 
