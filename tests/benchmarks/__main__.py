@@ -79,7 +79,7 @@ async def _measure(system: System, cases: list[str]) -> list[Result]:
 
 
 def _busy() -> tuple[float, float, float]:
-    """The clock, and CPU seconds so far: of the whole machine, and of what belongs to us."""
+    """Return the clock and the CPU seconds so far, of the whole machine and of our own processes."""
     machine = psutil.cpu_times()
     ours = [psutil.Process(), *psutil.Process().children(recursive=True)]
     return (

@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def parts() -> list[str]:
-    """What the pages are parted by: the figures, and the lists of each app."""
+    """Return the group of a page: the figures, or the lists of its app."""
     from django.contrib import admin
 
     return ["figures", *sorted({model._meta.app_label for model in admin.site._registry})]

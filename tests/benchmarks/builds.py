@@ -56,7 +56,7 @@ class Build:
 
     @contextmanager
     def running(self, seconds: float = START_SECONDS) -> Iterator[Running]:
-        """A stack of this build that is ready; all of it is gone at the end."""
+        """Yield a ready stack of this build; all of it is removed at the end."""
         folder = Path(tempfile.mkdtemp(prefix=f"bench-{self.name}-"))
         try:
             if self.database.exists():
@@ -219,7 +219,7 @@ async def status_of(connection: Connection, run: str) -> str:
 
 @contextmanager
 def built(base: str, head: str = "") -> Iterator[tuple[Build, Build]]:
-    """Base and head, not made yet. Head is this working tree where it is no commit."""
+    """Return base and head, not built yet. Head is this working tree unless it names a commit."""
     with tempfile.TemporaryDirectory(prefix="bench-builds-") as name:
         folder = Path(name)
         trees = {
@@ -235,7 +235,7 @@ def built(base: str, head: str = "") -> Iterator[tuple[Build, Build]]:
 
 
 def commit_of(name: str) -> str:
-    """The full id of a commit. Raises BuildFailed where there is none of that name."""
+    """Return the full id of a commit. Raises `BuildFailed` if it is unknown."""
     found = subprocess.run(
         ["git", "rev-parse", "--verify", "--quiet", f"{name}^{{commit}}"],
         cwd=BASE_DIR,

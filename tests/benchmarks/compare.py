@@ -76,7 +76,7 @@ class Usage(Exception):
 
 
 def parsed(arguments: Sequence[str]) -> Options:
-    """The options in `NAME=value ... case ...`."""
+    """Parse the options `NAME=value ... case ...`."""
     named = dict(each.split("=", 1) for each in arguments if "=" in each)
     cases = tuple(each for each in arguments if "=" not in each)
     if unknown := [*(set(named) - {"BASE", "HEAD", "ROUNDS"}), *(set(cases) - set(CASES))]:
@@ -129,7 +129,7 @@ def _compare(options: Options) -> list[Ratio]:
 
 
 def order(builds: tuple[Build, Build], number: int) -> tuple[Build, Build]:
-    """Base first in rounds of even number, head first in the others."""
+    """Return base first in rounds of even number, head first in the others."""
     first, second = builds
     return (second, first) if number % 2 else (first, second)
 
@@ -253,7 +253,7 @@ async def _streamed(subject: Subject) -> Stream:
 
 
 async def _history(subject: Subject) -> None:
-    """The first page of a thread of 40 messages."""
+    """Measure the first page of a thread of 40 messages."""
     subject.configure(latency=0)
     async with subject.clients(1) as opened:
         (connection,) = opened

@@ -131,7 +131,7 @@ def percentile(values: Iterable[float], share: float) -> float:
 
 
 def milliseconds(values: Iterable[float]) -> dict[str, float]:
-    """The usual percentiles of seconds, in milliseconds."""
+    """Return the usual percentiles of seconds, in milliseconds."""
     ordered = sorted(values)
     return {
         f"p{share}_ms": round(percentile(ordered, share / 100) * 1000, 2) for share in (50, 95, 99)

@@ -63,7 +63,7 @@ class Ratio:
 
 
 def ratio(figure: Figure, pairs: Sequence[tuple[float, float]]) -> Ratio:
-    """The ratio over (base, head) pairs, of which there have to be two at least."""
+    """Return the ratio over (base, head) pairs, at least two."""
     if len(pairs) < 2:
         raise ValueError(f"{figure.name}: an interval needs two rounds or more, not {len(pairs)}.")
     if any(value <= 0 for pair in pairs for value in pair):
@@ -91,7 +91,7 @@ def t_quantile(degrees: int) -> float:
 def ratios(
     figures: Sequence[Figure], rounds: Sequence[Mapping[str, Mapping[str, float]]]
 ) -> list[Ratio]:
-    """The ratio of each figure that was measured; `rounds` holds for each round by build ("base",
+    """Return the ratio of each measured figure; `rounds` holds for each round by build ("base",
     "head") the values by name of the figure."""
     measured = {name for each in rounds for values in each.values() for name in values}
     return [

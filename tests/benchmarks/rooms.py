@@ -189,7 +189,7 @@ class Probe:
     async def send(
         self, room_id: str, text: str, msgtype: str = "m.text"
     ) -> tuple[str, float, float]:
-        """The event, when it was sent, and how long the homeserver took to accept it."""
+        """Return the event, the time it was sent, and how long the homeserver took to accept it."""
         began = time.perf_counter()
         path = f"/rooms/{quote(room_id, safe='')}/send/m.room.message/{os.urandom(8).hex()}"
         answer = await self._call("PUT", path, json={"msgtype": msgtype, "body": text})

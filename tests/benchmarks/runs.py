@@ -14,7 +14,7 @@ AT_ONCE = 200
 
 
 async def first_question(system: System) -> Result:
-    """What whoever comes first waits for: processes import and connect when they need to."""
+    """Warm the processes up: they import and connect on first use."""
     system.llm.configure(latency=0)
     async with system.clients(1) as opened:
         (seconds,), _ = await closed_loop(opened, ask_and_wait, total=1)

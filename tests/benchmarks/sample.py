@@ -424,7 +424,7 @@ class History:
         )
 
     def _said(self, room: Room, sender: User, words: str, at: datetime) -> Match:
-        """Writes an event of a room, with what the commands make of it."""
+        """Write an event of a room, with its matches by the commands."""
         self._event_id += 1
         source: dict[str, Any] = {
             "type": "m.room.message",

@@ -24,7 +24,7 @@ SHIFT_SECONDS = 37
 
 
 def seed(runs: int, *, days: int = 30) -> None:
-    """`runs` runs with all that belongs to them, counted in the rollups."""
+    """Create `runs` runs with all their rows, counted in the rollups."""
     begun = time.perf_counter()
     originals = min(runs, ORIGINALS)
     History(runs=originals, days=days).write_all()

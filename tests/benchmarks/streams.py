@@ -138,7 +138,7 @@ def _while_all(streams: list[Stream]) -> int:
 
 
 async def _idle(system: System, port: int, pid: int) -> Result:
-    """Listeners of runs whose model has gone silent."""
+    """Measure listeners of runs whose model is silent."""
     system.llm.configure(latency=0, deltas=1, delta_latency=3600, clock=True)
     asked = await open_streams(port, [question()] * 50)
     await asyncio.gather(*(each.begun.wait() for each in asked))
@@ -223,7 +223,7 @@ def _listen(run: str) -> bytes:
 
 @asynccontextmanager
 async def _web(system: System) -> AsyncIterator[tuple[int, int]]:
-    """A web server of one process; its port and its pid."""
+    """Yield port and pid of a web server of one process."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -16,7 +16,7 @@ RATE = Figure("ingest", "1/s", rises=True)
 
 
 def pairs(factor: float, *, noise: float = 0.01, count: int = 10) -> list[tuple[float, float]]:
-    """(base, head) of machines of different speed, on which head takes `factor` times as long."""
+    """Return (base, head) pairs of machines of different speed; head takes `factor` times as long."""
     chance = random.Random(7)
     bases = [chance.uniform(5, 20) for _ in range(count)]
     return [(base, base * factor * chance.gauss(1, noise)) for base in bases]

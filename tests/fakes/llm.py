@@ -137,12 +137,12 @@ class Reply:
         yield chunk(closing) + LAST_CHUNK
 
     def beginning(self, call: Call, deltas: int) -> bytes:
-        """What is on the wire `deltas` deltas into the stream."""
+        """Return the bytes on the wire after `deltas` deltas."""
         opening, all_deltas, _ = self.events(call)
         return _STREAM_HEAD + chunk(opening + all_deltas[:deltas])
 
     def events(self, call: Call) -> tuple[list[bytes], list[bytes], list[bytes]]:
-        """The server-sent events before the deltas, the deltas, and what follows them."""
+        """Return the server-sent events before the deltas, the deltas, and those after them."""
         pieces = self._pieces(call)
         envelope = _envelope(call, "chat.completion.chunk")
         opening = [f": {self.comment}\n\n".encode()] if self.comment else []
@@ -252,7 +252,7 @@ class Paced:
 
 
 def held(answer: Answer, may_go_on: threading.Event, steps_before: int = 0) -> Paced:
-    """An answer that stops after so many of its steps, until it may go on. Of a `Reply` with
+    """Pause an answer after so many of its steps, until it may continue. Of a `Reply` with
     `delta_latency` and no `latency`, `1 + 2 * n` are the steps of the first n deltas."""
     return Paced(answer, lambda step: step < steps_before or may_go_on.is_set())
 
@@ -308,7 +308,7 @@ class Raw:
 
 
 def call_tool(name: str, /, **arguments: Any) -> Reply:
-    """The model asks for one tool and says nothing else."""
+    """Return a reply that calls one tool and has no text."""
     return Reply(tool_calls=(ToolCall(name, arguments),))
 
 
@@ -395,11 +395,11 @@ class FakeLLM:
             self.disconnects.clear()
 
     def wait_for_requests(self, count: int = 1, seconds: float = 60) -> list[Call]:
-        """The requests so far, as soon as there are `count`."""
+        """Wait for `count` requests and return all so far."""
         return self._wait(self.requests, count, seconds)
 
     def wait_for_disconnects(self, count: int = 1, seconds: float = 60) -> list[Call]:
-        """The calls whose client left before the answer's end, as soon as there are `count`."""
+        """Wait for `count` calls whose client left before the answer's end; return them."""
         return self._wait(self.disconnects, count, seconds)
 
     def _wait(self, records: list[Call], count: int, seconds: float) -> list[Call]:
@@ -458,7 +458,7 @@ class LLMProcess:
         self._control("POST", orjson.dumps(reply))
 
     def stats(self) -> dict[str, float]:
-        """Number of calls; seconds from a whole request to its whole answer; CPU seconds."""
+        """Return the calls, the seconds from whole request to whole answer, and CPU seconds."""
         return dict(self._control("GET"))
 
     def _control(self, method: str, body: bytes | None = None) -> Any:

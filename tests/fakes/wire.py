@@ -39,7 +39,7 @@ def response(
     content_type: str = "application/json",
     headers: dict[str, str] | None = None,
 ) -> bytes:
-    """A whole response."""
+    """Return a whole response."""
     fields = {"content-type": content_type, "content-length": str(len(body)), **(headers or {})}
     return head(status, fields) + body
 

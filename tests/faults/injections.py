@@ -39,7 +39,7 @@ def kill_all(plant: Plant) -> None:
 
 
 def pause(plant: Plant, program: str, seconds: float) -> None:
-    """It stands still, as a virtual machine does that is moved, and wakes as if nothing had been."""
+    """Freeze it, as a moved virtual machine, and let it continue."""
     pid = plant.kill(program, signal.SIGSTOP)
     time.sleep(seconds)
     if pid:

@@ -98,7 +98,7 @@ def check(
     *,
     told: Mapping[str, int] | None = None,
 ) -> Row:
-    """The row of a scenario that has settled. `told` is how often each question of a room was answered
+    """Return the row of a settled scenario. `told` is how often each message of a room was answered
     there. Raises `Violated` with the row as its second argument."""
     found = _Found(plant, allowed)
     row = Row(
@@ -140,7 +140,7 @@ def is_self_exit(how: str) -> bool:
 
 
 def _without_note(content: str) -> str:
-    """A user message as it was asked: the first one of a call carries the summary before it."""
+    """Return a user message as it was sent: the first one of a call carries the summary before it."""
     return content.rpartition("</summary>\n\n")[2]
 
 

@@ -31,7 +31,7 @@ BESIDE_SECONDS = 20.0
 
 
 def first(*behaviours: Behaviour) -> Behaviour:
-    """The first calls of each question go like this, later ones well."""
+    """Let the first calls of each message go like this, later ones succeed."""
     seen: Counter[str] = Counter()
 
     def behave(call: Call) -> Behaviour:
@@ -44,7 +44,7 @@ def first(*behaviours: Behaviour) -> Behaviour:
 
 
 def by_thread(behaviours: dict[str, Behaviour]) -> Behaviour:
-    """The behaviour that is named like the question's thread, or a good answer."""
+    """Return the behaviour named like the message's thread, or a good answer."""
 
     def behave(call: Call) -> Behaviour:
         name = call.last_user.rpartition(" of ")[2].rpartition("-")[0]
@@ -55,7 +55,7 @@ def by_thread(behaviours: dict[str, Behaviour]) -> Behaviour:
 
 
 def ask_each(plant: Plant, names: list[str], **extra: object) -> dict[str, Asked]:
-    """A question in a thread of its own for each name."""
+    """Send a message in a thread of its own for each name."""
     return {name: plant.client.ask(plant.thread(name), 0, **extra) for name in names}
 
 
@@ -75,7 +75,7 @@ def calls_of(plant: Plant, asked: Asked) -> list[Call]:
 
 
 def assert_no_defect(plant: Plant) -> None:
-    """What the model did was foreseen: no traceback stands in the log, none is shown."""
+    """Check that the model's behaviour causes no traceback, in the log or in the outcome."""
     assert "Run failed unexpectedly" not in plant.stack.log()
     shown = plant.database.rows("SELECT safe_error FROM agents_run WHERE safe_error <> ''")
     assert not [text for (text,) in shown if "Traceback" in text or "Error(" in text]
@@ -211,7 +211,7 @@ def _(plant: Plant) -> None:
 
 @scenario(28, "the answer comes later than the lease", "model", load=None, allowed=PROCESS)
 def _(plant: Plant) -> None:
-    """The worker that waits for it stands still meanwhile, and wakes up with the answer at hand."""
+    """Freeze the worker that waits; it wakes up with the answer in its buffer."""
     may_go_on = threading.Event()
     plant.llm.script(held(Reply(deltas=2), may_go_on))
     asked = plant.client.ask(plant.thread("late"), 0)

@@ -123,7 +123,7 @@ class Plant:
         )
 
     def mended(self) -> None:
-        """The fault is over: from now on the time is taken until all runs have ended."""
+        """End the fault: the time until all runs have ended starts here."""
         self.mended_at = time.monotonic()
 
     def settle(self, seconds: float = 240) -> None:
@@ -147,11 +147,11 @@ class Plant:
         return next(self._numbers)
 
     def thread(self, name: str) -> str:
-        """A thread that nobody has asked in."""
+        """Return the id of an empty thread."""
         return f"{name}-{self.number()}"
 
     def holder(self, asked: Asked) -> int:
-        """The pid of the worker that claimed the run last."""
+        """Return the pid of the worker that claimed the run last."""
         query = f"SELECT worker FROM agents_run WHERE id = '{asked.run_id}'"
         return int(self.database.rows(query)[0][0].split(":")[1])
 
@@ -165,7 +165,7 @@ class Plant:
         self.llm.wait_for_requests(len(self.llm.requests) + count, seconds)
 
     def kill(self, program: str, signum: int = signal.SIGKILL) -> int:
-        """The pid of what was hit; 0 where the program was just being started again."""
+        """Return the pid of the process that was hit; 0 while the program was restarting."""
         pid = self.stack.pid(program)
         if pid:
             with suppress(ProcessLookupError):
@@ -205,7 +205,7 @@ class Plant:
 
 
 def answer(call: Call) -> Reply:
-    """What the question says decides how long it takes: 0.05 to 0.6 s."""
+    """Return the seconds of an answer, by the message's text: 0.05 to 0.6."""
     latency = 0.05 + sum(call.last_user.encode()) % 12 * 0.05
     return Reply(latency=latency / 2, deltas=4, delta_latency=latency / 8)
 

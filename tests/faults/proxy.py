@@ -49,7 +49,7 @@ class Link:
                 end.shutdown(socket.SHUT_RD)
 
     def let_go(self) -> bool:
-        """True for the second of the two that pump it, which is the last."""
+        """Return True for the second of its two pumps, the last."""
         self._pumps -= 1
         if self._pumps:
             return False
@@ -110,11 +110,11 @@ class Proxy:
         self._rate = bytes_per_second
 
     def drop_replies(self) -> None:
-        """The server gets what it is told; nobody hears what it answers."""
+        """Forward requests and drop the replies."""
         self._drops_replies = True
 
     def lose_reply(self, request: bytes, reply: bytes = b"", nth: int = 1) -> None:
-        """The server carries a command out, and the connection ends instead of its reply. Commands
+        """Let the server execute a command, and end the connection instead of its reply. Commands
         and replies are known by the bytes in them."""
         self._loss = Loss(request, reply, nth)
 

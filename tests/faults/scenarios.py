@@ -40,7 +40,7 @@ class Scenario:
         return f"row-{self.row:02}-{self.name.replace(' ', '-')}"
 
     def play(self, plant: Plant) -> Row:
-        """Raises `invariants.Violated`."""
+        """Run the scenario. Raises `invariants.Violated`."""
         plant.begin()
         if self.load is None:
             self.damage(plant)
@@ -317,7 +317,7 @@ def _(plant: Plant) -> None:
 
 
 def _with_clock(plant: Plant, offset: int) -> None:
-    """It does all the work, or none of it would be seen."""
+    """Let one worker do all the work, so that the fault is seen."""
     with faults.wrong_clock(plant, offset) as seconds_off:
         with plant.load(12).running():
             pass

@@ -49,7 +49,7 @@ class RedisServer:
         return f"redis://127.0.0.1:{self.line.port}/0"
 
     def client(self) -> redis.Redis:
-        """A way of the test's own, around the proxy."""
+        """Return a connection of the test's own, around the proxy."""
         return redis.Redis(port=self.port, socket_timeout=20)
 
     def start(self) -> None:
@@ -75,7 +75,7 @@ class RedisServer:
             process.wait(60)
 
     def shut_down(self) -> None:
-        """Cleanly, and nothing is saved."""
+        """Stop it cleanly; nothing is saved."""
         with closing(self.client()) as client, suppress(redis.RedisError):
             client.shutdown(nosave=True)
         assert self.process is not None
@@ -100,7 +100,7 @@ class SQLite:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        """The file goes with its directory."""
+        """Do nothing: the file is removed with its directory."""
 
     @property
     def url(self) -> str:
@@ -150,7 +150,7 @@ class PostgreSQL:
             return connection.execute(query).fetchall()  # type: ignore[arg-type]
 
     def connect(self, database: str = ROLE) -> psycopg.Connection[tuple[Any, ...]]:
-        """A way of the test's own, around the proxy, and as the superuser."""
+        """Return a connection of the test's own, around the proxy, as the superuser."""
         url = f"postgres://{OWNER}@127.0.0.1:{self.port}/{database}"
         return psycopg.connect(url, autocommit=True, connect_timeout=10)
 

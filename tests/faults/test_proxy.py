@@ -21,7 +21,7 @@ def serve(listener: socket.socket, heard: list[bytes]) -> None:
 
 @pytest.fixture
 def heard() -> list[bytes]:
-    """What the server was told."""
+    """Return the data that the server received."""
     return []
 
 

@@ -1,5 +1,5 @@
-"""How hard it is tried. The same examples each time, so that what is found once is found again;
-FUZZ_FACTOR=50 tries that many times as many, other ones each time."""
+"""The number of examples. The same each time, so that a failure repeats; FUZZ_FACTOR=50 tries 50 times
+as many, new ones each time."""
 
 import os
 from collections.abc import Callable
@@ -10,25 +10,25 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 FACTOR = int(os.environ.get("FUZZ_FACTOR", "1"))
-# An example takes milliseconds; what takes this long is quadratic or hangs, on any machine.
+# An example takes milliseconds; one that takes this long is quadratic or hangs, on any machine.
 DEADLINE = timedelta(seconds=10)
 
 
 def tried(count: int, **strategies: Any) -> Callable[[Any], Any]:
-    """The decorated test with `count` examples of these."""
+    """Decorate a test with `count` examples of these."""
     settled = settings(
         max_examples=count * FACTOR,
         derandomize=FACTOR == 1,
         deadline=DEADLINE,
         database=None,
-        # Fixtures live as long as all the examples: they are to leave nothing behind.
+        # Fixtures outlive the examples, which leave nothing behind.
         suppress_health_check=list(HealthCheck),
         print_blob=FACTOR != 1,
     )
     return lambda test: settled(given(**strategies)(test))
 
 
-# As people who mean harm write it: of all kinds, lone surrogates and NUL included.
+# Hostile texts of all kinds, lone surrogates and NUL included.
 words = st.one_of(
     st.text(max_size=30),
     st.text(st.characters(categories=["Cc", "Cf", "Cs", "Zs", "So"]), max_size=8),
@@ -46,7 +46,7 @@ anything = st.recursive(
 
 
 def objects(required: dict[str, Any], **optional: Any) -> Any:
-    """JSON objects with these members; each may be of any other kind, or missing."""
+    """Return JSON objects with these members; each may be of any other kind, or missing."""
     members = {name: odd(each) for name, each in {**required, **optional}.items()}
     return st.fixed_dictionaries({}, optional=members) | st.fixed_dictionaries(
         {name: required[name] for name in required},
@@ -55,5 +55,5 @@ def objects(required: dict[str, Any], **optional: Any) -> Any:
 
 
 def odd(strategy: Any) -> Any:
-    """What is expected, mostly."""
+    """Return mostly expected values."""
     return st.one_of(strategy, strategy, strategy, anything)

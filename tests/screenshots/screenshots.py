@@ -182,7 +182,7 @@ def run_python(stack: Stack, *arguments: str) -> str:
 
 @contextmanager
 def opened(browser: Browser, stack: Stack, shot: Shot) -> Iterator[Tab]:
-    """A window of somebody who is signed in."""
+    """Open a window of a signed-in user."""
     width, height = shot.size
     scheme = "dark" if shot.dark else "light"
     with browser.new_context(
@@ -233,7 +233,7 @@ def cancel_running(tab: Tab, stack: Stack) -> None:
 
 
 def photograph(tab: Tab, name: str) -> None:
-    """The whole of a page."""
+    """Photograph a whole page."""
     tab.wait_for_load_state("networkidle")
     tab.evaluate("document.fonts.ready")
     width, height = (tab.evaluate(f"window.inner{side}") for side in ("Width", "Height"))
@@ -247,7 +247,7 @@ def photograph(tab: Tab, name: str) -> None:
 
 
 def keep(tab: Tab, name: str) -> None:
-    """What the window shows."""
+    """Photograph the visible part."""
     wide, width = tab.evaluate("[document.documentElement.scrollWidth, window.innerWidth]")
     if wide > width:
         print(f"{name} is {wide} wide, and its window {width}.", file=sys.stderr)

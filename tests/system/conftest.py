@@ -12,8 +12,8 @@ from tests.system.stack import Stack
 
 @pytest.fixture(scope="session")
 def database() -> Iterator[dict[str, str]]:
-    """What to add to a stack's environment: an empty database where the tests run on PostgreSQL;
-    nothing where they run on SQLite, as each stack has a file of its own."""
+    """Yield additions to a stack's environment: an empty database where the tests run on PostgreSQL;
+    none where they run on SQLite, as each stack has its own file."""
     url = os.environ.get("DATABASE_URL", "")
     if not url.startswith("postgres"):
         yield {}
@@ -33,14 +33,14 @@ def llm() -> Iterator[FakeLLM]:
 
 @pytest.fixture(scope="session")
 def running(llm: FakeLLM, database: dict[str, str]) -> Iterator[Stack]:
-    """One stack for the files that tests/conftest.py names in SHARED_STACK."""
+    """Yield one stack for the files that tests/conftest.py names in SHARED_STACK."""
     with Stack(llm.url, AGENT_LEASE_SECONDS="8", **database) as stack:
         yield stack
 
 
 @pytest.fixture
 def stack(running: Stack, llm: FakeLLM) -> Stack:
-    """The shared stack, ready, with a model that answers as usual."""
+    """Return the shared stack, ready, with a model that answers as usual."""
     llm.reset()
     running.wait_ready()
     return running

@@ -5,8 +5,8 @@
         old = stack.kill("worker")
         stack.wait_restarted("worker", old)
 
-It starts scripts/stack.py, as `make run` does, in a directory of its own and with nothing of the
-developer's environment. Whatever it started is gone when it stops; a survivor is an error.
+It starts scripts/stack.py, as `make run` does, in a directory of its own and without the developer's
+environment. All its processes are gone when it stops; a survivor is an error.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ START_SECONDS = 180
 STOP_SECONDS = 90
 # Programs that end by themselves.
 RUN_ONCE = ("ready", "rooms")
-# What was killed at the end may take so long to be gone.
+# Time for killed processes to disappear.
 VANISH_SECONDS = 5
-# All that is asked of a system under test comes from one caller.
+# All requests of a system under test come from one client.
 WITHOUT_LIMITS = {
     "LIMIT_USER_MESSAGES_PER_MINUTE": "0",
     "LIMIT_USER_RUNS_WAITING": "0",
@@ -65,7 +65,7 @@ T = TypeVar("T")
 
 
 class StackError(Exception):
-    """The system did not do what it should in time; the message ends with the end of its log."""
+    """A system that did not do what it should in time; the message ends with the end of its log."""
 
 
 class Stack:
@@ -165,32 +165,32 @@ class Stack:
             raise StackError(f"Left running after the stop: {survivors}\n{self.log()[-5000:]}")
 
     def log(self) -> str:
-        """What all processes have written so far."""
+        """Return the output of all processes so far."""
         logs = [self._log, *sorted(self.directory.glob("**/*.log"))]
         return "\n".join(p.read_text(errors="replace") for p in dict.fromkeys(logs))
 
     def pid(self, name: str) -> int:
-        """The process that the supervisor runs as `name`; 0 while there is none."""
+        """Return the pid that the supervisor runs as `name`; 0 while there is none."""
         nobody = suppress(OSError, http.client.HTTPException, xmlrpc.client.Error)
         with nobody, self._supervisor() as supervisor:
             return int(supervisor.getProcessInfo(name)["pid"])
         return 0
 
     def kill(self, name: str, signum: int = signal.SIGKILL) -> int:
-        """Send `signum` to the process `name`; answers its pid, for `wait_restarted`."""
+        """Send `signum` to the process `name`; return its pid, for `wait_restarted`."""
         pid = self._running(name)
         os.kill(pid, signum)
         return pid
 
     def freeze(self, name: str) -> int:
-        """Have `name` stand still until it gets a SIGCONT; its pid."""
+        """Freeze `name` until it gets a SIGCONT; return its pid."""
         pid = self._running(name)
         self.wait(f"{name} to be frozen", lambda: freeze(pid, self._sqlite), START_SECONDS)
         return pid
 
     @contextmanager
     def without(self, name: str) -> Iterator[None]:
-        """`name` is killed with all its children, and started again at the end."""
+        """Kill `name` with all its children, and restart it at the end."""
         assert self._runner
         pid = self._running(name)
         pids = self.processes()[name]
@@ -205,17 +205,17 @@ class Stack:
         self.wait_restarted(name, pid)
 
     def _running(self, name: str) -> int:
-        """The pid of `name`, once it runs: that of nobody, 0, would stand for the tests themselves."""
+        """Return the pid of `name` once it runs: 0 would mean the process group of the tests."""
         return self.wait(f"{name} to run", lambda: self.pid(name), START_SECONDS)
 
     @property
     def _sqlite(self) -> str:
-        """The path of the database's file, if it is one."""
+        """Return the path of the SQLite file, or an empty text."""
         scheme, _, path = self.env["DATABASE_URL"].partition("://")
         return path if scheme == "sqlite" else ""
 
     def wait_restarted(self, name: str, old: int, seconds: float = START_SECONDS) -> int:
-        """Wait until `name` runs as another process than `old`; answers its pid."""
+        """Wait until `name` runs as another process than `old`; return its pid."""
 
         def successor() -> int:
             pid = self.pid(name)
@@ -224,7 +224,7 @@ class Stack:
         return self.wait(f"{name} to be restarted", successor, seconds)
 
     def wait(self, what: str, condition: Callable[[], T], seconds: float = 60) -> T:
-        """The condition's first true value; fails at once when the whole stack has ended."""
+        """Return the condition's first true value; fail at once when the whole stack has ended."""
         assert self._runner
         deadline = time.monotonic() + seconds
         while not (value := condition()):
@@ -236,7 +236,7 @@ class Stack:
         return value
 
     def processes(self) -> dict[str, list[int]]:
-        """The pids of each program, with their descendants; the supervisor's own under `stack`."""
+        """Return the pids of each program, with their descendants; the stack's own under `stack`."""
         programs: dict[str, list[int]] = {}
         with self._supervisor() as supervisor:
             for info in supervisor.getAllProcessInfo():
@@ -247,7 +247,7 @@ class Stack:
         return programs
 
     def down(self) -> list[str]:
-        """The programs that should be up and are not, with their state."""
+        """Return the programs that should be up and are not, with their state."""
         with self._supervisor() as supervisor:
             return [
                 f"{info['name']} ({info['statename']})"
@@ -258,14 +258,14 @@ class Stack:
             ]
 
     def memory(self) -> dict[str, float]:
-        """MB of each program; pages that processes share are counted once (PSS)."""
+        """Return MB of each program; shared pages are counted once (PSS)."""
         return {
             name: round(sum(process_memory(pid) for pid in pids) / 1e6, 1)
             for name, pids in self.processes().items()
         }
 
     def cpu_seconds(self) -> dict[str, float]:
-        """CPU seconds of each program so far, user and system."""
+        """Return the CPU seconds of each program so far, user and system."""
         return {
             name: sum(process_cpu_seconds(pid) for pid in pids)
             for name, pids in self.processes().items()
@@ -273,17 +273,17 @@ class Stack:
 
     @property
     def redis(self) -> redis.Redis:
-        """A client of the stack's Redis."""
+        """Return a client of the stack's Redis."""
         return self.redis_server.client(timeout=10)
 
     @property
     def redis_server(self) -> RedisServer:
-        """The stack's Redis, with the certificates that its programs have."""
+        """Return the stack's Redis, with the certificates of its programs."""
         return from_environment(self.env | {"REDIS_URL": self.redis_url})
 
     @property
     def redis_url(self) -> str:
-        """Where the programs find Redis; the runner chooses it when none was given."""
+        """Return the address of Redis; the stack chooses it when none was given."""
         written = (self.directory / "stack.env").read_text()
         return next(line for line in shlex.split(written) if line.startswith("REDIS_URL="))[10:]
 
@@ -304,9 +304,9 @@ class Stack:
             return False
 
     def _worker_reads(self) -> bool:
-        """Whether somebody waits for entries of the stream; on a Redis that other stacks use too it
-        may be a worker of theirs. The group's list of consumers says less: before version 7, Redis
-        lists one only once it was given something."""
+        """Return whether a client waits for entries of the stream; on a shared Redis it may be a worker
+        of another stack. The group's consumers prove less: before version 7, Redis lists one only
+        once it has received an entry."""
         if not self.pid("worker"):
             return False
         try:
@@ -316,7 +316,7 @@ class Stack:
             return False
 
     def _members(self) -> list[psutil.Process]:
-        """Every process of the runner's session, whoever its parent is by now."""
+        """Return every process of the stack's session, even of another parent."""
         assert self._runner
         return [p for p in psutil.process_iter() if _session(p) == self._runner.pid]
 
@@ -334,7 +334,7 @@ class Stack:
 
 
 def clean_environment(folder: Path = BASE_DIR) -> dict[str, str]:
-    """The little that programs need to run at all. Names in the .env of the folder are emptied: the
+    """Return the minimal environment of a program. Names in the .env of the folder are emptied: the
     settings read that file, but prefer the environment, where empty means the default."""
     kept = {
         name: os.environ[name] for name in ("PATH", "HOME", "LANG", "TMPDIR") if name in os.environ
@@ -347,7 +347,7 @@ def clean_environment(folder: Path = BASE_DIR) -> dict[str, str]:
 
 @functools.cache
 def _migrated() -> Path:
-    """An SQLite file with all tables and nobody's rows."""
+    """Return an SQLite file with all tables and no rows."""
     folder = tempfile.TemporaryDirectory(prefix="migrated-")
     atexit.register(folder.cleanup)
     path = Path(folder.name) / "db.sqlite"
@@ -376,7 +376,7 @@ def _session(process: psutil.Process) -> int:
 
 
 def process_memory(pid: int) -> int:
-    """Bytes; of pages that processes share, its share (PSS)."""
+    """Return the bytes of a process; of shared pages, its share (PSS)."""
     with suppress(psutil.NoSuchProcess):
         process = psutil.Process(pid)
         with suppress(psutil.AccessDenied):

@@ -70,7 +70,7 @@ def _log_in(browser: httpx2.Client) -> None:
 
 
 def _ask_for_all(browser: httpx2.Client) -> str:
-    """The id of the bulk job."""
+    """Return the id of the bulk job."""
     page = browser.get("/admin/agents/run/?status__exact=failed").text
     first = re.search(r'name="_selected_action" value="(\w+)"', page)
     assert first

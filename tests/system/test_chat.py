@@ -60,7 +60,7 @@ def history(stack: Stack, thread_id: str) -> list[str]:
 
 
 def told_on_stream(stack: Stack, run_id: str) -> list[str]:
-    """The types of the events of a run, in their order."""
+    """Return the types of a run's events, in order."""
     with stack.redis as redis:
         entries = [fields[b"event"] for _, fields in redis.xrange("agent_events")]
     events = [json.loads(raw) for raw in entries if raw.startswith(b"{")]

@@ -40,7 +40,7 @@ def behind_a_front(folder: Path, authority: Authority) -> Iterator[int]:
 
 @contextmanager
 def of_its_own(folder: Path, authority: Authority) -> Iterator[int]:
-    """A Redis that is built with TLS, as Debian's is; it wants a certificate of its clients."""
+    """Start a Redis built with TLS, as Debian's is; it requires a client certificate."""
     executable = os.environ.get("TLS_REDIS_SERVER") or shutil.which("redis-server")
     if not executable:
         pytest.skip("no redis-server on the PATH, and no TLS_REDIS_SERVER")
