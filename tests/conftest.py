@@ -107,8 +107,8 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[Any]) -> 
 
 @pytest.fixture(scope="session")
 def django_db_setup(django_db_setup: None, django_db_blocker: Any) -> Iterator[None]:
-    """PostgreSQL drops no database that somebody is connected to, and a thread that ended without
-    closing its connection keeps it until the garbage collector comes by."""
+    """Disconnect all at the end: PostgreSQL drops no database with open connections, and the garbage
+    collector alone closes that of a thread that has ended."""
     yield
     if connection.vendor == "postgresql":
         with django_db_blocker.unblock(), connection.cursor() as cursor:
@@ -219,7 +219,7 @@ def start() -> Iterator[Start]:
 
 @pytest.fixture
 def api() -> APIClient:
-    """A client that nobody has signed in to."""
+    """Return a client without a login."""
     return APIClient()
 
 

@@ -32,7 +32,7 @@ def _is_stopped(pid: int) -> bool:
 
 
 def may_write(path: str) -> bool:
-    """Whether nobody is at it, neither in the writers' queue (config.server.sqlite) nor beside it."""
+    """Return whether no process uses it, in the writers' queue (config.server.sqlite) or directly."""
     with open(f"{path}.lock") as queue, closing(sqlite3.connect(path, timeout=0)) as database:
         try:
             fcntl.flock(queue, fcntl.LOCK_EX | fcntl.LOCK_NB)

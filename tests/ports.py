@@ -25,7 +25,7 @@ _candidates = itertools.cycle(_shares())
 
 
 def free_port() -> int:
-    """One that nobody listens on, and that this process was not given a short while ago."""
+    """Return a port without a listener that this process has not received recently."""
     for port in itertools.islice(_candidates, len(PORTS)):
         with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
             return port

@@ -127,7 +127,7 @@ class Synapse:
         self.call("POST", path, admin.token, {"messages_per_second": 0, "burst_count": 0})
 
     def messages(self, account: Account, room_id: str) -> list[dict[str, Any]]:
-        """The room's last events, in the order said."""
+        """Return the room's last events, in order."""
         path = f"{CLIENT}/rooms/{_quoted(room_id)}/messages?dir=b&limit=500"
         return list(self.call("GET", path, account.token)["chunk"])[::-1]
 

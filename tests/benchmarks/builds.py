@@ -272,7 +272,7 @@ def _clone(commit: str, tree: Path) -> Path:
 
 
 def _session(pid: int) -> list[psutil.Process]:
-    """Every process of the session that `pid` has begun, whatever its parent is by now."""
+    """Every process of the session that `pid` has begun, even of another parent."""
 
     def belongs(process: psutil.Process) -> bool:
         with suppress(OSError):

@@ -43,7 +43,7 @@ from tests.benchmarks.system import ask, ask_and_wait
 ROUNDS = 10
 AT_ONCE = 150
 SETTLE_SECONDS = 120
-# A build that does not start or answer as it should, and what git and make have to say.
+# A build that does not start or answer as it should; errors of git and make.
 FAILURES = (BuildFailed, BadAnswer, AssertionError, OSError, subprocess.SubprocessError)
 Values = dict[str, float]
 

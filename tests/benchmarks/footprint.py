@@ -14,7 +14,7 @@ DELTAS = 8
 
 
 async def cpu(system: System) -> AsyncIterator[Result]:
-    """Of all processes of the system; what they take while idle is part of it, and told as well."""
+    """Of all processes of the system; their idle share is included, and shown as well."""
     idle = await _cpu_while(system, asyncio.sleep(system.scaled(5, 2)))
     idle_seconds = idle.pop("seconds")
     yield Result("cpu", "idle, ms a second", _rounded(idle, idle_seconds))

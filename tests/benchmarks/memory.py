@@ -1,7 +1,7 @@
 """Whether the bot runner's memory stays flat: `python -m tests.benchmarks.memory [--events 10000]`.
 
 A homeserver, Redis, a worker and a bot runner of its own; several people talk in many rooms at once.
-Most of what is said fires nothing, one event in twenty is a question that is answered. What counts is
+Most events match no command, one in twenty is a message that is answered. The measure is
 the bot's own share of memory (PSS; USS is without what it shares), sampled once it has caught up. One
 line of JSON for each sample.
 """
@@ -48,30 +48,30 @@ async def _measure(
         probe = Probe(synapse, alice, http)
         talk, began = Talk(probe, bot.rooms), time.perf_counter()
         _show(bot, 0, 0, 0)
-        while talk.said < events:
-            await talk.go_on_until(talk.said + sample)
+        while talk.sent < events:
+            await talk.go_on_until(talk.sent + sample)
             # Only now: her sync costs the homeserver as much as the bot's.
             listener = asyncio.create_task(probe.listen())
             for question in talk.questions:
                 await probe.reply_to(question)
             listener.cancel()
-            _show(bot, talk.said, len(talk.questions), time.perf_counter() - began)
+            _show(bot, talk.sent, len(talk.questions), time.perf_counter() - began)
 
 
 class Talk:
     def __init__(self, probe: Probe, rooms: list[str]) -> None:
         self.probe = probe
         self.rooms = rooms
-        self.said = 0
+        self.sent = 0
         self.questions: list[str] = []
 
     async def go_on_until(self, last: int) -> None:
         await asyncio.gather(*(self._speaker(last) for _ in range(SPEAKERS)))
 
     async def _speaker(self, last: int) -> None:
-        while self.said < last:
-            self.said += 1
-            number = self.said
+        while self.sent < last:
+            self.sent += 1
+            number = self.sent
             is_question = number % QUESTION_EVERY == 0
             # Looked up like a question, but no command is for it.
             event, _, _ = await self.probe.send(

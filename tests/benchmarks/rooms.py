@@ -179,8 +179,8 @@ class Probe:
             self._since = answer["next_batch"]
             for room in answer.get("rooms", {}).get("join", {}).values():
                 for event in room["timeline"]["events"]:
-                    told = event["content"].get("m.relates_to", {}).get("m.in_reply_to", {})
-                    if question := told.get("event_id"):
+                    reply = event["content"].get("m.relates_to", {}).get("m.in_reply_to", {})
+                    if question := reply.get("event_id"):
                         self.count[question] += 1
                         self.replied.setdefault(question, time.perf_counter())
             async with self._news:

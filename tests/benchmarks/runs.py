@@ -61,7 +61,7 @@ async def _all_at_once(system: System) -> float:
 
 
 async def _check_answered_once(connection: Connection, run: str, thread: str) -> None:
-    """By the record, as the stream may tell what is not so."""
+    """Read the rows, as the stream may be wrong."""
     status = (await connection.get(f"/api/chat/runs/{run}"))["run"]["status"]
     page = await connection.get(f"/api/chat/threads/{thread}/messages")
     roles = [message["role"] for message in page["messages"]]

@@ -416,7 +416,7 @@ class History:
             bot_command_id=match.fired[0][0].command_id,
             key=run["id"],
             status=Reply.Status.DROPPED if dropped else Reply.Status.SENT,
-            error="The room lets the bot say nothing." if dropped else "",
+            error="The bot may not write in the room." if dropped else "",
             attempts=1,
             created_at=run["created_at"],
             ready_at=run["finished_at"],
@@ -433,22 +433,22 @@ class History:
             "origin_server_ts": int(at.timestamp() * 1000),
             "content": {"msgtype": "m.text", "body": words},
         }
-        said = TimelineEvent(
+        event = TimelineEvent(
             source["event_id"], source["sender"], at, source["type"], source["content"], source
         )
-        match = self._rules.match(said)
+        match = self._rules.match(event)
         self._add(
             RoomEvent,
             id=self._event_id,
             room_id=room.pk,
-            event_id=said.event_id,
+            event_id=event.event_id,
             kind=RoomEvent.Kind.MESSAGE if match.fired else RoomEvent.Kind.OTHER,
             state=RoomEvent.State.HANDLED if match.fired else RoomEvent.State.IGNORED,
-            sender=said.sender,
-            type=said.type,
-            content_type=said.content_type,
+            sender=event.sender,
+            type=event.type,
+            content_type=event.content_type,
             sent_at=at,
-            source=said.source if match.fired else None,
+            source=event.source if match.fired else None,
             note=match.reason,
             verdicts=verdicts.stored(match.verdicts),
             created_at=at,

@@ -46,7 +46,7 @@ def seed(runs: int, *, days: int = 30) -> None:
 
 
 def _trust() -> None:
-    """No foreign key is looked up: what they refer to is copied along. A superuser may say so."""
+    """Disable foreign key checks, as a superuser may: the rows they refer to are copied too."""
     if connection.vendor == "postgresql":
         with connection.cursor() as cursor:
             cursor.execute("SET LOCAL session_replication_role = replica")

@@ -167,7 +167,7 @@ async def _idle(system: System, port: int, pid: int) -> Result:
 
 
 async def _with_and_without(system: System) -> AsyncIterator[Result]:
-    """Processor time of a run that nobody listens to, and of one that somebody does."""
+    """Measure the processor time of a run without listeners, and with one."""
     total, port = system.scaled(400, 60), system.stack.port
     system.llm.configure(latency=0.05, deltas=48, delta_latency=0.01)
 

@@ -23,7 +23,7 @@ STREAM = "agent_events"
 
 @dataclass(frozen=True)
 class Result:
-    """One measurement: `of` tells it from others of its case."""
+    """One measurement; `of` distinguishes it within its case."""
 
     case: str
     of: str
@@ -61,13 +61,13 @@ class System:
 
 
 class Outcomes:
-    """The ends of runs as the stream tells them: no question to the system while it is measured."""
+    """The ends of runs, read from the stream: the measured system gets no request for them."""
 
     def __init__(self, client: redis.asyncio.Redis) -> None:
         self._redis = client
-        self._told = asyncio.Event()
+        self._ended = asyncio.Event()
         self.over = False
-        # Of each run the events that end it: the stream may tell one twice, but must not tell two.
+        # The events that end each run: the stream may repeat one, but must not have two.
         self.ended: dict[str, dict[str, float]] = defaultdict(dict)
         self.failed: dict[str, dict[str, Any]] = {}
 
@@ -81,7 +81,7 @@ class Outcomes:
             for entry, fields in _entries(read):
                 after = entry
                 self._take(fields[b"event"])
-            self._told.set()
+            self._ended.set()
 
     async def of(self, runs: Collection[str], seconds: float = 120) -> list[float]:
         """When each of the runs ended (`time.perf_counter()`), as soon as all have. Each exactly
@@ -92,9 +92,9 @@ class Outcomes:
                 raise TimeoutError(
                     f"{len(missing)} of {len(runs)} runs have not ended: {missing[:3]}"
                 )
-            self._told.clear()
+            self._ended.clear()
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._told.wait(), 1)
+                await asyncio.wait_for(self._ended.wait(), 1)
         if twice := [run for run in runs if len(self.ended[run]) > 1]:
             raise AssertionError(f"{len(twice)} runs ended more than once, such as {twice[:3]}")
         if failed := [self.failed[run] for run in runs if run in self.failed]:

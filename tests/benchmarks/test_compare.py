@@ -80,9 +80,9 @@ def test_the_table_names_what_is_slower() -> None:
 
 def test_every_second_round_begins_with_the_other_build() -> None:
     base, head = (Build(name, Path(), Path()) for name in ("base", "head"))
-    told = [[each.name for each in compare.order((base, head), number)] for number in range(3)]
+    orders = [[each.name for each in compare.order((base, head), number)] for number in range(3)]
 
-    assert told == [["base", "head"], ["head", "base"], ["base", "head"]]
+    assert orders == [["base", "head"], ["head", "base"], ["base", "head"]]
 
 
 def test_the_options() -> None:
@@ -104,9 +104,9 @@ def test_wrong_options_are_refused_with_the_right_ones(
     arguments: list[str], problem: str, capsys: Any
 ) -> None:
     assert compare.main(arguments) == 2
-    told = capsys.readouterr().err
-    assert problem in told
-    assert "ROUNDS=<n>" in told
+    output = capsys.readouterr().err
+    assert problem in output
+    assert "ROUNDS=<n>" in output
 
 
 def test_a_commit_that_is_not_there_is_refused_by_name() -> None:

@@ -188,7 +188,7 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class Clock:
-    """An answer that tells when each of its deltas was sent (`time.monotonic()`, which processes of
+    """An answer whose deltas carry their time of sending (`time.monotonic()`, which processes of
     one machine share), as `@123.456789 `."""
 
     deltas: int = 8
@@ -262,7 +262,7 @@ class Cut:
     """The connection goes away: without an answer, or `after` so many deltas.
 
     `clean` ends the HTTP message properly instead, as proxies do when the model behind them dies:
-    only the missing finish reason tells that the answer is not whole.
+    only the missing finish reason shows that the answer is incomplete.
     """
 
     after: int | None = None

@@ -74,13 +74,13 @@ class Client:
             connection.close()
         took = time.monotonic() - began
         try:
-            told = json.loads(raw) if status else None
+            answer = json.loads(raw) if status else None
         except ValueError:
-            told = None
-        is_json = isinstance(told, dict)
+            answer = None
+        is_json = isinstance(answer, dict)
         text = raw[:300].decode(errors="replace")
         self.requests.append(Request(status, took, is_json, text, retry_after))
-        return status, told
+        return status, answer
 
     def ask(self, thread_id: str, number: int, **extra: Any) -> Asked:
         """Ask until it is accepted."""
@@ -89,24 +89,30 @@ class Client:
         key = f"{thread_id}:{number}"
         give_up = time.monotonic() + self.patience
         while True:
-            status, told = self.call("POST", "/api/chat/messages", body, **{"Idempotency-Key": key})
+            status, answer = self.call(
+                "POST", "/api/chat/messages", body, **{"Idempotency-Key": key}
+            )
             if status == 202:
-                asked = Asked(thread_id, number, content, told["runId"])
+                asked = Asked(thread_id, number, content, answer["runId"])
                 self.asked.append(asked)
                 return asked
             if status not in (0, 503) or time.monotonic() > give_up:
-                raise AssertionError(f"{key} was not accepted: {status} {told}")
+                raise AssertionError(f"{key} was not accepted: {status} {answer}")
             time.sleep(0.2)
 
     def wait_for(self, asked: Asked) -> None:
         """Until its run has ended."""
         give_up = time.monotonic() + self.patience
         while True:
-            _, told = self.call("GET", f"/api/chat/runs/{asked.run_id}")
-            if told and told.get("run", {}).get("status") in ("completed", "failed", "cancelled"):
+            _, answer = self.call("GET", f"/api/chat/runs/{asked.run_id}")
+            if answer and answer.get("run", {}).get("status") in (
+                "completed",
+                "failed",
+                "cancelled",
+            ):
                 return
             if time.monotonic() > give_up:
-                raise AssertionError(f"{asked.run_id} did not end: {told}")
+                raise AssertionError(f"{asked.run_id} did not end: {answer}")
             time.sleep(0.5)
 
     def cancel(self, asked: Asked) -> int:

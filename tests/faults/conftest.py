@@ -92,8 +92,8 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     lines = [f"Faults on {DATABASE}; again: make faults SEED={SEED}", " | ".join(COLUMNS)]
     for row in ROWS:
         cells = [getattr(row, name) for name in COLUMNS]
-        told = [f"{cell:.1f} s" if isinstance(cell, float) else str(cell) for cell in cells]
-        lines.append(" | ".join(told) + (" | VIOLATED" if row.violations else ""))
+        texts = [f"{cell:.1f} s" if isinstance(cell, float) else str(cell) for cell in cells]
+        lines.append(" | ".join(texts) + (" | VIOLATED" if row.violations else ""))
     terminalreporter.section("faults")
     for line in lines:
         terminalreporter.write_line(line)

@@ -1,4 +1,4 @@
-"""The faults: each is injected and mended again by one call, whose arguments say how bad it is. The
+"""The faults: each is injected and repaired by one call, whose arguments set its extent. The
 scenarios and the random schedule draw on the same ones."""
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def drop_group(plant: Plant) -> None:
 
 
 def fill_redis(plant: Plant, seconds: float) -> None:
-    """No room for anything: whatever adds data is refused."""
+    """Fill it up: commands that add data are refused."""
     with closing(plant.redis.client()) as client:
         # Below what an empty Redis takes.
         client.config_set("maxmemory", "500kb")
@@ -170,7 +170,7 @@ def refuse_database(plant: Plant, seconds: float) -> None:
 
 
 def limit_connections(plant: Plant, seconds: float, most: int = 2) -> None:
-    """Nearly nobody gets a connection any more, and all lose theirs."""
+    """Refuse nearly all connections, and end the open ones."""
     with plant.postgresql.connect() as server:
         server.execute(f"ALTER ROLE {ROLE} CONNECTION LIMIT {most}")
         server.execute(

@@ -35,7 +35,7 @@ ANSWERS = """
     SELECT thread_id, position, count(*) FROM chat_message GROUP BY thread_id, position
     HAVING count(*) > 1
 """
-# How a program ends that was told to.
+# Exit codes after a requested stop.
 TOLD_TO = "exit status 0"
 TERMINAL = {"completed", "failed", "cancelled"}
 
@@ -96,9 +96,9 @@ def check(
     scenario: str,
     allowed: Allowed = NOTHING,
     *,
-    told: Mapping[str, int] | None = None,
+    answers: Mapping[str, int] | None = None,
 ) -> Row:
-    """Return the row of a settled scenario. `told` is how often each message of a room was answered
+    """Return the row of a settled scenario. `answers` is how often each message of a room was answered
     there. Raises `Violated` with the row as its second argument."""
     found = _Found(plant, allowed)
     row = Row(
@@ -126,7 +126,7 @@ def check(
             setattr(row, name, len(broken))
     row.extra_calls = max(0, found.calls_made - len(found.answered))
     row.violations += [
-        f"I8 {each} was answered {n} times" for each, n in (told or {}).items() if n != 1
+        f"I8 {each} was answered {n} times" for each, n in (answers or {}).items() if n != 1
     ]
     if row.violations:
         raise Violated(
@@ -162,7 +162,7 @@ class _Found:
         self.calls_made = len(self.requests)
 
     def lost(self) -> Iterator[str]:
-        """I1: whatever was accepted has one run, which has ended."""
+        """I1: every accepted message has one run, which has ended."""
         for asked in self.asked:
             run = self.runs.get(asked.run_id)
             if run is None:
@@ -232,21 +232,21 @@ class _Found:
                 for run in before
                 for text in (run.question, *([run.answer] if run.answer else []))
             ]
-            told = [_without_note(m["content"]) for m in call.messages][:-1]
+            memory = [_without_note(m["content"]) for m in call.messages][:-1]
             if len(expected) >= RECENT_MESSAGES:
-                expected = expected[-len(told) :]  # a summary tells what was before
-            if all(run.status == "completed" for run in before) and told != expected:
-                yield f"I3 the model was asked {call.last_user!r} knowing {told[-3:]}"
+                expected = expected[-len(memory) :]  # a summary replaces the rest
+            if all(run.status == "completed" for run in before) and memory != expected:
+                yield f"I3 the model was asked {call.last_user!r} knowing {memory[-3:]}"
 
     def leases(self) -> Iterator[str]:
-        """I4: nothing is held by somebody who is gone."""
+        """I4: no dead process holds a lease or a lock."""
         for (run_id,) in self.plant.database.rows(LAPSED[self.plant.vendor]):
             yield f"I4 {run_id} is processing with a lapsed lease"
 
     def outbox(self) -> Iterator[str]:
         """I5"""
         for (event_id,) in self.plant.database.rows(UNDISPATCHED):
-            yield f"I5 the event {event_id} has not been told"
+            yield f"I5 the event {event_id} has not been published"
 
     def calls(self) -> Iterator[str]:
         """I6: the model is paid for about once, and no run goes on for ever."""

@@ -102,7 +102,7 @@ def _(plant: Plant) -> None:
     plant.settle()
     for name, (_, least) in forms.items():
         status, code, attempt = how(plant, asked[name])
-        if least is None:  # longer than there is time: it is told at once
+        if least is None:  # longer than the remaining time: reported at once
             assert (status, code, attempt) == ("failed", "rate_limited", 1), name
             continue
         assert (status, attempt) == ("completed", 2), name
@@ -115,14 +115,14 @@ def _(plant: Plant) -> None:
     ) - timedelta(seconds=1)
 
 
-@scenario(23, "whoever waits for the model holds no slot", "model", load=None, allowed=SOME_FAIL)
+@scenario(23, "a wait for the model holds no slot", "model", load=None, allowed=SOME_FAIL)
 def _(plant: Plant) -> None:
     """More of them than all workers have slots; another question goes past them."""
     plant.llm.default = by_thread({"limited": first(Failure(429, retry_after=120))})
     with ThreadPoolExecutor(20) as pool:
         limited = list(pool.map(lambda _: plant.client.ask(plant.thread("limited"), 0), range(90)))
     plant.stack.wait(
-        "all to be told to wait",
+        "all to get a 429",
         lambda: len({call.last_user for call in plant.llm.requests}) >= len(limited),
         110,
     )
@@ -168,7 +168,7 @@ def _(plant: Plant) -> None:
     assert time.monotonic() - begun < 120
     for name, each in asked.items():
         assert how(plant, each)[:2] == ("failed", "deadline_exceeded"), name
-    # The slots are free: nobody listens any more.
+    # The slots are free: no listener is left.
     plant.llm.wait_for_disconnects(len(silences))
     assert_no_defect(plant)
 
@@ -245,7 +245,7 @@ def _(plant: Plant) -> None:
     plant.mended()
 
 
-@scenario(36, "the stream has entries that nobody can read", "poison")
+@scenario(36, "the stream has unreadable entries", "poison")
 def _(plant: Plant) -> None:
     entries: list[dict[str | bytes, str | bytes]] = [
         {"nothing": "known"},
@@ -282,7 +282,7 @@ def _flood(plant: Plant, count: int) -> None:
     are_beside_done = threading.Event()
 
     def answer(call: Call) -> Behaviour:
-        """Those at the end of the flood wait, so that it is not over too soon to tell."""
+        """Those at the end of the flood wait, so that the flood lasts long enough."""
         reply = Reply(deltas=1, latency=0.05)
         last = {f"{number} of {thread}" for number in range(count - 5, count)}
         is_last = call.last_user.partition(": ")[2] in last
@@ -298,7 +298,7 @@ def _flood(plant: Plant, count: int) -> None:
         plant.stack.wait("who is beside", lambda other=other: how(plant, other)[0] == "completed")
         took.append(time.monotonic() - begun)
     waiting = plant.database.rows("SELECT count(*) FROM agents_run WHERE due_at IS NOT NULL")[0][0]
-    assert waiting > 1, "The flood was over too soon to tell."
+    assert waiting > 1, "The flood was too short."
     are_beside_done.set()
     assert max(took) < BESIDE_SECONDS
     plant.mended()
@@ -340,7 +340,7 @@ def _(plant: Plant) -> None:
 
 @contextmanager
 def _listening(plant: Plant, asked: Asked, count: int) -> Iterator[None]:
-    """Each goes away without a word, in the middle of what it is told."""
+    """Disconnect each silently, in mid-stream."""
     request = f"GET /api/chat/runs/{asked.run_id}/events HTTP/1.1\r\nHost: localhost\r\n\r\n"
     found = [socket.create_connection(("127.0.0.1", plant.stack.port), 60) for _ in range(count)]
     try:

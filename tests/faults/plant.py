@@ -127,7 +127,7 @@ class Plant:
         self.mended_at = time.monotonic()
 
     def settle(self, seconds: float = 240) -> None:
-        """Wait until every run has ended and every event has been told."""
+        """Wait until every run has ended and every event has been published."""
         since = self.mended_at or time.monotonic()
 
         def ended() -> bool:
@@ -135,12 +135,12 @@ class Plant:
                 return self.database.rows(UNSETTLED)[0][0] == 0
             return False
 
-        def told() -> bool:
+        def published() -> bool:
             return self.database.rows(UNSETTLED)[0] == (0, 0)
 
         self.stack.wait("all runs to end", ended, seconds)
         self.recovery = time.monotonic() - since
-        self.stack.wait("all events to be told", told, seconds)
+        self.stack.wait("all events to be published", published, seconds)
 
     def number(self) -> int:
         """One that no other question of this plant has."""
@@ -173,12 +173,12 @@ class Plant:
         return pid
 
     def wait_up(self, seconds: float = 240) -> None:
-        """Until every program runs, and somebody reads the stream."""
+        """Wait until every program runs and a worker reads the stream."""
         self.stack.wait("all programs to run", lambda: not self.stack.down(), seconds)
         self.stack.wait_ready(seconds)
 
     def extra_worker(self, **env: str) -> subprocess.Popen[bytes]:
-        """One that nobody starts again, with the environment of the others and `env`."""
+        """Start one that is not restarted, with the environment of the others and `env`."""
         pid = self.stack.pid(WORKERS[0])
         process = psutil.Process(pid)
         with (self.directory / "extra.log").open("ab") as log:

@@ -41,7 +41,7 @@ class Link:
         self._pumps = 2
 
     def reset(self) -> None:
-        """End it without a word to be relied on; whoever pumps it notices, and closes it."""
+        """End it abruptly; its pump notices, and closes it."""
         self.is_dead = True
         for end in (self.near, self.far):
             with contextlib.suppress(OSError):

@@ -94,7 +94,7 @@ def _(plant: Plant) -> None:
 
 @scenario(
     3,
-    "a question kills whoever takes it",
+    "a message kills its worker",
     "worker",
     load=None,
     allowed=Allowed(extra_calls=20, failures=True),
@@ -132,7 +132,7 @@ def _(plant: Plant) -> None:
         os.kill(pid, signal.SIGCONT)
 
 
-@scenario(5, "a worker is told to stop", "process")
+@scenario(5, "a worker is stopped", "process")
 def _(plant: Plant) -> None:
     faults.terminate(plant, WORKERS[0])
 
@@ -335,13 +335,13 @@ def _(plant: Plant) -> None:
         return plant.client.call("POST", "/api/chat/messages", body, **{"Idempotency-Key": key})
 
     with ThreadPoolExecutor(20) as pool:
-        told = list(pool.map(ask, ["the same"] * 20))
-    assert {status for status, _ in told} == {202}
-    assert len({answer["runId"] for _, answer in told}) == 1
+        answers = list(pool.map(ask, ["the same"] * 20))
+    assert {status for status, _ in answers} == {202}
+    assert len({answer["runId"] for _, answer in answers}) == 1
     assert ask("another")[0] == 422
     found = plant.database.rows(f"SELECT count(*) FROM chat_message WHERE thread_id = '{thread}'")
     assert found[0][0] in (1, 2)
-    plant.client.asked.append(Asked(thread, 0, "the same", told[0][1]["runId"]))
+    plant.client.asked.append(Asked(thread, 0, "the same", answers[0][1]["runId"]))
     plant.mended()
 
 

@@ -101,8 +101,8 @@ class Step:
     arguments: dict[str, Any]
 
     def __str__(self) -> str:
-        told = ", ".join(f"{name}={value}" for name, value in self.arguments.items())
-        return f"{self.questions} questions, {self.delay:.1f} s: {self.fault.__name__}({told})"
+        arguments = ", ".join(f"{name}={value}" for name, value in self.arguments.items())
+        return f"{self.questions} questions, {self.delay:.1f} s: {self.fault.__name__}({arguments})"
 
 
 Schedule = dict[str, list[Step]]

@@ -26,7 +26,7 @@ POSTGRESQL = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
 
 
 class RedisServer:
-    """One that keeps nothing, or with `aof` what the append-only file tells. `line` leads to it."""
+    """A Redis that persists nothing, or with `aof` an append-only file. `line` leads to it."""
 
     def __init__(self, directory: Path, *, aof: bool = False) -> None:
         self.directory = directory
@@ -84,10 +84,10 @@ class RedisServer:
 
 
 def _major_version() -> int:
-    told = subprocess.run(
+    output = subprocess.run(
         [redis_executable(), "--version"], capture_output=True, text=True, check=True
     ).stdout
-    return int(told.partition("v=")[2].partition(".")[0])
+    return int(output.partition("v=")[2].partition(".")[0])
 
 
 class SQLite:
@@ -130,7 +130,7 @@ class PostgreSQL:
         )
         self.start()
         with self.connect(OWNER) as server:
-            # Limits hold for whoever is no superuser.
+            # Limits do not apply to superusers.
             server.execute(f"CREATE ROLE {ROLE} LOGIN")
             server.execute(f"CREATE DATABASE {ROLE} OWNER {ROLE}")
         self.line.__enter__()

@@ -158,4 +158,4 @@ def test_programs_that_are_down_or_end_by_themselves_are_told(plant: Any) -> Non
 
 
 def test_an_answer_that_is_twice_in_a_room_is_told(plant: Any) -> None:
-    assert violations(plant, told={"$a": 1, "$b": 2}) == ["I8 $b was answered 2 times"]
+    assert violations(plant, answers={"$a": 1, "$b": 2}) == ["I8 $b was answered 2 times"]

@@ -171,8 +171,8 @@ class Stack:
 
     def pid(self, name: str) -> int:
         """Return the pid that the supervisor runs as `name`; 0 while there is none."""
-        nobody = suppress(OSError, http.client.HTTPException, xmlrpc.client.Error)
-        with nobody, self._supervisor() as supervisor:
+        no_process = suppress(OSError, http.client.HTTPException, xmlrpc.client.Error)
+        with no_process, self._supervisor() as supervisor:
             return int(supervisor.getProcessInfo(name)["pid"])
         return 0
 
