@@ -20,7 +20,7 @@ from lib.jsonapi.views import UnknownPathView
 
 
 class IdConverter(StringConverter):
-    """Ids of threads and runs (chat.models.CHOSEN_ID). What cannot be one is not looked up."""
+    """Ids of threads and runs (chat.models.CHOSEN_ID). Others are not looked up."""
 
     regex = "[A-Za-z0-9_-]{1,64}"
 
@@ -31,7 +31,7 @@ register_converter(IdConverter, "id")
 def resource_paths(
     serializer: type[ResourceSerializer], converter: str, collection: type[resources.CollectionView]
 ) -> Iterator[URLPattern]:
-    """The list, each one of it, and wherever its relationships lead."""
+    """Yield the paths of the list, of one resource, and of its relationships."""
     base = f"api/{serializer.Meta.resource_name}"
     one = f"{base}/<{converter}:id>"
     yield path(base, collection.as_view(serializer_class=serializer))
@@ -40,10 +40,10 @@ def resource_paths(
         if isinstance(field, Relationship):
             to_many = isinstance(field, OfThread)
             related = resources.OfThreadView if to_many else resources.RelatedView
-            lead = {"serializer_class": field.target, "parent": serializer, "relation": name}
+            options = {"serializer_class": field.target, "parent": serializer, "relation": name}
             member = format_field_name(name)
-            yield path(f"{one}/{member}", related.as_view(**lead))
-            yield path(f"{one}/relationships/{member}", resources.LinkageView.as_view(**lead))
+            yield path(f"{one}/{member}", related.as_view(**options))
+            yield path(f"{one}/relationships/{member}", resources.LinkageView.as_view(**options))
 
 
 urlpatterns = [

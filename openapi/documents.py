@@ -25,14 +25,14 @@ from openapi.parts import (
     THREAD_ID,
     Schema,
     content,
+    error_responses,
     in_path,
     many,
-    needing,
     new_resource,
     query,
     record,
     ref,
-    refusals,
+    requiring,
     response,
     text,
 )
@@ -205,7 +205,7 @@ class DocumentSchema(JsonApiAutoSchema):
             + ("ById" if self.path.endswith("{id}") else ""),
             "tags": ["resources"],
         }
-        refused = [400, 401, 403, 406, 415, 503] + ([404] if parameters else [])
+        error_codes = [400, 401, 403, 406, 415, 503] + ([404] if parameters else [])
         if isinstance(view, views.LinkageView):
             body, parameters = self._linkage(parameters)
             built["summary"] = f"List the ids of `{view.relation}` of {words[0]}/{{id}}"
@@ -229,7 +229,7 @@ class DocumentSchema(JsonApiAutoSchema):
             "parameters": parameters,
             "responses": {
                 "200": response("Found.", content(MEDIA_TYPE, body)),
-                **refusals(*refused),
+                **error_responses(*error_codes),
             },
         }
 
@@ -304,11 +304,11 @@ class DocumentSchema(JsonApiAutoSchema):
 
     def _create_message(self, kind: Any) -> Schema:
         body = record("included", data=self.resource(kind), included=self._included())
-        linkage = needing(type={"const": "threads"}, id=text(pattern=ID))
+        linkage = requiring(type={"const": "threads"}, id=text(pattern=ID))
         document = new_resource(
             "messages",
             ref("MessageAttributes"),
-            thread=needing(data={"oneOf": [linkage, {"type": "null"}]}),
+            thread=requiring(data={"oneOf": [linkage, {"type": "null"}]}),
         )
         example = {
             "data": {
@@ -330,7 +330,7 @@ class DocumentSchema(JsonApiAutoSchema):
                     Location="The message.",
                     **REPLAYED,
                 ),
-                **refusals(400, 401, 403, 404, 406, 409, 411, 413, 415, 422, 429, 503),
+                **error_responses(400, 401, 403, 404, 406, 409, 411, 413, 415, 422, 429, 503),
             },
         }
 

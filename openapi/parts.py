@@ -35,12 +35,13 @@ def ref(name: str, kind: str = "schemas") -> Schema:
     return {"$ref": f"#/components/{kind}/{name}"}
 
 
-def text(**more: Any) -> Schema:
-    return {"type": "string", **more}
+def text(**keywords: Any) -> Schema:
+    return {"type": "string", **keywords}
 
 
 def record(*optional: str, **properties: Schema) -> Schema:
-    """An object with exactly these properties, required unless named in `optional`."""
+    """Build the schema of an object with exactly these properties, required unless named in
+    `optional`."""
     return {
         "type": "object",
         "properties": properties,
@@ -49,8 +50,8 @@ def record(*optional: str, **properties: Schema) -> Schema:
     }
 
 
-def needing(**properties: Schema) -> Schema:
-    """An object with at least these properties; others are ignored."""
+def requiring(**properties: Schema) -> Schema:
+    """Build the schema of an object with at least these properties; others are ignored."""
     return {"type": "object", "properties": properties, "required": list(properties)}
 
 
@@ -65,15 +66,15 @@ LINKAGE = {
 
 
 def new_resource(kind: str, attributes: Schema, **relationships: Schema) -> Schema:
-    """The document that creates a resource."""
-    data = needing(type={"const": kind}, attributes=attributes)
+    """Build the schema of a document that creates a resource."""
+    data = requiring(type={"const": kind}, attributes=attributes)
     data["properties"]["relationships"] = {
         "type": "object",
         "properties": relationships,
         "propertyNames": {"pattern": "^[a-z]+$"},
         "additionalProperties": LINKAGE,
     }
-    return needing(data=data | {"not": {"required": ["id"]}})
+    return requiring(data=data | {"not": {"required": ["id"]}})
 
 
 def schema_of(hint: Any) -> Schema:
@@ -136,8 +137,8 @@ def response(description: str, body: Schema | None = None, **headers: str) -> Sc
         built["content"] = body
     if headers:
         built["headers"] = {
-            name.replace("_", "-"): {"description": why, "schema": text()}
-            for name, why in headers.items()
+            name.replace("_", "-"): {"description": purpose, "schema": text()}
+            for name, purpose in headers.items()
         }
     return built
 
@@ -166,13 +167,13 @@ DOCUMENT_SCHEMAS: dict[str, Schema] = {
 }
 
 
-def refusals(*codes: int) -> dict[str, Schema]:
-    """The error responses of JSON:API operations."""
+def error_responses(*codes: int) -> dict[str, Schema]:
+    """Return the error responses of a JSON:API operation."""
     return {str(code): ref(f"Document{code}", "responses") for code in sorted(codes)}
 
 
 # Example error codes.
-CODES = {
+ERROR_CODES = {
     400: "malformed",
     401: "not_authenticated",
     403: "permission_denied",
@@ -180,28 +181,30 @@ CODES = {
     429: "rate_limited",
 }
 # Headers of error responses.
-WITH = {429: {"Retry_After": "Seconds to wait before a retry."}}
-PLACES = {400: {"parameter": "include"}, 409: {"pointer": "/data/type"}}
+ERROR_HEADERS = {429: {"Retry_After": "Seconds to wait before a retry."}}
+ERROR_SOURCES = {400: {"parameter": "include"}, 409: {"pointer": "/data/type"}}
 
 
-def refused(code: int) -> Schema:
+def error_example(code: int) -> Schema:
     error: Schema = {
         "status": str(code),
-        "code": CODES.get(code) or HTTPStatus(code).name.lower(),
+        "code": ERROR_CODES.get(code) or HTTPStatus(code).name.lower(),
         "title": HTTPStatus(code).phrase,
         "detail": REASONS[code],
         "meta": {"request_id": "61131f1255d545179a64ebad5795ca56"},
     }
-    if code in PLACES:
-        error["source"] = PLACES[code]
+    if code in ERROR_SOURCES:
+        error["source"] = ERROR_SOURCES[code]
     return {"errors": [error]}
 
 
 DOCUMENT_RESPONSES = {
     f"Document{code}": response(
-        why, content(MEDIA_TYPE, ref("Errors"), refused(code)), **WITH.get(code, {})
+        reason,
+        content(MEDIA_TYPE, ref("Errors"), error_example(code)),
+        **ERROR_HEADERS.get(code, {}),
     )
-    for code, why in REASONS.items()
+    for code, reason in REASONS.items()
     if code >= 400
 }
 

@@ -15,7 +15,8 @@ from chat.representation import (
 )
 from openapi.parts import (
     ATTRIBUTE_NAMES,
-    CODES,
+    ERROR_CODES,
+    ERROR_HEADERS,
     ID,
     IDEMPOTENCY_KEY,
     MESSAGE_ID,
@@ -23,7 +24,6 @@ from openapi.parts import (
     REPLAYED,
     RUN_ID,
     THREAD_ID,
-    WITH,
     Schema,
     component_of,
     content,
@@ -167,20 +167,20 @@ def events(description: str) -> Schema:
 
 RESPONSES = {
     f"Plain{code}": response(
-        why,
+        reason,
         content(
             JSON,
             ref("Error"),
-            {"ok": False, "error": why} | ({"code": CODES[code]} if code == 429 else {}),
+            {"ok": False, "error": reason} | ({"code": ERROR_CODES[code]} if code == 429 else {}),
         ),
-        **WITH.get(code, {}),
+        **ERROR_HEADERS.get(code, {}),
     )
-    for code, why in REASONS.items()
+    for code, reason in REASONS.items()
     if code >= 400
 }
 
 
-def refusals(*codes: int) -> dict[str, Schema]:
+def error_responses(*codes: int) -> dict[str, Schema]:
     return {str(code): ref(f"Plain{code}", "responses") for code in sorted(codes)}
 
 
@@ -188,14 +188,14 @@ def operation(
     name: str,
     summary: str,
     responses: dict[str, Schema],
-    *refused: int,
+    *error_codes: int,
     description: str = "",
     **more: Any,
 ) -> Schema:
     built: Schema = {"operationId": name, "summary": summary, "tags": ["chat"]}
     if description:
         built["description"] = description
-    return built | more | {"responses": responses | refusals(*refused, 401, 403, 503)}
+    return built | more | {"responses": responses | error_responses(*error_codes, 401, 403, 503)}
 
 
 def ok_response(description: str, example: Any, **properties: Schema) -> dict[str, Schema]:

@@ -9,13 +9,13 @@ from openapi.parts import (
     MEDIA_TYPE,
     Schema,
     content,
+    error_responses,
     in_path,
     many,
-    needing,
     new_resource,
     query,
     record,
-    refusals,
+    requiring,
     response,
     text,
 )
@@ -47,16 +47,16 @@ EXAMPLE_FILTER = {
     "content_type": "m.text",
     "prefix": "!ask ",
 }
-REFUSED = (401, 406, 415, 503)
+COMMON_ERRORS = (401, 406, 415, 503)
 
 
 def resource(kind: str, **attributes: Schema) -> Schema:
-    """The document that creates a resource."""
-    return new_resource(kind, needing(**attributes) | ATTRIBUTE_NAMES)
+    """Build the schema of a document that creates a resource."""
+    return new_resource(kind, requiring(**attributes) | ATTRIBUTE_NAMES)
 
 
 def create(
-    name: str, summary: str, body: Schema, resource_schema: Schema, example: Any, *refused: int
+    name: str, summary: str, body: Schema, resource_schema: Schema, example: Any, *error_codes: int
 ) -> Schema:
     return {
         "operationId": name,
@@ -65,13 +65,13 @@ def create(
         "requestBody": {"required": True, "content": content(MEDIA_TYPE, body, example)},
         "responses": {
             "201": response("Created.", content(MEDIA_TYPE, record(data=resource_schema))),
-            **refusals(400, 403, 404, 409, 411, 413, *refused, *REFUSED),
+            **error_responses(400, 403, 404, 409, 411, 413, *error_codes, *COMMON_ERRORS),
         },
     }
 
 
 def list_all(
-    name: str, summary: str, resource_schema: Schema, *parameters: Schema, refused: Any = ()
+    name: str, summary: str, resource_schema: Schema, *parameters: Schema, error_codes: Any = ()
 ) -> Schema:
     return {
         "operationId": name,
@@ -82,7 +82,7 @@ def list_all(
             "200": response(
                 "All of them.", content(MEDIA_TYPE, record(data=many(resource_schema)))
             ),
-            **refusals(400, 403, 404, *refused, *REFUSED),
+            **error_responses(400, 403, 404, *error_codes, *COMMON_ERRORS),
         },
     }
 
@@ -94,13 +94,13 @@ def delete(name: str, kind: str, *, in_body: bool) -> Schema:
         "tags": ["realm"],
         "responses": {
             "204": response("Deleted, or did not exist."),
-            **refusals(400, 403, 404, 409, 411, 413, *REFUSED),
+            **error_responses(400, 403, 404, 409, 411, 413, *COMMON_ERRORS),
         },
     }
     if not in_body:
         return operation | {"parameters": [in_path("id", text(format="uuid"))]}
     identifier = {"type": {"const": kind}, "id": text(format="uuid")}
-    document = needing(data=needing(**identifier))
+    document = requiring(data=requiring(**identifier))
     example = {"data": {"type": kind, "id": BOT_ID}}
     return operation | {
         "requestBody": {"required": True, "content": content(MEDIA_TYPE, document, example)}
@@ -117,7 +117,7 @@ def session(schema: Any) -> Schema:
     operation = create(
         "openSession",
         "Exchange a Matrix OpenID token for a realm-server JWT",
-        needing(access_token=token),
+        requiring(access_token=token),
         schema.resource(SessionSerializer),
         None,
         429,
