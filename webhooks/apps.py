@@ -1,7 +1,7 @@
 from django.apps import AppConfig
 
 
-class HooksConfig(AppConfig):
+class WebhooksConfig(AppConfig):
     name = "webhooks"
     verbose_name = "Webhooks"
 
@@ -11,4 +11,4 @@ class HooksConfig(AppConfig):
         from webhooks import deliveries, sender
 
         hooks.needs_delivery = deliveries.needs_delivery
-        PERIODIC_JOBS.append((sender.Sender().tick, sender.SECONDS))
+        PERIODIC_JOBS.append((sender.WebhookSender().tick, sender.SECONDS))

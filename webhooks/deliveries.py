@@ -1,8 +1,8 @@
-"""From outcomes to deliveries.
+"""Create deliveries from the results of runs.
 
-An outcome's event is marked, in the statement that writes it, where somebody is subscribed to such;
-what is to be delivered to whom is worked out soon after, off the way of the runs. So the event is the
-outbox: an outcome that was recorded is told, whoever dies in between.
+The statement that inserts a result's event marks it if there is a subscription to its type; deliveries
+are created soon after, outside the runs' transactions. The event is the outbox: a recorded result is
+delivered even if a process dies in between.
 """
 
 from collections import defaultdict
@@ -33,70 +33,70 @@ from webhooks.models import (
     readers,
 )
 
-# How much is looked at, and how much of it is written, at once.
+# Limits of one batch: events, their bytes, deliveries.
 BATCH = 200
 BATCH_BYTES = 4 * 1024**2
 BATCH_DELIVERIES = 1000
-# What an answer has beyond it, a receiver asks for.
+# Longer answers are truncated; the receiver fetches the rest.
 MAX_OUTPUT_BYTES = 1024**2
 
 
 def needs_delivery(type: str) -> Any:
-    """For agents.events.hooks."""
+    """Return an expression: is there a subscription to this type? Set as agents.events.hooks.wanted."""
     column = EVENTS.get(_name(type))
-    return _is_anybody(column) if column else None
+    return _subscription_exists(column) if column else None
 
 
 @cache
-def _is_anybody(column: str) -> RawSQL:
-    """Made once: Django takes three times as long to put this together as to insert the event."""
+def _subscription_exists(column: str) -> RawSQL:
+    """Build the SQL once: Django needs three times as long for it as for inserting the event."""
     rows = Subscription.objects.filter(**{column: True}, enabled=True).order_by().values("pk")[:1]
     sql, params = rows.query.sql_with_params()
     return RawSQL(f"EXISTS({sql})", params)  # noqa: S611
 
 
 def _name(type: str) -> str:
-    """What an outcome is called here."""
+    """Return the webhook's name of an event type."""
     return type.removeprefix("agent.")
 
 
 def fan_out() -> int:
-    """Write down what is to be delivered of some outcomes since it was last done. How many these were;
-    there may be more."""
+    """Create the deliveries of the next marked events. Return the number of events; there may be
+    more."""
     events = _next_events()
     if not events:
         return 0
-    # How long ago the bot has synced is looked at when it is sent.
+    # The age of the memberships is checked when a delivery is sent.
     members = RoomMember.objects.filter(room__membership=Room.Membership.JOINED)
     subscriptions = Subscription.objects.enabled()
     audience = _Audience([event.run for event in events], subscriptions, members)
-    pending = _Pending()
+    batch = _Batch()
     for event in events:
         name = _name(event.type)
-        wanting = (each for each in audience.of(event.run) if getattr(each, EVENTS[name]))
+        recipients = (each for each in audience.of(event.run) if getattr(each, EVENTS[name]))
         outcome = None
-        for subscription in wanting:
+        for subscription in recipients:
             outcome = outcome or _outcome(name, event)
-            pending.add(outcome, name, subscription)
-        pending.end(event)
-    pending.write()
+            batch.add(outcome, name, subscription)
+        batch.end(event)
+    batch.write()
     return len(events)
 
 
 def _next_events() -> list[Event]:
-    """The oldest that are marked: no more than have room in memory together, but one."""
+    """Return the oldest marked events that fit into BATCH_BYTES; at least one."""
     marked = Event.objects.filter(to_deliver=True).order_by("created_at")
-    sizes = dict(marked.values_list("pk", Size("payload"))[:BATCH])
+    sizes = dict(marked.values_list("pk", JSONBytes("payload"))[:BATCH])
     if not sizes:
         return []
-    fit = sum(total <= BATCH_BYTES for total in accumulate(sizes.values()))
-    chosen = list(sizes)[: max(fit, 1)]
+    count = sum(total <= BATCH_BYTES for total in accumulate(sizes.values()))
+    chosen = list(sizes)[: max(count, 1)]
     rows = marked.filter(pk__in=chosen).select_related("run__thread", "run__message")
     return list(rows.defer("run__message__content", "run__thread__summary"))
 
 
-class Size(Func):
-    """The bytes of a JSON column."""
+class JSONBytes(Func):
+    """The size of a JSON column in bytes."""
 
     function = "OCTET_LENGTH"
     template = "%(function)s((%(expressions)s)::text)"
@@ -107,9 +107,9 @@ class Size(Func):
         return self.as_sql(compiler, connection, template=template, **context)
 
 
-class _Pending:
-    """What is written next. An event is done with in the transaction of its last delivery: one that
-    has many is begun anew after a crash in between, and what is there stays as it is."""
+class _Batch:
+    """Rows to write. An event is unmarked in the transaction of its last delivery: after a crash in
+    between it is processed again, and existing rows stay unchanged."""
 
     def __init__(self) -> None:
         self._outcomes: dict[UUID, Outcome] = {}
@@ -138,29 +138,29 @@ def _write(
 ) -> None:
     with transaction.atomic():
         if deliveries:
-            # Before the events, as a deletion of the thread does; nothing is sent of what is gone.
-            of_these = Run.objects.filter(pk__in={each.run_id for each in deliveries})
-            there = set(db.lock(of_these, "thread", "position"))
-            kept = [each for each in deliveries if each.run_id in there]
-            bodies = [each for each in outcomes.values() if each.run_id in there]
+            # Locked before the events, as in the deletion of a thread. Deleted runs have no deliveries.
+            runs = Run.objects.filter(pk__in={each.run_id for each in deliveries})
+            existing = set(db.lock(runs, "thread", "position"))
+            rows = [each for each in deliveries if each.run_id in existing]
+            bodies = [each for each in outcomes.values() if each.run_id in existing]
             Outcome.objects.bulk_create(bodies, ignore_conflicts=True)
-            Delivery.objects.bulk_create(kept, ignore_conflicts=True)
+            Delivery.objects.bulk_create(rows, ignore_conflicts=True)
         db.in_order(Event.objects.filter(pk__in=event_ids)).update(to_deliver=None)
 
 
-def may_be_told(delivery: Delivery) -> bool:
-    """Whether its owner may still read what it tells."""
+def is_permitted(delivery: Delivery) -> bool:
+    """Return whether the webhook's owner may still read the delivered messages."""
     rows = Run.objects.select_related("thread", "message").defer("message__content")
     run = rows.filter(pk=delivery.run_id).first()
-    same = Subscription.objects.filter(pk=delivery.subscription_id, owner__is_active=True)
-    return run is not None and any(_Audience([run], same, RoomMember.objects.current()).of(run))
+    own = Subscription.objects.filter(pk=delivery.subscription_id, owner__is_active=True)
+    return run is not None and any(_Audience([run], own, RoomMember.objects.current()).of(run))
 
 
 class _Audience:
-    """Who is told of which run. A subscription to a registration: of what that fired. One without: of
-    all, where its owner may read what others said; else of the owner's threads, and of what the
-    owner's registrations fired. What stands in a room's thread is for those of them alone who were in
-    the room when it was asked and still are, as far as `members` shows."""
+    """Selects the subscriptions that get the result of a run. With a registration: the runs that it
+    triggered. Without: all runs if its owner may read other users' messages, else the runs of the
+    owner's threads and registrations. Runs of a room's thread also require that the owner was in the
+    room when the message was sent and still is, according to `members`."""
 
     def __init__(
         self, runs: list[Run], among: SubscriptionQuerySet, members: RoomMemberQuerySet
@@ -168,10 +168,10 @@ class _Audience:
         replies = Reply.objects.filter(
             run__in={run.pk for run in runs}, registration__isnull=False
         ).values_list("run_id", "registration_id", "registration__user_id")
-        self._fired: dict[str, set[tuple[UUID, int]]] = defaultdict(set)
+        self._triggered: dict[str, set[tuple[UUID, int]]] = defaultdict(set)
         for run_id, registration, owner in replies:
-            self._fired[run_id].add((registration, owner))
-        self._everybodys: list[Subscription] = []
+            self._triggered[run_id].add((registration, owner))
+        self._of_all: list[Subscription] = []
         self._by_owner: dict[int | None, list[Subscription]] = defaultdict(list)
         self._by_registration: dict[UUID, list[Subscription]] = defaultdict(list)
         concerned = self._concerned(runs, among)
@@ -183,16 +183,16 @@ class _Audience:
                 if reads_all or each.registration.user_id == each.owner_id:
                     self._by_registration[each.registration.pk].append(each)
             elif reads_all:
-                self._everybodys.append(each)
+                self._of_all.append(each)
             else:
                 self._by_owner[each.owner_id].append(each)
 
     def _concerned(self, runs: list[Run], among: SubscriptionQuerySet) -> list[Subscription]:
-        """Those that may be told of any of them: not of all the subscriptions that there are."""
-        fired = set().union(*self._fired.values())
-        owners = {run.thread.owner_id for run in runs} | {owner for _, owner in fired}
+        """Return the subscriptions that may get one of the runs, to avoid reading all of them."""
+        triggered = set().union(*self._triggered.values())
+        owners = {run.thread.owner_id for run in runs} | {owner for _, owner in triggered}
         is_concerned = (
-            Q(registration__in=[registration for registration, _ in fired])
+            Q(registration__in=[registration for registration, _ in triggered])
             | Q(registration=None, owner__in=owners - {None})
             | Q(registration=None, owner__in=all_readers().values("pk"))
         )
@@ -200,7 +200,7 @@ class _Audience:
         return list(rows.select_related("registration").order_by("pk"))
 
     def of(self, run: Run) -> Iterator[Subscription]:
-        return filter(partial(self._may_read, run), self._told(run))
+        return filter(partial(self._may_read, run), self._candidates(run))
 
     def _may_read(self, run: Run, subscription: Subscription) -> bool:
         if not run.thread.room_id or subscription.owner_id in self._readers:
@@ -208,19 +208,19 @@ class _Audience:
         since = self._since.get((run.thread.room_id, subscription.owner_id))
         return since is not None and since <= run.message.created_at
 
-    def _told(self, run: Run) -> Iterator[Subscription]:
-        fired = self._fired.get(run.pk, set())
-        yield from self._everybodys
-        for owner in {run.thread.owner_id, *(owner for _, owner in fired)}:
+    def _candidates(self, run: Run) -> Iterator[Subscription]:
+        triggered = self._triggered.get(run.pk, set())
+        yield from self._of_all
+        for owner in {run.thread.owner_id, *(owner for _, owner in triggered)}:
             yield from self._by_owner.get(owner, ())
-        for registration, _ in fired:
+        for registration, _ in triggered:
             yield from self._by_registration.get(registration, ())
 
 
 def _joined_at(
     runs: list[Run], concerned: list[Subscription], members: RoomMemberQuerySet
 ) -> dict[tuple[str, int], datetime]:
-    """Since when the owners have been in the rooms, by room and user."""
+    """Return the time since when the owners are in the rooms, by room and user."""
     rooms = {run.thread.room_id for run in runs} - {""}
     owners = User.objects.filter(pk__in={each.owner_id for each in concerned})
     users = dict(owners.values_list("matrix_user_id", "pk")) if rooms and concerned else {}

@@ -1,4 +1,4 @@
-"""Who is to be told of the outcomes of runs, and what became of telling them."""
+"""Webhook subscriptions to the results of runs, and their deliveries."""
 
 import random
 import uuid
@@ -18,40 +18,40 @@ from lib.secrets import EncryptedTextField, Unreadable
 from realm.models import BotRegistration, User
 from webhooks.signatures import new_secret
 
-# What can be told, and the column that says whether a subscription is to it.
+# Event types, and the column of a subscription that enables each.
 EVENTS = {
     "run.completed": "on_completed",
     "run.failed": "on_failed",
     "run.cancelled": "on_cancelled",
 }
 MAX_EACH = 100
-# Of an owner: one receiver gets no more than it can be expected to want.
+# Per owner and host, to protect receivers.
 MAX_EACH_HOST = 20
-# So long both the new secret and the one before it sign, for receivers to change over.
+# Both the new and the previous secret sign during this time, so receivers can switch.
 OVERLAP = timedelta(hours=24)
-# Tries grow apart from seconds to hours; the last one is about a day after the first.
+# Delays grow from seconds to hours; the last attempt is about a day after the first.
 FIRST_PAUSE_SECONDS = 5.0
-MAX_TRIES = 15
+MAX_ATTEMPTS = 15
 JITTER = (0.8, 1.2)
 MAX_PAUSE = timedelta(hours=24)
-# What a try takes beyond its time-out: a name that is slow to resolve, a database that is busy.
+# Time beyond the timeout of an attempt: slow name resolution, a busy database.
 LEASE_MARGIN = timedelta(seconds=60)
 
 
 def all_readers() -> models.QuerySet[User]:
-    """Who may read what others said and were told."""
+    """Return the users who may read other users' messages."""
     return User.objects.with_perm(
         "chat.read_messages", backend="django.contrib.auth.backends.ModelBackend"
     )
 
 
 def readers(users: Collection[int]) -> set[int]:
-    """Those of them who may."""
+    """Return the ids of those users who may read other users' messages."""
     return set(all_readers().filter(pk__in=users).values_list("pk", flat=True))
 
 
 class Duplicate(ValidationError):
-    """The owner has the same webhook already."""
+    """The owner already has the same webhook."""
 
 
 class SubscriptionQuerySet(models.QuerySet["Subscription"]):
@@ -77,7 +77,7 @@ class SubscriptionQuerySet(models.QuerySet["Subscription"]):
 
 
 class Subscription(models.Model):
-    """A URL that outcomes of runs are posted to. Of which runs, `reach` says."""
+    """A URL that receives the results of runs; `deliveries._Audience` defines of which runs."""
 
     id = models.UUIDField(primary_key=True, default=uuid.uuid4, editable=False)
     owner = models.ForeignKey(User, models.CASCADE, related_name="subscriptions", editable=False)
@@ -87,7 +87,7 @@ class Subscription(models.Model):
         null=True,
         blank=True,
         related_name="subscriptions",
-        help_text="Only runs that this bot fired. Empty: all that the owner may read.",
+        help_text="Only runs triggered by this bot. Empty: all runs that the owner may read.",
     )
     url = models.CharField(
         "URL", max_length=2000, help_text="https://, on a host that HOOKS_ALLOWED_HOSTS names."
@@ -122,7 +122,7 @@ class Subscription(models.Model):
             models.CheckConstraint(
                 condition=Q(url__startswith="https://"), name="subscription_is_https"
             ),
-            # The source of an owner's webhook without a registration is all that they may read.
+            # Without a registration, the source is all that the owner may read.
             models.UniqueConstraint(
                 fields=["owner", "url"],
                 condition=Q(registration=None),
@@ -145,7 +145,7 @@ class Subscription(models.Model):
         ]
 
     def __str__(self) -> str:
-        # Not the whole URL, which may hold a secret of the receiver.
+        # The whole URL may contain a secret of the receiver.
         return f"{self.host} ({self.pk})"
 
     @property
@@ -161,21 +161,19 @@ class Subscription(models.Model):
         return outgoing.allowed(self.url, settings.HOOKS_ALLOWED_HOSTS)
 
     def clean(self) -> None:
-        """Also writes the URL in the one way that others are compared with. In a transaction, so that
-        no other webhook of the owner is added between the checks and the writing."""
+        """Validate, and normalise the URL. Call in the transaction that saves the row, so that no other
+        webhook of the owner is added in between."""
         self.url = outgoing.normalised(self.url)
         if not self.is_allowed:
             allowed = ", ".join(settings.HOOKS_ALLOWED_HOSTS) or "none"
             raise ValidationError(
-                {
-                    "url": f"It must be https://, on a host that HOOKS_ALLOWED_HOSTS names: {allowed}."
-                }
+                {"url": f"The URL must be https:// on a host in HOOKS_ALLOWED_HOSTS: {allowed}."}
             )
         if not self.events:
-            raise ValidationError("Choose at least one outcome.")
+            raise ValidationError("Choose at least one event.")
         self._check_others()
         if self.registration and not self.may_reach(self.registration):
-            raise ValidationError({"registration": "This bot is registered by somebody else."})
+            raise ValidationError({"registration": "This bot belongs to another user."})
 
     def _check_others(self) -> None:
         if connection.in_atomic_block:
@@ -186,19 +184,19 @@ class Subscription(models.Model):
         if same:
             raise Duplicate(
                 {
-                    "url": f"You have a webhook to this URL for the same runs, {same[0]}. Change or "
-                    "delete that one, or choose another URL or bot."
+                    "url": f"You already have a webhook to this URL for the same runs, {same[0]}. "
+                    "Change or delete it, or choose another URL or bot."
                 }
             )
         urls = list(others.values_list("url", flat=True))
         if len(urls) >= MAX_EACH:
             raise ValidationError(
-                f"You have {len(urls)} webhooks, and may have at most {MAX_EACH}. Delete one first."
+                f"You have {len(urls)} webhooks; the maximum is {MAX_EACH}. Delete one first."
             )
         if sum(outgoing.host_of(url) == self.host for url in urls) >= MAX_EACH_HOST:
             raise ValidationError(
                 {
-                    "url": f"You have {MAX_EACH_HOST} webhooks to {self.host}, which is the most. "
+                    "url": f"You have {MAX_EACH_HOST} webhooks to {self.host}, the maximum per host. "
                     "Delete one first."
                 }
             )
@@ -212,12 +210,11 @@ class Subscription(models.Model):
 
     @property
     def secrets(self) -> list[str]:
-        """What signs a delivery that is sent now. Raises `lib.secrets.Unreadable`."""
+        """Return the secrets that sign a delivery now. Raises `lib.secrets.Unreadable`."""
         return [self.secret, self.old_secret] if self.is_rotating else [self.secret]
 
     def rotate(self) -> None:
-        """A new secret, beside which the present one signs for another day, unless it cannot be read
-        any more."""
+        """Set a new secret. The current one keeps signing for a day, unless it is unreadable."""
         try:
             self.old_secret, self.old_secret_until = self.secret, timezone.now() + OVERLAP
         except Unreadable:
@@ -226,17 +223,17 @@ class Subscription(models.Model):
         self.save(update_fields=["secret", "old_secret", "old_secret_until"])
 
     def note(self, *, works: bool) -> None:
-        """Keep whether it answers as it should; one statement where that changes."""
+        """Record whether the receiver works; writes only when that changes."""
         if works == (self.failing_since is None):
             return
-        same = Subscription.objects.filter(pk=self.pk, failing_since__isnull=not works)
-        same.update(failing_since=None if works else timezone.now())
+        rows = Subscription.objects.filter(pk=self.pk, failing_since__isnull=not works)
+        rows.update(failing_since=None if works else timezone.now())
 
 
 class Outcome(models.Model):
-    """The body of an outcome's deliveries: made once, and kept once, however many they are."""
+    """The body of the deliveries of a result, stored once for all of them."""
 
-    # Of the event, by which receivers know a repetition. No foreign key: it may be pruned first.
+    # The event's id, by which receivers detect duplicates. No foreign key: events are pruned earlier.
     id = models.UUIDField(primary_key=True, editable=False)
     run = models.ForeignKey(Run, models.CASCADE, related_name="outcomes")
     body = models.TextField()
@@ -245,7 +242,7 @@ class Outcome(models.Model):
 
     class Meta:
         indexes = [
-            # webhooks.retention: those that belong to no delivery any more.
+            # webhooks.retention: bodies without deliveries.
             models.Index(fields=["created_at"], name="outcome_oldest"),
         ]
 
@@ -258,21 +255,21 @@ class DeliveryQuerySet(models.QuerySet["Delivery"]):
         return self.filter(next_try_at__lte=Now())
 
     def unfinished(self) -> "DeliveryQuerySet":
-        """Those to an enabled subscription: what a disabled one is owed may wait for ever."""
+        """Exclude pending deliveries of disabled subscriptions, which may wait forever."""
         return self.filter(next_try_at__isnull=False, subscription__enabled=True)
 
     def dead_since(self, moment: datetime) -> "DeliveryQuerySet":
-        """Of outcomes since that moment, what was given up."""
+        """Return the deliveries given up, of results since that time."""
         return self.filter(status=Delivery.Status.DEAD, created_at__gte=moment)
 
 
 class Delivery(models.Model):
-    """An outcome that a subscription is told of. It is made once, and sent until it is taken."""
+    """The delivery of a result to a subscription, attempted until the receiver accepts it."""
 
     class Status(models.TextChoices):
         READY = "ready"
         SENDING = "sending"
-        FAILED = "failed"  # to be tried again
+        FAILED = "failed"  # waiting for a retry
         SENT = "sent"
         DEAD = "dead"  # given up
 
@@ -286,18 +283,18 @@ class Delivery(models.Model):
     type = models.CharField(max_length=20, help_text="Such as run.completed.")
     run = models.ForeignKey(Run, models.CASCADE, related_name="deliveries")
     status = models.CharField(max_length=7, choices=Status.choices, default=Status.READY)
-    # Grows with each try. Whoever notes how one went must name its number.
+    # The number of attempts. The result of an attempt is recorded only if the number matches.
     attempts = models.PositiveIntegerField(default=0)
-    # The number that the present budget of tries counts from.
+    # The number of attempts before the current budget.
     attempt_base = models.PositiveIntegerField(default=0)
     next_try_at = models.DateTimeField(
         null=True,
         blank=True,
         default=timezone.now,
-        help_text="While it is being sent, when that is taken for lost. Empty once it has ended.",
+        help_text="While it is being sent: the end of its lease. Empty once it is finished.",
     )
     status_code = models.PositiveSmallIntegerField(
-        null=True, blank=True, help_text="Of the last answer."
+        null=True, blank=True, help_text="Of the last response."
     )
     error = models.TextField(blank=True)
     created_at = models.DateTimeField(default=timezone.now, editable=False)
@@ -308,7 +305,7 @@ class Delivery(models.Model):
 
     class Meta:
         verbose_name_plural = "deliveries"
-        permissions = [("resend_delivery", "Can have deliveries sent again")]
+        permissions = [("resend_delivery", "Can send deliveries again")]
         indexes = [
             # claim(), with_due(): the queue of a subscription.
             models.Index(
@@ -316,13 +313,13 @@ class Delivery(models.Model):
                 name="delivery_unfinished",
                 condition=Q(next_try_at__isnull=False),
             ),
-            # The admin's list, newest first, whole, by status and by subscription.
+            # The admin's list, newest first: complete, by status, by subscription.
             models.Index(fields=["-created_at", "id"], name="delivery_newest"),
             models.Index(fields=["status", "-created_at"], name="delivery_by_status"),
             models.Index(fields=["subscription", "-created_at"], name="delivery_by_subscription"),
         ]
         constraints = [
-            # Also the index of the search by an event's id.
+            # Also the index for the search by event id.
             models.UniqueConstraint(fields=["event", "subscription"], name="delivery_is_made_once"),
             models.CheckConstraint(
                 condition=Q(status__in=["sent", "dead"], next_try_at__isnull=True)
@@ -335,16 +332,16 @@ class Delivery(models.Model):
         return f"{self.type} {self.event_id}"
 
     @property
-    def tries(self) -> int:
-        """Of the present budget."""
+    def budget_used(self) -> int:
+        """Return the number of attempts in the current budget."""
         return self.attempts - self.attempt_base
 
     def claim(self) -> bool:
-        """Take it for a try, with a lease. False when somebody else was first."""
+        """Claim the delivery for an attempt. Return False if another thread was first."""
         lease = timedelta(seconds=settings.HOOKS_TIMEOUT_SECONDS) + LEASE_MARGIN
-        # By its own columns alone: PostgreSQL looks at no others again, when it had to wait.
-        free = Delivery.objects.due().filter(pk=self.pk, attempts=self.attempts)
-        if not free.update(
+        # Only its own columns: after waiting for a lock, PostgreSQL rechecks no others.
+        claimable = Delivery.objects.due().filter(pk=self.pk, attempts=self.attempts)
+        if not claimable.update(
             status=self.Status.SENDING,
             attempts=self.attempts + 1,
             next_try_at=Now() + lease,
@@ -355,7 +352,7 @@ class Delivery(models.Model):
         return True
 
     def note_sent(self, status_code: int) -> bool:
-        """False when the try was taken for lost, and another has begun."""
+        """Record success. Return False if the lease had expired and another attempt has started."""
         return self._note(
             status=self.Status.SENT,
             next_try_at=None,
@@ -367,11 +364,11 @@ class Delivery(models.Model):
     def note_failure(
         self, error: str, *, status_code: int | None = None, retry_after: float = 0
     ) -> bool:
-        """Have it tried again after a pause, or give it up. False as above."""
-        if self.tries >= MAX_TRIES:
+        """Schedule a retry, or give up. Return False as in `note_sent`."""
+        if self.budget_used >= MAX_ATTEMPTS:
             return self.note_dead(error, status_code=status_code)
-        pause = max(FIRST_PAUSE_SECONDS * 2 ** (self.tries - 1), retry_after)
-        # Those that failed together do not come back together.
+        pause = max(FIRST_PAUSE_SECONDS * 2 ** (self.budget_used - 1), retry_after)
+        # Jitter: deliveries that failed together are not retried together.
         pause *= random.uniform(*JITTER)  # noqa: S311
         return self._note(
             status=self.Status.FAILED,
@@ -385,26 +382,26 @@ class Delivery(models.Model):
             status=self.Status.DEAD, next_try_at=None, status_code=status_code, error=error
         )
 
-    def put_back(self) -> bool:
-        """Have it tried again as if it had not been claimed."""
+    def release(self) -> bool:
+        """Undo the claim, without using up an attempt."""
         return self._note(
             status=self.Status.READY, next_try_at=Now(), attempt_base=F("attempt_base") + 1
         )
 
     def _note(self, **columns: object) -> bool:
-        mine = Delivery.objects.filter(
+        claimed = Delivery.objects.filter(
             pk=self.pk, attempts=self.attempts, status=self.Status.SENDING
         )
-        return bool(mine.update(**columns))
+        return bool(claimed.update(**columns))
 
     def resend(self) -> bool:
-        """Send it once more, at once and with all its tries, under the same id. False when it is
-        being sent or about to be, and while its subscription is disabled."""
+        """Schedule it again at once, with a new budget of attempts and the same id. Return False if it
+        is already due or being sent, or its subscription is disabled."""
         if not self.subscription.enabled:
             return False
-        resting = Delivery.objects.filter(
+        finished = Delivery.objects.filter(
             pk=self.pk, status__in=[self.Status.FAILED, self.Status.SENT, self.Status.DEAD]
         )
         return bool(
-            resting.update(status=self.Status.READY, next_try_at=Now(), attempt_base=F("attempts"))
+            finished.update(status=self.Status.READY, next_try_at=Now(), attempt_base=F("attempts"))
         )

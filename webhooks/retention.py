@@ -1,4 +1,4 @@
-"""How long deliveries are kept: RETENTION_DELIVERIES_DAYS. Their bodies go with the last of them."""
+"""Retention of deliveries (RETENTION_DELIVERIES_DAYS) and of their bodies."""
 
 from collections.abc import Iterator
 from datetime import timedelta
@@ -10,20 +10,20 @@ from django.utils import timezone
 from agents import retention
 from webhooks.models import Delivery, DeliveryQuerySet, Outcome
 
-# What else wants to write waits for one batch at the most.
+# Other writers wait for at most one batch.
 BATCH = 500
-# An outcome's deliveries are written together with it, or soon after.
-UNTOLD_FOR = timedelta(hours=1)
+# Deliveries are created together with their body, or soon after.
+MIN_BODY_AGE = timedelta(hours=1)
 
 
 def prune(go_on: retention.GoOn = lambda: True) -> dict[str, int]:
-    """Delete what is too old, for as long as `go_on` says so; how many rows of what."""
+    """Delete old rows while `go_on` returns True. Return the number of rows by model."""
 
     def deletions() -> Iterator[dict[str, int]]:
         while keys := list(_old().order_by("created_at").values_list("pk", flat=True)[:BATCH]):
             yield retention.delete(Delivery.objects.filter(pk__in=keys))
-        for outcomes in _untold().batches():
-            # Not counted: a body is a part of its deliveries, which are gone.
+        for outcomes in _orphans().batches():
+            # Not counted: bodies are parts of deliveries.
             Outcome.objects.filter(pk__in=outcomes).delete()
             yield {}
 
@@ -31,14 +31,14 @@ def prune(go_on: retention.GoOn = lambda: True) -> dict[str, int]:
 
 
 def due() -> dict[str, int]:
-    """How many rows `prune` would delete."""
+    """Return the number of rows that `prune` would delete, by model."""
     return {str(Delivery._meta.verbose_name_plural): _old().count()}
 
 
-def _untold() -> retention.Ageing:
-    """The bodies that belong to no delivery any more."""
+def _orphans() -> retention.Ageing:
+    """Return the bodies without deliveries."""
     delivered = Delivery.objects.filter(event=OuterRef("pk"))
-    cutoff = timezone.now() - UNTOLD_FOR
+    cutoff = timezone.now() - MIN_BODY_AGE
     rows = Outcome.objects.filter(~Exists(delivered))
     return retention.Ageing("outcomes", rows, "created_at", "created_at", cutoff)
 
@@ -47,6 +47,6 @@ def _old() -> DeliveryQuerySet:
     if not settings.RETENTION_DELIVERIES_DAYS:
         return Delivery.objects.none()
     cutoff = timezone.now() - timedelta(days=settings.RETENTION_DELIVERIES_DAYS)
-    # What waits for a subscription that nobody enables again is not waited for.
+    # Deliveries pending at a disabled subscription are deleted too.
     ended = Q(next_try_at=None) | Q(subscription__enabled=False)
     return Delivery.objects.filter(ended, created_at__lt=cutoff)

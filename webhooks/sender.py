@@ -1,9 +1,9 @@
-"""Posts what is due: a chore of the workers.
+"""Send due deliveries: a periodic job of the workers.
 
-Whichever worker has the chores sends, in threads of its own, so that no run waits for a receiver. Each
-thread is a lane of one subscription: it sends one delivery after the other. There are few lanes to a
-subscription, fewer where it fails, so a slow receiver keeps none of the others waiting. Whatever a
-worker was at when it died is taken again once its lease is over.
+The worker that runs the periodic jobs sends, in threads of its own, so that no run waits for a
+receiver. Each thread is a lane of one subscription and sends one delivery after the other. Lanes per
+subscription are limited, more so while it fails: a slow receiver does not delay others. Deliveries of a
+worker that died are claimed again when their lease expires.
 """
 
 import http.client
@@ -26,73 +26,72 @@ from django.utils import timezone
 from lib import db, outgoing
 from lib.secrets import Unreadable
 from webhooks import signatures
-from webhooks.deliveries import fan_out, may_be_told
+from webhooks.deliveries import fan_out, is_permitted
 from webhooks.models import Delivery, Outcome, Subscription
 
 logger = logging.getLogger(__name__)
 outcomes = structlog.get_logger(__name__)
 
 SECONDS = 1.0
-# The worker has other chores.
+# The worker has other periodic jobs.
 FAN_OUT_SECONDS = 0.3
 LANES = 32
 LANES_EACH = 4
-# However many webhooks an owner has, and however many lead to a host: one that answers slowly, but in
-# time, does not count as failing.
+# Limits per owner and host, across subscriptions: a slow receiver that answers in time does not count
+# as failing.
 LANES_OWNER = 8
 LANES_HOST = 16
-# Of those that fail: the rest is for receivers that work.
+# Lanes of failing subscriptions; the rest is for working receivers.
 LANES_FAILING = 16
-# Then a lane makes way for another subscription.
+# After this a lane ends, in favour of other subscriptions.
 LANE_SECONDS = 30.0
 GONE = 410
-# Bodies up to the one size are always sent. All the longer ones that are being sent have together at
-# most the other, and wait for each other, for less than their lease has beyond a try.
+# Small bodies are always sent. Larger ones share a memory budget; the wait for it is shorter than
+# LEASE_MARGIN.
 SMALL_BYTES = 64 * 1024
 LARGE_BYTES_AT_ONCE = 16 * 1024**2
-ROOM_SECONDS = 20.0
+BUDGET_SECONDS = 20.0
 
 
-class Sender:
+class WebhookSender:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._lanes: Counter[UUID] = Counter()
-        # Whose they are and where they lead.
-        self._shares: dict[UUID, tuple[int, str]] = {}
+        # Owner and host of each subscription.
+        self._keys: dict[UUID, tuple[int, str]] = {}
         self._failing = 0
 
     def tick(self) -> None:
-        """Write down what is to be delivered, and open a lane wherever something is due. Raises what
-        the database does."""
-        enough = time.monotonic() + FAN_OUT_SECONDS
-        while fan_out() and time.monotonic() < enough:
+        """Create deliveries, and open lanes for subscriptions with due ones. Raises database errors."""
+        deadline = time.monotonic() + FAN_OUT_SECONDS
+        while fan_out() and time.monotonic() < deadline:
             pass
         due = list(Subscription.objects.with_due().only("pk", "failing_since", "owner_id", "url"))
         with self._lock:
-            self._shares = {pk: self._shares[pk] for pk, lanes in self._lanes.items() if lanes}
-            for subscription in self._in_turn(due):
+            self._keys = {pk: self._keys[pk] for pk, lanes in self._lanes.items() if lanes}
+            for subscription in self._by_priority(due):
                 self._open(subscription)
 
-    def _in_turn(self, due: list[Subscription]) -> list[Subscription]:
-        """Those that work go first; of them the owners with the fewest lanes, one webhook each, then
-        one more each."""
-        turns = {}
+    def _by_priority(self, due: list[Subscription]) -> list[Subscription]:
+        """Sort subscriptions: working ones first, then by the lanes of their owner, counting one more
+        for each of the owner's webhooks before it."""
+        priorities = {}
         of_owner: Counter[int] = Counter()
         for subscription in sorted(due, key=lambda each: self._lanes[each.pk]):
             owner = subscription.owner_id
             lanes = self._lanes_of(owner) + of_owner[owner]
-            turns[subscription.pk] = subscription.failing_since is not None, lanes
+            priorities[subscription.pk] = subscription.failing_since is not None, lanes
             of_owner[owner] += 1
-        return sorted(due, key=lambda each: turns[each.pk])
+        return sorted(due, key=lambda each: priorities[each.pk])
 
-    def _lanes_of(self, share: int | str) -> int:
-        """Of an owner, or to a host."""
-        return sum(n for pk, n in self._lanes.items() if n and share in self._shares[pk])
+    def _lanes_of(self, key: int | str) -> int:
+        """Return the number of lanes of an owner or to a host."""
+        return sum(n for pk, n in self._lanes.items() if n and key in self._keys[pk])
 
     def _open(self, subscription: Subscription) -> None:
         is_failing = subscription.failing_since is not None
         each = 1 if is_failing else LANES_EACH
-        owner, host = self._shares[subscription.pk] = subscription.owner_id, subscription.host
+        owner, host = self._keys[subscription.pk] = subscription.owner_id, subscription.host
         if self._lanes.total() >= LANES or self._lanes[subscription.pk] >= each:
             return
         if self._lanes_of(owner) >= LANES_OWNER or self._lanes_of(host) >= LANES_HOST:
@@ -109,59 +108,55 @@ class Sender:
         try:
             send_due(subscription_id)
         except db.DATABASE_ERRORS as error:
-            logger.warning("Webhooks have to wait: %s", error)
+            logger.warning("Webhook lane failed, retrying later: %s", error)
         except Exception:
-            # Of this subscription; what it was at is tried again when its lease is over.
-            logger.exception("Webhooks failed unexpectedly")
+            # Only this subscription is affected; its delivery is retried when the lease expires.
+            logger.exception("Webhook lane failed unexpectedly")
         finally:
             connection.close()
             with self._lock:
                 self._lanes -= Counter([subscription_id])
                 self._failing -= is_failing
 
-    @property
-    def is_busy(self) -> bool:
-        with self._lock:
-            return self._lanes.total() > 0
 
+class _MemoryBudget:
+    """The memory for large bodies."""
 
-class _Memory:
-    """What is left for long bodies."""
-
-    def __init__(self, most: int) -> None:
-        self._most = self._left = most
+    def __init__(self, limit: int) -> None:
+        self._limit = self._available = limit
         self._changed = threading.Condition()
 
     @contextmanager
-    def room_for(self, size: int) -> Iterator[bool]:
-        """Wait until there is room, and keep it. False when there was none for long."""
-        size = 0 if size <= SMALL_BYTES else min(size, self._most)
+    def reserve(self, size: int) -> Iterator[bool]:
+        """Wait for the size and reserve it. Yields False after BUDGET_SECONDS."""
+        size = 0 if size <= SMALL_BYTES else min(size, self._limit)
         with self._changed:
-            is_there = self._changed.wait_for(lambda: self._left >= size, ROOM_SECONDS)
-            self._left -= size if is_there else 0
+            is_reserved = self._changed.wait_for(lambda: self._available >= size, BUDGET_SECONDS)
+            self._available -= size if is_reserved else 0
         try:
-            yield is_there
+            yield is_reserved
         finally:
             with self._changed:
-                self._left += size if is_there else 0
+                self._available += size if is_reserved else 0
                 self._changed.notify_all()
 
 
-_memory = _Memory(LARGE_BYTES_AT_ONCE)
+_memory = _MemoryBudget(LARGE_BYTES_AT_ONCE)
 
 
 def send_due(subscription_id: UUID) -> int:
-    """Send what is due to a subscription, until nothing is, or one fails. How many were sent."""
+    """Send the due deliveries of a subscription until none is left or one fails. Return the number
+    sent."""
     sent = 0
-    enough = time.monotonic() + LANE_SECONDS
-    while time.monotonic() < enough and (delivery := claim(subscription_id)):
-        if not may_be_told(delivery):
-            delivery.note_dead("Its owner may not read this any more.")
+    deadline = time.monotonic() + LANE_SECONDS
+    while time.monotonic() < deadline and (delivery := claim(subscription_id)):
+        if not is_permitted(delivery):
+            delivery.note_dead("The owner may no longer read this.")
             continue
         db.release_connection()
-        with _memory.room_for(delivery.event.size) as is_room:
-            if not is_room:
-                delivery.put_back()
+        with _memory.reserve(delivery.event.size) as is_reserved:
+            if not is_reserved:
+                delivery.release()
                 break
             if not send(delivery):
                 break
@@ -170,15 +165,15 @@ def send_due(subscription_id: UUID) -> int:
 
 
 def claim(subscription_id: UUID) -> Delivery | None:
-    """The next delivery that is due to a subscription, taken for this thread."""
+    """Claim the next due delivery of a subscription."""
     due = Delivery.objects.due().filter(
         subscription=subscription_id,
         subscription__enabled=True,
         subscription__owner__is_active=True,
     )
-    # Its body, which may be long, is read when it is sent.
+    # Its body may be large; it is read when it is sent.
     rows = due.select_related("subscription", "event").defer("event__body")
-    # Others may be about to take the first ones.
+    # Other lanes may claim the first ones meanwhile.
     for delivery in rows.order_by("next_try_at")[:LANES_EACH]:
         with transaction.atomic():
             if delivery.claim():
@@ -187,7 +182,7 @@ def claim(subscription_id: UUID) -> Delivery | None:
 
 
 def send(delivery: Delivery) -> bool:
-    """Post a delivery that was claimed, and note how it went. Whether it was taken."""
+    """Post a claimed delivery and record the result. Return whether the receiver accepted it."""
     subscription = delivery.subscription
     started = time.monotonic()
     code, error, retry_after = _post(delivery)
@@ -218,7 +213,7 @@ def send(delivery: Delivery) -> bool:
 
 
 def _post(delivery: Delivery) -> tuple[int | None, str, float]:
-    """The status of the answer, what is wrong with it, and in how many seconds it wants another."""
+    """Return status, error and Retry-After in seconds."""
     subscription, body = delivery.subscription, _body(delivery)
     db.release_connection()
     headers = {"Content-Type": "application/json"}
@@ -231,44 +226,46 @@ def _post(delivery: Delivery) -> tuple[int | None, str, float]:
             hosts=settings.HOOKS_ALLOWED_HOSTS,
             deadline=time.monotonic() + settings.HOOKS_TIMEOUT_SECONDS,
         ) as response:
-            return response.status, _complaint(response.status), _retry_after(response)
+            return response.status, _status_error(response.status), _retry_after(response)
     except (outgoing.ForbiddenURL, Unreadable) as error:
-        # Nothing is sent without a signature.
+        # Never send without a signature.
         return None, str(error), 0
     except outgoing.NO_ANSWER as error:
-        return None, _trouble(error), 0
+        return None, _connection_error(error), 0
 
 
 def _body(delivery: Delivery) -> bytes:
-    found = Outcome.objects.values_list("body", flat=True).get(pk=delivery.event_id)
-    return found.encode()
+    body: str = Outcome.objects.values_list("body", flat=True).get(pk=delivery.event_id)
+    return body.encode()
 
 
-def _trouble(error: Exception) -> str:
+def _connection_error(error: Exception) -> str:
     if isinstance(error, TimeoutError):
-        return "It did not answer in time."
+        return "The receiver did not answer in time."
     if isinstance(error, socket.gaierror):
-        return "Its name leads to no address."
+        return "The host name does not resolve."
     if isinstance(error, ssl.SSLCertVerificationError):
-        return f"Its certificate is not good: {error.verify_message}."
-    return f"It did not answer ({type(error).__name__})."
+        return f"Invalid certificate: {error.verify_message}."
+    return f"The connection failed ({type(error).__name__})."
 
 
-def _complaint(status: int) -> str:
+def _status_error(status: int) -> str:
     if 200 <= status < 300:
         return ""
     if 300 <= status < 400:
-        return f"It answered {status}, a redirect: none is followed. Subscribe the URL it leads to."
-    return f"It answered {status}."
+        return (
+            f"The receiver answered {status}. Redirects are not followed: subscribe the target URL."
+        )
+    return f"The receiver answered {status}."
 
 
 def _retry_after(response: http.client.HTTPResponse) -> float:
-    """Seconds or a date, 0 for nothing that makes sense."""
-    told = response.headers.get("Retry-After", "")
-    if told.isascii() and told.isdigit():
-        return float(told[:9])
+    """Return the seconds of a Retry-After header (seconds or a date); 0 if missing or invalid."""
+    value = response.headers.get("Retry-After", "")
+    if value.isascii() and value.isdigit():
+        return float(value[:9])
     with suppress(ValueError, OverflowError):
-        when = parsedate_to_datetime(told)
+        when = parsedate_to_datetime(value)
         if when.tzinfo:
             return max(0.0, (when - timezone.now()).total_seconds())
     return 0.0

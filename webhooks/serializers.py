@@ -1,4 +1,4 @@
-"""The documents of subscriptions, for their owners."""
+"""JSON:API serializers of subscriptions, for their owners."""
 
 from typing import Any
 from uuid import UUID
@@ -33,25 +33,25 @@ class SubscriptionSerializer(serializers.ModelSerializer):
         return bot_id
 
     def create(self, validated_data: dict[str, Any]) -> Subscription:
-        wanted = validated_data.pop("events", EVENTS)
-        chosen = {column: name in wanted for name, column in EVENTS.items()}
-        made = Subscription(**validated_data, **chosen)
+        events = validated_data.pop("events", EVENTS)
+        columns = {column: name in events for name, column in EVENTS.items()}
+        subscription = Subscription(**validated_data, **columns)
         try:
             with transaction.atomic():
-                made.clean()
-                made.save(force_insert=True)
+                subscription.clean()
+                subscription.save(force_insert=True)
         except Duplicate as error:
             raise Conflict(error.messages[0], pointer="/data/attributes/url") from None
         except Invalid as error:
             raise serializers.ValidationError(as_serializer_error(error)) from None
         except IntegrityError:
-            # Another request was first, on a database without locks of rows.
-            raise Conflict("The same webhook was just added.") from None
-        return made
+            # Another request was first, on a database without row locks.
+            raise Conflict("Another request just added the same webhook.") from None
+        return subscription
 
 
 class NewSubscriptionSerializer(SubscriptionSerializer):
-    """With the secret, which is told once."""
+    """The response to creation, with the secret, which is shown only once."""
 
     class Meta(SubscriptionSerializer.Meta):
         fields = [*SubscriptionSerializer.Meta.fields, "secret"]

@@ -1,5 +1,4 @@
-"""Signatures as Standard Webhooks has them, https://www.standardwebhooks.com: receivers find a library
-for them in their language."""
+"""Signatures by Standard Webhooks, https://www.standardwebhooks.com; receivers find libraries there."""
 
 import base64
 import hashlib
@@ -17,7 +16,7 @@ def new_secret() -> str:
 
 
 def headers(event_id: str, body: bytes, keys: Iterable[str]) -> dict[str, str]:
-    """Those of a delivery that is sent now; one signature for each of `keys`."""
+    """Return the headers of a delivery sent now, with one signature per key."""
     now = str(int(time.time()))
     content = f"{event_id}.{now}.".encode() + body
     return {

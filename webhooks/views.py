@@ -1,4 +1,4 @@
-"""Webhooks of a realm user: `/_webhook-subscription...` in JSON:API."""
+"""A user's webhooks: `/_webhook-subscription...` in JSON:API."""
 
 from rest_framework.request import Request
 from rest_framework.response import Response

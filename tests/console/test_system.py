@@ -167,7 +167,7 @@ def test_the_bot_is_told_of() -> None:
     assert line("Processes", "Bot").value == "The bot has never logged in."
     session = Session.objects.create(homeserver="http://localhost", username="bot", holder="host:1")
     assert line("Processes", str(session)).state == "broken"
-    assert "no process works with it" in line("Processes", str(session)).value
+    assert "; no process" in line("Processes", str(session)).value
 
     session.lease_expires_at = timezone.now() + timedelta(seconds=60)
     session.last_sync_at = timezone.now()

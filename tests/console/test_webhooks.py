@@ -59,8 +59,8 @@ class TestSubscriptions:
         ("form", "said"),
         [
             ({"url": "https://internal.example.com/"}, "HOOKS_ALLOWED_HOSTS"),
-            ({"url": "http://hooks.example.org/"}, "It must be https://"),
-            ({"on_completed": ""}, "Choose at least one outcome."),
+            ({"url": "http://hooks.example.org/"}, "The URL must be https://"),
+            ({"on_completed": ""}, "Choose at least one event."),
         ],
     )
     def test_what_cannot_be_is_said(
@@ -77,7 +77,7 @@ class TestSubscriptions:
             response: Any = admin_client.post(f"{LIST}add/", FORM | {"url": url})
 
         assert response.status_code == 200
-        assert "You have a webhook to this URL" in response.text
+        assert "You already have a webhook to this URL" in response.text
         made = Subscription.objects.get()
         # And can be changed, as it is.
         assert admin_client.post(page_of(made), FORM).status_code == 302
@@ -92,7 +92,7 @@ class TestSubscriptions:
         wanted = ["add_subscription", "view_subscription", "view_botregistration"]
         user.user_permissions.set(Permission.objects.filter(codename__in=wanted))
         form = FORM | {"registration": str(bot.pk)}
-        assert "somebody else" in browser.post(f"{LIST}add/", form).text
+        assert "another user" in browser.post(f"{LIST}add/", form).text
 
         user.user_permissions.add(Permission.objects.get(codename="read_messages"))
         browser.post(f"{LIST}add/", form)
@@ -171,7 +171,7 @@ class TestDeliveries:
         do(browser, delivery, "resend")
 
         delivery.refresh_from_db()
-        assert (delivery.status, delivery.tries) == ("ready", 0)
+        assert (delivery.status, delivery.budget_used) == ("ready", 0)
         entry = AuditEntry.objects.get(action="resend")
         assert (entry.reason, entry.result) == ("Because.", "done")
 

@@ -25,7 +25,7 @@ from tests import factories
 from tests.agents.conftest import _celery, broker, consumer  # noqa: F401
 from tests.botrunner import scenes
 from tests.webhooks import scenes as hooks
-from webhooks.deliveries import may_be_told
+from webhooks.deliveries import is_permitted
 from webhooks.models import Delivery
 
 pytestmark = pytest.mark.django_db
@@ -184,9 +184,9 @@ def test_a_delivery_that_was_claimed_is_not_sent_to_one(settings: Any) -> None:
     hooks.cancelled(owner=alice)
     assert hooks.told()
     delivery = Delivery.objects.get()
-    assert may_be_told(delivery)
+    assert is_permitted(delivery)
     User.objects.filter(pk=alice.pk).update(is_active=False)
-    assert not may_be_told(delivery)
+    assert not is_permitted(delivery)
 
 
 @pytest.mark.parametrize("loss", ["deactivated", "deleted", "without the permission"])

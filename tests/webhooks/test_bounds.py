@@ -13,7 +13,7 @@ from tests.webhooks import scenes
 from webhooks import deliveries, sender
 from webhooks.deliveries import fan_out
 from webhooks.models import Delivery, Outcome, Subscription
-from webhooks.sender import Sender, send_due
+from webhooks.sender import WebhookSender, send_due
 
 pytestmark = pytest.mark.django_db
 MIB = 1024**2
@@ -69,7 +69,7 @@ class TestFanOut:
         for number in range(5):
             scenes.subscribe(scenes.admin(f"root{number}"))
         scenes.cancelled()
-        write = deliveries._Pending.write
+        write = deliveries._Batch.write
         left = [1]
 
         def break_off(pending: Any) -> None:
@@ -79,7 +79,7 @@ class TestFanOut:
             write(pending)
 
         with monkeypatch.context() as patch:
-            patch.setattr(deliveries._Pending, "write", break_off)
+            patch.setattr(deliveries._Batch, "write", break_off)
             with pytest.raises(ConnectionError):
                 fan_out()
         assert Delivery.objects.count() == 2
@@ -104,14 +104,14 @@ class TestSending:
     def test_long_bodies_wait_for_room_and_are_put_back(
         self, receiver: type[Receiver], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(sender, "ROOM_SECONDS", 0.01)
+        monkeypatch.setattr(sender, "BUDGET_SECONDS", 0.01)
         subscription = scenes.subscribe()
         long, short = scenes.delivery(subscription), scenes.delivery(subscription)
         Outcome.objects.filter(pk=long.event_id).update(size=MIB)
-        with sender._memory.room_for(sender.LARGE_BYTES_AT_ONCE):
+        with sender._memory.reserve(sender.LARGE_BYTES_AT_ONCE):
             assert send_due(subscription.pk) == 0
             long.refresh_from_db()
-            assert (long.status, long.tries) == ("ready", 0)
+            assert (long.status, long.budget_used) == ("ready", 0)
             Delivery.objects.filter(pk=long.pk).update(next_try_at="2100-01-01T00:00Z")
             assert send_due(subscription.pk) == 1
         assert Delivery.objects.get(status="sent") == short
@@ -121,19 +121,19 @@ class TestSending:
         assert len(receiver.seen) == 2
 
     def test_one_longer_than_the_room_has_it_for_itself(self) -> None:
-        memory = sender._Memory(1000 * sender.SMALL_BYTES)
+        memory = sender._MemoryBudget(1000 * sender.SMALL_BYTES)
         came = threading.Event()
 
         def next_one() -> None:
-            with memory.room_for(2 * sender.SMALL_BYTES) as is_room:
+            with memory.reserve(2 * sender.SMALL_BYTES) as is_room:
                 assert is_room
                 came.set()
 
-        with memory.room_for(10**9) as is_room:
+        with memory.reserve(10**9) as is_room:
             assert is_room
             waiting = threading.Thread(target=next_one)
             waiting.start()
-            with memory.room_for(sender.SMALL_BYTES) as small:
+            with memory.reserve(sender.SMALL_BYTES) as small:
                 assert small
             assert not came.is_set()
         waiting.join(20)
@@ -144,7 +144,7 @@ class TestSending:
     ) -> None:
         settings.HOOKS_ALLOWED_HOSTS = ["*.example.org"]
         opened: list[Any] = []
-        sending = Sender()
+        sending = WebhookSender()
         lock = threading.Lock()
 
         def lane(subscription_id: Any, is_failing: bool) -> None:

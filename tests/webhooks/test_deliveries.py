@@ -20,7 +20,7 @@ from tests import factories
 from tests.botrunner import scenes as matrix
 from tests.plans import explain
 from tests.webhooks import scenes
-from webhooks.deliveries import fan_out, may_be_told
+from webhooks.deliveries import fan_out, is_permitted
 from webhooks.models import Delivery, Outcome, Subscription
 
 pytestmark = pytest.mark.django_db
@@ -205,13 +205,13 @@ class TestWhoIsTold:
         assert fired() == {"root", matrix.BOB}
 
         delivery = Delivery.objects.filter(subscription__owner=bots.registration.user).latest("pk")
-        assert may_be_told(delivery)
+        assert is_permitted(delivery)
         Session.objects.update(last_sync_at=timezone.now() - timedelta(minutes=6))
-        assert not may_be_told(delivery)
+        assert not is_permitted(delivery)
 
     def test_nobody_subscribes_to_the_bot_of_another(self) -> None:
         hers = matrix.command(matrix.ALICE)
-        with pytest.raises(ValidationError, match="somebody else"):
+        with pytest.raises(ValidationError, match="another user"):
             scenes.subscribe(factories.user("bob"), registration=hers.registration)
 
     def test_a_deactivated_account_is_told_nothing(self) -> None:

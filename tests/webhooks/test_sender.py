@@ -23,7 +23,7 @@ from tests.fakes.receiver import Receiver
 from tests.webhooks import scenes
 from webhooks import models, sender
 from webhooks.models import Delivery, Subscription
-from webhooks.sender import Sender, send_due
+from webhooks.sender import WebhookSender, send_due
 
 pytestmark = pytest.mark.django_db
 
@@ -87,7 +87,7 @@ class TestADelivery:
         assert send_due(delivery.subscription_id) == 0
         failed = state(delivery)
         assert (failed.status, failed.status_code) == ("failed", status)
-        assert failed.error == f"It answered {status}."
+        assert failed.error == f"The receiver answered {status}."
         assert failed.subscription.failing_since is not None
         assert send_due(delivery.subscription_id) == 0  # not due yet
 
@@ -111,11 +111,11 @@ class TestADelivery:
             if when := state(delivery).next_try_at:
                 pauses.append((when - timezone.now()).total_seconds())
 
-        assert len(receiver.seen) == models.MAX_TRIES == len(pauses) + 1
+        assert len(receiver.seen) == models.MAX_ATTEMPTS == len(pauses) + 1
         assert all(later > earlier for earlier, later in pairwise(pauses))
         assert pauses[0] < 10
         assert 18 * 3600 < sum(pauses) < 30 * 3600
-        assert delivery.error == "It answered 500."
+        assert delivery.error == "The receiver answered 500."
         assert delivery.next_try_at is None
 
     def test_comes_back_when_the_receiver_asks_for_it(self, receiver: type[Receiver]) -> None:
@@ -147,7 +147,7 @@ class TestADelivery:
 
         assert len(receiver.seen) == 1
         assert state(delivery).status == "failed"
-        assert "redirect: none is followed" in delivery.error
+        assert "Redirects are not followed" in delivery.error
 
     def test_goes_to_no_private_address(
         self, receiver: type[Receiver], monkeypatch: pytest.MonkeyPatch
@@ -182,7 +182,7 @@ class TestADelivery:
         send_due(subscription.pk)
 
         assert not receiver.seen
-        assert state(delivery).error.startswith("Its certificate is not good: Hostname mismatch")
+        assert state(delivery).error.startswith("Invalid certificate: Hostname mismatch")
 
     @pytest.mark.parametrize("trickles_head", [False, True])
     def test_is_given_up_where_the_answer_trickles(
@@ -194,7 +194,7 @@ class TestADelivery:
         send_due(delivery.subscription_id)
 
         # What counts is said in the head.
-        late = ("failed", "It did not answer in time.")
+        late = ("failed", "The receiver did not answer in time.")
         assert (state(delivery).status, delivery.error) == (late if trickles_head else ("sent", ""))
 
     def test_410_disables_the_subscription(self, receiver: type[Receiver]) -> None:
@@ -266,7 +266,7 @@ class TestAnOwnerWhoMayReadItNoMore:
         assert send_due(delivery.subscription_id) == 0
         assert not receiver.seen
         told = state(delivery)
-        assert (told.status, told.error) == ("dead", "Its owner may not read this any more.")
+        assert (told.status, told.error) == ("dead", "The owner may no longer read this.")
 
     def test_is_told_of_what_is_their_own(self, receiver: type[Receiver]) -> None:
         owner = scenes.admin()
@@ -289,7 +289,7 @@ class TestSendingAgain:
         delivery.refresh_from_db()
 
         assert delivery.resend()
-        assert state(delivery).tries == 0
+        assert state(delivery).budget_used == 0
         assert send_due(delivery.subscription_id) == 1
         first, second = receiver.seen
         assert first[0]["webhook-id"] == second[0]["webhook-id"]
@@ -316,18 +316,18 @@ def test_a_worker_tells_of_an_outcome(receiver: type[Receiver], redis: Redis) ->
     until(sent)
     assert len(receiver.seen) == 1
     [sending] = [chore.__self__ for chore, _ in PERIODIC_JOBS if hasattr(chore, "__self__")]
-    until(lambda: not sending.is_busy)
+    until(lambda: not sending._lanes.total())
 
 
 @pytest.mark.django_db(transaction=True)
 class TestManyAtOnce:
     @pytest.fixture
-    def sending(self) -> Iterator[Sender]:
-        made = Sender()
+    def sending(self) -> Iterator[WebhookSender]:
+        made = WebhookSender()
         yield made
-        until(lambda: not made.is_busy)
+        until(lambda: not made._lanes.total())
 
-    def tick_until(self, sending: Sender, condition: Callable[[], bool]) -> None:
+    def tick_until(self, sending: WebhookSender, condition: Callable[[], bool]) -> None:
         def done() -> bool:
             sending.tick()
             return condition()
@@ -335,7 +335,7 @@ class TestManyAtOnce:
         until(done)
 
     def test_outcomes_become_deliveries_that_are_sent(
-        self, receiver: type[Receiver], sending: Sender
+        self, receiver: type[Receiver], sending: WebhookSender
     ) -> None:
         for name in ("alice", "bob"):
             owner = factories.user(name)
@@ -350,7 +350,7 @@ class TestManyAtOnce:
         assert len(receiver.seen) == 20
 
     def test_a_slow_receiver_keeps_nobody_waiting(
-        self, receiver: type[Receiver], sending: Sender
+        self, receiver: type[Receiver], sending: WebhookSender
     ) -> None:
         answer = threading.Event()
         at_once = 0
@@ -380,7 +380,7 @@ class TestManyAtOnce:
         self.tick_until(sending, lambda: not Delivery.objects.exclude(status="sent").exists())
 
     def test_one_that_fails_has_one_lane(
-        self, receiver: type[Receiver], sending: Sender, monkeypatch: pytest.MonkeyPatch
+        self, receiver: type[Receiver], sending: WebhookSender, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         opened: list[Any] = []
         monkeypatch.setattr(

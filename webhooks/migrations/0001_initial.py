@@ -46,7 +46,7 @@ class Migration(migrations.Migration):
                 ('failing_since', models.DateTimeField(blank=True, editable=False, null=True)),
                 ('created_at', models.DateTimeField(default=django.utils.timezone.now, editable=False)),
                 ('owner', models.ForeignKey(editable=False, on_delete=django.db.models.deletion.CASCADE, related_name='subscriptions', to=settings.AUTH_USER_MODEL)),
-                ('registration', models.ForeignKey(blank=True, help_text='Only runs that this bot fired. Empty: all that the owner may read.', null=True, on_delete=django.db.models.deletion.CASCADE, related_name='subscriptions', to='realm.botregistration')),
+                ('registration', models.ForeignKey(blank=True, help_text='Only runs triggered by this bot. Empty: all runs that the owner may read.', null=True, on_delete=django.db.models.deletion.CASCADE, related_name='subscriptions', to='realm.botregistration')),
             ],
             options={
                 'verbose_name': 'webhook',
@@ -62,8 +62,8 @@ class Migration(migrations.Migration):
                 ('status', models.CharField(choices=[('ready', 'Ready'), ('sending', 'Sending'), ('failed', 'Failed'), ('sent', 'Sent'), ('dead', 'Dead')], default='ready', max_length=7)),
                 ('attempts', models.PositiveIntegerField(default=0)),
                 ('attempt_base', models.PositiveIntegerField(default=0)),
-                ('next_try_at', models.DateTimeField(blank=True, default=django.utils.timezone.now, help_text='While it is being sent, when that is taken for lost. Empty once it has ended.', null=True)),
-                ('status_code', models.PositiveSmallIntegerField(blank=True, help_text='Of the last answer.', null=True)),
+                ('next_try_at', models.DateTimeField(blank=True, default=django.utils.timezone.now, help_text='While it is being sent: the end of its lease. Empty once it is finished.', null=True)),
+                ('status_code', models.PositiveSmallIntegerField(blank=True, help_text='Of the last response.', null=True)),
                 ('error', models.TextField(blank=True)),
                 ('created_at', models.DateTimeField(default=django.utils.timezone.now, editable=False)),
                 ('tried_at', models.DateTimeField(blank=True, null=True)),
@@ -74,7 +74,7 @@ class Migration(migrations.Migration):
             ],
             options={
                 'verbose_name_plural': 'deliveries',
-                'permissions': [('resend_delivery', 'Can have deliveries sent again')],
+                'permissions': [('resend_delivery', 'Can send deliveries again')],
             },
         ),
         migrations.AddIndex(
