@@ -16,7 +16,7 @@ from django.utils import timezone
 from agents.events import stream
 from agents.models import Rollup, Run, Usage, today
 from agents.usage import prices, rollups
-from agents.usage.rollups import ANSWERED, ENDED, Figures, Row
+from agents.usage.rollups import ANSWERED, ENDED, RollupSums, Row
 from botrunner.models import Reply
 from console import charts, processes
 from lib.formats import duration, money
@@ -80,17 +80,17 @@ class FailureCause:
 class RangeSums:
     """The sums of the rollups of a range, by slot, outcome, model and cause."""
 
-    slots: dict[datetime, Figures] = field(default_factory=dict)
+    slots: dict[datetime, RollupSums] = field(default_factory=dict)
     outcomes: dict[datetime, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
-    models: dict[str, Figures] = field(default_factory=lambda: defaultdict(Figures))
+    models: dict[str, RollupSums] = field(default_factory=lambda: defaultdict(RollupSums))
     causes: dict[tuple[str, str], FailureCause] = field(default_factory=dict)
-    total: Figures = field(default_factory=Figures)
+    total: RollupSums = field(default_factory=RollupSums)
 
     def add(self, row: Row, slot: datetime) -> None:
         if row.result in ENDED:
             self.outcomes[slot][row.result] += row.count
         if row.result in ANSWERED:
-            self.slots.setdefault(slot, Figures()).add_times(row)
+            self.slots.setdefault(slot, RollupSums()).add_times(row)
             self.total.add_times(row)
         self.models[row.model].add_sums(row, counts=row.result in ENDED)
         self.total.add_sums(row, counts=row.result in ENDED)
@@ -261,7 +261,7 @@ def _first(times: list[datetime]) -> str:
     return f"{times[0]:%d %b %H:%M} UTC"
 
 
-def _percentiles(total: Figures) -> list[tuple[str, list[str]]]:
+def _percentiles(total: RollupSums) -> list[tuple[str, list[str]]]:
     return [
         (title, [duration(histogram.percentile(share)) for share in PERCENTILES.values()])
         for title, histogram in (

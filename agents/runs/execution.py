@@ -89,7 +89,7 @@ def _leave_to_dispatch(run: Run) -> None:
 
 
 def _attempt(run: Run, lease: leases.Lease, feed: publisher.RunFeed) -> bool:
-    budget = limits.Purse(run.asker, run.place)
+    budget = limits.BudgetReservation(run.asker, run.place)
     transcript = loop.Transcript(watcher=feed, budget=budget)
     try:
         if states.attempts_exhausted(run.state, leases.rules()):

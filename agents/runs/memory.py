@@ -263,11 +263,11 @@ def _model_of(thread: Thread) -> str:
     return last.values_list("model", flat=True).first() or settings.CHAT_DEFAULT_MODEL
 
 
-def _budget_of(thread: Thread) -> limits.Purse:
+def _budget_of(thread: Thread) -> limits.BudgetReservation:
     """Return the budget of the last user of a thread."""
     last = Run.objects.filter(thread=thread).order_by("-position")
     asker, place = last.values_list("asker", "place").first() or ("", "")
-    return limits.Purse(asker, place)
+    return limits.BudgetReservation(asker, place)
 
 
 def _record(

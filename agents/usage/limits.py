@@ -1,11 +1,10 @@
-"""What one user and one room may take: questions a minute, runs that wait, and a day's bytes, tokens
-and money.
+"""Rate limits, quotas and budgets of a user and of a room: messages a minute, unfinished runs, and
+bytes, tokens and cost a day.
 
-How fast somebody asks, how many of their runs wait and how much they send is settled in the transaction
-that takes a question, by one conditional UPDATE of the asker's row: it is exact, however many ask at
-once. Tokens and money are set aside before each call of a model, and put right with the outcome:
-whoever dies in between leaves its estimate counted. Nothing is asked of the database for what has no
-limit.
+Rate, unfinished runs and bytes are checked in the transaction that accepts a message, by one
+conditional UPDATE of the scope's row: exact, however many messages arrive at once. Tokens and cost are
+reserved before each call of a model and corrected with the outcome; after a crash in between the
+estimate stays counted. What has no limit costs no query.
 """
 
 from collections.abc import Iterable
@@ -31,26 +30,26 @@ from lib.cache import TimedCache
 from realm.models import User
 
 ANONYMOUS = "(anonymous)"
-PROGRAMS = "(stream)"  # whoever asks by an event on the stream
-# A limit that an admin changes holds from this much later on.
+PROGRAMS = "(stream)"  # requests of other programs on the stream
+# A changed limit takes effect after at most this time.
 REFRESH_SECONDS = 10.0
-# How long somebody whose runs wait is told to wait: some will have ended by then.
+# Retry-After where too many runs are unfinished: some will have ended by then.
 WAITING_SECONDS = 5
 # In microseconds.
 SECOND = 1_000_000
 MINUTE = 60 * SECOND
 DAY = 24 * 60 * MINUTE
-# What an answer is taken to come to where AGENT_MAX_OUTPUT_TOKENS does not say it.
+# The estimated length of an answer where AGENT_MAX_OUTPUT_TOKENS is not set.
 USUAL_OUTPUT_TOKENS = 4096
-# A token is four bytes of English and more of most that models read; some languages take less.
+# Estimate: English has four bytes a token, most other input more; some languages have less.
 BYTES_PER_TOKEN = 3
 PACE_MEMORY = timedelta(days=1)
 SPENDING_MEMORY = timedelta(days=40)
 
 
-class Reached(Exception):
-    """A limit is reached. The message is safe to show; `retry_after`: seconds until it may be worth
-    another try."""
+class LimitExceeded(Exception):
+    """A limit is reached. The message is safe to show; a retry makes sense after `retry_after`
+    seconds."""
 
     def __init__(self, message: str, *, code: str, retry_after: float) -> None:
         super().__init__(message)
@@ -74,7 +73,7 @@ NONE = Limits(messages=0, waiting=0, tokens=0, cost=0, bytes=0)
 
 @dataclass(frozen=True)
 class Scope:
-    """Whom limits hold for."""
+    """A user or a room, with its limits."""
 
     kind: Kind
     name: str
@@ -93,31 +92,30 @@ class Scope:
         return bool(self.limits.messages or self.limits.waiting or self.limits.bytes)
 
     def runs(self) -> Any:
-        of = {"asker": self.name} if self.kind is Kind.USER else {"place": self.name}
-        return Run.objects.unfinished().filter(**of)
+        column = "asker" if self.kind is Kind.USER else "place"
+        return Run.objects.unfinished().filter(**{column: self.name})
 
-    def whose(self, mine: str, the_rooms: str) -> str:
-        return mine if self.kind is Kind.USER else the_rooms
+    def choose(self, for_user: str, for_room: str) -> str:
+        return for_user if self.kind is Kind.USER else for_room
 
-    def mended(self, name: str) -> str:
-        return f"An operator can raise it: LIMIT_{self.kind.name}_{name}, or a limit of its own."
+    def advice(self, name: str) -> str:
+        return f"An operator can raise LIMIT_{self.kind.name}_{name} or set an individual limit."
 
 
 class LimitList:
-    """The limits as this process knows them: those of the settings, and what an admin says for some,
-    read again every few seconds, not for every question."""
+    """The limits of the settings and the individual ones, read again every few seconds."""
 
     def __init__(self) -> None:
-        self._own = TimedCache(_own_limits, REFRESH_SECONDS)
-        self.reset = self._own.reset
+        self._individual = TimedCache(_individual_limits, REFRESH_SECONDS)
+        self.reset = self._individual.reset
 
     def of(self, kind: Kind, name: str) -> Limits:
-        own = self._own.get().get((kind.value, name))
-        # The settings are for people. A program's request that has to wait stands in Redis alone.
+        own = self._individual.get().get((kind.value, name))
+        # The settings are for people. A deferred request of a program is in Redis alone.
         return NONE if own is None and name == PROGRAMS else limits_of(kind, own)
 
 
-def _own_limits() -> dict[tuple[str, str], Limit]:
+def _individual_limits() -> dict[tuple[str, str], Limit]:
     return {(limit.kind, limit.name): limit for limit in Limit.objects.all()}
 
 
@@ -138,27 +136,27 @@ def limits_of(kind: Kind, own: Limit | None = None) -> Limits:
 
 
 def asker_of(user: User | None) -> str:
-    """The name that limits have for who asks over HTTP: the same person in a room has it too."""
+    """Return the name of a user in limits, the same over HTTP and in rooms."""
     if user is None:
         return ANONYMOUS
     return user.matrix_user_id or user.username
 
 
 def scopes_of(asker: str, place: str) -> list[Scope]:
-    """In the order in which their rows are locked."""
-    who = [(Kind.USER, asker), (Kind.ROOM, place)]
-    return [Scope(kind, name, limit_list.of(kind, name)) for kind, name in who if name]
+    """Return the scopes of a message, in the order in which their rows are locked."""
+    names = [(Kind.USER, asker), (Kind.ROOM, place)]
+    return [Scope(kind, name, limit_list.of(kind, name)) for kind, name in names if name]
 
 
 def admit(asker: str, place: str, size: int) -> None:
-    """Count a question of so many bytes, in the transaction that takes it. Raises `Reached`."""
+    """Count a message of `size` bytes, in the transaction that accepts it. Raises `LimitExceeded`."""
     for scope in scopes_of(asker, place):
         if scope.is_paced:
             _admit(scope, size)
 
 
 def _admit(scope: Scope, size: int) -> None:
-    """In SQL: asked for each question, it would take ten times as long to be put together."""
+    """Run the conditional UPDATE, in SQL: for each message the ORM would take ten times as long."""
     limits = scope.limits
     changes, conditions = [], ["scope = %s"]
     values: list[str | int] = [scope.key]
@@ -173,29 +171,29 @@ def _admit(scope: Scope, size: int) -> None:
         values.append(limits.waiting)
     if limits.bytes:
         today_ = f"{_now()} / {DAY}"
-        taken = f"CASE WHEN bytes_on = {today_} THEN bytes ELSE 0 END + {int(size)}"
-        changes += [f"bytes = {taken}", f"bytes_on = {today_}"]
-        conditions.append(f"{taken} <= {int(limits.bytes)}")
+        total = f"CASE WHEN bytes_on = {today_} THEN bytes ELSE 0 END + {int(size)}"
+        changes += [f"bytes = {total}", f"bytes_on = {today_}"]
+        conditions.append(f"{total} <= {int(limits.bytes)}")
     table = Pace._meta.db_table
-    # Nothing but numbers and names of ours stands in it.
+    # It contains only numbers and constant names.
     sql = f"UPDATE {table} SET {', '.join(changes)} WHERE {' AND '.join(conditions)}"  # noqa: S608
     with connection.cursor() as cursor:
         cursor.execute(sql, values)
         admitted = cursor.rowcount
     if not admitted:
-        _admit_closely(scope, step, size)
+        _admit_locked(scope, step, size)
 
 
 def _now() -> str:
-    """The database's clock, in microseconds, as SQL."""
+    """Return SQL for the database's clock, in microseconds."""
     if connection.vendor == "sqlite":
         return "CAST((julianday('now') - 2440587.5) * 86400000000 AS INTEGER)"
     return "CAST(EXTRACT(EPOCH FROM STATEMENT_TIMESTAMP()) * 1000000 AS BIGINT)"
 
 
-def _admit_closely(scope: Scope, step: int, size: int) -> None:
-    """As above, where the row is missing or says no: now with the row locked, so that nobody else of
-    the scope asks while its runs are counted."""
+def _admit_locked(scope: Scope, step: int, size: int) -> None:
+    """Check again with the row locked, where it is missing or refused: no other message of the scope is
+    accepted while its runs are counted."""
     limits, rows = scope.limits, Pace.objects.filter(pk=scope.key)
     Pace.objects.bulk_create([Pace(pk=scope.key)], ignore_conflicts=True)
     now = RawSQL(_now(), (), output_field=BigIntegerField())  # noqa: S611
@@ -212,50 +210,51 @@ def _admit_closely(scope: Scope, step: int, size: int) -> None:
         changes["waiting"] = waiting + 1
     if limits.bytes:
         day = pace.now // DAY
-        taken = pace.bytes if pace.bytes_on == day else 0
-        if taken + size > limits.bytes:
-            raise _too_much(scope, limits.bytes - taken)
-        changes |= {"bytes": taken + size, "bytes_on": day}
+        used = pace.bytes if pace.bytes_on == day else 0
+        if used + size > limits.bytes:
+            raise _too_much(scope, limits.bytes - used)
+        changes |= {"bytes": used + size, "bytes_on": day}
     rows.update(**changes)
 
 
-def _too_fast(scope: Scope, seconds: float) -> Reached:
-    may = scope.whose("You may ask", "In this room there may be asked")
-    return Reached(
-        f"{may} {_questions(scope.limits.messages)} a minute. Try again in {max(1, ceil(seconds))} s. "
-        + scope.mended("MESSAGES_PER_MINUTE"),
+def _too_fast(scope: Scope, seconds: float) -> LimitExceeded:
+    subject = scope.choose("You", "This room")
+    return LimitExceeded(
+        f"{subject} may send {_messages(scope.limits.messages)} a minute. "
+        f"Try again in {max(1, ceil(seconds))} s. " + scope.advice("MESSAGES_PER_MINUTE"),
         code="rate_limited",
         retry_after=seconds,
     )
 
 
-def _questions(number: int) -> str:
-    return f"{number} question{'' if number == 1 else 's'}"
+def _messages(number: int) -> str:
+    return f"{number} message{'' if number == 1 else 's'}"
 
 
-def _too_many_waiting(scope: Scope) -> Reached:
-    of = scope.whose("of your questions", "questions of this room")
-    return Reached(
-        f"{scope.limits.waiting} {of} wait for their answers, and no more may. Wait for some, or "
-        "cancel some. " + scope.mended("RUNS_WAITING"),
+def _too_many_waiting(scope: Scope) -> LimitExceeded:
+    owner = scope.choose("You have", "This room has")
+    return LimitExceeded(
+        f"{owner} {_messages(scope.limits.waiting)} waiting for an answer, which is the limit. "
+        "Wait for one or cancel one. " + scope.advice("RUNS_WAITING"),
         code="too_many_waiting",
         retry_after=WAITING_SECONDS,
     )
 
 
-def _too_much(scope: Scope, rest: int) -> Reached:
-    may = scope.whose("You may send", "In this room there may be sent")
-    return Reached(
-        f"{may} {scope.limits.bytes:,} bytes a day, and this is more than what is left of it "
-        f"({max(0, rest):,} bytes). It begins anew at 0:00 UTC. {scope.mended('BYTES_PER_DAY')}",
+def _too_much(scope: Scope, remaining: int) -> LimitExceeded:
+    subject = scope.choose("You", "This room")
+    return LimitExceeded(
+        f"{subject} may send {scope.limits.bytes:,} bytes a day, and this message exceeds the "
+        f"{max(0, remaining):,} bytes left. The limit resets at 00:00 UTC. "
+        + scope.advice("BYTES_PER_DAY"),
         code="bytes_exhausted",
         retry_after=_seconds_of_today_left(),
     )
 
 
 def check_budget(asker: str, place: str, model: str, content: str) -> None:
-    """Refuse a question that could not be sent to its model today. What is taken until its turn comes
-    is for `Purse.reserve()`. Raises `Reached`."""
+    """Refuse a message that exceeds today's budget already. `BudgetReservation.reserve()` checks again
+    when its run starts. Raises `LimitExceeded`."""
     scopes = [scope for scope in scopes_of(asker, place) if scope.has_budget]
     if not scopes or not completions.configured():
         return
@@ -276,16 +275,16 @@ def _fits(scope: Scope, tokens: int, cost: int) -> bool:
 
 
 def _estimate(scopes: Iterable[Scope], model: str, size: int) -> tuple[int, int]:
-    """Tokens and cost of a call with so many bytes to read, at the most. Raises `Reached` where money
-    is limited and nobody knows what the model costs: it would be no limit."""
+    """Return the largest tokens and cost of a call with `size` bytes of input. Raises `LimitExceeded`
+    if cost is limited and the model has no price: it would be no limit."""
     usage = completions.Usage(
         prompt_tokens=size // BYTES_PER_TOKEN + 1,
         completion_tokens=settings.AGENT_MAX_OUTPUT_TOKENS or USUAL_OUTPUT_TOKENS,
     )
     cost = prices.cost(model, usage)
     if cost is None and any(scope.limits.cost for scope in scopes):
-        raise Reached(
-            f"Money is limited here, and the model {model!r} has no price. Ask for another model; an "
+        raise LimitExceeded(
+            f"Cost is limited here, and the model {model!r} has no price. Choose another model; an "
             "operator can add its price.",
             code="budget_exhausted",
             retry_after=prices.REFRESH_SECONDS,
@@ -293,21 +292,21 @@ def _estimate(scopes: Iterable[Scope], model: str, size: int) -> tuple[int, int]
     return usage.prompt_tokens + usage.completion_tokens, cost or 0
 
 
-def _exhausted(scope: Scope, spent: Spending) -> Reached:
+def _exhausted(scope: Scope, spent: Spending) -> LimitExceeded:
     limits = scope.limits
     if limits.tokens and not limits.cost:
-        what, name = f"{limits.tokens:,} tokens", "TOKENS_PER_DAY"
-        rest = f"{max(0, limits.tokens - spent.tokens):,} tokens"
+        budget, name = f"{limits.tokens:,} tokens", "TOKENS_PER_DAY"
+        remaining = f"{max(0, limits.tokens - spent.tokens):,}"
     else:
-        what, name = f"{formats.amount(limits.cost):.2f} {prices.currency()}", "COST_PER_DAY"
-        rest = f"{max(Decimal(), formats.amount(limits.cost - spent.cost)):.4f}"
+        budget, name = f"{formats.amount(limits.cost):.2f} {prices.currency()}", "COST_PER_DAY"
+        remaining = f"{max(Decimal(), formats.amount(limits.cost - spent.cost)):.4f}"
     if limits.tokens and limits.cost:
-        what = f"{limits.tokens:,} tokens and {what}"
-        rest = f"{max(0, limits.tokens - spent.tokens):,} tokens and {rest}"
-    may = scope.whose("You may", "This room may")
-    return Reached(
-        f"{may} take {what} a day, and what is left of it ({rest}) is too little for this. It begins "
-        f"anew at 0:00 UTC. {scope.mended(name)}",
+        budget = f"{limits.tokens:,} tokens and {budget}"
+        remaining = f"{max(0, limits.tokens - spent.tokens):,} tokens and {remaining}"
+    owner = scope.choose("Your", "This room's")
+    return LimitExceeded(
+        f"{owner} daily budget of {budget} does not cover this message ({remaining} left). "
+        f"It resets at 00:00 UTC. {scope.advice(name)}",
         code="budget_exhausted",
         retry_after=_seconds_of_today_left(),
     )
@@ -320,8 +319,8 @@ def _seconds_of_today_left() -> float:
 
 
 @dataclass
-class Call:
-    """A call of a model for which something was set aside: what, and what it came to."""
+class ReservedCall:
+    """A call of a model, and the tokens and cost reserved for it."""
 
     model: str
     prompt_tokens: int
@@ -329,21 +328,21 @@ class Call:
     cost: int
 
 
-class Purse:
-    """What an attempt sets aside and spends, of those who have a budget. Not for two threads."""
+class BudgetReservation:
+    """The reservations of an attempt against the budgets of its user and room. Not thread-safe."""
 
     def __init__(self, asker: str, place: str) -> None:
-        self._who = (asker, place)
+        self._owners = (asker, place)
         self._scopes: list[Scope] = []
         self._day: date | None = None
-        # What is to be added to what stands in the database.
+        # To be added to the database.
         self._tokens = self._cost = 0
-        self._call: Call | None = None
+        self._call: ReservedCall | None = None
 
     def reserve(self, model: str, size: int) -> None:
-        """Set aside what a call with so many bytes to read may take. Raises `llm.LLMError` where that
-        is not there, and `lib.db.TRANSIENT_ERRORS`."""
-        scopes = [scope for scope in scopes_of(*self._who) if scope.has_budget]
+        """Reserve the largest use of a call with `size` bytes of input. Raises
+        `lib.db.TRANSIENT_ERRORS`, and `completions.LLMError` if the budget does not cover it."""
+        scopes = [scope for scope in scopes_of(*self._owners) if scope.has_budget]
         if not scopes:
             self._call = None
             return
@@ -353,18 +352,18 @@ class Purse:
             tokens, cost = _estimate(scopes, model, size)
             with transaction.atomic():
                 for scope in scopes:
-                    _set_aside(scope, self._day, tokens, cost)
-        except Reached as reached:
+                    _reserve(scope, self._day, tokens, cost)
+        except LimitExceeded as reached:
             raise completions.LLMError(
                 str(reached), code="budget_exhausted", permanent=True
             ) from None
         finally:
             db.release_connection()
-        self._call = Call(model, size // BYTES_PER_TOKEN + 1, tokens, cost)
+        self._call = ReservedCall(model, size // BYTES_PER_TOKEN + 1, tokens, cost)
 
     def note(self, reply: completions.Reply, *, refused: bool) -> None:
-        """What became of the call: what it told of its use, or as much as can be known. `refused`: it
-        was turned away, and cost nothing."""
+        """Correct the reservation of a call to its reported use, or to an estimate. `refused`: it cost
+        nothing."""
         call, usage = self._call, reply.usage
         self._call = None
         if call is None:
@@ -373,14 +372,14 @@ class Purse:
             usage = completions.Usage()
         elif not usage.prompt_tokens:
             if not reply.text:
-                return  # it may have taken all that was set aside
-            told = max(usage.completion_tokens, len(reply.text.encode()) // BYTES_PER_TOKEN)
-            usage = completions.Usage(call.prompt_tokens, told)
+                return  # it may have used the whole reservation
+            output = max(usage.completion_tokens, len(reply.text.encode()) // BYTES_PER_TOKEN)
+            usage = completions.Usage(call.prompt_tokens, output)
         self._tokens += usage.prompt_tokens + usage.completion_tokens - call.tokens
         self._cost += (prices.cost(call.model, usage) or 0) - call.cost
 
     def settle(self) -> None:
-        """Put right what was set aside; once, as soon as the transaction is committed."""
+        """Write the corrections; they count as written once the transaction is committed."""
         if not self._day or not (self._tokens or self._cost):
             return
         changes = {"tokens": F("tokens") + self._tokens, "cost": F("cost") + self._cost}
@@ -394,8 +393,8 @@ class Purse:
         self._cost -= cost
 
 
-def _set_aside(scope: Scope, day: date, tokens: int, cost: int) -> None:
-    """Raises `Reached`."""
+def _reserve(scope: Scope, day: date, tokens: int, cost: int) -> None:
+    """Reserve in one scope. Raises `LimitExceeded`."""
     rows = Spending.objects.filter(day=day, scope=scope.key)
     room = Q()
     if scope.limits.tokens:
@@ -411,8 +410,8 @@ def _set_aside(scope: Scope, day: date, tokens: int, cost: int) -> None:
 
 
 @dataclass(frozen=True)
-class Use:
-    """What somebody takes just now and took today, beside what they may."""
+class LimitUse:
+    """The present use of a scope, beside its limits."""
 
     scope: Scope
     waiting: int = 0
@@ -421,41 +420,41 @@ class Use:
 
     @property
     def share(self) -> float:
-        """Of the limit that is nearest; 1: it is reached."""
+        """The used share of the nearest limit; 1: it is reached."""
         limits = self.scope.limits
         pairs = (
             (self.waiting, limits.waiting),
             (self.tokens, limits.tokens),
             (self.cost, limits.cost),
         )
-        return max((taken / most for taken, most in pairs if most), default=0.0)
+        return max((used / limit for used, limit in pairs if limit), default=0.0)
 
 
-def nearest(count: int) -> list[Use]:
-    """Who is nearest to their limits, of those who take most."""
-    most = 10 * count
-    taken: dict[tuple[str, str], dict[str, int]] = {}
+def nearest(count: int) -> list[LimitUse]:
+    """Return the scopes nearest to their limits, among those with the highest use."""
+    candidates = 10 * count
+    use: dict[tuple[str, str], dict[str, int]] = {}
     for kind, column in ((Kind.USER, "asker"), (Kind.ROOM, "place")):
         unfinished = Run.objects.unfinished().exclude(**{column: ""}).order_by()
         numbers = unfinished.values_list(column).annotate(waiting=Count("pk"))
-        for name, waiting in numbers.order_by("-waiting")[:most]:
-            taken[kind.value, name] = {"waiting": waiting}
-    for row in Spending.objects.filter(day=today()).order_by("-tokens")[:most]:
-        whose, _, name = row.scope.partition(":")
-        taken.setdefault((whose, name), {}).update(tokens=row.tokens, cost=row.cost)
+        for name, waiting in numbers.order_by("-waiting")[:candidates]:
+            use[kind.value, name] = {"waiting": waiting}
+    for row in Spending.objects.filter(day=today()).order_by("-tokens")[:candidates]:
+        kind_value, _, name = row.scope.partition(":")
+        use.setdefault((kind_value, name), {}).update(tokens=row.tokens, cost=row.cost)
     uses = [
-        Use(Scope(Kind(whose), name, limit_list.of(Kind(whose), name)), **numbers)
-        for (whose, name), numbers in taken.items()
+        LimitUse(Scope(Kind(kind), name, limit_list.of(Kind(kind), name)), **numbers)
+        for (kind, name), numbers in use.items()
     ]
-    near = [use for use in uses if use.share]
-    return sorted(near, key=lambda use: -use.share)[:count]
+    near = [each for each in uses if each.share]
+    return sorted(near, key=lambda each: -each.share)[:count]
 
 
 def forget() -> None:
-    """Let go of who has not asked for long, and of what was spent on days that nobody looks at."""
+    """Delete the rates of scopes idle for a day, and old daily totals."""
     long_ago = int((timezone.now() - PACE_MEMORY).timestamp() * SECOND)
     with transaction.atomic():
-        # Where the rate has no limit, only the day tells who has asked lately.
-        left = Pace.objects.filter(free_at__lt=long_ago, bytes_on__lt=long_ago // DAY)
-        db.in_order(left).delete()
+        # Where the rate has no limit, only the day shows recent use.
+        idle = Pace.objects.filter(free_at__lt=long_ago, bytes_on__lt=long_ago // DAY)
+        db.in_order(idle).delete()
         Spending.objects.filter(day__lt=today() - SPENDING_MEMORY).delete()

@@ -1,4 +1,4 @@
-"""What tokens cost, by the price of their model on the day: whole numbers, as agents.models says."""
+"""Compute the cost of tokens by the price of their model on the day, in trillionths of the currency."""
 
 from collections.abc import Iterable
 
@@ -20,7 +20,7 @@ class PriceList:
         self.reset = self._prices.reset
 
     def of(self, model: str) -> Price | None:
-        """The price that holds today."""
+        """Return the price that is valid today."""
         day = today()
         prices = self._prices.get().get(model, ())
         return next((price for price in prices if price.valid_from <= day), None)
@@ -37,7 +37,7 @@ price_list = process.shared(PriceList())
 
 
 def cost(model: str, usage: Usage) -> int | None:
-    """What a call costs. None when its model has no price."""
+    """Return the cost of a call; None if its model has no price."""
     if not usage.prompt_tokens and not usage.completion_tokens:
         return 0
     price = price_list.of(model)
@@ -56,7 +56,7 @@ def cost(model: str, usage: Usage) -> int | None:
 
 
 def total(costs: Iterable[int | None]) -> int | None:
-    """None as soon as one of them is not known: a part of a cost would be taken for all of it."""
+    """Return the sum; None if one of them is unknown, as a part would pass for the whole."""
     costs = list(costs)
     return None if None in costs else sum(each or 0 for each in costs)
 

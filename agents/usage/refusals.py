@@ -1,7 +1,7 @@
-"""How many questions were refused because a limit was reached: by every process, counted in Redis.
+"""Count the messages refused because of a limit, by all processes together, in Redis.
 
-What Redis does not take is kept here and goes with the next; a process that ends before takes it along.
-A Redis that is wiped begins anew at zero, as counters may.
+Counts that Redis does not take go with the next refusal, or are lost if the process ends before. A
+wiped Redis starts again at zero, as counters may.
 """
 
 import threading
@@ -12,29 +12,29 @@ from django.conf import settings
 from agents.events import stream
 from lib import process
 
-# As `agents.usage.limits.Reached` has them.
+# As `agents.usage.limits.LimitExceeded` has them.
 CODES = ("rate_limited", "too_many_waiting", "bytes_exhausted", "budget_exhausted")
 
 _lock = threading.Lock()
-_untold: Counter[str] = Counter()
-process.on_reset(_untold.clear)
+_pending: Counter[str] = Counter()
+process.on_reset(_pending.clear)
 
 
 def count(source: str, code: str) -> None:
-    """Count one more; after the transaction that found it out, as it talks to Redis."""
+    """Count a refusal. Call it outside a transaction: it talks to Redis."""
     with _lock:
-        _untold[f"{source}:{code}"] += 1
-        told = dict(_untold)
-        _untold.clear()
-    if not stream.increment(_key(), told):
+        _pending[f"{source}:{code}"] += 1
+        counts = dict(_pending)
+        _pending.clear()
+    if not stream.increment(_key(), counts):
         with _lock:
-            _untold.update(told)
+            _pending.update(counts)
 
 
 def counted() -> dict[tuple[str, str], int]:
-    """By source and code, those that Redis knows. Raises `RedisError`."""
-    found: dict[bytes, bytes] = stream.probe_client().hgetall(_key())  # type: ignore[assignment]
-    return {_names(field): int(number) for field, number in found.items()}
+    """Return the counts in Redis by source and code. Raises `RedisError`."""
+    fields: dict[bytes, bytes] = stream.probe_client().hgetall(_key())  # type: ignore[assignment]
+    return {_names(field): int(number) for field, number in fields.items()}
 
 
 def _names(field: bytes) -> tuple[str, str]:

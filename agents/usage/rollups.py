@@ -1,9 +1,8 @@
-"""Rollups: what ended, added up by time, model, source and result, and by day, user, place and model.
+"""Rollups: outcomes aggregated by time, model, source and result, and by day, user, place and model.
 
-Whatever ends is written with a mark that says it is to be counted (an attempt, a summary, the end of
-a run without an attempt); `fold()` adds it up and takes the mark off in one transaction. So each is
-counted once, however late it was committed, whatever became of its run since, and without a lock that
-two runs would wait for.
+Each outcome (an attempt, a summary, the end of a run without an attempt) is written with the mark
+`to_count`; `fold()` adds it up and removes the mark in one transaction. So each is counted once,
+however late it is committed and even if its run is gone, and no lock makes two runs wait.
 """
 
 import functools
@@ -23,9 +22,9 @@ from agents.models import OVERDUE, Attempt, Event, Rollup, RollupState, Run, Sum
 from lib import db
 
 BATCH = 1000
-# A fold in a worker takes no more than this many batches; the rest is for the next.
+# The most batches of one fold in a worker; the next fold continues.
 BATCHES = 5
-# The finer, the sooner nobody looks at it any more.
+# The retention of each grain: finer ones are of interest for a shorter time.
 KEPT = {
     Rollup.Grain.MINUTE: timedelta(days=2),
     Rollup.Grain.QUARTER: timedelta(days=10),
@@ -39,8 +38,8 @@ TIMES = {"wait_ms": "waits", "model_ms": "model_times", "total_ms": "totals"}
 
 
 class Histogram:
-    """How many took how long: twenty buckets for each factor of ten. A percentile read from it lies
-    in the bucket of the true one, so it is off by less than 12.3 % of it."""
+    """A histogram of durations with twenty buckets for each factor of ten. A percentile lies in the
+    bucket of the true one, so its error is below 12.3 %."""
 
     PER_DECADE = 20
     ERROR = 10 ** (1 / PER_DECADE) - 1
@@ -54,12 +53,12 @@ class Histogram:
         return str(math.ceil(cls.PER_DECADE * math.log10(ms))) if ms > 1 else "0"
 
     def merge(self, counts: dict[str, int]) -> None:
-        mine = self.counts
+        total = self.counts
         for bucket, count in counts.items():
-            mine[bucket] += count
+            total[bucket] += count
 
     def percentile(self, share: float) -> float | None:
-        """In ms; None when nothing was counted."""
+        """Return a percentile in ms; None if nothing was counted."""
         buckets = sorted((int(bucket), count) for bucket, count in self.counts.items())
         rank = share * sum(count for _, count in buckets)
         for bucket, count in buckets:
@@ -73,7 +72,7 @@ class Histogram:
 
 @dataclass
 class Tally:
-    """What is to be added to one rollup."""
+    """The amounts to add to one rollup."""
 
     first_at: datetime
     last_at: datetime
@@ -82,8 +81,8 @@ class Tally:
 
 
 @dataclass(frozen=True, slots=True)
-class Counted:
-    """One thing that ended, whatever it was."""
+class CountedOutcome:
+    """An outcome to count."""
 
     at: datetime
     model: str
@@ -95,12 +94,12 @@ class Counted:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cost: int | None = 0
-    # In ms; None where it is not told.
+    # In ms; None where they are not counted.
     times: tuple[int, int, int] | None = None
 
 
 def fold(*, batch: int = BATCH, batches: int = BATCHES) -> int:
-    """Count what is to be counted. How many; 0 when nothing is left, or another process does it."""
+    """Count marked outcomes. Return their number; 0 if none is left, or another process counts."""
     folded = 0
     for _ in range(batches):
         done = sum(_fold(source.settled(), batch) for source in SOURCES)
@@ -111,7 +110,7 @@ def fold(*, batch: int = BATCH, batches: int = BATCHES) -> int:
 
 
 def fold_thread(thread_id: str) -> None:
-    """Count all that is to be counted of a thread, which is about to go."""
+    """Count all marked outcomes of a thread that is about to be deleted."""
     for source in SOURCES:
         rows = source.rows.filter(**{source.thread: thread_id})
         while rows.exists():
@@ -119,10 +118,10 @@ def fold_thread(thread_id: str) -> None:
 
 
 def seconds_behind() -> float:
-    """For how long the oldest of what ended has not been counted; 0 when all is. When something was
-    last counted does not tell: nothing may have ended since."""
+    """Return the age of the oldest outcome not yet counted; 0 if there is none. The time of the last
+    fold would not do: there may have been no outcome since."""
     first = [
-        # Keys that grow with time, and of events the few that there can be.
+        # Keys grow with time; few events are marked.
         Attempt.objects.filter(to_count=True).order_by("pk").values_list("ended_at")[:1],
         Summary.objects.filter(to_count=True).order_by("pk").values_list("created_at")[:1],
         Event.objects.filter(to_count=True).order_by("pk").values_list("created_at")[:BATCH],
@@ -133,7 +132,7 @@ def seconds_behind() -> float:
 
 
 def forget() -> None:
-    """Let go of what is finer than anybody wants to know by now."""
+    """Delete rollups past the retention of their grain."""
     for grain, kept in KEPT.items():
         old = Rollup.objects.filter(grain=grain, start__lt=timezone.now() - kept)
         with transaction.atomic():
@@ -141,8 +140,8 @@ def forget() -> None:
 
 
 def rebuild(*, batch: int = 20 * BATCH) -> int:
-    """Count everything that is kept once more, from nothing. How many. What was pruned is no longer
-    in the figures then."""
+    """Count all outcomes in the database again, from zero. Return their number. Pruned ones are lost
+    from the figures."""
     with transaction.atomic():
         _lock()
         Rollup.objects.all().delete()
@@ -157,7 +156,7 @@ def rebuild(*, batch: int = 20 * BATCH) -> int:
 
 
 def would_lose() -> bool:
-    """Whether the rollups tell of days of which no attempt is kept: rebuilding would lose those."""
+    """Return whether the rollups cover pruned days, which rebuilding would lose."""
     first = Rollup.objects.filter(grain=Rollup.Grain.HOURS).aggregate(Min("first_at"))
     kept = [
         Attempt.objects.aggregate(at=Min("ended_at"))["at"],
@@ -170,14 +169,14 @@ def would_lose() -> bool:
 
 @dataclass(frozen=True)
 class Source:
-    """A table of what is to be counted, and how its rows read."""
+    """A table of outcomes, and the function that reads its rows."""
 
     rows: models.QuerySet[Any, Any]
-    read: Callable[[dict[str, Any]], Counted]
+    read: Callable[[dict[str, Any]], CountedOutcome]
     thread: str = "run__thread"  # the way to it
 
     def settled(self) -> "Source":
-        """Without the rows that may change yet."""
+        """Exclude the rows that may still change."""
         cut = models.Q(result=Attempt.Result.CANCELLED) | models.Q(error_code=OVERDUE)
         young = cut & models.Q(ended_at__gt=Now() - PARTIAL_PATIENCE)
         return replace(self, rows=self.rows.exclude(young)) if self.model is Attempt else self
@@ -197,7 +196,7 @@ def _fold(source: Source, batch: int) -> int:
         _lock()
         marked = source.model.objects.filter(pk__in=[row["pk"] for row in rows], to_count=True)
         if db.in_order(marked).update(to_count=False) != len(rows):
-            # Another process has counted some of them since.
+            # Another process has counted some of them meanwhile.
             transaction.set_rollback(True)
             return 0
         _save_rollups(rollups)
@@ -206,7 +205,7 @@ def _fold(source: Source, batch: int) -> int:
 
 
 def _lock() -> None:
-    """Whoever comes second waits here, then reads what the first has written."""
+    """Wait for another process that counts, and then read what it has written."""
     if not RollupState.objects.filter(pk=1).update(folded_at=timezone.now()):
         RollupState.objects.bulk_create(
             [RollupState(pk=1, folded_at=timezone.now())], ignore_conflicts=True
@@ -214,11 +213,11 @@ def _lock() -> None:
         RollupState.objects.filter(pk=1).update(folded_at=timezone.now())
 
 
-def _add_up(ended: Iterable[Counted]) -> tuple[dict[Any, Tally], dict[Any, Counter[str]]]:
+def _add_up(outcomes: Iterable[CountedOutcome]) -> tuple[dict[Any, Tally], dict[Any, Counter[str]]]:
     rollups: dict[Any, Tally] = {}
     usage: dict[Any, Counter[str]] = {}
     now = timezone.now()
-    for one in ended:
+    for one in outcomes:
         sums = {
             "count": 1,
             "prompt_tokens": one.prompt_tokens,
@@ -252,7 +251,7 @@ def _slot(minute: int, grain: int) -> datetime:
 
 
 def slot(at: datetime, grain: int) -> datetime:
-    """The beginning of the time that `at` falls in."""
+    """Return the start of the interval that contains `at`."""
     return _slot(int(at.timestamp()) // 60, grain)
 
 
@@ -327,7 +326,7 @@ RUN = {
 SPENT = ("prompt_tokens", "completion_tokens", "cost")
 
 
-def _attempt(row: dict[str, Any]) -> Counted:
+def _attempt(row: dict[str, Any]) -> CountedOutcome:
     times = None
     if row["result"] in ANSWERED:
         begun_at = min(row["begun_at"] or row["started_at"], row["started_at"])
@@ -346,8 +345,8 @@ def _attempt(row: dict[str, Any]) -> Counted:
     )
 
 
-def _unattempted(row: dict[str, Any]) -> Counted:
-    """A run that was cancelled, or had had its time, before any worker took it."""
+def _unattempted(row: dict[str, Any]) -> CountedOutcome:
+    """Read the end of a run that was cancelled or overdue before a worker claimed it."""
     failed = row["type"] == Event.Type.FAILED
     return _counted(
         row,
@@ -357,7 +356,7 @@ def _unattempted(row: dict[str, Any]) -> Counted:
     )
 
 
-def _summary(row: dict[str, Any]) -> Counted:
+def _summary(row: dict[str, Any]) -> CountedOutcome:
     return _counted(
         row | {"source": "", "place": row["place"] or ""},
         at=row["created_at"],
@@ -366,15 +365,17 @@ def _summary(row: dict[str, Any]) -> Counted:
     )
 
 
-def _counted(row: dict[str, Any], **columns: Any) -> Counted:
-    return Counted(**{name: row[name] for name in ("model", "source", "place", "user")}, **columns)
+def _counted(row: dict[str, Any], **columns: Any) -> CountedOutcome:
+    return CountedOutcome(
+        **{name: row[name] for name in ("model", "source", "place", "user")}, **columns
+    )
 
 
 def _ms(start: datetime, end: datetime) -> int:
     return max(0, int((end - start) / timedelta(milliseconds=1)))
 
 
-# The worker of an attempt that was cut off tells a moment later what it had come to
+# The worker of an interrupted attempt records its partial result a moment later
 # (outcomes.record_partial).
 PARTIAL_PATIENCE = timedelta(seconds=5)
 _last_run = Run.objects.filter(thread=OuterRef("thread")).order_by("-position")
@@ -403,11 +404,11 @@ SOURCES = [
 ]
 
 
-# What the figures are read by.
+# Reading.
 
 
 @dataclass
-class Figures:
+class RollupSums:
     """The sums and histograms of some rollups."""
 
     count: int = 0
@@ -420,7 +421,7 @@ class Figures:
     totals: Histogram = field(default_factory=Histogram)
 
     def add_sums(self, row: "Row", *, counts: bool) -> None:
-        """`counts`: whether it is one of those that are to be counted, and not only paid for."""
+        """Add the sums of a row; `counts`: its outcomes count too, and not only their cost."""
         self.count += row.count * counts
         self.prompt_tokens += row.prompt_tokens
         self.completion_tokens += row.completion_tokens
@@ -456,13 +457,13 @@ ROW = [each.name for each in fields(Row)]
 
 
 def between(start: datetime, end: datetime, grain: int) -> list[Row]:
-    """The rollups that begin from `start` on, before `end`."""
+    """Return the rollups that start from `start` on and before `end`."""
     rows = Rollup.objects.filter(grain=grain, start__gte=slot(start, grain), start__lt=end)
     return [Row(*row) for row in rows.values_list(*ROW)]
 
 
 def first_seen(causes: Iterable[tuple[str, str]]) -> dict[tuple[str, str], datetime]:
-    """When runs were first seen to fail with these codes on these models."""
+    """Return the first time at which runs failed with these codes on these models."""
     causes = list(causes)
     rows = Rollup.objects.filter(
         grain=Rollup.Grain.HOURS,

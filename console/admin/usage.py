@@ -79,7 +79,7 @@ class UsageAdmin(ReadOnlyAdmin):
         return TemplateResponse(request, "console/usage.html", context)
 
 
-def _use(use: limits.Use, currency: str) -> dict[str, Any]:
+def _use(use: limits.LimitUse, currency: str) -> dict[str, Any]:
     """Return usage and limit as text; empty where there is no limit."""
 
     def of(used: Any, limit: Any) -> str:

@@ -62,7 +62,7 @@ class TestTokens:
         said = api.post(URL, {"content": "Hello"}, format="json")
         assert said.status_code == 429
         assert said.json()["code"] == "budget_exhausted"
-        assert "900 tokens a day" in said.json()["error"]
+        assert "daily budget of 900 tokens" in said.json()["error"]
         assert 1 <= int(said["Retry-After"]) <= 86400
         assert not Run.objects.exists()
 
@@ -76,7 +76,7 @@ class TestTokens:
             execution.execute(run.pk)
             found = reload(run)
             assert (found.status, found.error_code) == ("failed", "budget_exhausted")
-            assert "1,200 tokens a day" in found.safe_error
+            assert "daily budget of 1,200 tokens" in found.safe_error
             [outcome] = run.events.filter(type=Event.Type.FAILED)
             assert outcome.payload["error"] == found.safe_error
         assert not model.requests
@@ -118,7 +118,7 @@ class TestTokens:
         settings.LIMIT_USER_TOKENS_PER_DAY = 5000
         run = factories.ask()
         # A worker that dies after it has begun the call.
-        limits.Purse(run.asker, run.place).reserve(run.model, 300)
+        limits.BudgetReservation(run.asker, run.place).reserve(run.model, 300)
         assert spent() == OUTPUT + 101
         execution.execute(run.pk)
         assert spent() == OUTPUT + 101 + used(run)
@@ -147,7 +147,7 @@ class TestTokens:
         settings.LIMIT_ROOM_TOKENS_PER_DAY = 1100
         execution.execute(factories.ask(asker="alice", place="!room").pk)
         Spending.objects.update(tokens=1000)
-        with pytest.raises(inbox.Limited, match="This room may take 1,100 tokens a day"):
+        with pytest.raises(inbox.Limited, match="This room's daily budget of 1,100 tokens"):
             factories.ask(asker="bob", place="!room")
         factories.ask(asker="bob", place="!other")
 
@@ -183,7 +183,7 @@ class TestMoney:
     def test_a_day_that_costs_too_much_is_refused(self, model: FakeLLM, settings: Any) -> None:
         factories.price(prompt="10", completion="20")  # an answer: at most 0.02
         settings.LIMIT_USER_COST_PER_DAY = 0.019
-        with pytest.raises(inbox.Limited, match=r"You may take 0\.02 USD a day"):
+        with pytest.raises(inbox.Limited, match=r"Your daily budget of 0\.02 USD"):
             factories.ask()
 
     def test_a_model_without_a_price_is_no_way_around(self, model: FakeLLM, settings: Any) -> None:
@@ -208,7 +208,7 @@ def test_workers_at_once_never_set_aside_more_than_there_is(model: FakeLLM, sett
 
     def reserve(_: int) -> bool:
         try:
-            limits.Purse("alice", "").reserve("gpt-4o-mini", 300)
+            limits.BudgetReservation("alice", "").reserve("gpt-4o-mini", 300)
         except completions.LLMError:
             return False
         finally:
@@ -231,4 +231,4 @@ def test_in_a_room_a_run_that_finds_its_budget_gone_is_told_there(
     reply = RoomReply.objects.select_related("run", "message").get()
     [part] = queue.contents(reply)
     assert part["msgtype"] == "m.notice"
-    assert "You may take 2,000 tokens a day" in part["body"]
+    assert "Your daily budget of 2,000 tokens" in part["body"]

@@ -57,7 +57,7 @@ def test_whoever_asks_too_fast_is_told_when_to_come_back(api: APIClient, setting
     refused = said[-1]
     assert 1 <= int(refused["Retry-After"]) <= 20
     assert refused.json()["code"] == "rate_limited"
-    assert "You may ask 3 questions a minute." in refused.json()["error"]
+    assert "You may send 3 messages a minute." in refused.json()["error"]
     assert "LIMIT_USER_MESSAGES_PER_MINUTE" in refused.json()["error"]
     assert (Run.objects.count(), Message.objects.count()) == (3, 3)
 
@@ -94,7 +94,7 @@ def test_the_chat_page_says_it_and_keeps_the_words(client: Any, settings: Any) -
     assert page.status_code == 429
     assert int(page["Retry-After"]) >= 1
     assert "my second one" in page.content.decode()
-    assert "You may ask 1 question a minute." in page.content.decode()
+    assert "You may send 1 message a minute." in page.content.decode()
 
 
 def test_a_repeat_with_its_key_counts_for_nothing(api: APIClient, settings: Any) -> None:
@@ -126,7 +126,7 @@ def test_a_room_has_a_limit_whoever_asks_there(settings: Any) -> None:
     settings.LIMIT_ROOM_MESSAGES_PER_MINUTE = 2
     for name in ("alice", "bob"):
         factories.ask(asker=f"@{name}:localhost", place="!room")
-    with pytest.raises(inbox.Limited, match="In this room there may be asked 2 questions a minute"):
+    with pytest.raises(inbox.Limited, match="This room may send 2 messages a minute"):
         factories.ask(asker="@carol:localhost", place="!room")
     factories.ask(asker="@carol:localhost", place="!other")
 
@@ -137,7 +137,7 @@ class TestWaiting:
         said = [api.post(URL, {"content": "Hello"}, format="json") for _ in range(3)]
         assert [each.status_code for each in said] == [202, 202, 429]
         assert said[-1].json()["code"] == "too_many_waiting"
-        assert "2 of your questions wait" in said[-1].json()["error"]
+        assert "You have 2 messages waiting" in said[-1].json()["error"]
         assert int(said[-1]["Retry-After"]) >= 1
 
     @pytest.mark.parametrize("end", [actions.cancel, lambda run: execution.execute(run.pk)])
@@ -161,7 +161,7 @@ class TestWaiting:
         settings.LIMIT_ROOM_RUNS_WAITING = 2
         for name in ("alice", "bob"):
             factories.ask(asker=name, place="!room")
-        with pytest.raises(inbox.Limited, match="2 questions of this room wait"):
+        with pytest.raises(inbox.Limited, match="This room has 2 messages waiting"):
             factories.ask(asker="carol", place="!room")
 
     def test_those_from_before_somebody_was_forgotten_still_count(self, settings: Any) -> None:
@@ -206,7 +206,7 @@ class TestOverrides:
         alice = factories.user("alice")
         for _ in range(2):
             factories.ask(owner=alice)
-        with pytest.raises(inbox.Limited, match="2 questions a minute"):
+        with pytest.raises(inbox.Limited, match="2 messages a minute"):
             factories.ask(owner=alice)
 
     def test_nought_takes_a_limit_away(self, settings: Any) -> None:

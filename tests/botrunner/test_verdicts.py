@@ -374,12 +374,12 @@ class TestLimits:
         assert Run.objects.count() == 1
         found = RoomEvent.objects.get(event_id=refused["event_id"])
         assert found.state == RoomEvent.State.HANDLED
-        assert found.note.startswith("Refused (rate_limited): You may ask 1 question a minute.")
+        assert found.note.startswith("Refused (rate_limited): You may send 1 message a minute.")
         reply = Reply.objects.get(message=found)
         assert (reply.run, reply.status) == (None, Reply.Status.WAITING)
         [part] = queue.contents(reply)
         assert part["msgtype"] == "m.notice"
-        assert "You may ask 1 question a minute." in part["body"]
+        assert "You may send 1 message a minute." in part["body"]
 
     def test_a_flood_is_answered_with_one_sentence_for_each_person(
         self, settings: Any, monkeypatch: pytest.MonkeyPatch

@@ -83,7 +83,7 @@ def test_each_range_tells_of_all_that_lies_in_it(admin_client: Client, key: str)
     ages = [timedelta(minutes=5), timedelta(hours=5), timedelta(days=5), timedelta(days=25)]
     inside = sum(age < home.RANGES[key].length for age in ages)
     for age in ages:
-        row = rollups.Counted(now - age, "m", "http", "", None, "completed", times=(1, 2, 3))
+        row = rollups.CountedOutcome(now - age, "m", "http", "", None, "completed", times=(1, 2, 3))
         rollups._save_rollups(rollups._add_up([row])[0])
 
     figures = home.figures(home.RANGES[key], now)
