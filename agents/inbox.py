@@ -223,13 +223,8 @@ def submit(submission: Submission) -> Accepted:
         if owner and not User.objects.filter(pk=owner.pk).exists():
             raise UnknownUser("Your account does not exist any more.") from None
         raise
-<<<<<<< HEAD
-    except limits.Reached as reached:
-        _count(submission.source, reached)
-=======
     except limits.LimitExceeded as reached:
-        _count(source, reached)
->>>>>>> e6c86a2 (Word limits, prices and rollups as the field does; name BudgetReservation)
+        _count(submission.source, reached)
         raise Limited(reached) from None
     return replace(accepted, began_thread=began_thread)
 
@@ -270,13 +265,8 @@ def edit(run_id: str, *, content: str) -> bool:
     return True
 
 
-<<<<<<< HEAD
-def _count(source: str, reached: limits.Reached) -> None:
-    # After the commit: a transaction that is repeated counts one refusal.
-=======
 def _count(source: str, reached: limits.LimitExceeded) -> None:
-    # Where it is part of a transaction that is repeated, it is a refusal once.
->>>>>>> e6c86a2 (Word limits, prices and rollups as the field does; name BudgetReservation)
+    # After the commit: a transaction that is repeated counts one refusal.
     transaction.on_commit(partial(refusals.count, str(source), reached.code), robust=True)
 
 
@@ -288,11 +278,7 @@ def _check_limits(
     content: str,
     input: dict[str, Any] | None,
 ) -> None:
-<<<<<<< HEAD
-    """Count a message. Raises `limits.Reached`."""
-=======
-    """Raises `limits.LimitExceeded`."""
->>>>>>> e6c86a2 (Word limits, prices and rollups as the field does; name BudgetReservation)
+    """Count a message. Raises `limits.LimitExceeded`."""
     size = len(content.encode()) + (len(json.dumps(input)) if input else 0)
     limits.admit(asker, place, size)
     if command == CHAT_REPLY:
