@@ -114,9 +114,9 @@ class ChatPage(SecureView):
 
     def submit(self, thread: Thread | None) -> HttpResponse:
         """Submit the message of a form: once, and only for the user who loaded the form."""
-        asker, key = self.request.POST.get("asker"), self.request.POST.get("key")
+        user, key = self.request.POST.get("user"), self.request.POST.get("key")
         try:
-            if asker and asker != str(self.request.user.pk):
+            if user and user != str(self.request.user.pk):
                 raise inbox.Refused(
                     "You are signed in as another user now. Send the message again to use this account."
                 )

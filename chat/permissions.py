@@ -31,14 +31,14 @@ def check_may_write(thread: Thread) -> None:
 def check_may_control(run: Run, caller: User | None) -> None:
     """Check that the caller may cancel or retry a visible run: in a room's thread, only a run of the
     caller's own messages. Raises `PermissionDenied`."""
-    if run.thread.room_id and not (_is_asker(run, caller) and not run.answers_others):
+    if run.thread.room_id and not (_is_sender(run, caller) and not run.answers_others):
         raise exceptions.PermissionDenied(
             "The run belongs to a Matrix room and answers another person's message. Cancel it in the "
             "room."
         )
 
 
-def _is_asker(run: Run, caller: User | None) -> bool:
+def _is_sender(run: Run, caller: User | None) -> bool:
     return bool(caller and caller.matrix_user_id and caller.matrix_user_id == run.asker)
 
 
@@ -47,7 +47,7 @@ class MayChat(BasePermission):
 
     def has_permission(self, request: Request, view: APIView) -> bool:
         # The chat page sends its user, so that a draft is not sent as another user after a new login.
-        expected = request.headers.get("X-Asked-By")
+        expected = request.headers.get("X-Chat-User")
         if expected and expected != str(request.user.pk):
             raise exceptions.NotAuthenticated("You are signed in as another user now.")
         if request.user.is_authenticated:

@@ -45,7 +45,7 @@ KEEP_ALIVE_SECONDS = 15.0
 TURNS = 50
 END = 1 << 62  # stands for the end of an attempt; no event has this number
 START = EventId(0, 0)
-PLACE = re.compile(r"([0-9]{1,5})-([0-9]{1,10}|end)\Z", re.ASCII)
+EVENT_ID = re.compile(r"([0-9]{1,5})-([0-9]{1,10}|end)\Z", re.ASCII)
 KEEP_ALIVE = b": \n\n"
 # A disconnected client reconnects after this many milliseconds.
 RETRY = b"retry: 1000\n\n"
@@ -138,10 +138,10 @@ def requested_event_id(request: Request) -> EventId | None:
     value = _after(request)
     if not value:
         return None
-    found = PLACE.match(value)
-    if not found:
+    match = EVENT_ID.match(value)
+    if not match:
         raise exceptions.ParseError("Not an id of an event of a run.")
-    return EventId(int(found[1]), END if found[2] == "end" else int(found[2]))
+    return EventId(int(match[1]), END if match[2] == "end" else int(match[2]))
 
 
 def requested_number(request: Request) -> int:

@@ -333,12 +333,12 @@ class TestForms:
     def test_a_form_is_not_taken_from_another(
         self, browser: Client, stranger: Client, client: Client, alice: User
     ) -> None:
-        assert f'name="asker" value="{alice.pk}"' in browser.get("/").text
+        assert f'name="user" value="{alice.pk}"' in browser.get("/").text
         for other in (stranger, client):
-            page = other.post("/", {"content": "What?", "asker": alice.pk})
+            page = other.post("/", {"content": "What?", "user": alice.pk})
             assert page.status_code == 400
             assert "What?</textarea>" in page.text
-            sent = {"X-Asked-By": str(alice.pk)}
+            sent = {"X-Chat-User": str(alice.pk)}
             answer = other.post(
                 "/api/chat/messages", b'{"content": "?"}', "text/plain", headers=sent
             )

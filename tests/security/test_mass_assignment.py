@@ -148,7 +148,7 @@ def hostile(writing: Writing, bob: User) -> dict[str, Any]:
     may |= {"id", "type"} if writing.kind else set()
     may |= {"thread", "thread_id", "threadId"} if writing.kind == "messages" else set()
     # A form names whom it was made for, and is refused from anybody else.
-    may |= {"asker"} if writing.form else set()
+    may |= {"user"} if writing.form else set()
     return {name: value for name, value in found.items() if name not in may}
 
 

@@ -54,7 +54,7 @@ function post(url, data, headers = {}) {
     headers: {
       "Content-Type": "application/json",
       "X-CSRFToken": token,
-      "X-Asked-By": body.dataset.user,
+      "X-Chat-User": body.dataset.user,
       ...headers,
     },
     body: JSON.stringify(data),
