@@ -1,9 +1,14 @@
-"""Errors of the HTTP APIs, each with its status.
+"""Errors of the HTTP APIs, each with its status, and what both formats of them share.
 
 JSON:API documents show the source of an error: a JSON pointer into the document, or the name of a query
 parameter or of a header.
 """
 
+from http import HTTPStatus
+from typing import Any
+
+import orjson
+from django.http import HttpResponse
 from rest_framework import exceptions, status
 
 
@@ -80,3 +85,34 @@ class ServiceUnavailable(HTTPError):
     status_code = status.HTTP_503_SERVICE_UNAVAILABLE
     default_code = "unavailable"
     wait = 1
+
+
+def parse_json(body: bytes) -> Any:
+    """Parse a body. Refuses NaN, unpaired surrogates, bad UTF-8 and nesting that would exhaust the
+    stack."""
+    try:
+        return orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise exceptions.ParseError(f"The body is not valid JSON: {error}.") from None
+
+
+def error_headers(error: exceptions.APIException) -> dict[str, str]:
+    """Return the `WWW-Authenticate` and `Retry-After` of an error, if it has any."""
+    headers = {}
+    if challenge := getattr(error, "auth_header", None):
+        headers["WWW-Authenticate"] = challenge
+    if (wait := getattr(error, "wait", None)) is not None:
+        headers["Retry-After"] = str(int(wait))
+    return headers
+
+
+def phrase(code: int) -> str:
+    try:
+        return HTTPStatus(code).phrase
+    except ValueError:
+        return f"Error {code}"
+
+
+def is_error_page(response: HttpResponse) -> bool:
+    """Return True for an HTML page with an error, which Django and other middleware make."""
+    return response.status_code >= 400 and response.get("Content-Type", "").startswith("text/html")

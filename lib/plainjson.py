@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Callable, Mapping
-from http import HTTPStatus
 from typing import Any
 
 import orjson
@@ -17,7 +16,7 @@ from rest_framework.request import Request
 from rest_framework.response import Response
 from rest_framework.views import APIView, set_rollback
 
-from lib.httperrors import LengthRequired
+from lib.httperrors import LengthRequired, error_headers, is_error_page, parse_json, phrase
 
 logger = logging.getLogger(__name__)
 
@@ -33,11 +32,7 @@ class PlainJSONParser(BaseParser):
         media_type: str | None = None,
         parser_context: Mapping[str, Any] | None = None,
     ) -> Any:
-        try:
-            # Refuses NaN, unpaired surrogates, bad UTF-8 and nesting that would exhaust the stack.
-            data = orjson.loads(parser_context["request"]._request.body)  # type: ignore[index]
-        except orjson.JSONDecodeError as error:
-            raise exceptions.ParseError(f"The body is not valid JSON: {error}.") from None
+        data = parse_json(parser_context["request"]._request.body)  # type: ignore[index]
         if not isinstance(data, dict):
             raise exceptions.ParseError("The body must be a JSON object.")
         return data
@@ -118,12 +113,7 @@ def plain_exception_handler(exc: Exception, context: Mapping[str, Any]) -> Respo
     if isinstance(exc, exceptions.ValidationError):
         return refusal(exc.status_code, _first_error(exc.detail))
     if isinstance(exc, exceptions.APIException):
-        headers = {}
-        if challenge := getattr(exc, "auth_header", None):
-            headers["WWW-Authenticate"] = challenge
-        if (wait := getattr(exc, "wait", None)) is not None:
-            headers["Retry-After"] = str(int(wait))
-        return refusal(exc.status_code, str(exc.detail), headers)
+        return refusal(exc.status_code, str(exc.detail), error_headers(exc))
     if isinstance(exc, DataError):
         return refusal(
             status.HTTP_400_BAD_REQUEST, "The request has a value that cannot be stored."
@@ -159,19 +149,8 @@ class PlainErrorsMiddleware:
 
     def __call__(self, request: HttpRequest) -> HttpResponse:
         response = self.get_response(request)
-        is_page = response.get("Content-Type", "").startswith("text/html")
-        if (
-            response.status_code < 400
-            or not is_page
-            or not (request.path == "/api" or request.path.startswith("/api/"))
-        ):
+        is_api = request.path == "/api" or request.path.startswith("/api/")
+        if not is_api or not is_error_page(response):
             return response
-        error = "Not found." if response.status_code == 404 else _phrase(response.status_code)
+        error = f"{phrase(response.status_code)}." if response.status_code != 404 else "Not found."
         return JsonResponse({"ok": False, "error": error}, status=response.status_code)
-
-
-def _phrase(code: int) -> str:
-    try:
-        return f"{HTTPStatus(code).phrase}."
-    except ValueError:
-        return f"Error {code}."

@@ -5,12 +5,11 @@ import uuid
 from collections.abc import Mapping
 from typing import Any
 
-import orjson
 from rest_framework.fields import CharField
 from rest_framework_json_api import parsers
 from rest_framework_json_api.utils import get_resource_name, undo_format_field_name
 
-from lib.httperrors import BadRequest, Conflict, Forbidden
+from lib.httperrors import BadRequest, Conflict, Forbidden, parse_json
 from lib.jsonapi.errors import MEDIA_TYPE, escaped
 
 MAX_DEPTH = 20
@@ -25,11 +24,7 @@ class JSONAPIParser(parsers.JSONParser):
         media_type: str | None = None,
         parser_context: Mapping[str, Any] | None = None,
     ) -> Any:
-        try:
-            # Refuses NaN, unpaired surrogates, bad UTF-8 and nesting that would exhaust the stack.
-            document = orjson.loads(stream.read())
-        except orjson.JSONDecodeError as error:
-            raise BadRequest(f"The body is not valid JSON: {error}.", "parse_error") from None
+        document = parse_json(stream.read())
         _check_depth(document)
         return self.parse_data(document, parser_context)
 

@@ -3,7 +3,6 @@
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
-from http import HTTPStatus
 from typing import Any
 
 from django.conf import settings
@@ -18,7 +17,16 @@ from rest_framework.views import APIView, set_rollback
 from rest_framework_json_api.utils import format_field_name, is_relationship_field
 
 from lib import tracing
-from lib.httperrors import BadRequest, Conflict, NotFound, PayloadTooLarge, ServiceUnavailable
+from lib.httperrors import (
+    BadRequest,
+    Conflict,
+    NotFound,
+    PayloadTooLarge,
+    ServiceUnavailable,
+    error_headers,
+    is_error_page,
+    phrase,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -39,11 +47,10 @@ class JSONAPIErrorsMiddleware:
 
     def __call__(self, request: HttpRequest) -> HttpResponse:
         response = self.get_response(request)
-        is_page = response.get("Content-Type", "").startswith("text/html")
-        if response.status_code < 400 or not is_page or not is_jsonapi(request.path):
+        if not is_jsonapi(request.path) or not is_error_page(response):
             return response
-        phrase = _phrase(response.status_code)
-        error = error_object(response.status_code, phrase.lower().replace(" ", "_"), phrase)
+        detail = phrase(response.status_code)
+        error = error_object(response.status_code, detail.lower().replace(" ", "_"), detail)
         return JsonResponse(
             {"errors": [error]}, status=response.status_code, content_type=MEDIA_TYPE
         )
@@ -52,13 +59,8 @@ class JSONAPIErrorsMiddleware:
 def exception_handler(exc: Exception, context: Mapping[str, Any]) -> Response:
     set_rollback()
     error = _as_api_exception(exc)
-    headers = {}
-    if challenge := getattr(error, "auth_header", None):
-        headers["WWW-Authenticate"] = challenge
-    if (wait := getattr(error, "wait", None)) is not None:
-        headers["Retry-After"] = str(int(wait))
     errors = list(_error_objects(error, context["view"]))
-    return Response(errors, status=error.status_code, headers=headers)
+    return Response(errors, status=error.status_code, headers=error_headers(error))
 
 
 def error_object(
@@ -67,7 +69,7 @@ def error_object(
     error: dict[str, Any] = {
         "status": str(code),
         "code": name,
-        "title": _phrase(code),
+        "title": phrase(code),
         "detail": detail,
     }
     if request_id := tracing.request_id():
@@ -144,10 +146,3 @@ def _relationships(view: APIView) -> frozenset[str]:
     serializer = getattr(view, "get_serializer_class", lambda: None)()
     fields = serializer().fields if serializer else {}
     return frozenset(name for name, field in fields.items() if is_relationship_field(field))
-
-
-def _phrase(code: int) -> str:
-    try:
-        return HTTPStatus(code).phrase
-    except ValueError:
-        return f"Error {code}"

@@ -12,7 +12,7 @@ APPS = ("agents", "botrunner", "chat", "config", "console", "webhooks", "lib", "
 # Each is measured by itself in tests/config/test_scrub.py, from many more beginnings.
 ELSEWHERE = {"config.scrub"}
 # Reads the names of settings, which come from nowhere but the settings.
-OURS = {"console.system.PROGRAM"}
+OURS = {"console.system.INTERNAL"}
 PIECES = [
     "a",
     "0",
@@ -38,7 +38,7 @@ SMALL, LARGE = 2_000, 32_000
 
 def modules() -> Iterator[str]:
     for app in APPS:
-        for found in pkgutil.iter_modules(importlib.import_module(app).__path__, f"{app}."):
+        for found in pkgutil.walk_packages(importlib.import_module(app).__path__, f"{app}."):
             if not found.ispkg and found.name not in {"config.wsgi", "config.asgi", *ELSEWHERE}:
                 yield found.name
 
