@@ -50,10 +50,10 @@ os.environ |= {
     "REDIS_URL": "redis://127.0.0.1:1",
     # Many tests ask more within a moment than one user would; those of the limits set their own.
     "LIMIT_USER_MESSAGES_PER_MINUTE": "0",
-    "LIMIT_USER_RUNS_WAITING": "0",
+    "LIMIT_USER_RUNS_UNFINISHED": "0",
     "LIMIT_USER_BYTES_PER_DAY": "0",
     "LIMIT_ROOM_MESSAGES_PER_MINUTE": "0",
-    "LIMIT_ROOM_RUNS_WAITING": "0",
+    "LIMIT_ROOM_RUNS_UNFINISHED": "0",
     "LIMIT_ROOM_BYTES_PER_DAY": "0",
     "AGENT_USER_SHARE": "100",
     # Many tests come from one address within a minute.

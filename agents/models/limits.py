@@ -1,4 +1,4 @@
-"""The records of agents.usage.limits: what a user or a room may take, and what it has taken."""
+"""Limits of users and rooms, and their usage that counts against them."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ def _number(help_text: str) -> Any:
 
 
 class Limit(models.Model):
-    """What holds for one user or room in the place of the settings."""
+    """A limit of one user or room that overrides the settings."""
 
     kind = models.CharField(max_length=4, choices=Kind.choices, default=Kind.USER)
     name = models.CharField(
@@ -28,8 +28,8 @@ class Limit(models.Model):
         help_text="A user's Matrix id, or user name where there is none; (anonymous) for all who do "
         "not sign in, (stream) for other programs. A room's Matrix id.",
     )
-    messages_per_minute = _number("Empty, here and below: as the setting. 0: no limit.")
-    runs_waiting = _number("Queued or being worked on.")
+    messages_per_minute = _number("Empty, here and below: the setting applies. 0: no limit.")
+    runs_unfinished = _number("Queued or processing.")
     tokens_per_day = models.PositiveBigIntegerField(
         null=True, blank=True, help_text="Of prompts and answers together, from midnight UTC on."
     )
@@ -42,9 +42,11 @@ class Limit(models.Model):
         help_text="In the currency of the prices, from midnight UTC on.",
     )
     bytes_per_day = models.PositiveBigIntegerField(
-        null=True, blank=True, help_text="Of questions, from midnight UTC on."
+        null=True, blank=True, help_text="Of messages, from midnight UTC on."
     )
-    note = models.CharField(max_length=200, blank=True, help_text="Why, for whoever comes later.")
+    note = models.CharField(
+        max_length=200, blank=True, help_text="The reason, for other operators."
+    )
 
     class Meta:
         ordering = ["kind", "name"]
@@ -64,15 +66,15 @@ class Limit(models.Model):
 
 
 class Pace(models.Model):
-    """How fast a user or a room asks, how many of its runs wait at most, and how much it sends."""
+    """The message rate, the unfinished runs and the bytes of a user or a room."""
 
     scope = models.CharField(primary_key=True, max_length=MAX_SCOPE_LENGTH)
-    # In microseconds since 1970, by the database's clock. Each question puts it off; one that would
-    # put it off by more than a minute is refused.
+    # In microseconds since 1970, by the database's clock. Each message adds to it; one that would move
+    # it more than a minute ahead is refused.
     free_at = models.BigIntegerField(default=0)
-    # An upper bound: counted up with each question, put right by counting when it gets to the limit.
-    waiting = models.PositiveIntegerField(default=0)
-    # Of questions that were accepted on the day `bytes_on`, in days since 1970, in UTC.
+    # An upper bound: incremented with each message, corrected by a count when it reaches the limit.
+    unfinished = models.PositiveIntegerField(default=0)
+    # Of messages that were accepted on the day `bytes_on`, in days since 1970, in UTC.
     bytes = models.BigIntegerField(default=0)
     bytes_on = models.IntegerField(default=0)
 
@@ -84,8 +86,8 @@ class Pace(models.Model):
 
 
 class Spending(models.Model):
-    """What a user or a room with a limit of tokens or money took on a day: what calls used, and for
-    those that nobody knows the use of yet, what was set aside."""
+    """The usage of a user or a room with a budget of tokens or money on a day: the usage of ended
+    calls, and the reservations of running ones."""
 
     scope = models.CharField(max_length=MAX_SCOPE_LENGTH)
     day = models.DateField(help_text="In UTC.")

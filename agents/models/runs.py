@@ -1,4 +1,4 @@
-"""The records of a run. The rules of its life are in agents/lifecycle/states.py."""
+"""Runs and their attempts. The transitions of a run are in agents/lifecycle/states.py."""
 
 import dataclasses
 import time
@@ -56,7 +56,7 @@ def new_run_id() -> str:
     return f"run_{cuid2.create_id()}"
 
 
-# A worker beats every few seconds; one that is silent for so long is gone or stuck.
+# A worker has a heartbeat every few seconds; one that is silent for so long is gone or stuck.
 WORKER_PATIENCE = timedelta(seconds=15)
 WORKER_MEMORY = timedelta(hours=1)
 STATE = [field.name for field in dataclasses.fields(states.State)]
@@ -64,12 +64,12 @@ SEARCHED_FOR_OLDEST = 200
 
 
 def cost_field() -> "models.BigIntegerField[int | None, int | None]":
-    """An amount in trillionths (10⁻¹²) of the currency: a price of up to six decimals for a million
-    tokens, times tokens, is a whole number of them. Empty where a price was not known."""
+    """Return a field for an amount in trillionths (10⁻¹²) of the currency: a price of up to six
+    decimals for a million tokens, times tokens, is a whole number of them. Empty without a price."""
     return models.BigIntegerField(null=True, blank=True, default=0, editable=False)
 
 
-# As limits.asker_of() names an account. Django takes longer to put this together than to read the run.
+# As limits.asker_of() names an account. Django would take longer to build this than to read the run.
 IS_OF_DEACTIVATED_ACCOUNT = RawSQL(
     """EXISTS(SELECT 1 FROM realm_user gone WHERE NOT gone.is_active AND (
         gone.matrix_user_id = agents_run.asker
@@ -87,21 +87,22 @@ class RunQuerySet(models.QuerySet["Run"]):
         return self.matching(states.UNFINISHED)
 
     def first_of_thread(self) -> "RunQuerySet":
-        """Runs with no unfinished run before them in their thread: the only ones that may go on."""
+        """Filter runs without an unfinished run before them in their thread: only these may proceed."""
         earlier = Run.objects.unfinished().filter(
             thread=OuterRef("thread"), position__lt=OuterRef("position")
         )
         return self.filter(~Exists(earlier))
 
     def claimable(self) -> "RunQuerySet":
-        """Those that a worker may take now: `lifecycle.CLAIMABLE`, and `lifecycle.in_turn()`."""
+        """Filter runs that a worker may claim now: `states.CLAIMABLE`, in their turn. Only a
+        retried run has later ones in its thread that a worker may hold."""
         later = Run.objects.unfinished().filter(
             as_q(states.HELD), thread=OuterRef("thread"), position__gt=OuterRef("position")
         )
         return self.matching(states.CLAIMABLE).first_of_thread().filter(~Exists(later))
 
     def overdue(self) -> "RunQuerySet":
-        """Those that should have ended by now and that no worker will end."""
+        """Filter runs past their deadline that no worker will end."""
         return self.matching(states.OVERDUE)
 
     def claimable_unchanged(self, run: "Run") -> "RunQuerySet":
@@ -132,14 +133,14 @@ class RunQuerySet(models.QuerySet["Run"]):
         return self.claimable().matching(states.DISPATCH_LOST)
 
     def unchanged(self, run: "Run") -> "RunQuerySet":
-        """This run, if nobody has changed its state since it was read."""
+        """Filter this run, if its state is unchanged since it was read."""
         version = {name: getattr(run, name) for name in states.VERSION}
         return self.filter(pk=run.pk, **version)
 
     def seconds_unclaimed(self) -> float:
-        """For how long the run has been left lying that any worker could have claimed; 0 where there
-        is none. It could since it was due, since its worker gave it up, and since it was its turn in
-        the thread, whichever came last."""
+        """Return the age in seconds of the oldest claimable run; 0 without one. A run is claimable
+        since it is due, since its lease has lapsed, and since it is its turn in the thread: the
+        latest of them."""
         before = Run.objects.filter(thread=OuterRef("thread"), position__lt=OuterRef("position"))
         turn = before.order_by("-position").values("finished_at")[:1]
         since = Greatest(
@@ -147,9 +148,9 @@ class RunQuerySet(models.QuerySet["Run"]):
             Coalesce(F("lease_expires_at"), F("due_at")),
             Coalesce(Subquery(turn), F("due_at")),
         )
-        lying = self.claimable().annotate(now=Now(), since=since).order_by("due_at")
-        # Not of all: in a long queue the oldest is among these for all that is worth knowing.
-        times = lying.values_list("now", "since")[:SEARCHED_FOR_OLDEST]
+        claimable = self.claimable().annotate(now=Now(), since=since).order_by("due_at")
+        # Not of all: in a long queue the oldest is among these, or nearly as old.
+        times = claimable.values_list("now", "since")[:SEARCHED_FOR_OLDEST]
         return max([0.0, *((now - since).total_seconds() for now, since in times)])
 
     def with_account_state(self) -> "RunQuerySet":
@@ -158,18 +159,19 @@ class RunQuerySet(models.QuerySet["Run"]):
         return self.annotate(is_of_deactivated_account=IS_OF_DEACTIVATED_ACCOUNT)
 
     def with_database_time(self) -> list["Run"]:
-        """Read now, with what the database's clock says."""
-        begun = time.monotonic()
+        """Read the runs with the time of the database's clock, for `Run.clock()`."""
+        started = time.monotonic()
         runs: list[Run] = [*self.annotate(database_time=Now())]
         for run in runs:
-            run.read_at, run.read_at_monotonic = vars(run).pop("database_time"), begun
+            run.read_at, run.read_at_monotonic = vars(run).pop("database_time"), started
         return runs
 
     def held_by(self, worker: str) -> "RunQuerySet":
         return self.filter(status=Run.Status.PROCESSING, worker=worker)
 
     def visible_to(self, user: User | AnonymousUser | None) -> "RunQuerySet":
-        """Those in their own threads, and in a room's those asked since they joined it."""
+        """Filter runs in the user's own threads, and in those of rooms the ones since the user
+        joined."""
         return self.filter(visible(user, sent_at="message__created_at"))
 
 
@@ -184,38 +186,40 @@ class Run(models.Model):
     class Source(models.TextChoices):
         HTTP = "http"
         MATRIX = "matrix"
-        STREAM = "stream"  # another program's agent.run.requested
+        STREAM = "stream"  # an agent.run.requested of another program
 
     UNFINISHED = tuple(map(Status, states.OPEN))
 
     id = models.CharField(primary_key=True, max_length=64, default=new_run_id, editable=False)
     thread = models.ForeignKey(Thread, models.CASCADE, related_name="runs", db_index=False)
     message = models.OneToOneField(Message, models.CASCADE, related_name="run")
-    position = models.PositiveIntegerField(help_text="That of the message, which orders the runs.")
+    position = models.PositiveIntegerField(
+        help_text="The position of its message, which orders the runs."
+    )
     answer = models.OneToOneField(
         Message, models.CASCADE, null=True, blank=True, related_name="answered_run"
     )
     correlation_id = models.CharField(max_length=200, db_index=True)
-    # The event that asked; each outcome names it. No foreign key: the event needs the run first.
+    # The event of its request; each outcome names it. No foreign key: the event needs the run first.
     request_event_id = models.UUIDField(default=uuid.uuid4, editable=False)
     source = models.CharField(max_length=6, choices=Source.choices)
     place = models.CharField(
         max_length=255,
         blank=True,
-        help_text="Where it was asked: a room's Matrix id. Empty for HTTP and the stream.",
+        help_text="The Matrix id of its room. Empty for HTTP and the stream.",
     )
     asker = models.CharField(
         max_length=MAX_NAME_LENGTH,
         blank=True,
-        db_default="",  # for what runs as the version before while this one is rolled out
-        help_text="Who asked, as limits and turns name them: a Matrix id, a user's name.",
+        db_default="",
+        help_text="The user, as limits name them: a Matrix id, or a user name.",
     )
     request_id = models.CharField(
         max_length=MAX_REQUEST_ID_LENGTH,
         blank=True,
-        help_text="Of the request, the Matrix event or the stream's event that asked.",
+        help_text="The id of the HTTP request, the Matrix event or the stream's event.",
     )
-    # What is carried out, as agents.runs.commands names it, and what it was fired with.
+    # The command that it executes (agents.runs.commands), and its input.
     command = models.CharField(max_length=2000, default=CHAT_REPLY)
     input = models.JSONField(default=dict, blank=True)
     model = models.CharField(max_length=100)
@@ -224,17 +228,19 @@ class Run(models.Model):
     attempt = models.PositiveSmallIntegerField(default=0)
     # The number that the present budget of attempts counts from.
     attempt_base = models.PositiveSmallIntegerField(default=0)
-    # How often somebody asked for it again after it had ended, and when they last did.
+    # How often it was retried after it had ended, and when last.
     retries = models.PositiveSmallIntegerField(default=0)
     retried_at = models.DateTimeField(null=True, blank=True)
-    worker = models.CharField(max_length=200, blank=True, help_text="The last one to claim it.")
+    worker = models.CharField(
+        max_length=200, blank=True, help_text="The last worker that claimed it."
+    )
     claimed_at = models.DateTimeField(null=True, blank=True)
     lease_expires_at = models.DateTimeField(null=True, blank=True)
     due_at = models.DateTimeField(
         null=True,
         blank=True,
         default=timezone.now,
-        help_text="Not to be started before. Empty once the run has ended.",
+        help_text="Not started before this time. Empty once the run has ended.",
     )
     dispatched_at = models.DateTimeField(
         null=True, blank=True, default=timezone.now, help_text="Last dispatched to Celery."
@@ -242,7 +248,7 @@ class Run(models.Model):
     deadline_at = models.DateTimeField(
         null=True,
         blank=True,
-        help_text="When it ends as failed if it has not ended yet, however many attempts are left.",
+        help_text="The time at which it fails if it has not ended, however many attempts remain.",
     )
     merged_into = models.ForeignKey(
         "self",
@@ -251,7 +257,7 @@ class Run(models.Model):
         blank=True,
         related_name="merged",
         db_index=False,
-        help_text="The run that answers its question too, for which it was cancelled.",
+        help_text="The run that answers its message too; this one was cancelled for it.",
     )
     safe_error = models.TextField(blank=True, help_text="What went wrong, safe to show.")
     error_code = models.CharField(max_length=40, blank=True)
@@ -268,16 +274,16 @@ class Run(models.Model):
     class Meta:
         permissions = [
             ("cancel_run", "Can cancel runs"),
-            ("retry_run", "Can have a run tried again"),
-            ("requeue_run", "Can put runs that failed back into the queue"),
+            ("retry_run", "Can retry runs"),
+            ("requeue_run", "Can requeue runs"),
         ]
         indexes = [
-            # dispatch_lost(): the queue, and no finished run. Not by status: SQLite cannot tell that a
-            # status given as a parameter fits the condition of an index.
+            # dispatch_lost(): the queue, and no finished run. Not by status: SQLite cannot see that a
+            # status given as a parameter matches the condition of an index.
             models.Index(
                 fields=["due_at"], name="run_unfinished_due", condition=Q(due_at__isnull=False)
             ),
-            # first_of_thread(): a claim in a long thread looks at no finished run.
+            # first_of_thread(): a claim in a long thread reads no finished run.
             models.Index(
                 fields=["thread", "position"],
                 name="run_unfinished_in_thread",
@@ -296,7 +302,7 @@ class Run(models.Model):
                 name="run_unfinished_deadline",
                 condition=Q(due_at__isnull=False, deadline_at__isnull=False),
             ),
-            # Deleting a run looks for those that point to it.
+            # The deletion of a run looks for those that point to it.
             models.Index(
                 fields=["merged_into"],
                 name="run_merged",
@@ -314,7 +320,7 @@ class Run(models.Model):
             models.Index(
                 fields=["retried_at"], name="run_retried", condition=Q(retried_at__isnull=False)
             ),
-            # The search by the id that stands in a log or an answer.
+            # The search by the request id of a log line or a response.
             models.Index(fields=["request_id"], name="run_by_request_id"),
         ]
         constraints = [
@@ -340,7 +346,7 @@ class Run(models.Model):
 
     @property
     def answers_others(self) -> bool:
-        """Whether a question of another asker was merged into this run, so that they have no answer
+        """Return whether a message of another user was merged into this run, who has no answer
         without it."""
         run_ids = [self.pk]
         while run_ids:
@@ -382,13 +388,13 @@ class Run(models.Model):
 
     @property
     def why_not_retried(self) -> str:
-        """A sentence; empty for a run that may be begun anew."""
+        """Return the reason, as a sentence; empty for a run that may be retried."""
         if states.Retried.guard.matches(self, self.clock()):
             return ""
         if not self.is_finished:
             return f"The run has not ended yet: it is {self.status}."
         if self.merged_into_id:
-            return f"The run {self.merged_into_id} answers its question too: retry that one."
+            return f"The run {self.merged_into_id} answers its message too: retry that one."
         return "The run has been answered."
 
     # The time of reading, by the database's clock and by `time.monotonic()`: `with_database_time()`.
@@ -398,7 +404,8 @@ class Run(models.Model):
     is_of_deactivated_account = False
 
     def clock(self) -> datetime:
-        """By the database's clock, which its times are told by: this process's own may be wrong."""
+        """Return the present time by the database's clock, as its columns are: this process's may
+        be wrong."""
         if self.read_at is None:
             return timezone.now()
         return self.read_at + timedelta(seconds=time.monotonic() - self.read_at_monotonic)
@@ -413,7 +420,7 @@ class Run(models.Model):
 
 
 class DeletedRun(models.Model):
-    """A tombstone: programs choose ids of runs, and one that was used is never used again."""
+    """A tombstone: programs choose ids of runs, and a used id is never used again."""
 
     id = models.CharField(primary_key=True, max_length=64, editable=False)
     deleted_at = models.DateTimeField(default=timezone.now, editable=False)
@@ -423,8 +430,8 @@ class DeletedRun(models.Model):
 
 
 class Attempt(models.Model):
-    """One claim of a run by a worker, written when it has ended. The one that is going on stands in
-    the run itself."""
+    """One claim of a run by a worker, written when it has ended. The present one is in the run
+    itself."""
 
     class Result(models.TextChoices):
         COMPLETED = states.Result.COMPLETED.value
@@ -451,7 +458,7 @@ class Attempt(models.Model):
     fenced_at = models.DateTimeField(
         null=True,
         blank=True,
-        help_text="When its worker came with an outcome after all, which was thrown away.",
+        help_text="The time of a late outcome of its worker, which was discarded.",
     )
 
     class Meta:
@@ -461,7 +468,7 @@ class Attempt(models.Model):
             models.Index(fields=["id"], name="attempt_to_count", condition=Q(to_count=True)),
             # rollups.would_lose(): the oldest.
             models.Index(fields=["ended_at"], name="attempt_ended"),
-            # ops.metrics: those of which late outcomes were thrown away.
+            # ops.metrics: those of which late outcomes were discarded.
             models.Index(
                 fields=["fenced_at"], name="attempt_fenced", condition=Q(fenced_at__isnull=False)
             ),
@@ -475,7 +482,7 @@ class Attempt(models.Model):
 
 
 class Step(models.Model):
-    """One call of a model or a tool, kept whatever became of its attempt."""
+    """One call of a model or a tool, kept for every result of its attempt."""
 
     class Kind(models.TextChoices):
         MODEL = "model"
@@ -513,8 +520,8 @@ class EventQuerySet(models.QuerySet["Event"]):
 
 
 class Event(models.Model):
-    """What is told on the stream: written with the change it tells of, added to the stream after the
-    commit, and added again by the relay until a worker has seen it there."""
+    """An event of the stream: written with the change of its run, published after the commit, and
+    published again by the relay until a worker has seen it on the stream."""
 
     class Type(models.TextChoices):
         REQUESTED = "agent.run.requested"
@@ -529,19 +536,18 @@ class Event(models.Model):
     payload = models.JSONField()
     created_at = models.DateTimeField(default=timezone.now)
     published_at = models.DateTimeField(
-        null=True, blank=True, help_text="When it was seen on the stream."
+        null=True, blank=True, help_text="The time at which it was seen on the stream."
     )
-    # Of an end without an attempt that would be counted for it: whether it is not in the rollups yet.
-    # Of all others nothing.
+    # Of an outcome without an attempt: True until the rollups have counted it. Empty for all others.
     to_count = models.BooleanField(null=True, editable=False)
-    # Of an outcome: whether an app to the right has still to tell others of it (agents.events.hooks).
+    # Of an outcome: whether webhook deliveries are still to be made of it (agents.events.hooks).
     to_deliver = models.BooleanField(null=True, editable=False)
 
     objects = EventQuerySet.as_manager()
 
     class Meta:
         ordering = ["created_at"]
-        permissions = [("replay_event", "Can tell an event on the stream again")]
+        permissions = [("replay_event", "Can publish events again")]
         indexes = [
             # The relay's query.
             models.Index(
@@ -568,8 +574,7 @@ class Event(models.Model):
         return f"{self.type} {self.run_id}"
 
     def as_entry(self) -> dict[str, object]:
-        """The event as it stands on the stream: a long text is shortened there, and is whole in the
-        database."""
+        """Return the entry for the stream, with long texts shortened; the database has them whole."""
         return {
             "id": str(self.id),
             "type": self.type,
@@ -585,8 +590,7 @@ LONG_TEXTS = ("prompt", "output", "error")
 
 
 def shortened(payload: dict[str, Any]) -> dict[str, Any]:
-    """A payload whose texts have at most so many bytes; one that was longer is marked, as in
-    `promptTruncated`."""
+    """Cut the texts of a payload to ENTRY_TEXT_BYTES; a cut one is marked, as in `promptTruncated`."""
     short = payload
     for name in LONG_TEXTS:
         text = payload.get(name)
@@ -600,11 +604,11 @@ def shortened(payload: dict[str, Any]) -> dict[str, Any]:
 
 
 class Summary(models.Model):
-    """A version of a thread's rolling summary: the one before it, extended by what had left the
-    window since."""
+    """A version of a thread's rolling summary: the previous one, extended by the messages that had left
+    the window since."""
 
     thread = models.ForeignKey(Thread, models.CASCADE, related_name="summaries", db_index=False)
-    # Positions, both included. The text tells what came before `covers_from` too.
+    # Positions, both included. The text covers earlier messages too.
     covers_from = models.IntegerField()
     covers_to = models.IntegerField()
     text = models.TextField()
@@ -633,7 +637,8 @@ class Summary(models.Model):
 
 
 class IdempotencyKey(models.Model):
-    """What a caller's key was used for, kept for good: it outlives the run and the thread."""
+    """An idempotency key with the ids of its request, kept for good: it outlives the run and the
+    thread."""
 
     caller = models.CharField(max_length=255)
     key = models.CharField(max_length=255)
@@ -656,24 +661,24 @@ class IdempotencyKey(models.Model):
 
 class WorkerQuerySet(models.QuerySet["Worker"]):
     def alive(self) -> "WorkerQuerySet":
-        """Those whose beat is fresh, by the database's clock."""
+        """Filter workers with a fresh heartbeat, by the database's clock."""
         return self.filter(beat_at__gte=Now() - WORKER_PATIENCE)
 
     def reading(self) -> "WorkerQuerySet":
-        """Those of them that get on: they have read the stream just now."""
+        """Filter the live workers that have read the stream just now."""
         return self.alive().filter(is_draining=False, read_at__gte=Now() - WORKER_PATIENCE)
 
     def gone(self) -> "WorkerQuerySet":
-        """Those that were killed long enough ago for nobody to look for them any more."""
+        """Filter workers that were killed so long ago that their rows can go."""
         return self.filter(beat_at__lt=Now() - WORKER_MEMORY)
 
 
 class Worker(models.Model):
-    """A worker process, as it tells of itself every few seconds. The row goes when it stops; one that
-    was killed can be seen for an hour."""
+    """A worker process, which updates its row every few seconds and deletes it when it stops. The
+    row of a killed one stays for an hour."""
 
     worker = models.CharField(
-        max_length=200, unique=True, help_text="As runs and attempts name it."
+        max_length=200, unique=True, help_text="Its name in runs and attempts."
     )
     name = models.CharField(max_length=200, help_text="Its name in the consumer group.")
     host = models.CharField(max_length=255)
@@ -685,10 +690,12 @@ class Worker(models.Model):
     read_at = models.DateTimeField(null=True, blank=True, help_text="When it last read the stream.")
     runs_in_hand = models.PositiveIntegerField(default=0)
     last_finished_at = models.DateTimeField(
-        null=True, blank=True, help_text="When it last put a run down, however that had ended."
+        null=True,
+        blank=True,
+        help_text="The time at which it last finished a run, with any result.",
     )
     is_draining = models.BooleanField(
-        default=False, help_text="It takes nothing new and ends when its runs have."
+        default=False, help_text="It claims no more runs, and stops when its own have ended."
     )
 
     objects = WorkerQuerySet.as_manager()

@@ -1,4 +1,4 @@
-"""The records of what runs cost: the prices, and what was added up."""
+"""Prices of models, and usage added up."""
 
 from datetime import UTC, date, datetime
 from typing import Any
@@ -10,7 +10,7 @@ from django.db.models import Q
 
 
 def today() -> date:
-    """In UTC, as all days here."""
+    """Return the date in UTC, as all days here."""
     return datetime.now(UTC).date()
 
 
@@ -25,15 +25,15 @@ def _price(help_text: str = "", **options: Any) -> Any:
 
 
 class Price(models.Model):
-    """What a model costs from a day on, until the day of its next price. What was recorded before
-    keeps the cost that it was recorded with."""
+    """The price of a model from a day on, until the day of its next price. Recorded costs never
+    change."""
 
-    model = models.CharField(max_length=100, help_text="As runs name it.")
+    model = models.CharField(max_length=100, help_text="Its name in runs.")
     valid_from = models.DateField(default=today, help_text="The first day, in UTC.")
     prompt = _price()
     completion = _price()
     cached = _price(
-        "For a million prompt tokens that the endpoint had in its cache. Empty: as the others.",
+        "For a million prompt tokens that the endpoint had in its cache. Empty: the prompt price.",
         null=True,
         blank=True,
     )
@@ -41,7 +41,7 @@ class Price(models.Model):
         max_length=3,
         default="USD",
         validators=[RegexValidator(r"^[A-Z]{3}\Z", "Three capital letters, such as USD.")],
-        help_text="The same for all prices, as their amounts are added up.",
+        help_text="The same for all prices, as amounts are added up.",
     )
 
     class Meta:
@@ -67,8 +67,8 @@ class Price(models.Model):
 
 
 class Rollup(models.Model):
-    """What ended within some minutes, added up: so that no figure needs a scan of the runs. Filled
-    by agents.usage.rollups alone."""
+    """The attempts that ended within some minutes, added up, so that no figure needs a scan of the
+    runs. Written by agents.usage.rollups alone."""
 
     class Grain(models.IntegerChoices):
         """Its length in minutes."""
@@ -110,7 +110,7 @@ class Rollup(models.Model):
             ),
         ]
         indexes = [
-            # rollups.first_seen(): since when a failure has been seen.
+            # rollups.first_seen(): the first time of a failure.
             models.Index(
                 fields=["grain", "result", "error_code", "model", "first_at"],
                 name="rollup_by_cause",
@@ -122,11 +122,11 @@ class Rollup(models.Model):
 
 
 class Usage(models.Model):
-    """What a user took of a model in a place on a day."""
+    """The usage of a model by a user in a place on a day."""
 
     day = models.DateField(help_text="In UTC.")
     user = models.CharField(
-        max_length=255, blank=True, help_text="The owner of the thread, as named then."
+        max_length=255, blank=True, help_text="The owner of the thread, by the name of that day."
     )
     place = models.CharField(max_length=255, blank=True, help_text="A room; empty for HTTP.")
     model = models.CharField(max_length=100)
@@ -150,7 +150,7 @@ class Usage(models.Model):
 
 
 class RollupState(models.Model):
-    """One row, which whoever fills the rollups changes first: so one does it at a time."""
+    """One row, updated first by each process that fills the rollups: so one does it at a time."""
 
     folded_at = models.DateTimeField(null=True)
 

@@ -62,13 +62,13 @@ class Limits:
     """0: no limit. `cost` in trillionths."""
 
     messages: int
-    waiting: int
+    unfinished: int
     tokens: int
     cost: int
     bytes: int
 
 
-NONE = Limits(messages=0, waiting=0, tokens=0, cost=0, bytes=0)
+NONE = Limits(messages=0, unfinished=0, tokens=0, cost=0, bytes=0)
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Scope:
 
     @property
     def is_paced(self) -> bool:
-        return bool(self.limits.messages or self.limits.waiting or self.limits.bytes)
+        return bool(self.limits.messages or self.limits.unfinished or self.limits.bytes)
 
     def runs(self) -> Any:
         column = "asker" if self.kind is Kind.USER else "place"
@@ -128,7 +128,7 @@ def limits_of(kind: Kind, own: Limit | None = None) -> Limits:
 
     return Limits(
         messages=either(own and own.messages_per_minute, "MESSAGES_PER_MINUTE"),
-        waiting=either(own and own.runs_waiting, "RUNS_WAITING"),
+        unfinished=either(own and own.runs_unfinished, "RUNS_UNFINISHED"),
         tokens=either(own and own.tokens_per_day, "TOKENS_PER_DAY"),
         cost=int(formats.COST_UNITS * Decimal(either(own and own.cost_per_day, "COST_PER_DAY"))),
         bytes=either(own and own.bytes_per_day, "BYTES_PER_DAY"),
@@ -165,10 +165,10 @@ def _admit(scope: Scope, size: int) -> None:
         greatest = "MAX" if connection.vendor == "sqlite" else "GREATEST"
         changes.append(f"free_at = {greatest}(free_at, {_now()}) + {step}")
         conditions.append(f"free_at <= {_now()} + {MINUTE - step}")
-    if limits.waiting:
-        changes.append("waiting = waiting + 1")
-        conditions.append("waiting < %s")
-        values.append(limits.waiting)
+    if limits.unfinished:
+        changes.append("unfinished = unfinished + 1")
+        conditions.append("unfinished < %s")
+        values.append(limits.unfinished)
     if limits.bytes:
         today_ = f"{_now()} / {DAY}"
         total = f"CASE WHEN bytes_on = {today_} THEN bytes ELSE 0 END + {int(size)}"
@@ -203,11 +203,11 @@ def _admit_locked(scope: Scope, step: int, size: int) -> None:
         if (wait := pace.free_at - pace.now - (MINUTE - step)) > 0:
             raise _too_fast(scope, wait / SECOND)
         changes["free_at"] = max(pace.free_at, pace.now) + step
-    if limits.waiting:
-        waiting = scope.runs().count()
-        if waiting >= limits.waiting:
+    if limits.unfinished:
+        unfinished = scope.runs().count()
+        if unfinished >= limits.unfinished:
             raise _too_many_waiting(scope)
-        changes["waiting"] = waiting + 1
+        changes["unfinished"] = unfinished + 1
     if limits.bytes:
         day = pace.now // DAY
         used = pace.bytes if pace.bytes_on == day else 0
@@ -234,8 +234,8 @@ def _messages(number: int) -> str:
 def _too_many_waiting(scope: Scope) -> LimitExceeded:
     owner = scope.choose("You have", "This room has")
     return LimitExceeded(
-        f"{owner} {_messages(scope.limits.waiting)} waiting for an answer, which is the limit. "
-        "Wait for one or cancel one. " + scope.advice("RUNS_WAITING"),
+        f"{owner} {_messages(scope.limits.unfinished)} waiting for an answer, which is the limit. "
+        "Wait for one or cancel one. " + scope.advice("RUNS_UNFINISHED"),
         code="too_many_waiting",
         retry_after=WAITING_SECONDS,
     )
@@ -414,7 +414,7 @@ class LimitUse:
     """The present use of a scope, beside its limits."""
 
     scope: Scope
-    waiting: int = 0
+    unfinished: int = 0
     tokens: int = 0
     cost: int = 0
 
@@ -423,7 +423,7 @@ class LimitUse:
         """The used share of the nearest limit; 1: it is reached."""
         limits = self.scope.limits
         pairs = (
-            (self.waiting, limits.waiting),
+            (self.unfinished, limits.unfinished),
             (self.tokens, limits.tokens),
             (self.cost, limits.cost),
         )
@@ -436,9 +436,9 @@ def nearest(count: int) -> list[LimitUse]:
     use: dict[tuple[str, str], dict[str, int]] = {}
     for kind, column in ((Kind.USER, "asker"), (Kind.ROOM, "place")):
         unfinished = Run.objects.unfinished().exclude(**{column: ""}).order_by()
-        numbers = unfinished.values_list(column).annotate(waiting=Count("pk"))
-        for name, waiting in numbers.order_by("-waiting")[:candidates]:
-            use[kind.value, name] = {"waiting": waiting}
+        numbers = unfinished.values_list(column).annotate(unfinished=Count("pk"))
+        for name, number in numbers.order_by("-unfinished")[:candidates]:
+            use[kind.value, name] = {"unfinished": number}
     for row in Spending.objects.filter(day=today()).order_by("-tokens")[:candidates]:
         kind_value, _, name = row.scope.partition(":")
         use.setdefault((kind_value, name), {}).update(tokens=row.tokens, cost=row.cost)

@@ -254,7 +254,7 @@ class LimitAdmin(ConsoleAdmin):
         "kind",
         "name",
         "messages_per_minute",
-        "runs_waiting",
+        "runs_unfinished",
         "tokens_per_day",
         "cost_per_day",
         "bytes_per_day",

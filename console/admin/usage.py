@@ -91,7 +91,7 @@ def _use(use: limits.LimitUse, currency: str) -> dict[str, Any]:
         "name": use.scope.name,
         "is_reached": use.share >= 1,
         "share": f"{use.share:.0%}",
-        "waiting": of(f"{use.waiting:,}", f"{own.waiting:,}") if own.waiting else "",
+        "unfinished": of(f"{use.unfinished:,}", f"{own.unfinished:,}") if own.unfinished else "",
         "tokens": of(f"{use.tokens:,}", f"{own.tokens:,}") if own.tokens else "",
         "cost": of(money(use.cost, currency), money(own.cost, currency)) if own.cost else "",
     }

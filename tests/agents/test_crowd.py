@@ -32,7 +32,7 @@ def test_all_at_once_to_a_few_threads(
     broker: Broker, settings: Any, request: pytest.FixtureRequest
 ) -> None:
     settings.RETENTION_THREADS_DAYS = settings.RETENTION_EVENTS_DAYS = 30
-    settings.LIMIT_USER_RUNS_WAITING = 100
+    settings.LIMIT_USER_RUNS_UNFINISHED = 100
     settings.LIMIT_USER_MESSAGES_PER_MINUTE = 100_000
     staff = User.objects.create_superuser("staff", password="x")
     Subscription.objects.create(owner=staff, url="https://hooks.example.org/")

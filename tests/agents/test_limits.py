@@ -133,7 +133,7 @@ def test_a_room_has_a_limit_whoever_asks_there(settings: Any) -> None:
 
 class TestWaiting:
     def test_no_more_runs_wait_than_may(self, api: APIClient, settings: Any) -> None:
-        settings.LIMIT_USER_RUNS_WAITING = 2
+        settings.LIMIT_USER_RUNS_UNFINISHED = 2
         said = [api.post(URL, {"content": "Hello"}, format="json") for _ in range(3)]
         assert [each.status_code for each in said] == [202, 202, 429]
         assert said[-1].json()["code"] == "too_many_waiting"
@@ -144,7 +144,7 @@ class TestWaiting:
     def test_one_that_has_ended_makes_room_for_another(
         self, settings: Any, end: Callable[[Run], Any]
     ) -> None:
-        settings.LIMIT_USER_RUNS_WAITING = 2
+        settings.LIMIT_USER_RUNS_UNFINISHED = 2
         first, _ = factories.ask(), factories.ask()
         end(first)
         factories.ask()
@@ -152,20 +152,20 @@ class TestWaiting:
             factories.ask()
 
     def test_one_that_is_being_worked_on_waits_too(self, settings: Any) -> None:
-        settings.LIMIT_USER_RUNS_WAITING = 1
+        settings.LIMIT_USER_RUNS_UNFINISHED = 1
         execution.claim(factories.ask().pk)
         with pytest.raises(inbox.Limited):
             factories.ask()
 
     def test_those_of_a_room_are_counted_together(self, settings: Any) -> None:
-        settings.LIMIT_ROOM_RUNS_WAITING = 2
+        settings.LIMIT_ROOM_RUNS_UNFINISHED = 2
         for name in ("alice", "bob"):
             factories.ask(asker=name, place="!room")
         with pytest.raises(inbox.Limited, match="This room has 2 messages waiting"):
             factories.ask(asker="carol", place="!room")
 
     def test_those_from_before_somebody_was_forgotten_still_count(self, settings: Any) -> None:
-        settings.LIMIT_USER_RUNS_WAITING = 1
+        settings.LIMIT_USER_RUNS_UNFINISHED = 1
         factories.ask()
         let_pass(2 * 86400)
         limits.forget()
@@ -176,7 +176,9 @@ class TestWaiting:
 
 @pytest.mark.django_db(transaction=True)
 @pytest.mark.parametrize(
-    "name", ["LIMIT_USER_RUNS_WAITING", "LIMIT_USER_MESSAGES_PER_MINUTE"], ids=["waiting", "rate"]
+    "name",
+    ["LIMIT_USER_RUNS_UNFINISHED", "LIMIT_USER_MESSAGES_PER_MINUTE"],
+    ids=["waiting", "rate"],
 )
 def test_of_many_at_once_exactly_so_many_are_accepted_as_may(settings: Any, name: str) -> None:
     # At this rate the next may be asked after half a minute.
@@ -187,7 +189,7 @@ def test_of_many_at_once_exactly_so_many_are_accepted_as_may(settings: Any, name
 
 @pytest.mark.django_db(transaction=True)
 def test_many_at_once_stay_within_what_is_left(settings: Any) -> None:
-    settings.LIMIT_USER_RUNS_WAITING = 12
+    settings.LIMIT_USER_RUNS_UNFINISHED = 12
     first = [factories.ask() for _ in range(10)]
     for run in first[:4]:
         actions.cancel(run)
@@ -210,13 +212,13 @@ class TestOverrides:
             factories.ask(owner=alice)
 
     def test_nought_takes_a_limit_away(self, settings: Any) -> None:
-        settings.LIMIT_USER_RUNS_WAITING = 1
-        self.override(kind="user", name=limits.ANONYMOUS, runs_waiting=0)
+        settings.LIMIT_USER_RUNS_UNFINISHED = 1
+        self.override(kind="user", name=limits.ANONYMOUS, runs_unfinished=0)
         for _ in range(3):
             factories.ask()
 
     def test_what_it_leaves_empty_is_as_the_setting(self, settings: Any) -> None:
-        settings.LIMIT_USER_RUNS_WAITING = 1
+        settings.LIMIT_USER_RUNS_UNFINISHED = 1
         self.override(kind="user", name=limits.ANONYMOUS, messages_per_minute=100)
         factories.ask()
         with pytest.raises(inbox.Limited):
@@ -232,7 +234,7 @@ class TestCost:
     def test_with_both_limits_it_is_one_statement(self, settings: Any) -> None:
         factories.ask()
         before = len(statements(factories.ask))
-        settings.LIMIT_USER_MESSAGES_PER_MINUTE = settings.LIMIT_USER_RUNS_WAITING = 100
+        settings.LIMIT_USER_MESSAGES_PER_MINUTE = settings.LIMIT_USER_RUNS_UNFINISHED = 100
         factories.ask()
         assert len(statements(factories.ask)) == before + 1
 

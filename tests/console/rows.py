@@ -51,7 +51,7 @@ def one_of_each() -> dict[type[Model], Any]:
         event,
         Reply.objects.create(message=event, room=room, run=run, key="k"),
         factories.price(),
-        Limit.objects.create(kind="user", name="@alice:localhost", runs_waiting=1),
+        Limit.objects.create(kind="user", name="@alice:localhost", runs_unfinished=1),
         Summary.objects.create(thread=run.thread, covers_from=0, covers_to=1, text="s", model="m"),
         webhook,
         Delivery.objects.create(

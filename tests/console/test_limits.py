@@ -27,9 +27,9 @@ def signed_in(group: str) -> Client:
 
 
 def test_an_admin_gives_a_user_a_limit_and_takes_it_away(settings: Any) -> None:
-    settings.LIMIT_USER_RUNS_WAITING = 5
+    settings.LIMIT_USER_RUNS_UNFINISHED = 5
     admin = signed_in("Admin")
-    form = {"kind": "user", "name": " @alice:localhost ", "runs_waiting": "1"}
+    form = {"kind": "user", "name": " @alice:localhost ", "runs_unfinished": "1"}
     assert admin.post(ADD, form).status_code == 302
     limit = Limit.objects.get()
     assert limit.name == "@alice:localhost"
@@ -52,7 +52,7 @@ def test_others_may_only_see_them(group: str) -> None:
 
 
 def test_the_page_of_usage_tells_who_is_near_to_a_limit(settings: Any) -> None:
-    settings.LIMIT_USER_RUNS_WAITING = 4
+    settings.LIMIT_USER_RUNS_UNFINISHED = 4
     settings.LIMIT_ROOM_TOKENS_PER_DAY = 1000
     for _ in range(4):
         factories.ask(asker="@alice:localhost", place="!room:localhost")

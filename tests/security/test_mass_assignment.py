@@ -255,8 +255,8 @@ FORMS: dict[type[Model], tuple[str, str]] = {
         "cached completion currency model prompt valid_from",
     ),
     Limit: (
-        "bytes_per_day cost_per_day kind messages_per_minute name note runs_waiting tokens_per_day",
-        "bytes_per_day cost_per_day kind messages_per_minute name note runs_waiting tokens_per_day",
+        "bytes_per_day cost_per_day kind messages_per_minute name note runs_unfinished tokens_per_day",
+        "bytes_per_day cost_per_day kind messages_per_minute name note runs_unfinished tokens_per_day",
     ),
     Subscription: (
         "on_cancelled on_completed on_failed registration url",

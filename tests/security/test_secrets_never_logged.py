@@ -193,7 +193,7 @@ class Paths:
             raise RuntimeError(f"POST https://user:{PASSWORD}@host/v1?api_key={KEY}")
 
         with self.monkeypatch.context() as patch:
-            patch.setattr(commands, "carry_out", explode)
+            patch.setattr(commands, "execute", explode)
             execution.execute(factories.ask(SAID).pk)
 
     def stream(self) -> None:
@@ -273,7 +273,7 @@ def test_not_in_the_log(paths: Paths, lines: Lines) -> None:
 
     assert lines.of("Run completed")
     assert lines.of("Run failed")
-    assert lines.of("A request failed unexpectedly")  # with a traceback
+    assert lines.of("Unexpected error in a request")  # with a traceback
     for canary in paths.canaries:
         assert canary not in lines.text
 
@@ -283,7 +283,7 @@ def test_not_in_error_reports(paths: Paths, sentry: Mailbox) -> None:
 
     told = {(event.get("logentry") or {}).get("message") for event in sentry.events}
     assert "Run failed unexpectedly" in told
-    assert "A request failed unexpectedly" in told
+    assert "Unexpected error in a request" in told
     for canary in paths.canaries:
         assert canary not in sentry.text
 
