@@ -12,7 +12,7 @@ urlpatterns = [
     path("api/schema", description.schema),
     path("api/docs", description.page),
     path("", include("chat.urls")),
-    # Before the realm server's, which answers for all that begins with `_`.
+    # Before the realm server's, which answers all paths that start with `_`.
     path("", include("webhooks.urls")),
     path("", include("realm.urls")),
     path("admin/", include("console.urls")),

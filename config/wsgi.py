@@ -13,8 +13,8 @@ class Request(WSGIRequest):
     _encoding: str | None
 
     def _set_content_type_params(self, meta: dict[str, Any]) -> None:
-        """Django takes any codec of Python's for a charset, "hex" and "undefined" among them, and
-        breaks on reading the query string with it, before any of its error handling is there."""
+        """Ignore a charset that is no encoding of text. Django accepts any codec of Python, such as
+        "hex" or "undefined", and fails on the query string before its error handling."""
         try:
             super()._set_content_type_params(meta)  # type: ignore[misc]
             "".encode(self._encoding or "utf-8").decode(self._encoding or "utf-8")

@@ -157,7 +157,7 @@ class Pool:
                 if self._may_start(ClientKey(network, credential)):
                     return self._pop(network, credential)
                 if self._of_network[network] and self._busy >= self.threads + self.spare - 1:
-                    break  # nor may any other client of this network
+                    break  # no other client of this network may start either
         return None
 
     def _pop(self, network: str, credential: bytes, *, newest: bool = False) -> _Job:

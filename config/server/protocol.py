@@ -173,7 +173,7 @@ class BoundedProtocol(HttpToolsProtocol):
     network = ""
     # Bytes since the last event of the parser that frees its buffer.
     _held = 0
-    # The deadline of the client's next step, if it has one to take.
+    # The deadline for the client's next step, if one is due.
     _due: float | None = None
     _is_in_message = False  # the head or the body of a request is incomplete
     _ignores_input = False
