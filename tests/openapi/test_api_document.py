@@ -52,6 +52,12 @@ def shape(value: Any) -> Any:
     return type(value).__name__
 
 
+def errors(document: dict[str, Any]) -> list[str]:
+    """Return the error texts of an answer, in plain JSON or JSON:API."""
+    plain = [document["error"]] if "error" in document else []
+    return plain + [error["detail"] for error in document.get("errors", [])]
+
+
 async def work() -> None:
     """What a worker does."""
     while True:
@@ -97,3 +103,4 @@ def test_every_command_of_the_document_does_what_it_says(
             assert '"errors"' not in answer, text
         else:
             assert shape(json.loads(answer)) == shape(shown), text
+            assert errors(json.loads(answer)) == errors(shown), text
