@@ -101,7 +101,7 @@ def turn(page: Page, status: str) -> Any:
     return last
 
 
-def test_an_answer_streams_as_text_and_ends_as_what_it_means(page: Page, llm: FakeLLM) -> None:
+def test_answer_streams_as_text_and_ends_as_html(page: Page, llm: FakeLLM) -> None:
     may_end = threading.Event()
     llm.script(call_tool("current_time"), held(SLOW, may_end, 21))
     ask(page, "How late is it?")
@@ -144,7 +144,7 @@ def test_the_keyboard_is_enough(page: Page, llm: FakeLLM) -> None:
     expect(turn(page, "completed").locator(".prose")).to_have_text("Done now.")
 
 
-def test_a_failure_is_told_and_can_be_tried_again(page: Page, llm: FakeLLM) -> None:
+def test_failure_is_shown_and_can_be_retried(page: Page, llm: FakeLLM) -> None:
     llm.script(Failure(400, message="internal detail"), Reply("Better."))
     ask(page, "Hello")
     failed = turn(page, "failed")
@@ -154,7 +154,7 @@ def test_a_failure_is_told_and_can_be_tried_again(page: Page, llm: FakeLLM) -> N
     expect(turn(page, "completed").locator(".prose")).to_have_text("Better.")
 
 
-def test_the_model_is_chosen(page: Page, llm: FakeLLM) -> None:
+def test_model_can_be_chosen(page: Page, llm: FakeLLM) -> None:
     page.select_option("#model", "gpt-4o")
     ask(page, "Hello")
     turn(page, "completed")
@@ -162,7 +162,7 @@ def test_the_model_is_chosen(page: Page, llm: FakeLLM) -> None:
     expect(page.locator("#model")).to_have_value("gpt-4o")
 
 
-def test_questions_that_wait_are_answered_one_after_the_other(page: Page, llm: FakeLLM) -> None:
+def test_queued_messages_are_answered_in_order(page: Page, llm: FakeLLM) -> None:
     may_end = threading.Event()
     llm.script(held(SLOW, may_end, 21))
     ask(page, "First")
@@ -175,7 +175,7 @@ def test_questions_that_wait_are_answered_one_after_the_other(page: Page, llm: F
     expect(page.locator(".turn[data-status=completed]")).to_have_count(2)
 
 
-def test_it_comes_back_by_itself(page: Page, llm: FakeLLM, stack: Stack) -> None:
+def test_page_reconnects(page: Page, llm: FakeLLM, stack: Stack) -> None:
     llm.script(SLOW)
     ask(page, "Hello")
     expect(page.locator(".draft")).to_contain_text("word3")
@@ -193,7 +193,7 @@ def test_it_comes_back_by_itself(page: Page, llm: FakeLLM, stack: Stack) -> None
     turn(page, "completed")
 
 
-def test_it_says_that_redis_is_away(page: Page, llm: FakeLLM, stack: Stack) -> None:
+def test_unavailable_queue_is_shown(page: Page, llm: FakeLLM, stack: Stack) -> None:
     redis = stack.kill("redis", signal.SIGSTOP)
     try:
         ask(page, "Hello")
@@ -203,7 +203,7 @@ def test_it_says_that_redis_is_away(page: Page, llm: FakeLLM, stack: Stack) -> N
     turn(page, "completed")
 
 
-def test_what_is_asked_in_another_window_appears(
+def test_message_of_another_window_appears(
     page: Page, browser: Browser, session: Any, stack: Stack
 ) -> None:
     ask(page, "Hello")
@@ -215,7 +215,7 @@ def test_what_is_asked_in_another_window_appears(
     expect(turn(page, "completed").locator(".prompt")).to_contain_text("From elsewhere")
 
 
-def test_whoever_is_signed_out_meanwhile_loses_nothing(page: Page, stack: Stack) -> None:
+def test_draft_survives_a_sign_out(page: Page, stack: Stack) -> None:
     ask(page, "Hello")
     turn(page, "completed")
     page.context.clear_cookies()
@@ -231,7 +231,7 @@ def test_whoever_is_signed_out_meanwhile_loses_nothing(page: Page, stack: Stack)
     expect(page.locator("#notice")).to_have_text("")
 
 
-def test_a_page_that_listens_learns_that_it_was_signed_out_in_another(
+def test_streaming_page_notices_a_sign_out_in_another_tab(
     browser: Browser, stack: Stack, llm: FakeLLM
 ) -> None:
     """It says so by itself, and asks no more until it is used again."""
@@ -257,7 +257,7 @@ def test_a_page_that_listens_learns_that_it_was_signed_out_in_another(
         turn(page, "completed")
 
 
-def test_what_a_model_says_runs_and_loads_nothing(page: Page, llm: FakeLLM, stack: Stack) -> None:
+def test_model_output_runs_and_loads_nothing(page: Page, llm: FakeLLM, stack: Stack) -> None:
     elsewhere: list[str] = []
     ours = urlsplit(stack.url).netloc
 
@@ -303,7 +303,7 @@ def test_what_a_model_says_runs_and_loads_nothing(page: Page, llm: FakeLLM, stac
     assert page.evaluate("document.getElementById('composer').tagName") == "FORM"
 
 
-def test_what_would_get_past_the_sanitiser_is_stopped_by_the_policy(page: Page) -> None:
+def test_content_policy_stops_what_passes_the_sanitiser(page: Page) -> None:
     failures: list[str | None] = []
     page.on("requestfailed", lambda request: failures.append(request.failure))
     arrived: list[str] = []
@@ -363,7 +363,7 @@ def test_it_fits_a_phone(
         page.wait_for_url(f"{stack.url}/")
 
 
-def test_it_is_whole_without_a_script(
+def test_page_works_without_javascript(
     browser: Browser, stack: Stack, session: Any, llm: FakeLLM
 ) -> None:
     llm.reset()
@@ -391,7 +391,7 @@ def test_it_is_whole_without_a_script(
         expect(page.locator("#thread-list")).not_to_contain_text("Of being so")
 
 
-def test_a_screen_reader_is_told(page: Page, llm: FakeLLM) -> None:
+def test_accessibility_tree(page: Page, llm: FakeLLM) -> None:
     """The tree that it reads, with names and roles."""
     llm.script(Reply("Fine."))
     ask(page, "How are you?")

@@ -43,7 +43,7 @@ def pages_of(client: Client, at: str | None, link: str = "next") -> list[Any]:
 
 
 @pytest.mark.parametrize("kind", ["messages", "runs"])
-def test_a_page_of_them_is_shorter_and_none_is_lost(
+def test_page_of_long_rows_is_shorter_and_loses_none(
     client: Client, threads: list[Thread], kind: str
 ) -> None:
     at = f"/api/threads/{threads[0].pk}/{kind}"
@@ -58,7 +58,7 @@ def test_a_page_of_them_is_shorter_and_none_is_lost(
     assert [pk for page in reversed(back) for pk in ids(page)] == rows[: -len(ids(pages[-1]))]
 
 
-def test_one_row_is_told_however_long_it_is(client: Client, threads: list[Thread]) -> None:
+def test_single_row_is_returned_whatever_its_length(client: Client, threads: list[Thread]) -> None:
     Message.objects.filter(role="assistant").update(content="x" * 5_000_000)
     pages = pages_of(client, f"/api/threads/{threads[1].pk}/messages?page[size]=3")
     assert [len(ids(page)) for page in pages] == [1, 1, 1, 1]
@@ -74,7 +74,7 @@ def test_one_row_is_told_however_long_it_is(client: Client, threads: list[Thread
         ("messages", "run"),
     ],
 )
-def test_what_is_included_counts(
+def test_included_rows_count_towards_the_page_size(
     client: Client, threads: list[Thread], kind: str, include: str
 ) -> None:
     pages = pages_of(client, f"/api/{kind}?include={include}")
@@ -84,9 +84,7 @@ def test_what_is_included_counts(
     assert len({pk for page in pages for pk in ids(page)}) == whole
 
 
-def test_of_a_thread_the_last_are_included_that_there_is_room_for(
-    client: Client, threads: list[Thread]
-) -> None:
+def test_last_rows_of_a_thread_that_fit_are_included(client: Client, threads: list[Thread]) -> None:
     document = told(client.get(f"/api/threads/{threads[0].pk}?include=messages"))
     linked = document["data"]["relationships"]["messages"]["data"]
     positions = [each["attributes"]["position"] for each in document["included"]]
@@ -94,7 +92,7 @@ def test_of_a_thread_the_last_are_included_that_there_is_room_for(
     assert {(each["type"], each["id"]) for each in linked} == included(document)
 
 
-def test_no_more_is_read_than_is_told(client: Client, alice: User) -> None:
+def test_only_returned_contents_are_loaded(client: Client, alice: User) -> None:
     thread = talk(alice, turns=50)
     Message.objects.filter(role="assistant").update(content="x" * 1_000_000)
     at = f"/api/threads/{thread.pk}/messages?page[size]=100"

@@ -28,7 +28,7 @@ def post(api: APIClient, body: Any, **headers: str) -> Any:
     return api.generic("POST", URL, raw, content_type="application/json", headers=headers)
 
 
-def test_a_message_is_accepted_as_the_documents_say(api: APIClient) -> None:
+def test_message_is_accepted_as_documented(api: APIClient) -> None:
     response = post(api, {"content": "Summarize current state", "model": "gpt-4o-mini"})
 
     assert response.status_code == 202
@@ -48,7 +48,7 @@ def test_a_message_is_accepted_as_the_documents_say(api: APIClient) -> None:
     assert response["Location"] == f"/api/chat/runs/{run.pk}"
 
 
-def test_who_waits_is_answered_although_nobody_tells(
+def test_waiting_client_gets_the_outcome_without_a_notice(
     api: APIClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As it is when Redis goes away meanwhile."""
@@ -91,7 +91,7 @@ def test_the_content_type_of_plain_curl_is_understood(api: APIClient) -> None:
     assert response.status_code == 202
 
 
-def test_questions_of_a_thread_stand_in_the_order_asked(api: APIClient) -> None:
+def test_messages_of_a_thread_keep_their_order(api: APIClient) -> None:
     first = post(api, {"content": "one"}).json()
     post(api, {"content": "two", "threadId": first["threadId"]})
 
@@ -99,7 +99,7 @@ def test_questions_of_a_thread_stand_in_the_order_asked(api: APIClient) -> None:
     assert list(positions) == [("one", 0), ("two", 2)]
 
 
-def test_a_thread_id_that_nobody_has_yet_makes_that_thread(api: APIClient) -> None:
+def test_unused_thread_id_creates_the_thread(api: APIClient) -> None:
     told = post(api, {"content": "Hi", "threadId": "support-4711"}).json()
 
     assert told["threadId"] == "support-4711"
@@ -134,7 +134,7 @@ def test_a_thread_id_that_nobody_has_yet_makes_that_thread(api: APIClient) -> No
         (b'{"content":' * 50_000, "The body is not valid JSON"),
     ],
 )
-def test_what_is_wrong_is_said(api: APIClient, body: Any, error: str) -> None:
+def test_invalid_request_names_the_field(api: APIClient, body: Any, error: str) -> None:
     response = post(api, body)
 
     assert response.status_code == 400
@@ -144,26 +144,26 @@ def test_what_is_wrong_is_said(api: APIClient, body: Any, error: str) -> None:
     assert not Run.objects.exists()
 
 
-def test_null_stands_for_left_out(api: APIClient) -> None:
+def test_null_means_omitted(api: APIClient) -> None:
     body = {"content": "Hi", "model": None, "threadId": None, "correlationId": None}
 
     assert post(api, body).status_code == 202
 
 
-def test_one_character_is_enough_and_a_long_text_is_kept_whole(api: APIClient) -> None:
+def test_shortest_and_long_messages_are_kept_whole(api: APIClient) -> None:
     assert post(api, {"content": "x"}).status_code == 202
     assert post(api, {"content": "ä" * 200_000, "model": "m" * 100}).status_code == 202
     assert Message.objects.filter(content="ä" * 200_000).exists()
 
 
 class TestModels:
-    def test_the_default_model_is_taken_where_none_is_named(self, api: APIClient) -> None:
+    def test_model_defaults(self, api: APIClient) -> None:
         assert post(api, {"content": "Hi"}).json()["model"] == "gpt-4o-mini"
 
-    def test_any_model_goes_where_no_list_is_set(self, api: APIClient) -> None:
+    def test_any_model_is_allowed_without_a_list(self, api: APIClient) -> None:
         assert post(api, {"content": "Hi", "model": " llama3 "}).json()["model"] == "llama3"
 
-    def test_a_model_outside_of_the_list_is_refused_and_the_list_told(
+    def test_model_outside_the_list_is_rejected_with_the_list(
         self, api: APIClient, settings: Any
     ) -> None:
         settings.CHAT_ALLOWED_MODELS = ["gpt-4o", "gpt-4o-mini"]
@@ -188,7 +188,7 @@ class TestModels:
 
 
 class TestIdempotency:
-    def test_the_same_request_gets_the_first_answer_again(self, api: APIClient) -> None:
+    def test_repeat_returns_the_first_response(self, api: APIClient) -> None:
         first = post(api, {"content": "Hi"}, **{"Idempotency-Key": "k1"})
         second = post(api, {"content": "Hi"}, **{"Idempotency-Key": "k1"})
 
@@ -207,7 +207,7 @@ class TestIdempotency:
             {"content": "Hi", "correlationId": "another"},
         ],
     )
-    def test_another_request_with_the_key_is_refused(
+    def test_key_of_another_request_is_rejected(
         self, api: APIClient, other: dict[str, str]
     ) -> None:
         post(api, {"content": "Hi"}, **{"Idempotency-Key": "k1"})
@@ -218,7 +218,7 @@ class TestIdempotency:
         assert "another request" in response.json()["error"]
         assert Run.objects.count() == 1
 
-    def test_the_key_is_the_callers_own(self, api: APIClient) -> None:
+    def test_key_is_scoped_to_the_caller(self, api: APIClient) -> None:
         alice = factories.user("alice")
         post(api, {"content": "Hi"}, **{"Idempotency-Key": "k1"})
         bearer = f"Bearer {tokens.issue(alice.matrix_user_id or '')}"
@@ -229,14 +229,14 @@ class TestIdempotency:
         assert response.status_code == 202
         assert Run.objects.count() == 2
 
-    def test_the_key_outlives_a_change_of_the_settings(self, api: APIClient, settings: Any) -> None:
+    def test_key_survives_a_change_of_settings(self, api: APIClient, settings: Any) -> None:
         first = post(api, {"content": "Hi"}, **{"Idempotency-Key": "k1"}).json()
         settings.CHAT_DEFAULT_MODEL = "gpt-5"
         settings.CHAT_ALLOWED_MODELS = ["gpt-5"]
 
         assert post(api, {"content": "Hi"}, **{"Idempotency-Key": "k1"}).json() == first
 
-    def test_the_key_outlives_its_run(self, api: APIClient) -> None:
+    def test_key_survives_the_deletion_of_its_run(self, api: APIClient) -> None:
         first = post(api, {"content": "Hi"}, **{"Idempotency-Key": "k1"}).json()
         Thread.objects.all().delete()
 
@@ -244,20 +244,20 @@ class TestIdempotency:
         assert not Run.objects.exists()
 
     @pytest.mark.parametrize("key", ["", "k" * 256, "a\tb"])
-    def test_a_key_that_makes_no_sense_is_refused(self, api: APIClient, key: str) -> None:
+    def test_invalid_key_is_rejected(self, api: APIClient, key: str) -> None:
         response = post(api, {"content": "Hi"}, **{"Idempotency-Key": key})
 
         assert response.status_code == 400
         assert "Idempotency-Key" in response.json()["error"]
 
-    def test_a_refused_request_does_not_use_up_its_key(self, api: APIClient) -> None:
+    def test_rejected_request_does_not_use_its_key(self, api: APIClient) -> None:
         post(api, {"content": ""}, **{"Idempotency-Key": "k1"})
 
         assert post(api, {"content": "Hi"}, **{"Idempotency-Key": "k1"}).status_code == 202
 
 
 @pytest.mark.django_db(transaction=True)
-def test_twenty_at_the_same_instant_make_one_run() -> None:
+def test_twenty_concurrent_repeats_create_one_run() -> None:
     start = threading.Barrier(20)
     answers: list[tuple[int, str]] = []
 
@@ -278,7 +278,7 @@ def test_twenty_at_the_same_instant_make_one_run() -> None:
 
 
 @pytest.mark.django_db(transaction=True)
-def test_questions_asked_at_once_in_a_new_thread_all_get_a_turn() -> None:
+def test_concurrent_messages_of_a_new_thread_all_get_a_turn() -> None:
     start = threading.Barrier(8)
     codes: list[int] = []
 
@@ -300,7 +300,9 @@ def test_questions_asked_at_once_in_a_new_thread_all_get_a_turn() -> None:
 
 
 class TestWhoMayChat:
-    def test_nobody_where_anonymous_chat_is_off(self, api: APIClient, settings: Any) -> None:
+    def test_anonymous_callers_are_rejected_unless_allowed(
+        self, api: APIClient, settings: Any
+    ) -> None:
         settings.CHAT_ALLOW_ANONYMOUS = False
 
         response = post(api, {"content": "Hi"})
@@ -309,7 +311,7 @@ class TestWhoMayChat:
         assert "Sign in" in response.json()["error"]
         assert response["WWW-Authenticate"].startswith("Bearer")
 
-    def test_what_a_user_asks_belongs_to_the_user(self, api: APIClient, settings: Any) -> None:
+    def test_messages_belong_to_their_user(self, api: APIClient, settings: Any) -> None:
         settings.CHAT_ALLOW_ANONYMOUS = False
         alice, bob = factories.user("alice"), factories.user("bob")
         told = post(api, {"content": "Hi"}, Authorization=bearer(alice)).json()
@@ -325,20 +327,22 @@ class TestWhoMayChat:
         assert post(api, intrusion, Authorization=bearer(bob)).status_code == 404
         assert Run.objects.count() == 1
 
-    def test_a_users_thread_is_closed_to_nobody_in_particular(self, api: APIClient) -> None:
+    def test_users_thread_is_closed_to_anonymous_callers(self, api: APIClient) -> None:
         alice = factories.user("alice")
         run = factories.ask(owner=alice)
 
         assert api.get(f"/api/chat/runs/{run.pk}").status_code == 404
 
-    def test_a_bad_token_is_refused_even_where_anybody_may_chat(self, api: APIClient) -> None:
+    def test_invalid_token_is_rejected_even_if_anonymous_chat_is_allowed(
+        self, api: APIClient
+    ) -> None:
         response = post(api, {"content": "Hi"}, Authorization="Bearer nonsense")
 
         assert response.status_code == 401
         assert response.json() == {"ok": False, "error": "The token is not valid."}
 
 
-def test_a_session_without_the_token_against_forgery_is_refused(settings: Any) -> None:
+def test_session_without_csrf_token_is_rejected(settings: Any) -> None:
     alice = factories.user("alice")
     api = APIClient(enforce_csrf_checks=True)
     api.force_login(alice)
@@ -384,7 +388,7 @@ class TestBlackHole:
         stream._publisher.reset()
 
     @pytest.mark.parametrize("prefer", ["", "wait=30"])
-    def test_it_costs_one_request_a_time_out_and_no_other(
+    def test_unavailable_redis_delays_one_request_only(
         self, api: APIClient, hole: list[socket.socket], prefer: str
     ) -> None:
         began = time.monotonic()

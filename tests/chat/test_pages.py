@@ -56,7 +56,9 @@ class TestSigningIn:
     def _not_for_everybody(self, settings: Any) -> None:
         settings.CHAT_ALLOW_ANONYMOUS = False
 
-    def test_whoever_has_not_is_asked_to_and_comes_back(self, client: Client, alice: User) -> None:
+    def test_signed_out_user_is_redirected_to_login_and_back(
+        self, client: Client, alice: User
+    ) -> None:
         thread = ask("Hello", owner=alice).thread_id
         sent = client.get(f"/threads/{thread}")
         assert sent["Location"] == f"/login?next=/threads/{thread}"
@@ -72,10 +74,10 @@ class TestSigningIn:
 
     @pytest.mark.parametrize("method", ["get", "post"])
     @pytest.mark.parametrize("path", ["/", "/threads/x", "/runs/x", "/runs/x/retry"])
-    def test_nothing_is_told_without(self, client: Client, method: str, path: str) -> None:
+    def test_every_page_requires_a_sign_in(self, client: Client, method: str, path: str) -> None:
         assert getattr(client, method)(path)["Location"].startswith("/login?next=")
 
-    def test_a_wrong_password_is_said(self, client: Client, alice: User) -> None:
+    def test_wrong_password_is_reported(self, client: Client, alice: User) -> None:
         page = client.post("/login", {"username": "alice", "password": "wrong"})
         assert page.status_code == 200
         assert "Please enter a correct" in page.text
@@ -86,11 +88,11 @@ class TestSigningIn:
         page = client.post("/login", {"username": "alice", "password": PASSWORD})
         assert page.status_code == 429
 
-    def test_it_leads_nowhere_else(self, client: Client, alice: User) -> None:
+    def test_login_redirects_only_to_this_site(self, client: Client, alice: User) -> None:
         data = {"username": "alice", "password": PASSWORD, "next": "https://elsewhere.example/"}
         assert client.post("/login", data)["Location"] == "/"
 
-    def test_nor_round_in_a_circle(self, browser: Client) -> None:
+    def test_login_does_not_redirect_to_itself(self, browser: Client) -> None:
         assert browser.get("/login", {"next": "/login"})["Location"] == "/"
 
     @pytest.mark.parametrize(
@@ -101,12 +103,10 @@ class TestSigningIn:
             ("/runs/x/retry", "/"),
         ],
     )
-    def test_whoever_sends_a_form_too_late_comes_back_to_a_page(
-        self, client: Client, form: str, seen: str
-    ) -> None:
+    def test_late_form_redirects_to_a_page(self, client: Client, form: str, seen: str) -> None:
         assert client.post(form)["Location"] == f"/login?next={seen}"
 
-    def test_and_out(self, browser: Client) -> None:
+    def test_sign_out(self, browser: Client) -> None:
         assert browser.get("/").status_code == 200
         assert browser.get("/logout").status_code == 405
         browser.post("/logout")
@@ -114,7 +114,7 @@ class TestSigningIn:
 
 
 class TestWhoseThreads:
-    def test_ones_own_are_listed_the_last_asked_in_first(
+    def test_own_threads_are_listed_most_recent_first(
         self, browser: Client, alice: User, stranger: Client
     ) -> None:
         first = ask("What is **first**?", owner=alice).thread_id
@@ -139,7 +139,7 @@ class TestWhoseThreads:
             ("post", "/runs/{run}/retry"),
         ],
     )
-    def test_anothers_are_not_there(
+    def test_threads_of_others_are_hidden(
         self, stranger: Client, client: Client, alice: User, method: str, path: str
     ) -> None:
         run = ask("A secret", owner=alice)
@@ -151,11 +151,13 @@ class TestWhoseThreads:
         run.refresh_from_db()
         assert (run.status, run.thread.turns, run.thread.title) == ("queued", 1, "")
 
-    def test_a_list_does_not_begin_at_anothers(self, stranger: Client, alice: User) -> None:
+    def test_list_does_not_start_at_a_thread_of_another(
+        self, stranger: Client, alice: User
+    ) -> None:
         thread = ask("A secret", owner=alice).thread_id
         assert stranger.get("/", {"older": thread}).status_code == 404
 
-    def test_the_list_goes_on(self, browser: Client, alice: User) -> None:
+    def test_list_is_paginated(self, browser: Client, alice: User) -> None:
         threads = [ask(f"Question {n}", owner=alice).thread_id for n in range(65)][::-1]
         seen: list[str] = []
         path: str | None = "/"
@@ -168,7 +170,7 @@ class TestWhoseThreads:
 
 
 class TestAConversation:
-    def test_an_answer_is_shown_with_what_it_took(
+    def test_answer_is_shown_with_its_steps(
         self, browser: Client, alice: User, model: FakeLLM, settings: Any
     ) -> None:
         settings.AGENT_TOOLS = ["current_time"]
@@ -185,7 +187,7 @@ class TestAConversation:
             run.refresh_from_db()
             assert f"{run.prompt_tokens + run.completion_tokens} tokens" in text_of(page)
 
-    def test_a_long_one_is_read_page_by_page(self, browser: Client, alice: User) -> None:
+    def test_long_thread_is_paginated(self, browser: Client, alice: User) -> None:
         thread = conversation(50, thread=Thread.objects.create(owner=alice))
         seen: list[str] = []
         path: str | None = f"/threads/{thread.pk}"
@@ -196,7 +198,7 @@ class TestAConversation:
             path = f"/threads/{thread.pk}{more[1]}" if more else None
         assert seen == [f"question {n}" for n in range(50)]
 
-    def test_a_long_one_costs_no_more(
+    def test_long_thread_takes_no_more_queries(
         self, browser: Client, alice: User, django_assert_max_num_queries: Any
     ) -> None:
         thread = conversation(40, thread=Thread.objects.create(owner=alice))
@@ -206,7 +208,7 @@ class TestAConversation:
             browser.get(f"/threads/{thread.pk}")
 
     @pytest.mark.parametrize("cancelled", [False, True])
-    def test_of_long_turns_fewer_are_shown_and_none_is_lost(
+    def test_page_of_long_turns_is_shorter_and_loses_none(
         self, browser: Client, alice: User, cancelled: bool
     ) -> None:
         thread = conversation(5, thread=Thread.objects.create(owner=alice))
@@ -233,17 +235,15 @@ class TestAConversation:
         assert [len(page) for page in seen] == [1, 2, 2]
 
     @pytest.mark.parametrize("value", ["x", "-1", "1.5", "²", "9" * 20])
-    def test_a_place_that_is_none_is_not_there(
-        self, browser: Client, alice: User, value: str
-    ) -> None:
+    def test_invalid_turn_is_not_found(self, browser: Client, alice: User, value: str) -> None:
         run = ask("Hello", owner=alice)
         assert browser.get(f"/threads/{run.thread_id}", {"before": value}).status_code == 404
 
     @pytest.mark.parametrize("edge", ["\0", "a/b", "x" * 65])
-    def test_nor_does_a_list_begin_there(self, browser: Client, edge: str) -> None:
+    def test_invalid_start_of_the_list_is_not_found(self, browser: Client, edge: str) -> None:
         assert browser.get("/", {"older": edge}).status_code == 404
 
-    def test_a_failure_is_told_in_safe_words_and_can_be_tried_again(
+    def test_failure_is_shown_safely_and_can_be_retried(
         self, browser: Client, alice: User, model: FakeLLM
     ) -> None:
         model.script(CONTEXT_TOO_LONG)
@@ -260,7 +260,7 @@ class TestAConversation:
         run.refresh_from_db()
         assert run.status == "queued"
 
-    def test_a_question_can_be_stopped(self, browser: Client, alice: User) -> None:
+    def test_run_can_be_stopped(self, browser: Client, alice: User) -> None:
         run = ask("Hello", owner=alice)
         assert browser.post(f"/runs/{run.pk}/cancel")["Location"].endswith(f"#{run.pk}")
         page = browser.get(f"/runs/{run.pk}")
@@ -268,7 +268,7 @@ class TestAConversation:
         assert "Retry" in text_of(page)
         assert browser.post(f"/runs/{run.pk}/cancel").status_code == 302
 
-    def test_what_a_stopped_answer_had_said_is_shown(self, browser: Client, alice: User) -> None:
+    def test_partial_answer_of_a_stopped_run_is_shown(self, browser: Client, alice: User) -> None:
         run = ask("Hello", owner=alice)
         execution.claim(run.pk)
         actions.cancel(run)
@@ -290,13 +290,13 @@ class TestWaiting:
         columns = {"concurrency": 1, "started_at": now, "beat_at": now, "read_at": now}
         Worker.objects.create(worker="w", name="w", host="h", pid=1, version="v", **columns)
 
-    def test_redis_is_away(self, browser: Client, alice: User) -> None:
+    def test_state_without_redis(self, browser: Client, alice: User) -> None:
         assert self.state(browser, ask("Hi", owner=alice)).startswith("The queue is unavailable.")
 
-    def test_no_worker_is_there(self, browser: Client, alice: User, redis: Redis) -> None:
+    def test_state_without_workers(self, browser: Client, alice: User, redis: Redis) -> None:
         assert self.state(browser, ask("Hi", owner=alice)).startswith("No worker is running.")
 
-    def test_a_worker_is_there(self, browser: Client, alice: User, redis: Redis) -> None:
+    def test_state_with_a_worker(self, browser: Client, alice: User, redis: Redis) -> None:
         self.worker()
         first = ask("Hi", owner=alice)
         second = ask("And?", owner=alice, thread_id=first.thread_id)
@@ -305,7 +305,7 @@ class TestWaiting:
         execution.claim(first.pk)
         assert self.state(browser, first) == "Answering."
 
-    def test_the_model_is_away(
+    def test_state_without_model(
         self, browser: Client, alice: User, redis: Redis, model: FakeLLM
     ) -> None:
         self.worker()
@@ -316,21 +316,21 @@ class TestWaiting:
 
 
 class TestForms:
-    def test_a_question_begins_a_conversation(self, browser: Client, alice: User) -> None:
+    def test_message_creates_a_thread(self, browser: Client, alice: User) -> None:
         done = browser.post("/", {"content": " What? ", "model": "gpt-4o"})
         run = Run.objects.get()
         assert done["Location"] == f"/threads/{run.thread_id}#{run.pk}"
         assert (run.model, run.message.content) == ("gpt-4o", "What?")
         assert run.thread.owner == alice
 
-    def test_a_form_that_is_sent_twice_asks_once(self, browser: Client) -> None:
+    def test_form_sent_twice_submits_once(self, browser: Client) -> None:
         found = re.search(r'name="key" value="(\w+)"', browser.get("/").text)
         assert found
         data = {"content": "What?", "key": found[1]}
         assert browser.post("/", data)["Location"] == browser.post("/", data)["Location"]
         assert Run.objects.count() == 1
 
-    def test_a_form_is_not_taken_from_another(
+    def test_form_of_another_user_is_rejected(
         self, browser: Client, stranger: Client, client: Client, alice: User
     ) -> None:
         assert f'name="user" value="{alice.pk}"' in browser.get("/").text
@@ -345,7 +345,7 @@ class TestForms:
             assert answer.status_code == 401
         assert not Run.objects.exists()
 
-    def test_a_question_goes_on_with_one(self, browser: Client, alice: User) -> None:
+    def test_message_continues_a_thread(self, browser: Client, alice: User) -> None:
         first = ask("Hello", owner=alice, model="gpt-4o")
         page = browser.get(f"/threads/{first.thread_id}")
         assert re.search(r'name="model" value="gpt-4o"', page.text), "the model of last time"
@@ -355,7 +355,7 @@ class TestForms:
         first.thread.refresh_from_db()
         assert first.thread.turns == 2
 
-    def test_a_question_that_is_refused_is_not_lost(
+    def test_rejected_message_stays_as_draft(
         self, browser: Client, alice: User, settings: Any
     ) -> None:
         settings.CHAT_ALLOWED_MODELS = ["gpt-4o-mini"]
@@ -365,20 +365,18 @@ class TestForms:
         assert "A &lt;long&gt; question</textarea>" in page.text
         assert not Run.objects.exists()
 
-    def test_models_that_are_allowed_are_offered(self, browser: Client, settings: Any) -> None:
+    def test_allowed_models_are_offered(self, browser: Client, settings: Any) -> None:
         settings.CHAT_ALLOWED_MODELS = ["one", "two"]
         settings.CHAT_DEFAULT_MODEL = "two"
         options = re.findall(r"<option( selected)?>(\w+)</option>", browser.get("/").text)
         assert options == [("", "one"), (" selected", "two")]
 
-    def test_an_echo_is_called_one(self, browser: Client, model: FakeLLM, settings: Any) -> None:
+    def test_echo_is_announced(self, browser: Client, model: FakeLLM, settings: Any) -> None:
         assert "echo" not in browser.get("/").text
         settings.OPENAI_API_KEY = settings.OPENAI_BASE_URL = ""
         assert "every answer echoes your message" in browser.get("/").text
 
-    def test_a_thread_is_renamed_put_away_and_taken_out_again(
-        self, browser: Client, alice: User
-    ) -> None:
+    def test_thread_is_renamed_archived_and_unarchived(self, browser: Client, alice: User) -> None:
         thread = ask("Hello", owner=alice).thread
         path = f"/threads/{thread.pk}"
         browser.post(f"{path}/change", {"title": "Of <greetings>"})
@@ -410,7 +408,7 @@ class TestForms:
         assert not Thread.objects.exists()
 
     @pytest.mark.parametrize("path", ["/", "/login", "/logout", "/threads/{0}", "/runs/{1}/cancel"])
-    def test_another_site_posts_none_of_them(self, alice: User, path: str) -> None:
+    def test_cross_site_forms_are_rejected(self, alice: User, path: str) -> None:
         run = ask("Hello", owner=alice)
         client = Client(enforce_csrf_checks=True)
         client.force_login(alice)
@@ -418,7 +416,7 @@ class TestForms:
         assert page.status_code == 403
         assert Run.objects.get().status == "queued"
 
-    def test_nobody_in_particular_may_where_that_is_allowed(self, client: Client) -> None:
+    def test_anonymous_users_may_chat_if_allowed(self, client: Client) -> None:
         client.post("/", {"content": "Hi"})
         thread = Thread.objects.get()
         assert thread.owner is None
@@ -428,7 +426,7 @@ class TestForms:
 
 class TestSafety:
     @pytest.mark.parametrize("path", ["/", "/threads/{0}", "/runs/{1}", "/login"])
-    def test_pages_load_and_run_only_what_is_ours(
+    def test_pages_load_only_own_resources(
         self, client: Client, browser: Client, alice: User, path: str
     ) -> None:
         run = ask("Hello", owner=alice)
@@ -443,10 +441,10 @@ class TestSafety:
         # Which the policy would keep from working.
         assert not re.search(r"<style|\sstyle=|\son\w+=|<script(?! type=\"module\" src)", page.text)
 
-    def test_links_open_apart(self) -> None:
+    def test_links_open_in_a_new_tab(self) -> None:
         html = to_html("[x](https://e.org)", new_tab=True)
         assert 'target="_blank"' in html
         assert 'rel="noopener noreferrer nofollow"' in html
 
-    def test_every_file_is_there(self, browser: Client) -> None:
+    def test_static_files_exist(self, browser: Client) -> None:
         call_command("findstatic", "chat/page.css", "chat/page.js", "chat/icon.svg", verbosity=0)

@@ -11,7 +11,7 @@ from tests import factories
 pytestmark = pytest.mark.django_db
 
 
-def test_the_api_says_that_it_is_there(api: APIClient) -> None:
+def test_api_root(api: APIClient) -> None:
     response = api.get("/api")
 
     assert response.status_code == 200
@@ -19,7 +19,7 @@ def test_the_api_says_that_it_is_there(api: APIClient) -> None:
 
 
 class TestHistory:
-    def test_a_page_of_long_messages_is_shorter_and_none_is_lost(self, api: APIClient) -> None:
+    def test_page_of_long_messages_is_shorter_and_loses_none(self, api: APIClient) -> None:
         thread = factories.conversation(5)
         long = Message.objects.filter(thread=thread, role="assistant")
         long.update(content="x" * 1_500_000)
@@ -36,14 +36,14 @@ class TestHistory:
         assert ids == [str(pk) for pk in expected.values_list("pk", flat=True)]
         assert [size for page in pages for _, size in page].count(1_500_000) == 5
 
-    def test_one_message_is_told_however_long_it_is(self, api: APIClient) -> None:
+    def test_single_message_is_returned_whatever_its_length(self, api: APIClient) -> None:
         thread = factories.conversation(1)
         Message.objects.filter(thread=thread, position=1).update(content="x" * 5_000_000)
         told = api.get(f"/api/chat/threads/{thread.pk}/messages").json()
         assert [len(m["content"]) for m in told["messages"]] == [5_000_000]
         assert told["next"]
 
-    def test_messages_come_in_the_order_asked(self, api: APIClient) -> None:
+    def test_messages_are_in_chronological_order(self, api: APIClient) -> None:
         thread = factories.conversation(2)
 
         told = api.get(f"/api/chat/threads/{thread.pk}/messages").json()
@@ -66,9 +66,7 @@ class TestHistory:
             "createdAt": first.created_at.isoformat().replace("+00:00", "Z"),
         }
 
-    def test_an_answer_follows_its_question_even_if_others_were_asked_meanwhile(
-        self, api: APIClient
-    ) -> None:
+    def test_answer_follows_its_message_despite_later_messages(self, api: APIClient) -> None:
         first = factories.ask("one")
         factories.ask("two", thread_id=first.thread_id)
         execution.execute(first.pk)
@@ -77,7 +75,7 @@ class TestHistory:
 
         assert [m["content"] for m in told["messages"]] == ["one", "Handled prompt: one", "two"]
 
-    def test_the_newest_200_come_first_and_next_leads_to_the_rest(self, api: APIClient) -> None:
+    def test_newest_200_come_first_and_next_continues(self, api: APIClient) -> None:
         url = f"/api/chat/threads/{factories.conversation(150).pk}/messages"
 
         newest = api.get(url).json()
@@ -115,7 +113,7 @@ class TestHistory:
             ({"before": "3901cc45-3424-47b8-aecd-a9be5a6ab1ec"}, 404),
         ],
     )
-    def test_a_page_that_makes_no_sense(
+    def test_invalid_page_is_rejected(
         self, api: APIClient, query: dict[str, str], code: int
     ) -> None:
         thread = factories.conversation(1)
@@ -125,7 +123,7 @@ class TestHistory:
         assert response.status_code == code
         assert response.json()["ok"] is False
 
-    def test_the_cost_does_not_grow_with_the_page(
+    def test_queries_do_not_grow_with_the_page(
         self, api: APIClient, django_assert_num_queries: Any
     ) -> None:
         short, long = factories.conversation(2), factories.conversation(90)
@@ -135,7 +133,7 @@ class TestHistory:
 
 
 class TestRuns:
-    def test_a_run_that_waits(self, api: APIClient) -> None:
+    def test_queued_run(self, api: APIClient) -> None:
         run = factories.ask("Hi", correlation_id="c-1")
 
         told = api.get(f"/api/chat/runs/{run.pk}").json()
@@ -152,7 +150,7 @@ class TestRuns:
             "updatedAt": told["run"]["updatedAt"],
         }
 
-    def test_a_run_that_was_answered(self, api: APIClient) -> None:
+    def test_completed_run(self, api: APIClient) -> None:
         run = factories.ask("Hi")
         execution.execute(run.pk)
 
@@ -162,7 +160,7 @@ class TestRuns:
         assert told["output"] == "Handled prompt: Hi"
         assert "safeError" not in told
 
-    def test_a_run_that_failed(self, api: APIClient, model: Any) -> None:
+    def test_failed_run(self, api: APIClient, model: Any) -> None:
         from tests.fakes.llm import Failure
 
         model.script(Failure(401, message="Incorrect API key provided: sk-canary-0123456789"))
@@ -193,7 +191,7 @@ class TestRuns:
     ],
 )
 @pytest.mark.parametrize("debug", [True, False])
-def test_every_wrong_turn_is_told_in_json(
+def test_errors_are_json(
     api: APIClient, settings: Any, method: str, path: str, code: int, debug: bool
 ) -> None:
     settings.DEBUG = debug
@@ -205,14 +203,14 @@ def test_every_wrong_turn_is_told_in_json(
     assert response.json()["ok"] is False
 
 
-def test_a_forbidden_host_is_told_in_json(api: APIClient) -> None:
+def test_disallowed_host_is_json(api: APIClient) -> None:
     response = api.get("/api", headers={"Host": "evil.example"})
 
     assert response.status_code == 400
     assert response.json() == {"ok": False, "error": "Bad Request."}
 
 
-def test_a_defect_shows_no_traceback(api: APIClient, monkeypatch: Any, caplog: Any) -> None:
+def test_internal_error_shows_no_traceback(api: APIClient, monkeypatch: Any, caplog: Any) -> None:
     def explode(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("canary")
 

@@ -79,7 +79,7 @@ SIZES = (6_000, 12_000, 24_000, 48_000)
 
 
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
-def test_twice_as_long_a_text_takes_no_more_than_some_times_as_long(
+def test_rendering_time_grows_linearly(
     text: Callable[[int], str],
 ) -> None:
     """A quadratic one takes 64 times as long for 8 times the length."""
@@ -102,13 +102,13 @@ def test_twice_as_long_a_text_takes_no_more_than_some_times_as_long(
 
 
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
-def test_what_is_made_of_a_text_is_not_many_times_as_long(text: Callable[[int], str]) -> None:
+def test_html_is_not_many_times_longer_than_its_text(text: Callable[[int], str]) -> None:
     for size in SIZES:
         written = text(size)
         assert len(to_html(written, new_tab=True)) <= 10 * len(written) + 1_000
 
 
-def test_a_table_that_is_too_large_is_shown_as_text_and_the_rest_as_ever() -> None:
+def test_oversized_table_is_shown_as_text() -> None:
     shown = to_html(f"**before**\n\n{table(60, 200)}\n*after*")
     assert "<td>" not in shown
     assert "|a|a|" in shown
@@ -117,18 +117,18 @@ def test_a_table_that_is_too_large_is_shown_as_text_and_the_rest_as_ever() -> No
 
 
 @pytest.mark.parametrize(("columns", "rows"), [(1, 3), (3, 20), (10, 100), (4, 450)])
-def test_a_table_that_is_written_in_full_is_shown_as_one(columns: int, rows: int) -> None:
+def test_full_table_is_rendered(columns: int, rows: int) -> None:
     row = "| word " * columns + "|\n"
     shown = to_html(row + "|---" * columns + "|\n" + row * rows + "\n*after*")
     assert shown.count("<td>") == columns * rows <= MAX_CELLS
     assert "<em>after</em>" in shown
 
 
-def test_rows_that_are_short_are_filled_up_as_far_as_that_is_no_abuse() -> None:
+def test_short_rows_are_padded_within_limits() -> None:
     assert to_html("|a|b|c|\n|-|-|-|\n|1|\n").count("<td>") == 3
 
 
-def test_an_address_is_referred_to_as_often_as_in_any_text() -> None:
+def test_link_definition_can_be_reused() -> None:
     shown = to_html("[one][a], [two][a] and [three][a]\n\n[a]: https://example.org/page")
     assert shown.count('href="https://example.org/page"') == 3
 
@@ -140,7 +140,7 @@ def _empty(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("_empty")
 class TestPages:
-    def test_what_a_page_has_no_steps_left_for_is_shown_as_plain_text(self) -> None:
+    def test_text_beyond_the_budget_is_shown_as_plain_text(self) -> None:
         long = "*a* " * 3_000
         page = RenderBudget(Steps(MAX_STEPS))
         shown = [page.html(f"{number} {long}") for number in range(3)]
@@ -151,17 +151,17 @@ class TestPages:
         page = RenderBudget(Steps(MAX_STEPS))
         assert ["<em>" in page.html(f"{n} {long}") for n in range(3)] == [True, True, False]
 
-    def test_what_matters_most_can_be_rendered_first(self) -> None:
+    def test_prepared_texts_are_rendered_first(self) -> None:
         texts = [f"{number} " + "*a* " * 3_000 for number in range(3)]
         page = RenderBudget(Steps(MAX_STEPS))
         page.prepare(reversed(texts))
         assert ["<em>" in page.html(text) for text in texts] == [False, False, True]
 
-    def test_a_page_has_only_so_much_html(self) -> None:
+    def test_html_of_a_page_is_limited(self) -> None:
         page = RenderBudget(characters=100)
         assert [page.html(f"**{n}**")[:3] for n in range(6)] == ["<p>"] * 4 + ["<pr"] * 2
 
-    def test_what_was_rendered_is_kept_up_to_a_size(self) -> None:
+    def test_cache_is_limited_by_size(self) -> None:
         cache = HtmlCache(100)
         for number in range(20):
             cache.put(bytes([number]), "x" * 10)
@@ -171,7 +171,7 @@ class TestPages:
         cache.put(b"long", "x" * 11)
         assert cache.get(b"long") is None
 
-    def test_each_request_has_a_page_of_its_own(self) -> None:
+    def test_each_request_has_its_own_budget(self) -> None:
         one, other = HttpRequest(), HttpRequest()
         assert budget_of(one) is budget_of(one)
         assert budget_of(one) is not budget_of(other)
@@ -192,7 +192,7 @@ def long_thread(db: None, _empty: None) -> Run:
     return first
 
 
-def test_a_page_of_such_answers_is_there_soon(long_thread: Run) -> None:
+def test_page_of_hostile_answers_is_fast(long_thread: Run) -> None:
     client = Client()
     client.force_login(User.objects.get(username="@alice:localhost"))
     began = time.process_time()

@@ -59,7 +59,7 @@ def question(content: str = "Hello", thread: str | None = None, **attributes: An
 
 
 class TestResources:
-    def test_a_run_says_what_plain_json_says(self, client: Client, alice: User) -> None:
+    def test_run_matches_plain_json(self, client: Client, alice: User) -> None:
         asked = factories.ask(owner=alice, correlation_id="c-1")
         runs.execute(asked.pk)
         plain = client.get(f"/api/chat/runs/{asked.pk}").json()["run"]
@@ -77,7 +77,7 @@ class TestResources:
             "id": asked.thread_id,
         }
 
-    def test_a_message_says_what_plain_json_says(self, client: Client, alice: User) -> None:
+    def test_message_matches_plain_json(self, client: Client, alice: User) -> None:
         thread = talk(alice)
         plain = client.get(f"/api/chat/threads/{thread.pk}/messages").json()["messages"]
 
@@ -91,7 +91,7 @@ class TestResources:
             # The question's and the answer's.
             assert new["relationships"]["run"]["data"] == run
 
-    def test_every_link_leads_somewhere(self, client: Client, alice: User) -> None:
+    def test_every_link_works(self, client: Client, alice: User) -> None:
         talk(alice)
         factories.ask(owner=alice)  # without an answer
         seen: dict[str, Any] = {}
@@ -112,7 +112,7 @@ class TestResources:
                 one = identifiers if isinstance(related, list) else identifiers[0]
                 assert document["data"] == one
 
-    def test_an_answer_that_is_not_there_yet(self, client: Client, alice: User) -> None:
+    def test_missing_answer(self, client: Client, alice: User) -> None:
         run = factories.ask(owner=alice)
 
         assert told(client.get(f"/api/runs/{run.pk}/answer")) == {"data": None}
@@ -124,7 +124,7 @@ class TestResources:
         assert response.status_code == 200
         assert response.json() == {"data": [], "links": {"prev": None, "next": None}}
 
-    def test_nothing_but_reading_and_asking(self, client: Client, alice: User) -> None:
+    def test_other_methods_are_rejected(self, client: Client, alice: User) -> None:
         thread = talk(alice)
         for method in ("POST", "PATCH", "PUT", "DELETE"):
             for at in (f"/api/threads/{thread.pk}", f"/api/threads/{thread.pk}/messages"):
@@ -143,10 +143,10 @@ class TestResources:
             "/api/runs/a/b/c",
         ],
     )
-    def test_addresses_of_nothing(self, client: Client, path: str) -> None:
+    def test_unknown_paths(self, client: Client, path: str) -> None:
         assert only_error(client.get(path), 404)["code"] == "not_found"
 
-    def test_a_host_that_is_not_ours(self, client: Client) -> None:
+    def test_disallowed_host(self, client: Client) -> None:
         only_error(client.get("/api/runs", HTTP_HOST="evil.example"), 400)
 
 
@@ -171,9 +171,7 @@ class TestInclude:
         linkage = document["data"]["relationships"]["messages"]["data"]
         assert [(each["type"], each["id"]) for each in linkage] == messages
 
-    def test_what_is_reached_twice_is_told_once_and_whole(
-        self, client: Client, alice: User
-    ) -> None:
+    def test_resource_included_twice_is_returned_once(self, client: Client, alice: User) -> None:
         thread = talk(alice)
 
         document = told(client.get("/api/runs?include=thread,message.thread.messages"))
@@ -185,14 +183,14 @@ class TestInclude:
         [only] = [each for each in document["included"] if each["type"] == "threads"]
         assert len(only["relationships"]["messages"]["data"]) == 2
 
-    def test_what_is_asked_for_is_not_added_again(self, client: Client, alice: User) -> None:
+    def test_primary_data_is_not_included_again(self, client: Client, alice: User) -> None:
         talk(alice)
 
         document = told(client.get("/api/messages?include=thread.messages"))
 
         assert [each["type"] for each in document["included"]] == ["threads"]
 
-    def test_of_a_long_thread_the_newest(self, client: Client, alice: User) -> None:
+    def test_newest_turns_of_a_long_thread_are_included(self, client: Client, alice: User) -> None:
         thread = talk(alice, turns=40)
 
         document = told(client.get("/api/threads?include=messages"))
@@ -202,7 +200,7 @@ class TestInclude:
         assert [each["id"] for each in linkage] == [str(pk) for pk in newest]
         assert included(document) == {("messages", str(pk)) for pk in newest}
 
-    def test_with_what_was_asked(self, client: Client) -> None:
+    def test_include_of_a_new_message(self, client: Client) -> None:
         response = client.send("POST", "/api/messages?include=run,thread", question())
 
         assert {each["type"] for each in response.json()["included"]} == {"runs", "threads"}
@@ -218,7 +216,7 @@ class TestInclude:
             "%00",
         ],
     )
-    def test_paths_that_there_are_not(self, client: Client, path: str) -> None:
+    def test_unknown_include_paths(self, client: Client, path: str) -> None:
         error = only_error(client.get(f"/api/threads?include={path}"), 400)
         assert error["source"] == {"parameter": "include"}
 
@@ -231,9 +229,7 @@ class TestInclude:
             "/api/runs",
         ],
     )
-    def test_as_many_queries_for_thirty_as_for_three(
-        self, client: Client, alice: User, at: str
-    ) -> None:
+    def test_queries_do_not_grow_with_rows(self, client: Client, alice: User, at: str) -> None:
         def queries(rows: int) -> int:
             while Thread.objects.count() < rows:
                 talk(alice)
@@ -247,7 +243,7 @@ class TestInclude:
 
 
 class TestSparseFields:
-    def test_only_what_is_named(self, client: Client, alice: User) -> None:
+    def test_sparse_fieldsets(self, client: Client, alice: User) -> None:
         talk(alice)
         query = "include=thread&fields[messages]=correlationId,thread&fields[threads]="
 
@@ -263,7 +259,7 @@ class TestSparseFields:
         "query",
         ["fields[runs]=nope", "fields[runs]=lease_expires_at", "fields[users]=id", "fields=x"],
     )
-    def test_fields_that_there_are_not(self, client: Client, query: str) -> None:
+    def test_unknown_fields(self, client: Client, query: str) -> None:
         error = only_error(client.get(f"/api/runs?{query}"), 400)
         assert error["source"] == {"parameter": query.partition("=")[0]}
 
@@ -286,7 +282,7 @@ class TestLists:
             back.append(told(client.get(previous)))
         assert [ids(page) for page in back] == [ids(page) for page in reversed(pages)]
 
-    def test_what_comes_meanwhile_moves_nothing(self, client: Client, alice: User) -> None:
+    def test_new_rows_shift_no_page(self, client: Client, alice: User) -> None:
         talk(alice, turns=3)
         first = told(client.get("/api/runs?page[size]=2"))
         talk(alice)
@@ -295,7 +291,7 @@ class TestLists:
 
         assert len({*ids(first), *ids(rest)}) == 3
 
-    def test_rows_of_the_same_moment_are_not_lost_between_pages(
+    def test_rows_of_the_same_time_are_not_lost_between_pages(
         self, client: Client, alice: User
     ) -> None:
         talk(alice, turns=5)
@@ -310,7 +306,7 @@ class TestLists:
                 following = page["links"]["next"]
             assert sorted(found) == sorted(Run.objects.values_list("pk", flat=True))
 
-    def test_the_newest_first_unless_asked_otherwise(self, client: Client, alice: User) -> None:
+    def test_default_order_is_newest_first(self, client: Client, alice: User) -> None:
         talk(alice, turns=3)
         newest = list(Run.objects.order_by("-created_at").values_list("pk", flat=True))
 
@@ -334,7 +330,7 @@ class TestLists:
         ]:
             assert ids(told(client.get(f"/api/runs?{query}"))) == expected, query
 
-    def test_a_link_keeps_what_was_asked(self, client: Client, alice: User) -> None:
+    def test_page_links_keep_the_query(self, client: Client, alice: User) -> None:
         talk(alice, turns=2)
 
         at = "/api/messages?filter[role]=assistant&page[size]=1&fields[messages]=role"
@@ -368,7 +364,7 @@ class TestLists:
             ("search=x", "search"),
         ],
     )
-    def test_queries_that_there_are_not(self, client: Client, query: str, parameter: str) -> None:
+    def test_invalid_queries(self, client: Client, query: str, parameter: str) -> None:
         error = only_error(client.get(f"/api/runs?{query}"), 400)
         assert error["source"] == {"parameter": parameter}
 
@@ -380,7 +376,7 @@ class TestLists:
             "/api/messages?filter[thread]=%FF%00",
         ],
     )
-    def test_places_and_questions_that_fit_nowhere(self, client: Client, at: str) -> None:
+    def test_cursors_of_other_lists_are_rejected(self, client: Client, at: str) -> None:
         assert only_error(client.get(at), 400)["source"]["parameter"]
 
     def test_a_page_deep_in_a_long_thread_is_read_along_an_index(
@@ -402,7 +398,7 @@ class TestLists:
 class TestOthers:
     """What is alice's is told to nobody else: see tests/security/test_bola.py."""
 
-    def test_nobody_must_prove_who_they_are(self, client: Client, alice: User) -> None:
+    def test_authentication_is_required(self, client: Client, alice: User) -> None:
         nobody = Client()
         for at in ("/api/threads", "/api/messages", "/api/runs", "/api/runs/run_1"):
             response = nobody.get(at)
@@ -410,7 +406,7 @@ class TestOthers:
             assert response.headers["WWW-Authenticate"].startswith("Bearer")
         only_error(nobody.send("POST", "/api/messages", question()), 401)
 
-    def test_where_anybody_may_they_see_what_is_nobodys(self, alice: User, settings: Any) -> None:
+    def test_anonymous_callers_see_anonymous_threads(self, alice: User, settings: Any) -> None:
         settings.CHAT_ALLOW_ANONYMOUS = True
         talk(alice)
         free = talk(None)
@@ -418,7 +414,7 @@ class TestOthers:
 
 
 class TestAsking:
-    def test_a_question_is_a_message_with_a_run(self, client: Client, alice: User) -> None:
+    def test_post_creates_a_message_with_a_run(self, client: Client, alice: User) -> None:
         response = client.send("POST", "/api/messages", question(" Hello ", correlationId="c-1"))
 
         assert response.status_code == 201
@@ -431,7 +427,7 @@ class TestAsking:
         assert (run.source, run.correlation_id, run.thread.owner) == ("http", "c-1", alice)
         assert told(client.get(response.headers["Location"])) == {"data": message}
 
-    def test_in_a_thread_of_ones_own_or_of_a_new_name(self, client: Client, alice: User) -> None:
+    def test_post_to_an_own_or_a_new_thread(self, client: Client, alice: User) -> None:
         thread = talk(alice)
         for name in (thread.pk, "my-thread"):
             response = client.send("POST", "/api/messages", question("And?", thread=name))
@@ -439,7 +435,7 @@ class TestAsking:
             assert response.json()["data"]["relationships"]["thread"]["data"]["id"] == name
         assert thread.messages.count() == 3
 
-    def test_what_becomes_of_it_while_its_thread_is_busy(self, client: Client) -> None:
+    def test_busy_policies(self, client: Client) -> None:
         client.send("POST", "/api/messages", question(thread="t"))
 
         rejected = client.send("POST", "/api/messages", question(thread="t", whenBusy="reject"))
@@ -453,7 +449,7 @@ class TestAsking:
         leads = told(client.get(f"/api/runs/{earlier.pk}/mergedInto"))
         assert leads["data"]["id"] == run["id"]
 
-    def test_a_repeat_with_the_same_key(self, client: Client) -> None:
+    def test_repeat_with_the_same_key(self, client: Client) -> None:
         def asked(document: Any) -> Any:
             return client.send(
                 "POST", "/api/messages", document, headers={"Idempotency-Key": "order-1"}
@@ -470,7 +466,7 @@ class TestAsking:
         assert error["code"] == "idempotency_key_reused"
         assert error["source"] == {"header": "Idempotency-Key"}
 
-    def test_a_repeat_of_what_was_deleted_meanwhile(self, client: Client) -> None:
+    def test_repeat_after_deletion(self, client: Client) -> None:
         key = {"Idempotency-Key": "order-1"}
         client.send("POST", "/api/messages", question(), headers=key)
         Thread.objects.all().delete()
@@ -509,7 +505,7 @@ class TestAsking:
             ({"data": question()["data"] | {"id": "x"}}, 403, "/data/id"),
         ],
     )
-    def test_questions_that_are_none(
+    def test_invalid_messages(
         self, client: Client, document: Any, status: int, source: str
     ) -> None:
         error = only_error(client.send("POST", "/api/messages", document), status)
@@ -530,9 +526,7 @@ class TestAsking:
             ({"type": "threads", "id": 7}, 400, "/data/relationships/thread"),
         ],
     )
-    def test_threads_that_are_none(
-        self, client: Client, linkage: Any, status: int, where: str
-    ) -> None:
+    def test_invalid_threads(self, client: Client, linkage: Any, status: int, where: str) -> None:
         document = question()
         document["data"]["relationships"] = {"thread": {"data": linkage}}
 
@@ -547,13 +541,13 @@ class TestAsking:
         assert not Message.objects.exists()
 
     @pytest.mark.parametrize("key", ["", "x" * 256, "a\tb"])
-    def test_keys_that_are_none(self, client: Client, key: str) -> None:
+    def test_invalid_keys(self, client: Client, key: str) -> None:
         response = client.send(
             "POST", "/api/messages", question(), headers={"Idempotency-Key": key}
         )
         assert only_error(response, 400)["source"] == {"header": "Idempotency-Key"}
 
-    def test_a_session_needs_its_token(self, alice: User) -> None:
+    def test_session_requires_csrf_token(self, alice: User) -> None:
         browser = Client(enforce_csrf_checks=True)
         browser.force_login(alice)
 

@@ -34,7 +34,7 @@ def _nobody_is_seated(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> Iterator
     assert not streams.open_streams.taken
 
 
-def test_one_user_cannot_take_the_streams_of_all(settings: Any) -> None:
+def test_limit_per_user(settings: Any) -> None:
     settings.CHAT_MAX_STREAMS_PER_USER = 2
     settings.CHAT_ALLOW_ANONYMOUS = True
     run = ask()
@@ -74,7 +74,7 @@ def test_one_user_cannot_take_the_streams_of_all(settings: Any) -> None:
     assert Run.objects.count() == before
 
 
-def test_those_who_do_not_sign_in_are_told_apart_by_their_address(settings: Any) -> None:
+def test_limit_per_network_of_anonymous_callers(settings: Any) -> None:
     settings.CHAT_MAX_STREAMS_PER_USER = 1
     settings.TRUSTED_PROXIES = 1
     path = f"/api/chat/runs/{ask().pk}/events"
@@ -94,7 +94,7 @@ def test_those_who_do_not_sign_in_are_told_apart_by_their_address(settings: Any)
     go(scene())
 
 
-def test_a_hundred_at_once_are_no_more_than_one_after_the_other(settings: Any) -> None:
+def test_limit_holds_for_concurrent_requests(settings: Any) -> None:
     settings.CHAT_MAX_STREAMS_PER_USER = 5
     path = f"/api/chat/runs/{ask().pk}/events"
 
@@ -113,7 +113,7 @@ def test_zero_is_no_limit(settings: Any) -> None:
     assert streams.open_streams.taken["user:1"] == len(seated)
 
 
-def test_a_stream_that_nobody_reads_keeps_no_seat() -> None:
+def test_unread_stream_releases_its_slot() -> None:
     """HEAD, and a client that has left before the first frame."""
     run = ask()
 
@@ -126,7 +126,7 @@ def test_a_stream_that_nobody_reads_keeps_no_seat() -> None:
     assert not streams.open_streams.taken
 
 
-def test_beyond_it_streams_are_refused_and_nothing_is_asked(settings: Any) -> None:
+def test_rejected_stream_submits_nothing(settings: Any) -> None:
     settings.CHAT_MAX_STREAMS = 1
     run = ask()
     before = Run.objects.count()

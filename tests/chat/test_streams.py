@@ -74,7 +74,7 @@ def numbers(events: list[Event], attempt: int = 1) -> list[int]:
     return [int(number) for a, number in ids if a == str(attempt) and number != "end"]
 
 
-def test_tokens_come_while_the_model_speaks(model: FakeLLM) -> None:
+def test_tokens_are_streamed_while_the_model_generates(model: FakeLLM) -> None:
     may_end = threading.Event()
     model.script(held(TALK, may_end, 5))
     run = ask("Hi")
@@ -107,7 +107,7 @@ def test_tokens_come_while_the_model_speaks(model: FakeLLM) -> None:
     go(scene())
 
 
-def test_who_comes_late_is_told_what_was_said_before(model: FakeLLM) -> None:
+def test_late_subscriber_gets_everything_streamed_so_far(model: FakeLLM) -> None:
     may_end = threading.Event()
     model.script(held(TALK, may_end, 5))
     run = ask("Hi")
@@ -127,13 +127,13 @@ def test_who_comes_late_is_told_what_was_said_before(model: FakeLLM) -> None:
     worker.join(60)
 
 
-def test_nothing_goes_to_redis_where_nobody_listens(model: FakeLLM, redis: Redis) -> None:
+def test_nothing_is_published_without_subscribers(model: FakeLLM, redis: Redis) -> None:
     run = ask("Hi")
     execution.execute(run.pk)
     assert not redis.exists(publisher.stream_key(run.pk))
 
 
-def test_it_goes_on_after_any_event_in_any_process(model: FakeLLM) -> None:
+def test_stream_resumes_after_any_event_in_any_process(model: FakeLLM) -> None:
     model.script(TALK)
     run = ask("Hi")
     seen: list[Event] = []
@@ -165,7 +165,7 @@ def test_it_goes_on_after_any_event_in_any_process(model: FakeLLM) -> None:
     go(again())
 
 
-def test_who_had_the_outcome_is_told_to_stop_asking(model: FakeLLM) -> None:
+def test_client_with_the_outcome_gets_204(model: FakeLLM) -> None:
     run = ask("Hi")
     execution.execute(run.pk)
 
@@ -179,7 +179,7 @@ def test_who_had_the_outcome_is_told_to_stop_asking(model: FakeLLM) -> None:
     go(scene())
 
 
-def test_what_redis_forgot_is_said(model: FakeLLM, redis: Redis) -> None:
+def test_events_lost_by_redis_are_a_gap(model: FakeLLM, redis: Redis) -> None:
     run = ask("Hi")
     publisher.current().handle({"subscribed": [run.pk]})
     execution.execute(run.pk)
@@ -196,7 +196,7 @@ def test_what_redis_forgot_is_said(model: FakeLLM, redis: Redis) -> None:
     go(scene())
 
 
-def test_an_end_that_nobody_heard_is_said(model: FakeLLM, redis: Redis) -> None:
+def test_missed_end_is_noticed(model: FakeLLM, redis: Redis) -> None:
     """Redis is wiped while the answer comes; whoever puts it together has only its beginning."""
     run = ask("Hi")
     may_end = threading.Event()
@@ -224,7 +224,7 @@ def deaf(publisher_: publisher.Publisher, news: Any) -> None:
     raise RedisConnectionError
 
 
-def test_what_was_trimmed_is_said(model: FakeLLM, redis: Redis) -> None:
+def test_trimmed_events_are_a_gap(model: FakeLLM, redis: Redis) -> None:
     run = ask("Hi")
     execution.claim(run.pk)
     with publisher.current().feed(run.pk, 1, stop=lambda: None) as feed:
@@ -245,11 +245,11 @@ def test_what_was_trimmed_is_said(model: FakeLLM, redis: Redis) -> None:
 
 
 @pytest.mark.parametrize(("feeds", "seconds"), [(1, 0.04), (100, 0.1), (1000, 0.2)])
-def test_the_more_tell_at_once_the_more_is_told_together(feeds: int, seconds: float) -> None:
+def test_more_publishers_send_larger_batches(feeds: int, seconds: float) -> None:
     assert publisher.tick_seconds(feeds) == seconds
 
 
-def test_a_new_attempt_begins_anew(model: FakeLLM) -> None:
+def test_new_attempt_restarts_the_stream(model: FakeLLM) -> None:
     run = ask("Hi")
 
     async def scene() -> None:
@@ -279,7 +279,7 @@ def test_a_new_attempt_begins_anew(model: FakeLLM) -> None:
         ("9-1", 404),
     ],
 )
-def test_a_place_that_is_none_is_refused(value: str, status: int) -> None:
+def test_invalid_event_id_is_rejected(value: str, status: int) -> None:
     run = ask("Hi")
 
     async def scene() -> None:
@@ -291,7 +291,7 @@ def test_a_place_that_is_none_is_refused(value: str, status: int) -> None:
 
 
 @pytest.mark.parametrize("what", ["runs/{run}/events", "threads/{thread}/events"])
-def test_a_stream_is_visible_to_whom_the_run_is(what: str, settings: Any) -> None:
+def test_stream_is_visible_like_its_run(what: str, settings: Any) -> None:
     alice, bob = user("alice"), user("bob")
     run = ask("Hi", owner=alice)
     path = "/api/chat/" + what.format(run=run.pk, thread=run.thread_id)
@@ -317,7 +317,7 @@ def test_a_stream_is_visible_to_whom_the_run_is(what: str, settings: Any) -> Non
     go(scene())
 
 
-def test_a_question_is_answered_with_the_stream(model: FakeLLM) -> None:
+def test_message_is_answered_with_the_stream(model: FakeLLM) -> None:
     async def scene() -> None:
         async with request(
             "/api/chat/messages", "POST", {"content": "Hi"}, accept="text/event-stream"
@@ -347,7 +347,7 @@ def test_a_question_is_answered_with_the_stream(model: FakeLLM) -> None:
         ("text/event-stream, application/json", 200),
     ],
 )
-def test_the_accept_header_decides(accept: str, status: int) -> None:
+def test_accept_header_selects_the_stream(accept: str, status: int) -> None:
     async def scene() -> None:
         async with request(
             "/api/chat/messages", "POST", {"content": "Hi"}, accept=accept
@@ -357,7 +357,7 @@ def test_the_accept_header_decides(accept: str, status: int) -> None:
     go(scene())
 
 
-def test_a_client_that_leaves_leaves_nothing_behind() -> None:
+def test_disconnected_client_leaves_nothing_behind() -> None:
     run = ask("Hi")
 
     async def scene() -> None:
@@ -384,7 +384,7 @@ async def wait_for(condition: Any, seconds: float = 60) -> None:
             await asyncio.sleep(0.01)
 
 
-def test_a_slow_client_misses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_client_misses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subscriber, "MAX_PENDING", 5)
     monkeypatch.setattr(subscriber, "BATCH", 7)
     run = ask("Hi")
@@ -406,7 +406,7 @@ def test_a_slow_client_misses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     go(scene())
 
 
-def test_a_silent_stream_says_that_it_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_idle_stream_sends_keep_alives(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streams, "KEEP_ALIVE_SECONDS", 0.05)
     run = ask("Hi")
     asked: list[Any] = []
@@ -429,7 +429,7 @@ def test_a_silent_stream_says_that_it_lives(monkeypatch: pytest.MonkeyPatch) -> 
     go(scene())
 
 
-def test_the_outcome_comes_although_redis_is_away(model: FakeLLM, settings: Any) -> None:
+def test_outcome_is_sent_without_redis(model: FakeLLM, settings: Any) -> None:
     run = ask("Hi")
     settings.REDIS_URL = "redis://127.0.0.1:1"
 
@@ -443,7 +443,7 @@ def test_the_outcome_comes_although_redis_is_away(model: FakeLLM, settings: Any)
     go(scene())
 
 
-def test_a_waiting_run_is_cancelled_at_once() -> None:
+def test_queued_run_is_cancelled_at_once() -> None:
     run = ask("Hi")
 
     async def scene() -> None:
@@ -461,7 +461,7 @@ def test_a_waiting_run_is_cancelled_at_once() -> None:
     go(scene())
 
 
-def test_a_cancel_is_heeded_between_two_tokens(model: FakeLLM) -> None:
+def test_cancel_takes_effect_between_two_tokens(model: FakeLLM) -> None:
     model.script(Hang(2, Reply(("one ", "two ", "three "))))
     run = ask("Hi")
     worker = Worker(run)
@@ -486,7 +486,7 @@ def test_a_cancel_is_heeded_between_two_tokens(model: FakeLLM) -> None:
     go(scene())
 
 
-def test_a_thread_is_told_in_the_order_of_the_conversation(model: FakeLLM) -> None:
+def test_thread_events_follow_the_conversation(model: FakeLLM) -> None:
     thread = conversation(2)
 
     async def scene() -> None:
@@ -513,7 +513,7 @@ def test_a_thread_is_told_in_the_order_of_the_conversation(model: FakeLLM) -> No
     go(scene())
 
 
-def test_of_a_thread_of_long_turns_few_are_read_at_a_time() -> None:
+def test_long_turns_are_read_in_small_batches() -> None:
     thread = conversation(5)
     Message.objects.filter(thread=thread, role="assistant").update(content="x" * 1_500_000)
     caller = StreamCaller(Access(), None)
@@ -531,7 +531,7 @@ def test_of_a_thread_of_long_turns_few_are_read_at_a_time() -> None:
     assert numbers == [str(number).encode() for number in range(1, 11)]
 
 
-def test_a_thread_says_what_was_deleted() -> None:
+def test_deleted_turns_are_a_gap() -> None:
     thread = conversation(3)
     Message.objects.get(thread=thread, position=2).delete()
 
@@ -545,7 +545,7 @@ def test_a_thread_says_what_was_deleted() -> None:
 
 
 @pytest.mark.parametrize("value", ["x", "-1", "1-1", "9999999999", "²"])
-def test_a_number_that_is_none_is_refused(value: str) -> None:
+def test_invalid_number_is_rejected(value: str) -> None:
     thread = conversation(1)
 
     async def scene() -> None:
@@ -557,7 +557,7 @@ def test_a_number_that_is_none_is_refused(value: str) -> None:
     go(scene())
 
 
-def test_the_breaker_spares_a_run_a_redis_that_is_away(model: FakeLLM, settings: Any) -> None:
+def test_breaker_skips_an_unavailable_redis(model: FakeLLM, settings: Any) -> None:
     run = ask("Hi")
     model.script(Reply(tuple("many words " * 20), delta_latency=0.005))
     publisher._publish_client.reset()

@@ -48,14 +48,14 @@ INDEXES = {"thread_of_owner", "thread_active_of_owner"}
 
 
 class TestList:
-    def test_the_last_asked_in_comes_first(self, mine: APIClient, alice: User) -> None:
+    def test_most_recent_thread_comes_first(self, mine: APIClient, alice: User) -> None:
         older, newer = thread(alice, minutes_ago=2), thread(alice, minutes_ago=1)
         assert ids(mine.get(URL)) == [newer.pk, older.pk]
 
         factories.ask("More", thread_id=older.pk)
         assert ids(mine.get(URL)) == [older.pk, newer.pk]
 
-    def test_what_is_told_of_one(self, mine: APIClient, alice: User) -> None:
+    def test_fields_of_a_thread(self, mine: APIClient, alice: User) -> None:
         first = thread(alice, content="Why is the sky blue? " * 10)
         told = mine.get(URL).json()
 
@@ -67,7 +67,7 @@ class TestList:
         assert one["preview"] == ("Why is the sky blue? " * 10)[:100]
         assert one["updatedAt"].endswith("Z")
 
-    def test_page_after_page_brings_each_once(self, mine: APIClient, alice: User) -> None:
+    def test_pages_return_each_thread_once(self, mine: APIClient, alice: User) -> None:
         at = timezone.now()
         made = [Thread.objects.create(owner=alice) for _ in range(5)]
         # Of the same moment, three of them.
@@ -84,18 +84,18 @@ class TestList:
         assert len(found) == 5
         assert set(found) == {one.pk for one in made}
 
-    def test_others_threads_are_not_in_it(self, mine: APIClient, alice: User) -> None:
+    def test_threads_of_others_are_not_listed(self, mine: APIClient, alice: User) -> None:
         own = thread(alice)
         thread(factories.user("charlie"))
         thread(None)
         assert ids(mine.get(URL)) == [own.pk]
 
-    def test_nobody_sees_nobodys(self, api: APIClient, alice: User) -> None:
+    def test_anonymous_callers_list_anonymous_threads(self, api: APIClient, alice: User) -> None:
         thread(alice)
         free = thread(None)
         assert ids(api.get(URL)) == [free.pk]
 
-    def test_nobody_is_turned_away_where_nobody_may_chat(
+    def test_anonymous_callers_are_rejected_if_not_allowed(
         self, api: APIClient, settings: Any
     ) -> None:
         settings.CHAT_ALLOW_ANONYMOUS = False
@@ -104,14 +104,14 @@ class TestList:
     @pytest.mark.parametrize(
         "query", [{"limit": "0"}, {"limit": "many"}, {"archived": "yes"}, {"archived": ""}]
     )
-    def test_what_makes_no_sense_is_said(self, api: APIClient, query: dict[str, str]) -> None:
+    def test_invalid_query_is_rejected(self, api: APIClient, query: dict[str, str]) -> None:
         assert api.get(URL, query).status_code == 400
 
-    def test_anothers_thread_is_no_place_to_go_on_from(self, mine: APIClient) -> None:
+    def test_thread_of_another_is_no_cursor(self, mine: APIClient) -> None:
         theirs = thread(factories.user("charlie"))
         assert mine.get(URL, {"before": theirs.pk}).status_code == 404
 
-    def test_as_many_queries_for_many_as_for_few(
+    def test_queries_do_not_grow_with_threads(
         self, mine: APIClient, alice: User, django_assert_num_queries: Any
     ) -> None:
         for _ in range(3):
@@ -124,7 +124,7 @@ class TestList:
             mine.get(URL)
 
     @pytest.mark.parametrize("whose", ["hers", "nobodys"])
-    def test_it_is_read_along_an_index(self, alice: User, whose: str) -> None:
+    def test_list_uses_an_index(self, alice: User, whose: str) -> None:
         for owner in (alice, None):
             Thread.objects.bulk_create(Thread(owner=owner) for _ in range(300))
         with connection.cursor() as cursor:
@@ -144,7 +144,7 @@ class TestList:
 
 
 class TestChange:
-    def test_a_title_is_given_and_taken_away(self, mine: APIClient, alice: User) -> None:
+    def test_title_is_set_and_cleared(self, mine: APIClient, alice: User) -> None:
         url = f"{URL}/{thread(alice, minutes_ago=5).pk}"
         before = mine.get(url).json()["thread"]["updatedAt"]
 
@@ -155,7 +155,7 @@ class TestChange:
         assert told.json()["thread"]["updatedAt"] == before
         assert mine.patch(url, {"title": ""}, format="json").json()["thread"]["title"] == ""
 
-    def test_an_archived_one_leaves_the_list_and_comes_back(
+    def test_archived_thread_leaves_the_list_and_returns(
         self, mine: APIClient, alice: User
     ) -> None:
         first, second = thread(alice, minutes_ago=2), thread(alice, minutes_ago=1)
@@ -167,7 +167,7 @@ class TestChange:
         assert not mine.patch(url, {"archived": False}, format="json").json()["thread"]["archived"]
         assert ids(mine.get(URL)) == [second.pk, first.pk]
 
-    def test_it_stays_archived_since_the_first_time(self, mine: APIClient, alice: User) -> None:
+    def test_archiving_twice_keeps_the_time(self, mine: APIClient, alice: User) -> None:
         first = thread(alice)
         url = f"{URL}/{first.pk}"
         mine.patch(url, {"archived": True}, format="json")
@@ -177,7 +177,7 @@ class TestChange:
         first.refresh_from_db()
         assert (first.archived_at, first.title) == (since, "Old")
 
-    def test_a_question_takes_it_out_of_the_archive(self, mine: APIClient, alice: User) -> None:
+    def test_message_unarchives_the_thread(self, mine: APIClient, alice: User) -> None:
         first = thread(alice)
         mine.patch(f"{URL}/{first.pk}", {"archived": True}, format="json")
         factories.ask("Are you there?", thread_id=first.pk)
@@ -195,7 +195,7 @@ class TestChange:
             [],
         ],
     )
-    def test_what_is_wrong_changes_nothing(self, mine: APIClient, alice: User, body: Any) -> None:
+    def test_invalid_change_is_rejected(self, mine: APIClient, alice: User, body: Any) -> None:
         first = thread(alice)
         response = mine.patch(f"{URL}/{first.pk}", body, format="json")
         assert response.status_code == 400
@@ -212,7 +212,7 @@ class TestChange:
 
 
 class TestDelete:
-    def test_it_goes_with_all_that_was_said(self, mine: APIClient, alice: User) -> None:
+    def test_deletion_removes_messages_and_runs(self, mine: APIClient, alice: User) -> None:
         merged = factories.ask(owner=alice)
         run = factories.ask(
             "And?", owner=alice, thread_id=merged.thread_id, when_busy=WhenBusy.MERGE
@@ -228,7 +228,7 @@ class TestDelete:
         assert Thread.objects.get() == kept
         assert set(Message.objects.values_list("thread", flat=True)) == {kept.pk}
 
-    def test_what_it_took_stays_in_the_figures(self, alice: User) -> None:
+    def test_usage_survives_the_deletion(self, alice: User) -> None:
         done = factories.ask(owner=alice)
         execution.execute(done.pk)
         factories.ask("Another", thread_id=done.thread_id)
@@ -240,7 +240,7 @@ class TestDelete:
         assert (usage.user, usage.runs) == (alice.username, 2)
 
     @pytest.mark.django_db(transaction=True)
-    def test_what_goes_on_in_it_is_cancelled_and_told_so(self, redis: Any, settings: Any) -> None:
+    def test_deletion_cancels_unfinished_runs(self, redis: Any, settings: Any) -> None:
         held = execution.claim(factories.ask("one").pk)
         assert held
         waiting = factories.ask("two", thread_id=held.thread_id)
@@ -251,7 +251,7 @@ class TestDelete:
             cancelled = [e for e in told if b"agent.run.cancelled" in e and run.pk.encode() in e]
             assert len(cancelled) == 1
 
-    def test_whoever_works_on_it_writes_nothing_and_goes_on(self, caplog: Any) -> None:
+    def test_worker_discards_the_result_of_a_deleted_run(self, caplog: Any) -> None:
         held = execution.claim(factories.ask().pk)
         assert held
         retention.delete_thread(held.thread)
@@ -262,7 +262,7 @@ class TestDelete:
         assert memory.summarise(held.thread_id) is None
         assert not Message.objects.exists()
 
-    def test_a_worker_that_was_about_to_begin_gives_up(self, monkeypatch: Any, caplog: Any) -> None:
+    def test_worker_skips_a_deleted_run(self, monkeypatch: Any, caplog: Any) -> None:
         run = factories.ask()
         carry_out = execution.commands.execute
 
@@ -275,7 +275,7 @@ class TestDelete:
         assert "unexpectedly" not in caplog.text
 
     @pytest.mark.django_db(transaction=True)
-    def test_questions_that_come_at_the_same_time_are_asked_before_it_or_refused(self) -> None:
+    def test_concurrent_messages_are_accepted_before_deletion_or_rejected(self) -> None:
         thread = factories.ask(thread_id="busy").thread
         failures: list[BaseException] = []
 
@@ -302,7 +302,7 @@ class TestRetry:
     def retry(self, api: APIClient, run: Run) -> Any:
         return api.post(f"/api/chat/runs/{run.pk}/retry")
 
-    def test_a_cancelled_run_begins_anew(self, mine: APIClient, alice: User) -> None:
+    def test_cancelled_run_is_retried(self, mine: APIClient, alice: User) -> None:
         run = factories.ask(owner=alice)
         actions.cancel(run)
         response = self.retry(mine, run)
@@ -311,7 +311,7 @@ class TestRetry:
         assert (told["ok"], told["run"]["id"], told["run"]["status"]) == (True, run.pk, "queued")
         assert execution.claim(run.pk)
 
-    def test_one_that_goes_on_or_was_answered_does_not(self, mine: APIClient, alice: User) -> None:
+    def test_unfinished_or_completed_run_is_not_retried(self, mine: APIClient, alice: User) -> None:
         run = factories.ask(owner=alice)
         response = self.retry(mine, run)
         assert response.status_code == 409

@@ -69,9 +69,7 @@ async def work() -> None:
 
 
 @pytest.mark.django_db(transaction=True)
-def test_every_command_of_the_document_does_what_it_says(
-    redis: Any, settings: Any, tmp_path: Path
-) -> None:
+def test_every_command_works_as_documented(redis: Any, settings: Any, tmp_path: Path) -> None:
     settings.CHAT_ALLOW_ANONYMOUS = False
     User.objects.create_matrix_user(USER)
     ended: list[Any] = []

@@ -22,9 +22,7 @@ SCHEMATHESIS = Path(sys.executable).parent / "schemathesis"
 
 
 @pytest.mark.django_db(transaction=True)
-def test_the_server_does_what_its_description_says(
-    redis: Any, settings: Any, tmp_path: Path
-) -> None:
+def test_server_conforms_to_the_description(redis: Any, settings: Any, tmp_path: Path) -> None:
     settings.CHAT_ALLOW_ANONYMOUS = False
     settings.HOOKS_ALLOWED_HOSTS = ["hooks.example.org"]
     # Named as the examples are.

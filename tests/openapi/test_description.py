@@ -38,11 +38,11 @@ def served() -> set[str]:
     return {at for at in found if re.match("/(_|api)", at) and "^" not in at}
 
 
-def test_it_tells_of_every_address(described: Any) -> None:
+def test_every_path_is_described(described: Any) -> None:
     assert set(described["paths"]) == served() - {"/api/schema", "/api/docs"}
 
 
-def test_each_operation_says_what_it_is_and_how_it_fails(described: Any) -> None:
+def test_each_operation_has_a_summary_and_error_responses(described: Any) -> None:
     for path, operations in described["paths"].items():
         for method, operation in operations.items():
             assert operation["summary"], (method, path)
@@ -59,7 +59,7 @@ def test_each_operation_says_what_it_is_and_how_it_fails(described: Any) -> None
     assert len(names) == len(set(names))
 
 
-def test_the_examples_are_what_the_description_says(described: Any) -> None:
+def test_examples_are_valid(described: Any) -> None:
     checked = 0
     for schema, example in examples(described):
         Draft202012Validator(schema | {"components": described["components"]}).validate(example)
@@ -83,13 +83,13 @@ def examples(node: Any) -> Iterator[tuple[Any, Any]]:
                 yield from examples(each)
 
 
-def test_it_has_not_changed_for_whoever_has_it(api: APIClient) -> None:
+def test_unchanged_description_is_304(api: APIClient) -> None:
     first = api.get("/api/schema")
 
     assert api.get("/api/schema", headers={"If-None-Match": first["ETag"]}).status_code == 304
 
 
-def test_a_description_that_is_out_of_date_is_noticed(
+def test_outdated_description_is_detected(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(command, "FILE", tmp_path / "openapi.yaml")
@@ -102,7 +102,7 @@ def test_a_description_that_is_out_of_date_is_noticed(
     assert command.FILE.read_text() == (ROOT / "docs/openapi.yaml").read_text()
 
 
-def test_the_page_loads_nothing_from_elsewhere(api: APIClient) -> None:
+def test_page_loads_only_own_resources(api: APIClient) -> None:
     response = api.get("/api/docs")
 
     page = response.content.decode()
@@ -117,6 +117,6 @@ def test_the_page_loads_nothing_from_elsewhere(api: APIClient) -> None:
 
 
 @pytest.mark.parametrize("at", ["/api/schema", "/api/docs"])
-def test_they_are_only_read(api: APIClient, at: str) -> None:
+def test_only_reading_is_allowed(api: APIClient, at: str) -> None:
     assert api.post(at).status_code == 405
     assert api.head(at).status_code == 200
