@@ -149,7 +149,7 @@ class MaskedBodiesMixin:
     """An admin whose rows hold people's messages. Lists and pages mask them for users without
     `chat.read_messages`; reading them leaves an audit entry."""
 
-    # The name of a column or field and the path of its text: {"question": "message.content"}
+    # The name of a column or field and the path of its text: {"message": "message.content"}
     bodies: dict[str, str] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -265,6 +265,7 @@ POST_MESSAGE = """curl localhost:3000/api/chat/messages -d '{"content": "Hello"}
 
 class ConsoleAdmin(PagedMixin, ModelAdmin):
     empty = EmptyState("Nothing here yet.")
+    search_help_text = "Exact ID or name"
     list_per_page = 50
     list_fullwidth = True
     list_filter_submit = False

@@ -336,7 +336,7 @@ class BotRegistrationAdmin(SwitchMixin, ConsoleAdmin):
     change_form_outer_after_template = "console/registration_events.html"
 
     def get_readonly_fields(self, request: HttpRequest, obj: Any = None) -> list[str]:
-        """A bot keeps its owner."""
+        """Keep the owner of an existing registration read-only."""
         return ["username", "id", "created_at", *(["user"] if obj else [])]
 
     def get_queryset(self, request: HttpRequest) -> QuerySet[BotRegistration]:

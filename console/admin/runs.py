@@ -70,13 +70,13 @@ class RunAdmin(ReasonMixin, DetailPageMixin, MaskedBodiesMixin, ReadOnlyAdmin):
     page_template = "console/run.html"
     live_template = "console/run_live.html"
     page_related = ("thread__owner", "message", "answer")
-    bodies = {"question": "message.content", "input": "input"}
+    bodies = {"message": "message.content", "input": "input"}
     list_display = [
         "id",
         "state",
         "cause",
         "created_at",
-        "question",
+        "message",
         "took",
         "model",
         "attempt",

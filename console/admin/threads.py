@@ -87,8 +87,8 @@ def _number(request: HttpRequest, name: str) -> int | None:
 @admin.register(Message)
 class MessageAdmin(MaskedBodiesMixin, ReadOnlyAdmin):
     empty = EmptyState("Send the first message:", POST_MESSAGE)
-    bodies = {"beginning": "content", "content": "content"}
-    list_display = ["id", "thread", "position", "role", "beginning", "created_at"]
+    bodies = {"preview": "content", "content": "content"}
+    list_display = ["id", "thread", "position", "role", "preview", "created_at"]
     list_filter = ["role", PeriodFilter]
     search_fields = [
         "=id",

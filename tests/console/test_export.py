@@ -92,7 +92,7 @@ def test_whole_bodies_for_those_who_may_read_them(sign_in: SignIn) -> None:
 
     (row,) = exported(sign_in("Operator"), "/admin/chat/message/")
 
-    assert len(row["beginning"]) == 500
+    assert len(row["preview"]) == 500
 
 
 def test_masked_bodies_and_no_export_at_all_for_others(sign_in: SignIn) -> None:
@@ -106,7 +106,7 @@ def test_masked_bodies_and_no_export_at_all_for_others(sign_in: SignIn) -> None:
 
     browser.user.user_permissions.add(Permission.objects.get(codename="export_rows"))  # type: ignore[attr-defined]
     (row,) = exported(browser, "/admin/chat/message/")
-    assert row["beginning"] == "•••• 22 characters"
+    assert row["preview"] == "•••• 22 characters"
 
 
 def test_the_queries_do_not_grow_with_the_rows(sign_in: SignIn) -> None:
