@@ -84,8 +84,8 @@ class Starter:
             self._server.stdin.write(json.dumps(case) + "\n")
             self._server.stdin.flush()
             status = int(self._server.stdout.readline())
-            told = {name: file.read_text() for name, file in files.items()}
-        return subprocess.CompletedProcess([expression], status, **told)
+            result = {name: file.read_text() for name, file in files.items()}
+        return subprocess.CompletedProcess([expression], status, **result)
 
     @staticmethod
     def _environment(own: dict[str, str]) -> dict[str, str]:

@@ -64,15 +64,15 @@ def answer(
 
 def test_a_request_comes_as_it_was_sent() -> None:
     status, headers, raw = answer("/api/echo/a%20%C3%A4?q=%C3%A4", "POST", {"a": 1}, x_one="1")
-    told = json.loads(raw)
+    result = json.loads(raw)
 
     assert status == 200
     assert headers["content-type"] == "application/json"
-    assert told["path"] == "/api/echo/a ä"
-    assert told["body"] == '{"a": 1}'
-    assert told["meta"]["QUERY_STRING"] == "q=%C3%A4"
-    assert told["meta"]["HTTP_X_ONE"] == "1"
-    assert told["meta"]["REMOTE_ADDR"] == "127.0.0.1"
+    assert result["path"] == "/api/echo/a ä"
+    assert result["body"] == '{"a": 1}'
+    assert result["meta"]["QUERY_STRING"] == "q=%C3%A4"
+    assert result["meta"]["HTTP_X_ONE"] == "1"
+    assert result["meta"]["REMOTE_ADDR"] == "127.0.0.1"
 
 
 def test_a_header_cannot_pass_for_another() -> None:

@@ -270,8 +270,8 @@ class TestWaiting:
                 more.ask("/api/hold")
                 status, headers, body = await more.answer()
                 assert (status, headers["retry-after"]) == (503, "2")
-                told = json.loads(body)
-                assert (told["ok"], told["code"]) == (False, "too_busy")
+                output = json.loads(body)
+                assert (output["ok"], output["code"]) == (False, "too_busy")
 
                 document = await connect()
                 document.ask("/api/threads/hold")
@@ -621,9 +621,9 @@ class TestMemory:
                 wire = await connect()
                 wire.ask("/api/quick", "Connection: Upgrade", "Upgrade: websocket")
                 wire.writer.write(b"x" * 1000)
-                told = await wire.rest()
-                assert told.startswith(b"HTTP/1.1 200")
-                assert told.count(b"HTTP/1.1") == 1
+                output = await wire.rest()
+                assert output.startswith(b"HTTP/1.1 200")
+                assert output.count(b"HTTP/1.1") == 1
 
         go(play())
 

@@ -66,11 +66,11 @@ def test_a_command_is_there_and_knows_its_options(where: str) -> None:
         return
     assert (Path(sys.executable).parent / program).exists()
     asked = [program, "--help"] if program == "uvicorn" else [program, "worker", "--help"]
-    told = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-m", *asked], capture_output=True, text=True, timeout=300, check=True
     ).stdout
     options = {argument for argument in arguments if argument.startswith("--")}
-    assert {name for name in options if name not in told} <= {"--quiet"}  # celery's own
+    assert {name for name in options if name not in result} <= {"--quiet"}  # celery's own
     for target in (argument for argument in arguments if ":" in argument):
         assert callable(import_string(target.replace(":", ".")))
 

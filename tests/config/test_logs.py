@@ -66,12 +66,12 @@ def line() -> Iterator[Any]:
 
 def test_a_line_carries_the_ids_of_its_run(line: Any) -> None:
     with structlog.contextvars.bound_contextvars(run="run_1", thread="thr_1", correlation_id="c"):
-        told = line(lambda logger: logger.info("Run %s", "completed"))
+        result = line(lambda logger: logger.info("Run %s", "completed"))
 
-    assert told["message"] == "Run completed"
-    assert (told["run"], told["thread"], told["correlation_id"]) == ("run_1", "thr_1", "c")
-    assert (told["level"], told["logger"]) == ("info", "agents.runs.execution")
-    assert told["timestamp"].endswith("Z")
+    assert result["message"] == "Run completed"
+    assert (result["run"], result["thread"], result["correlation_id"]) == ("run_1", "thr_1", "c")
+    assert (result["level"], result["logger"]) == ("info", "agents.runs.execution")
+    assert result["timestamp"].endswith("Z")
 
 
 def test_a_traceback_for_a_person_shows_no_local_variables() -> None:

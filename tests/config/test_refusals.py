@@ -36,8 +36,8 @@ def written() -> Iterator[io.StringIO]:
 def lines(text: io.StringIO, about: str) -> list[dict[str, Any]]:
     assert "canary" not in text.getvalue()
     assert len(text.getvalue()) < 4_000
-    told = [json.loads(line) for line in text.getvalue().splitlines()]
-    return [line for line in told if about in line["message"]]
+    result = [json.loads(line) for line in text.getvalue().splitlines()]
+    return [line for line in result if about in line["message"]]
 
 
 def test_a_forbidden_host(written: io.StringIO) -> None:

@@ -48,21 +48,21 @@ ADDRESSES = [
 
 @pytest.mark.parametrize(("text", "secret"), [*AUTHORIZATION, *PASSWORDS, *ADDRESSES])
 def test_it_goes(text: str, secret: str) -> None:
-    told = clean(text)
-    assert secret not in told
-    assert REMOVED in told
+    result = clean(text)
+    assert secret not in result
+    assert REMOVED in result
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "result"),
     [
         ("{'password': 'a b', 'x': 1}", "{'password': '[removed]', 'x': 1}"),
         ('"authorization": "Basic abc", "x": 1', '"authorization": "Basic [removed]", "x": 1'),
         ("postgres://user:p/w@host/db failed", "postgres://user:[removed]@host/db failed"),
     ],
 )
-def test_what_stands_beside_it_stays(text: str, told: str) -> None:
-    assert clean(text) == told
+def test_what_stands_beside_it_stays(text: str, result: str) -> None:
+    assert clean(text) == result
 
 
 @pytest.mark.parametrize(
@@ -81,28 +81,28 @@ def test_the_rest_stays(text: str) -> None:
 
 class TestLength:
     def test_a_long_text_is_cut_with_a_note(self) -> None:
-        told = shortened("a" * 10_000 + "the end", clean)
-        assert len(told) < FIELD + 100
-        assert f"[{10_007 - FIELD} characters cut]" in told
-        assert told.endswith("the end")
+        result = shortened("a" * 10_000 + "the end", clean)
+        assert len(result) < FIELD + 100
+        assert f"[{10_007 - FIELD} characters cut]" in result
+        assert result.endswith("the end")
 
     @pytest.mark.parametrize("place", range(FIELD * 3 // 4 - len(SECRET), FIELD * 3 // 4 + 1, 4))
     def test_no_half_of_a_secret_is_left_at_the_cut(self, place: int) -> None:
         for secret in (SECRET, "redis://u:canary-canary@host", "sk-canary-canary"):
-            told = shortened("a " * (place // 2) + secret + " b" * 10_000, clean)
-            assert SECRET[:8] not in told
-            assert "canary" not in told
+            result = shortened("a " * (place // 2) + secret + " b" * 10_000, clean)
+            assert SECRET[:8] not in result
+            assert "canary" not in result
 
     def test_of_what_is_longer_than_is_looked_at_the_end_is_not_shown(self) -> None:
         assert "canary" not in shortened("a" * 200_000 + "canary", clean)
 
     def test_it_goes_by_names_too(self) -> None:
-        told = cleaned(
+        result = cleaned(
             {"headers": {"Cookie": "a", "x": ["b" * 20_000]}, "api_key": "a", "n": 1}, clean
         )
-        assert told["headers"]["Cookie"] == told["api_key"] == REMOVED
-        assert len(told["headers"]["x"][0]) < FIELD + 100
-        assert told["n"] == 1
+        assert result["headers"]["Cookie"] == result["api_key"] == REMOVED
+        assert len(result["headers"]["x"][0]) < FIELD + 100
+        assert result["n"] == 1
 
 
 OPENERS = [

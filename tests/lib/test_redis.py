@@ -316,8 +316,8 @@ class TestStart:
 
     def test_a_file_that_is_not_there(self) -> None:
         for name in ("REDIS_CA_FILE", "REDIS_CLIENT_CERT_FILE", "REDIS_CLIENT_KEY_FILE"):
-            told = self.refused(REDIS_URL="rediss://a", **{name: "/nowhere.pem"})
-            assert f"{name}: /nowhere.pem cannot be read: No such file" in told
+            result = self.refused(REDIS_URL="rediss://a", **{name: "/nowhere.pem"})
+            assert f"{name}: /nowhere.pem cannot be read: No such file" in result
 
     def test_a_file_that_is_none(self, authority: Authority, tmp_path: Path) -> None:
         empty = tmp_path / "empty.pem"
@@ -326,15 +326,15 @@ class TestStart:
         other = authority.issue("other")[1]
 
         assert "REDIS_CA_FILE" in self.refused(REDIS_URL="rediss://a", REDIS_CA_FILE=empty)
-        told = self.refused(
+        result = self.refused(
             REDIS_URL="rediss://a", REDIS_CLIENT_CERT_FILE=mine, REDIS_CLIENT_KEY_FILE=other
         )
-        assert "REDIS_CLIENT_KEY_FILE" in told
+        assert "REDIS_CLIENT_KEY_FILE" in result
 
     def test_certificates_without_tls(self, authority: Authority) -> None:
-        told = self.refused(REDIS_URL="redis://a", REDIS_CA_FILE=authority.file)
+        result = self.refused(REDIS_URL="redis://a", REDIS_CA_FILE=authority.file)
 
-        assert "need TLS" in told
+        assert "need TLS" in result
 
 
 def test_celery_shows_no_password() -> None:

@@ -59,11 +59,11 @@ def test_a_bot_is_shown_with_its_commands(admin_client: Client, bot: BotRegistra
 
 
 def test_an_admin_registers_a_bot_for_a_user(admin_client: Client, alice: User) -> None:
-    told = inline(
+    result = inline(
         command="chat.reply",
         filter='{"type": "matrix-event", "event_type": "m.room.message", "content_type": "m.text"}',
     )
-    response = admin_client.post(f"{REGISTRATIONS}add/", {"user": alice.pk} | told)
+    response = admin_client.post(f"{REGISTRATIONS}add/", {"user": alice.pk} | result)
     assert response.status_code == 302
     bot = BotRegistration.objects.get()
     assert (bot.user, bot.username) == (alice, "@alice:localhost")
@@ -84,8 +84,8 @@ def test_an_admin_registers_a_bot_for_a_user(admin_client: Client, alice: User) 
 def test_an_admin_is_told_what_is_wrong(
     admin_client: Client, alice: User, command: str, filter_: str, says: str
 ) -> None:
-    told = inline(command=command, filter=filter_)
-    response = admin_client.post(f"{REGISTRATIONS}add/", {"user": alice.pk} | told)
+    result = inline(command=command, filter=filter_)
+    response = admin_client.post(f"{REGISTRATIONS}add/", {"user": alice.pk} | result)
     assert response.status_code == 200
     assert says in response.text
     assert not BotRegistration.objects.exists()
@@ -99,8 +99,8 @@ def test_a_user_without_a_matrix_id_has_no_bots(admin_client: Client, admin_user
 def test_a_command_is_changed_and_removed(admin_client: Client, bot: BotRegistration) -> None:
     page = f"{COMMANDS}{bot.commands.get().pk}/"
     changed = '{"type": "matrix-event", "event_type": "m.room.message", "content_type": "m.emote"}'
-    told = {"registration": str(bot.pk), "command": "ping", "filter": changed}
-    assert admin_client.post(f"{page}change/", told).status_code == 302
+    result = {"registration": str(bot.pk), "command": "ping", "filter": changed}
+    assert admin_client.post(f"{page}change/", result).status_code == 302
     assert bot.commands.get().when.content_type == "m.emote"
     assert admin_client.post(f"{page}delete/", {"post": "yes"}).status_code == 302
     assert not bot.commands.exists()

@@ -100,8 +100,8 @@ def test_every_missing_attribute_is_named(alice: User) -> None:
     document = {"data": {"type": "bot-command", "attributes": {}}}
     response = client_of(alice).send("POST", "/_bot-commands", document)
     assert response.status_code == 400
-    told = {(error["source"]["pointer"], error["code"]) for error in response.json()["errors"]}
-    assert told == {
+    result = {(error["source"]["pointer"], error["code"]) for error in response.json()["errors"]}
+    assert result == {
         (f"/data/attributes/{name}", "required") for name in ("botId", "command", "filter")
     }
 

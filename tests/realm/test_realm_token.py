@@ -54,10 +54,10 @@ def test_it_revokes_all_tokens_of_a_user_and_prints_none(alice: User) -> None:
     old = [printed("@alice:localhost"), printed("@alice:localhost", "--hours", "1")]
     assert all(map(good, old))
 
-    said = printed("@alice:localhost", "--revoke")
+    output = printed("@alice:localhost", "--revoke")
 
-    assert said.startswith("All tokens of @alice:localhost are revoked.")
-    assert "ey" + "J" not in said
+    assert output.startswith("All tokens of @alice:localhost are revoked.")
+    assert "ey" + "J" not in output
     assert not any(map(good, old))
     entry = AuditEntry.objects.get()
     assert (entry.name, entry.action, entry.object_id, entry.result) == (

@@ -75,12 +75,12 @@ def test_odd_names_are_sent_as_they_are(server: str, django_user_model: Any, nam
 
 def test_it_tells_why_the_server_refuses(server: str, alice: User, bob: User) -> None:
     token = tokens.issue("@alice:localhost")
-    said = refused(
+    output = refused(
         register(REALM_SERVER_URL=server, REALM_SERVER_JWT=token, USERNAME="@bob:localhost")
     )
-    assert "403: The username must be the Matrix id of the token's user." in said
-    said = refused(register(REALM_SERVER_URL=server, REALM_SERVER_JWT="not.a.token"))
-    assert "401: The token is not valid." in said
+    assert "403: The username must be the Matrix id of the token's user." in output
+    output = refused(register(REALM_SERVER_URL=server, REALM_SERVER_JWT="not.a.token"))
+    assert "401: The token is not valid." in output
     assert not BotRegistration.objects.exists()
 
 

@@ -180,12 +180,12 @@ class TestSessions:
     @pytest.mark.parametrize("path", [LOGIN, "/login"])
     def test_nobody_learns_who_has_an_account(self, alice: User, path: str) -> None:
         User.objects.create_user("gone", password=PASSWORD, is_active=False)
-        told = set()
+        result = set()
         for name in ("alice", "nobody", "gone", "@matrix:localhost"):
             form = {"username": name, "password": "wrong"}
             page = Client().post(path, form).text.replace(name, "NAME")
-            told.add(re.sub(r'csrfmiddlewaretoken" value="\w+"', "", page))
-        assert len(told) == 1
+            result.add(re.sub(r'csrfmiddlewaretoken" value="\w+"', "", page))
+        assert len(result) == 1
 
 
 class TestSecondFactor:

@@ -51,18 +51,18 @@ class TestInRooms:
         owner = scenes.ALICE if registered_by == "sender" else scenes.ME
         if form == "trigger":
             scenes.command(owner, "ping", **scenes.TRIGGER)
-            said = scenes.event(
+            event = scenes.event(
                 {"type": "ping", "input": "x", "realm": "r", "userId": "u"},
                 type="app.boxel.bot-trigger",
             )
         else:
             extra = {"mention": {"mention": True}, "command": {"prefix": "!ask"}}.get(form, {})
             scenes.command(owner, **extra)
-            said = scenes.event(f"!ask {scenes.ME} Hello")
-            said["content"]["m.mentions"] = {"user_ids": [scenes.ME]}
+            event = scenes.event(f"!ask {scenes.ME} Hello")
+            event["content"]["m.mentions"] = {"user_ids": [scenes.ME]}
         deactivate(scenes.ALICE)
 
-        assert scenes.take_in(account, said) == 0
+        assert scenes.take_in(account, event) == 0
 
         assert not Run.objects.exists()
         assert not Reply.objects.exists()

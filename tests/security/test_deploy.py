@@ -100,9 +100,9 @@ SECURE = {"HTTP_X_FORWARDED_PROTO": "https"}  # as the proxy says
 
 
 def test_django_has_nothing_to_say_about_a_deployment() -> None:
-    told = python("manage.py", "check", "--deploy", "--fail-level", "WARNING")
+    result = python("manage.py", "check", "--deploy", "--fail-level", "WARNING")
 
-    assert "no issues" in told
+    assert "no issues" in result
 
 
 def test_plain_http_is_sent_to_https(production: Production) -> None:
@@ -274,7 +274,7 @@ class TestWhatListens:
 
 
 @pytest.mark.parametrize(
-    ("dependencies", "said"),
+    ("dependencies", "output"),
     [
         ([{"name": "Django_X", "version": "1.0", "vulns": []}], []),
         ([], ["django-x was not audited"]),
@@ -287,9 +287,9 @@ class TestWhatListens:
     ],
 )
 def test_what_was_not_audited_is_not_taken_for_sound(
-    dependencies: list[dict[str, Any]], said: list[str]
+    dependencies: list[dict[str, Any]], output: list[str]
 ) -> None:
-    assert audit.findings({"dependencies": dependencies}, {"django-x": "1.0"}) == said
+    assert audit.findings({"dependencies": dependencies}, {"django-x": "1.0"}) == output
     assert len(audit.locked()) > 100
 
 

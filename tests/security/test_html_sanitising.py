@@ -38,11 +38,11 @@ SignIn = Callable[..., Client]
 
 class TestMarkdown:
     @pytest.mark.parametrize("apart", [True, False], ids=["page", "room"])
-    @pytest.mark.parametrize("said", HOSTILE)
+    @pytest.mark.parametrize("markdown", HOSTILE)
     def test_what_is_made_of_it_has_harmless_tags_attributes_and_addresses(
-        self, said: str, apart: bool
+        self, markdown: str, apart: bool
     ) -> None:
-        html = to_html(said, new_tab=apart)
+        html = to_html(markdown, new_tab=apart)
         parsed = Parsed(html)
 
         assert parsed.tags <= TAGS
@@ -180,22 +180,22 @@ def test_the_api_tells_it_as_data_that_no_browser_takes_for_a_page(model: FakeLL
         f"/api/chat/threads/{run.thread_id}/messages",
         f"/api/runs/{run.pk}?include=answer",
     ):
-        told = browser.get(path, headers={"Accept": "text/html,application/json"})
-        assert SCRIPT in told.text
-        assert told["Content-Type"] in ("application/json", "application/vnd.api+json")
-        assert told["X-Content-Type-Options"] == "nosniff"
+        response = browser.get(path, headers={"Accept": "text/html,application/json"})
+        assert SCRIPT in response.text
+        assert response["Content-Type"] in ("application/json", "application/vnd.api+json")
+        assert response["X-Content-Type-Options"] == "nosniff"
 
 
 @pytest.mark.django_db
 def test_a_spreadsheet_finds_no_formula(sign_in: SignIn) -> None:  # noqa: F811
-    said = ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", "  =1", "＝1", 'a "quoted", text\nline']  # noqa: RUF001
-    for text in said:
+    rows = ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", "  =1", "＝1", 'a "quoted", text\nline']  # noqa: RUF001
+    for text in rows:
         Message.objects.filter(pk=factories.ask().message_id).update(content=text)
 
     rows = exported(sign_in("Operator"), "/admin/chat/message/")
 
     shown = {row["beginning"] for row in rows}
-    assert shown == {f"'{text}" for text in said[:-1]} | {said[-1]}
+    assert shown == {f"'{text}" for text in rows[:-1]} | {rows[-1]}
 
 
 def ours(pattern: str) -> list[Path]:

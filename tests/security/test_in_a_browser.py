@@ -68,7 +68,7 @@ def frame(number: int, event: str, /, **data: object) -> str:
     return f"id: 1-{number}\nevent: {event}\ndata: {json.dumps(data)}\n\n"
 
 
-def told() -> str:
+def result() -> str:
     frames = [frame(0, "run.status", status="processing", attempt=1)]
     for number, text in enumerate([*TOLD, END], start=1):
         frames.append(frame(number, "message.delta", step=1, text=text + "\n"))
@@ -81,7 +81,7 @@ def test_what_streams_in_is_text_and_nothing_else() -> None:
     run = factories.ask(TOLD[0])
     path = f"/threads/{run.thread_id}"
     page = Client().get(path)
-    stream = (told(), {"Content-Type": "text/event-stream"})
+    stream = (result(), {"Content-Type": "text/event-stream"})
     answers = {path: (page.text, page.headers), f"/api/chat/runs/{run.pk}/events": stream}
     with browsing(answers) as window:
         window.goto(HERE + path)

@@ -485,17 +485,17 @@ def test_more_query_parameters_than_anybody_needs(client: Client) -> None:
 def test_fields_of_nothing(client: Client, alice: User) -> None:
     BotRegistration.objects.create(user=alice, username="@alice:localhost")
     for query in ("fields[bot-registration]=", "include="):
-        [told] = client.get(f"/_bot-registrations?{query}").json()["data"]
-        assert "attributes" in told or query.startswith("fields")
+        [result] = client.get(f"/_bot-registrations?{query}").json()["data"]
+        assert "attributes" in result or query.startswith("fields")
 
 
 def test_some_fields(client: Client, alice: User) -> None:
     BotRegistration.objects.create(user=alice, username="@alice:localhost")
 
     query = "fields[bot-registration]=createdAt,enabled"
-    [told] = client.get(f"/_bot-registrations?{query}").json()["data"]
+    [result] = client.get(f"/_bot-registrations?{query}").json()["data"]
 
-    assert set(told["attributes"]) == {"createdAt", "enabled"}
+    assert set(result["attributes"]) == {"createdAt", "enabled"}
 
 
 @pytest.mark.parametrize(

@@ -29,9 +29,9 @@ DAY = 24 * 3600
 def claims(**changes: Any) -> dict[str, Any]:
     """Good ones but for the changes: None takes a claim away, a function gets the time."""
     now = int(time.time())
-    told = {"user": "@alice:localhost", "iat": now, "exp": now + DAY} | changes
-    told = {name: value(now) if callable(value) else value for name, value in told.items()}
-    return {name: value for name, value in told.items() if value is not None}
+    claims = {"user": "@alice:localhost", "iat": now, "exp": now + DAY} | changes
+    claims = {name: value(now) if callable(value) else value for name, value in claims.items()}
+    return {name: value for name, value in claims.items() if value is not None}
 
 
 def token(seed: str, header: dict[str, Any] | None = None, **changes: Any) -> str:
@@ -334,11 +334,11 @@ def test_a_revoked_token_is_told_what_to_do(alice: User, seed: str) -> None:
     alice.revoke_tokens()
     client = Client()
     client.credentials(HTTP_AUTHORIZATION=f"Bearer {token(seed)}")
-    said = "The token has been revoked. Get a new one: POST /_server-session."
+    message = "The token has been revoked. Get a new one: POST /_server-session."
     for path in ("/_bot-registrations", "/api/threads"):
         error = only_error(client.get(path), 401)
-        assert (error["code"], error["detail"]) == ("authentication_failed", said)
-    assert client.get("/api/chat/threads").json() == {"ok": False, "error": said}
+        assert (error["code"], error["detail"]) == ("authentication_failed", message)
+    assert client.get("/api/chat/threads").json() == {"ok": False, "error": message}
 
 
 def test_a_terminal_shows_what_to_do(

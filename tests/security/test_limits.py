@@ -63,11 +63,11 @@ def client(alice: User) -> APIClient:
 def refused(response: Any, status: int) -> None:
     """In the words of its server."""
     assert response.status_code == status, response.content
-    told = json.loads(response.content)
+    result = json.loads(response.content)
     if response["Content-Type"] == DOCUMENT:
-        assert told["errors"][0]["status"] == str(status)
+        assert result["errors"][0]["status"] == str(status)
     else:
-        assert told["ok"] is False
+        assert result["ok"] is False
 
 
 CHUNKED = (
@@ -249,9 +249,9 @@ class TestHeads:
                 )
                 writer.write(raw)
                 async with asyncio.timeout(120):
-                    told = await reader.readline()
+                    result = await reader.readline()
                     rest = await reader.read()
-                assert told.split()[1] == b"400"
+                assert result.split()[1] == b"400"
                 assert b"HTTP/1.1" not in rest, "what came after it is not taken for a request"
                 writer.close()
 

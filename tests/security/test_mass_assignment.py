@@ -156,17 +156,17 @@ def send(writing: Writing, alice: User, ids: dict[str, Any], extra: dict[str, An
     def filled(value: Any) -> Any:
         return ids.get(value, value) if isinstance(value, str) else value
 
-    said = {name: filled(value) for name, value in writing.sent.items()}
+    output = {name: filled(value) for name, value in writing.sent.items()}
     path = writing.path.replace("(thread)", ids["(thread)"])
     if writing.form:
         browser = Client()
         browser.force_login(alice)
         flat = {name: str(value) for name, value in extra.items() if value is not None}
-        return browser.post(path, flat | said, format="multipart")
-    body: dict[str, Any] = extra | said
+        return browser.post(path, flat | output, format="multipart")
+    body: dict[str, Any] = extra | output
     if writing.kind:
         related = {"relationships": extra.pop("relationships")} if "relationships" in extra else {}
-        body = {"data": {"type": writing.kind, "attributes": extra | said, **related}}
+        body = {"data": {"type": writing.kind, "attributes": extra | output, **related}}
     client = client_of(alice)
     kind = {"content_type": "application/json"} if not writing.kind else {}
     return client.raw(writing.method, path, json.dumps(body, default=str).encode(), **kind)
@@ -315,7 +315,7 @@ def paths(node: Any, at: str = "") -> set[str]:
     return set().union(*inner) if node else {at}
 
 
-def told() -> Iterator[tuple[str, set[str]]]:
+def result() -> Iterator[tuple[str, set[str]]]:
     """Of each address of the API that tells something: its keys."""
     someone = visitor("token")
     failed = factories.ask(owner=someone.user, correlation_id="c", deadline_seconds=60)
@@ -339,8 +339,8 @@ def told() -> Iterator[tuple[str, set[str]]]:
                 "(thread)": ids["threads/"],
                 "(url)": f"{URL}/{uuid4()}",
             }
-            said = {**writing.sent, "username": "@token:localhost"}
-            sent = {key: said[key] for key in writing.sent}
+            output = {**writing.sent, "username": "@token:localhost"}
+            sent = {key: output[key] for key in writing.sent}
             changed = Writing(writing.method, writing.path, sent, (), writing.kind)
             response = send(changed, someone.user, known, {})  # type: ignore[arg-type]
             yield f"{writing.method} ({name})", paths(response.json())
@@ -352,7 +352,7 @@ def test_every_answer_tells_what_is_listed_and_no_more() -> None:
     for block in KEYS.read_text().strip().split("\n\n"):
         head, *names = block.splitlines()
         listed[head] = set(" ".join(names).split())
-    found = dict(told())
+    found = dict(result())
     wrong = [
         f"{head}\n    {' '.join(sorted(names))}"
         for head, names in found.items()

@@ -25,13 +25,15 @@ TOKEN = "canary-openid-token"
 
 def exchange(body: Any = None, **extra: Any) -> Any:
     """As Matrix clients do: what the homeserver gave them, passed on."""
-    told = {
+    result = {
         "access_token": TOKEN,
         "token_type": "Bearer",
         "matrix_server_name": "localhost",
         "expires_in": 3600,
     }
-    return Client().post("/_server-session", told if body is None else body, format="json", **extra)
+    return Client().post(
+        "/_server-session", result if body is None else body, format="json", **extra
+    )
 
 
 @pytest.fixture
@@ -383,25 +385,25 @@ def test_the_token_is_in_no_log_and_no_error(
         raise AssertionError("The URL is recorded here.")
 
     monkeypatch.setattr(HTTPConnection, "putrequest", instrumented)
-    told = []
+    result = []
     with caplog.at_level(logging.DEBUG):
-        told.append(exchange())
+        result.append(exchange())
         homeserver.users[TOKEN] = "@alice:localhost"
-        told.append(exchange())
+        result.append(exchange())
         for status, body in [(302, b""), (404, b""), (500, b""), (200, b"x"), (429, TOKEN)]:
             homeserver.answers(body, status)
-            told.append(exchange())
+            result.append(exchange())
         homeserver.behave = lambda handler: handler.wfile.write(handler.path.encode()) and None
-        told.append(exchange())
+        result.append(exchange())
         homeserver.behave = lambda handler: time.sleep(2)
-        told.append(exchange())
+        result.append(exchange())
         settings.MATRIX_URL = "http://127.0.0.1:1"
-        told.append(exchange())
-        told.append(exchange({"access_token": {"nested": TOKEN}}))
-    assert {response.status_code for response in told} == {201, 400, 401, 502, 503}
+        result.append(exchange())
+        result.append(exchange({"access_token": {"nested": TOKEN}}))
+    assert {response.status_code for response in result} == {201, 400, 401, 502, 503}
     assert TOKEN not in caplog.text
     assert TOKEN not in "".join(capfd.readouterr())
-    for response in told:
+    for response in result:
         assert TOKEN not in response.content.decode() + str(response.headers)
 
 

@@ -326,10 +326,10 @@ class TestWhereRequestsGo:
         self, connected: list[Any], settings: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         settings.AGENT_WEBHOOK_HOSTS = ["*"]
-        told = iter(["93.184.215.14", "127.0.0.1", "127.0.0.1"])
+        result = iter(["93.184.215.14", "127.0.0.1", "127.0.0.1"])
 
         def rebinding(*args: Any, **kwargs: Any) -> list[Any]:
-            return [(0, 0, 0, "", (next(told), 443))]
+            return [(0, 0, 0, "", (next(result), 443))]
 
         monkeypatch.setattr(socket, "getaddrinfo", rebinding)
         with pytest.raises(completions.LLMError):

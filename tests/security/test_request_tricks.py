@@ -167,8 +167,8 @@ class TestAddresses:
     )
     def test_a_header_leads_nowhere_else(self, header: str, settings: Any) -> None:
         settings.CHAT_ALLOW_ANONYMOUS = False
-        told = Client().get("/api", **{f"HTTP_{header}": "/admin/"}).json()
-        assert told == {"ok": True, "message": "API is running"}
+        result = Client().get("/api", **{f"HTTP_{header}": "/admin/"}).json()
+        assert result == {"ok": True, "message": "API is running"}
 
     @pytest.mark.parametrize(
         "path",

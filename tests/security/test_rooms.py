@@ -112,8 +112,8 @@ def ask(each: Visitor, route: str, method: str, ids: dict[str, Any]) -> str:
     with transaction.atomic():
         response = each.send(method, address(route, ids), body, content_type=kind)
         transaction.set_rollback(each.role == "asker")
-    told = "" if response.streaming else response.content.decode()
-    assert "canary" not in told or each.role in ("asker", "member"), f"{method} {route}"
+    result = "" if response.streaming else response.content.decode()
+    assert "canary" not in result or each.role in ("asker", "member"), f"{method} {route}"
     return outcome(response)
 
 

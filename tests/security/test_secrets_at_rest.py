@@ -372,9 +372,9 @@ class TestWithoutTheKey:
         settings.SECRETS_KEY = [NEW]
         assert found() == [("broken", "2 of 2 stored secrets cannot be read by SECRETS_KEY.")]
         settings.SECRETS_KEY = [settings.DEVELOPMENT_SECRET, OLD]
-        level, said = found()[0]
+        level, output = found()[0]
         assert level == "warn"
-        assert "protects nothing" in said
+        assert "protects nothing" in output
 
 
 class TestTheSetting:

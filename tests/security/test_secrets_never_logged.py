@@ -95,8 +95,8 @@ class Paths:
         User.objects.of_matrix_id("@alice:localhost")
         User.objects.create_superuser("admin", password=PASSWORD)
         post = self.client.post
-        said = {"content": SAID, "model": "gpt-4o-mini"}
-        assert post("/api/chat/messages", said, "application/json").status_code == 202
+        output = {"content": SAID, "model": "gpt-4o-mini"}
+        assert post("/api/chat/messages", output, "application/json").status_code == 202
         assert post("/api/chat/messages", f'{{"{SAID}', "application/json").status_code == 400
         self.client.get(f"/api/chat/runs/nothing?access_token={ACCESS}&q={SAID}")
         self.client.get(f"/{SAID}")
@@ -171,8 +171,8 @@ class Paths:
         ):
             with self.monkeypatch.context() as patch:
                 patch.setattr(inbox, "submit", _raising(error))
-                said = {"content": SAID}
-                answer = self.client.post("/api/chat/messages", said, "application/json")
+                output = {"content": SAID}
+                answer = self.client.post("/api/chat/messages", output, "application/json")
                 assert answer.status_code >= 500
                 patch.setattr("realm.models.BotRegistration.objects.of", _raising(error))
                 assert self.client.get("/_bot-registrations").status_code >= 500
@@ -281,9 +281,9 @@ def test_not_in_the_log(paths: Paths, lines: Lines) -> None:
 def test_not_in_error_reports(paths: Paths, sentry: Mailbox) -> None:
     paths.drive()
 
-    told = {(event.get("logentry") or {}).get("message") for event in sentry.events}
-    assert "Run failed unexpectedly" in told
-    assert "Unexpected error in a request" in told
+    result = {(event.get("logentry") or {}).get("message") for event in sentry.events}
+    assert "Run failed unexpectedly" in result
+    assert "Unexpected error in a request" in result
     for canary in paths.canaries:
         assert canary not in sentry.text
 
@@ -303,10 +303,10 @@ def test_not_in_tasks(paths: Paths, redis: Redis) -> None:
 def test_not_in_metrics(paths: Paths) -> None:
     paths.drive()
 
-    told = metrics.exposition().decode()
-    assert "botrealm_runs_total" in told
+    result = metrics.exposition().decode()
+    assert "botrealm_runs_total" in result
     for canary in paths.canaries:
-        assert canary not in told
+        assert canary not in result
 
 
 def test_not_in_an_address(paths: Paths) -> None:
@@ -320,28 +320,28 @@ def test_not_in_an_address(paths: Paths) -> None:
     # The commands, and what is told of outcomes; of the latter some wait for their next try.
     assert len(paths.receiver.seen) > 4
     for headers, _ in paths.receiver.seen:
-        told = json.dumps(headers)
-        assert not [canary for canary in paths.canaries if canary in told]
+        result = json.dumps(headers)
+        assert not [canary for canary in paths.canaries if canary in result]
     # The specification has the token there, for our own homeserver alone.
     assert any(OPENID in target for target in paths.openid_server.asked)
 
 
 def test_not_in_what_is_answered(paths: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[str] = []
+    result: list[str] = []
     request = Client.request
 
     def kept(self: Client, **asked: Any) -> Any:
         response = request(self, **asked)
         if response.status_code >= 400 and not asked["PATH_INFO"].startswith("/admin"):
-            told.append(f"{dict(response.headers)} {response.content.decode()}")
+            result.append(f"{dict(response.headers)} {response.content.decode()}")
         return response
 
     monkeypatch.setattr(Client, "request", kept)
     paths.drive()
 
-    assert len(told) > 6
+    assert len(result) > 6
     for canary in paths.canaries:
-        assert not [each for each in told if canary in each]
+        assert not [each for each in result if canary in each]
 
 
 def test_not_in_what_the_doctor_says(paths: Paths, settings: Any, capsys: Any) -> None:
@@ -355,10 +355,10 @@ def test_not_in_what_the_doctor_says(paths: Paths, settings: Any, capsys: Any) -
     with pytest.raises(SystemExit):
         call_command("doctor")
 
-    told = capsys.readouterr().out
-    assert "No homeserver answers" in told
+    result = capsys.readouterr().out
+    assert "No homeserver answers" in result
     for canary in (KEY, PASSWORD, ACCESS, configured.SECRET_KEY):
-        assert canary not in told
+        assert canary not in result
 
 
 class TestReports:

@@ -195,7 +195,7 @@ def test_no_more_files_is_told_and_got_over(web: Web, crowd: list[socket.socket]
     _, hard = process.rlimit(psutil.RLIMIT_NOFILE)
     process.rlimit(psutil.RLIMIT_NOFILE, (process.num_fds() + 5, hard))
     crowd += [web.connect() for _ in range(20)]
-    until(lambda: "No more files can be opened" in web.log.read_text())
+    until(lambda: "No file can be opened" in web.log.read_text())
     process.rlimit(psutil.RLIMIT_NOFILE, (hard, hard))
     for each in crowd:
         each.close()
