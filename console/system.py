@@ -117,13 +117,13 @@ def _section(title: str, check: Callable[[], Iterator[Item]]) -> Section:
 
 def _doctor() -> Iterator[Item]:
     """Run the checks of `manage.py doctor`; takes at most ten seconds."""
-    for found in doctor.examine():
-        yield _line(found.check, (found.level, found.said, found.mend))
+    for each in doctor.examine():
+        yield _line(each.check, (each.level, each.said, each.mend))
 
 
 def _line(name: str, finding: tuple[str, str, str]) -> Item:
-    level, said, mend = finding
-    return Item(name, settings.SCRUBBER(said), level, settings.SCRUBBER(mend))
+    level, text, fix = finding
+    return Item(name, settings.SCRUBBER(text), level, settings.SCRUBBER(fix))
 
 
 def _findings() -> Iterator[Item]:

@@ -227,8 +227,8 @@ def _joined_at(
     if not users:
         return {}
     rows = members.filter(room__room_id__in=rooms, user_id__in=users.keys() - {None})
-    found = rows.values_list("room__room_id", "user_id", "joined_at")
-    return {(room_id, users[user_id]): joined_at for room_id, user_id, joined_at in found}
+    memberships = rows.values_list("room__room_id", "user_id", "joined_at")
+    return {(room_id, users[user_id]): joined_at for room_id, user_id, joined_at in memberships}
 
 
 def _outcome(type: str, event: Event) -> Outcome:
