@@ -9,7 +9,7 @@ from django.conf import settings
 from django.db.models.functions import Now
 from django.urls import reverse
 
-from agents.models import WORKER_PATIENCE, Worker
+from agents.models import WORKER_TIMEOUT, Worker
 from botrunner.models import Session
 from lib.formats import duration
 
@@ -42,11 +42,11 @@ def workers() -> list[Process]:
 
 
 def _state(worker: Worker, now: datetime) -> tuple[str, str]:
-    if now - worker.beat_at > WORKER_PATIENCE:
+    if now - worker.beat_at > WORKER_TIMEOUT:
         return f"silent for {duration(_ms(now - worker.beat_at))}", "bad"
     if worker.is_draining:
         return "shutting down", ""
-    if worker.read_at is None or now - worker.read_at > WORKER_PATIENCE:
+    if worker.read_at is None or now - worker.read_at > WORKER_TIMEOUT:
         return "stuck: it does not read the stream", "bad"
     return "running", "good"
 

@@ -8,7 +8,7 @@ from django.db.models import F, Q
 from django.db.models.functions import Now
 
 from agents.lifecycle.conditions import And, Column, Compare, Condition, FromNow, Or
-from agents.lifecycle.states import Change
+from agents.lifecycle.states import StateChange
 
 
 def as_q(condition: Condition) -> Q:
@@ -33,6 +33,6 @@ def as_value(value: Any) -> Any:
     return value
 
 
-def as_columns(change: Change) -> dict[str, Any]:
+def as_columns(change: StateChange) -> dict[str, Any]:
     """Convert a change to the arguments of `update()`."""
     return {name: as_value(value) for name, value in change.columns.items()}

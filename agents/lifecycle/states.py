@@ -103,7 +103,7 @@ class State:
 
 
 @dataclass(frozen=True)
-class Change:
+class StateChange:
     """The effect of a transition: `columns` with their new values (times as `FromNow`), the `result` of
     the attempt that it ends, and the type of the `event` that is written with it."""
 
@@ -197,7 +197,7 @@ class Transition:
 
     guard: Condition = NEVER
 
-    def change(self, run: State, now: datetime, rules: Rules) -> Change:
+    def change(self, run: State, now: datetime, rules: Rules) -> StateChange:
         raise NotImplementedError
 
 
@@ -208,14 +208,14 @@ class Claimed(Transition):
 
     guard = CLAIMABLE
 
-    def change(self, run: State, now: datetime, rules: Rules) -> Change:
+    def change(self, run: State, now: datetime, rules: Rules) -> StateChange:
         columns = {
             "status": Status.PROCESSING,
             "attempt": run.attempt + 1,
             "lease_expires_at": NOW + rules.lease,
             "started_at": run.started_at or NOW,
         }
-        return Change(columns, result=Result.LOST if run.status == Status.PROCESSING else None)
+        return StateChange(columns, result=Result.LOST if run.status == Status.PROCESSING else None)
 
 
 @dataclass(frozen=True)
@@ -231,8 +231,8 @@ class AttemptTransition(Transition):
 
 @dataclass(frozen=True)
 class Answered(AttemptTransition):
-    def change(self, run: State, now: datetime, rules: Rules) -> Change:
-        return Change(_end(Status.COMPLETED), Result.COMPLETED, EventType.COMPLETED)
+    def change(self, run: State, now: datetime, rules: Rules) -> StateChange:
+        return StateChange(_end(Status.COMPLETED), Result.COMPLETED, EventType.COMPLETED)
 
 
 @dataclass(frozen=True)
@@ -244,7 +244,7 @@ class Failed(AttemptTransition):
     retry_after: timedelta = timedelta()
     jitter: float = 1.0
 
-    def change(self, run: State, now: datetime, rules: Rules) -> Change:
+    def change(self, run: State, now: datetime, rules: Rules) -> StateChange:
         pause = max(self.retry_after, backoff(run.attempts_spent, self.jitter))
         if (
             self.permanent
@@ -252,28 +252,28 @@ class Failed(AttemptTransition):
             or run.attempts_spent >= rules.max_attempts
             or pause >= time_left(run, now, rules)
         ):
-            return Change(_end(Status.FAILED), Result.FAILED, EventType.FAILED)
+            return StateChange(_end(Status.FAILED), Result.FAILED, EventType.FAILED)
         columns = {
             "status": Status.QUEUED,
             "due_at": NOW + pause,
             "dispatched_at": None,
             "lease_expires_at": None,
         }
-        return Change(columns, Result.RETRIED)
+        return StateChange(columns, Result.RETRIED)
 
 
 @dataclass(frozen=True)
 class Released(AttemptTransition):
     """Its worker has to stop; the attempt is not counted."""
 
-    def change(self, run: State, now: datetime, rules: Rules) -> Change:
+    def change(self, run: State, now: datetime, rules: Rules) -> StateChange:
         columns = {
             "status": Status.QUEUED,
             "dispatched_at": None,
             "lease_expires_at": None,
             "attempt_base": run.attempt_base + 1,
         }
-        return Change(columns, Result.RETURNED)
+        return StateChange(columns, Result.RETURNED)
 
 
 @dataclass(frozen=True)
@@ -282,9 +282,9 @@ class Cancelled(Transition):
 
     guard = UNFINISHED
 
-    def change(self, run: State, now: datetime, rules: Rules) -> Change:
+    def change(self, run: State, now: datetime, rules: Rules) -> StateChange:
         result = Result.CANCELLED if run.status == Status.PROCESSING else None
-        return Change(_end(Status.CANCELLED), result, EventType.CANCELLED)
+        return StateChange(_end(Status.CANCELLED), result, EventType.CANCELLED)
 
 
 @dataclass(frozen=True)
@@ -294,18 +294,18 @@ class Merged(Transition):
     guard = QUEUED
     into: str
 
-    def change(self, run: State, now: datetime, rules: Rules) -> Change:
+    def change(self, run: State, now: datetime, rules: Rules) -> StateChange:
         columns = {**_end(Status.CANCELLED), "merged_into_id": self.into}
-        return Change(columns, event=EventType.CANCELLED)
+        return StateChange(columns, event=EventType.CANCELLED)
 
 
 @dataclass(frozen=True)
 class Expired(Transition):
     guard = OVERDUE
 
-    def change(self, run: State, now: datetime, rules: Rules) -> Change:
+    def change(self, run: State, now: datetime, rules: Rules) -> StateChange:
         result = Result.FAILED if run.status == Status.PROCESSING else None
-        return Change(_end(Status.FAILED), result, EventType.FAILED)
+        return StateChange(_end(Status.FAILED), result, EventType.FAILED)
 
 
 @dataclass(frozen=True)
@@ -314,12 +314,12 @@ class Retried(Transition):
 
     guard = RETRIABLE
 
-    def change(self, run: State, now: datetime, rules: Rules) -> Change:
+    def change(self, run: State, now: datetime, rules: Rules) -> StateChange:
         columns = {**_restart(run), "retries": run.retries + 1, "retried_at": NOW}
         if run.deadline_at:
             allowed = run.deadline_at - (run.retried_at or run.created_at)
             columns["deadline_at"] = NOW + allowed
-        return Change(columns, event=EventType.REQUESTED)
+        return StateChange(columns, event=EventType.REQUESTED)
 
 
 @dataclass(frozen=True)
@@ -328,8 +328,8 @@ class Deferred(Transition):
 
     guard = QUEUED
 
-    def change(self, run: State, now: datetime, rules: Rules) -> Change:
-        return Change({"due_at": NOW + DEFERRAL, "dispatched_at": None})
+    def change(self, run: State, now: datetime, rules: Rules) -> StateChange:
+        return StateChange({"due_at": NOW + DEFERRAL, "dispatched_at": None})
 
 
 @dataclass(frozen=True)
@@ -338,5 +338,7 @@ class Requeued(Transition):
 
     guard = UNFINISHED
 
-    def change(self, run: State, now: datetime, rules: Rules) -> Change:
-        return Change(_restart(run), Result.REQUEUED if run.status == Status.PROCESSING else None)
+    def change(self, run: State, now: datetime, rules: Rules) -> StateChange:
+        return StateChange(
+            _restart(run), Result.REQUEUED if run.status == Status.PROCESSING else None
+        )

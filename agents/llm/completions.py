@@ -58,13 +58,13 @@ Cancel = Callable[[], None]
 
 
 @dataclass(frozen=True)
-class Usage:
+class TokenUsage:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0  # of the prompt tokens
 
-    def __add__(self, other: "Usage") -> "Usage":
-        return Usage(
+    def __add__(self, other: "TokenUsage") -> "TokenUsage":
+        return TokenUsage(
             self.prompt_tokens + other.prompt_tokens,
             self.completion_tokens + other.completion_tokens,
             self.cached_tokens + other.cached_tokens,
@@ -79,10 +79,10 @@ class ToolCall:
 
 
 @dataclass
-class Reply:
+class ModelReply:
     text: str = ""
     tool_calls: list[ToolCall] = field(default_factory=list)
-    usage: Usage = Usage()
+    usage: TokenUsage = TokenUsage()
 
 
 class Budget(Protocol):
@@ -91,14 +91,14 @@ class Budget(Protocol):
     def reserve(self, model: str, size: int) -> None:
         """Reserve the most that a call with `size` bytes of input may use. Raises `LLMError`."""
 
-    def note(self, reply: Reply, *, refused: bool) -> None:
+    def note(self, reply: ModelReply, *, refused: bool) -> None:
         """Note the usage of the call. `refused`: the endpoint refused it before it started."""
 
 
 class NoBudget:
     def reserve(self, model: str, size: int) -> None: ...
 
-    def note(self, reply: Reply, *, refused: bool) -> None: ...
+    def note(self, reply: ModelReply, *, refused: bool) -> None: ...
 
 
 NO_BUDGET = NoBudget()
@@ -138,12 +138,12 @@ def complete(
     model: str,
     tools: list[dict[str, Any]] | None = None,
     options: CallOptions = CallOptions(),
-    reply: Reply | None = None,
-) -> Reply:
+    reply: ModelReply | None = None,
+) -> ModelReply:
     """Call `model` once. `reply` is filled as the answer arrives, so that a failure leaves a partial
     answer. Raises `LLMError` and `Stopped`."""
     options.check()
-    reply = reply or Reply()
+    reply = reply or ModelReply()
     if not configured():
         reply.text = f"Handled prompt: {messages[-1]['content']}"
         options.text(reply.text)
@@ -210,7 +210,7 @@ def _lost(error: Exception) -> LLMError:
 class _Answer:
     """The parser of an answer: server-sent events, or JSON from an endpoint that cannot stream."""
 
-    def __init__(self, options: CallOptions, reply: Reply) -> None:
+    def __init__(self, options: CallOptions, reply: ModelReply) -> None:
         self.is_complete = False  # even if the connection is lost afterwards
         self._options = options
         self._reply = reply
@@ -241,7 +241,7 @@ class _Answer:
                 if line.startswith(b"data:") and not self.is_complete:
                     self._parse_event(line[5:].strip())
 
-    def end(self) -> Reply:
+    def end(self) -> ModelReply:
         """Return the answer, at the end of the body. Raises `LLMError` and `Stopped`."""
         with _readable():
             if self._is_json:
@@ -257,9 +257,9 @@ class _Answer:
         if self._is_json:
             return
         self._reply.text = "".join(self._pieces)
-        if not self._is_finished and self._reply.usage == Usage():
+        if not self._is_finished and self._reply.usage == TokenUsage():
             # Roughly what was paid for: the usage comes at the end, which is missing.
-            self._reply.usage = Usage(completion_tokens=len(self._pieces))
+            self._reply.usage = TokenUsage(completion_tokens=len(self._pieces))
 
     def _parse_event(self, data: bytes) -> None:
         if data == b"[DONE]":
@@ -316,7 +316,7 @@ def _refuse_constant(constant: str) -> None:
     raise ValueError(f"{constant} is not JSON")
 
 
-def _whole(body: dict[str, Any], options: CallOptions, reply: Reply) -> Reply:
+def _whole(body: dict[str, Any], options: CallOptions, reply: ModelReply) -> ModelReply:
     message = body["choices"][0]["message"]
     reply.text = storable(message.get("content") or "")
     reply.tool_calls = [
@@ -345,10 +345,10 @@ def _tool_call(call: dict[str, str]) -> ToolCall:
     )
 
 
-def _usage(usage: dict[str, Any]) -> Usage:
+def _usage(usage: dict[str, Any]) -> TokenUsage:
     prompt_tokens = _count(usage, "prompt_tokens")
     details = usage.get("prompt_tokens_details") or {}
-    return Usage(
+    return TokenUsage(
         prompt_tokens=prompt_tokens,
         completion_tokens=_count(usage, "completion_tokens"),
         cached_tokens=min(_count(details, "cached_tokens"), prompt_tokens),

@@ -26,7 +26,7 @@ class StepRecord:
     input: dict[str, Any]
     output: str = ""
     error: str = ""
-    usage: completions.Usage = field(default_factory=completions.Usage)
+    usage: completions.TokenUsage = field(default_factory=completions.TokenUsage)
     duration_ms: int = 0
     started_at: datetime = field(default_factory=timezone.now)
 
@@ -73,8 +73,8 @@ class Transcript:
             )
 
     @property
-    def usage(self) -> completions.Usage:
-        return sum((step.usage for step in self.steps), completions.Usage())
+    def usage(self) -> completions.TokenUsage:
+        return sum((step.usage for step in self.steps), completions.TokenUsage())
 
 
 def run(
@@ -120,10 +120,10 @@ def _model_step(
     offered: list[dict[str, Any]],
     options: completions.CallOptions,
     transcript: Transcript,
-) -> completions.Reply:
+) -> completions.ModelReply:
     transcript.begin(step)
     started = time.monotonic()
-    reply = completions.Reply()
+    reply = completions.ModelReply()
     try:
         return completions.complete(
             messages, model=step.name, tools=offered, options=options, reply=reply
@@ -158,7 +158,7 @@ def _tool_step(call: completions.ToolCall, transcript: Transcript) -> dict[str, 
     }
 
 
-def _as_message(reply: completions.Reply) -> dict[str, Any]:
+def _as_message(reply: completions.ModelReply) -> dict[str, Any]:
     return {
         "role": "assistant",
         "content": reply.text or None,

@@ -1,28 +1,25 @@
 """Records of runs, of what they cost and of their limits."""
 
+from agents.models.attempts import Attempt, Step
+from agents.models.events import Event, EventQuerySet
 from agents.models.limits import Limit, Pace, Spending
 from agents.models.runs import (
     CHAT_REPLY,
     OVERDUE,
-    WORKER_PATIENCE,
-    Attempt,
     DeletedRun,
-    Event,
-    EventQuerySet,
     IdempotencyKey,
     Run,
     RunQuerySet,
-    Step,
-    Summary,
-    Worker,
     new_run_id,
 )
+from agents.models.summaries import Summary
 from agents.models.usage import Price, Rollup, RollupState, Usage, today
+from agents.models.workers import WORKER_TIMEOUT, Worker
 
 __all__ = [
     "CHAT_REPLY",
     "OVERDUE",
-    "WORKER_PATIENCE",
+    "WORKER_TIMEOUT",
     "Attempt",
     "DeletedRun",
     "Event",

@@ -1,4 +1,4 @@
-"""Runs and their attempts. The transitions of a run are in agents/lifecycle/states.py."""
+"""Runs. Their transitions are in agents/lifecycle/states.py."""
 
 import dataclasses
 import time
@@ -17,35 +17,11 @@ from django.utils import timezone
 from agents.lifecycle import states
 from agents.lifecycle.conditions import Condition
 from agents.lifecycle.sql import as_q
-from agents.models.limits import MAX_NAME_LENGTH, Limit, Pace, Spending
-from agents.models.usage import Price, Rollup, RollupState, Usage, today
+from agents.models.limits import MAX_NAME_LENGTH
+from agents.models.usage import cost_field
 from chat.models import Message, Thread, visible
 from lib.tracing import MAX_LENGTH as MAX_REQUEST_ID_LENGTH
 from realm.models import User
-
-__all__ = [
-    "CHAT_REPLY",
-    "OVERDUE",
-    "Attempt",
-    "DeletedRun",
-    "Event",
-    "EventQuerySet",
-    "IdempotencyKey",
-    "Limit",
-    "Pace",
-    "Price",
-    "Rollup",
-    "RollupState",
-    "Run",
-    "RunQuerySet",
-    "Spending",
-    "Step",
-    "Summary",
-    "Usage",
-    "Worker",
-    "new_run_id",
-    "today",
-]
 
 CHAT_REPLY = "chat.reply"
 # The error code of a run that had not ended at its `deadline_at`.
@@ -56,17 +32,8 @@ def new_run_id() -> str:
     return f"run_{cuid2.create_id()}"
 
 
-# A worker has a heartbeat every few seconds; one that is silent for so long is gone or stuck.
-WORKER_PATIENCE = timedelta(seconds=15)
-WORKER_MEMORY = timedelta(hours=1)
 STATE = [field.name for field in dataclasses.fields(states.State)]
 SEARCHED_FOR_OLDEST = 200
-
-
-def cost_field() -> "models.BigIntegerField[int | None, int | None]":
-    """Return a field for an amount in trillionths (10⁻¹²) of the currency: a price of up to six
-    decimals for a million tokens, times tokens, is a whole number of them. Empty without a price."""
-    return models.BigIntegerField(null=True, blank=True, default=0, editable=False)
 
 
 # As limits.asker_of() names an account. Django would take longer to build this than to read the run.
@@ -429,213 +396,6 @@ class DeletedRun(models.Model):
         return self.id
 
 
-class Attempt(models.Model):
-    """One claim of a run by a worker, written when it has ended. The present one is in the run
-    itself."""
-
-    class Result(models.TextChoices):
-        COMPLETED = states.Result.COMPLETED.value
-        FAILED = states.Result.FAILED.value
-        RETRIED = states.Result.RETRIED.value
-        LOST = states.Result.LOST.value
-        RETURNED = states.Result.RETURNED.value
-        CANCELLED = states.Result.CANCELLED.value
-        REQUEUED = states.Result.REQUEUED.value
-
-    run = models.ForeignKey(Run, models.CASCADE, related_name="attempts", db_index=False)
-    number = models.PositiveSmallIntegerField()
-    worker = models.CharField(max_length=200)
-    result = models.CharField(max_length=9, choices=Result.choices)
-    error = models.TextField(blank=True)
-    error_code = models.CharField(max_length=40, blank=True)
-    prompt_tokens = models.PositiveIntegerField(default=0)
-    completion_tokens = models.PositiveIntegerField(default=0)
-    cost = cost_field()
-    model_ms = models.PositiveIntegerField(default=0, help_text="Spent in calls of the model.")
-    started_at = models.DateTimeField()
-    ended_at = models.DateTimeField(default=timezone.now)
-    to_count = models.BooleanField(default=True, help_text="Not in the rollups yet.")
-    fenced_at = models.DateTimeField(
-        null=True,
-        blank=True,
-        help_text="The time of a late outcome of its worker, which was discarded.",
-    )
-
-    class Meta:
-        ordering = ["run", "number"]
-        indexes = [
-            # rollups.fold()
-            models.Index(fields=["id"], name="attempt_to_count", condition=Q(to_count=True)),
-            # rollups.would_lose(): the oldest.
-            models.Index(fields=["ended_at"], name="attempt_ended"),
-            # ops.metrics: those of which late outcomes were discarded.
-            models.Index(
-                fields=["fenced_at"], name="attempt_fenced", condition=Q(fenced_at__isnull=False)
-            ),
-        ]
-        constraints = [
-            models.UniqueConstraint(fields=["run", "number"], name="attempt_number_is_unique"),
-        ]
-
-    def __str__(self) -> str:
-        return f"{self.run_id} attempt {self.number}"
-
-
-class Step(models.Model):
-    """One call of a model or a tool, kept for every result of its attempt."""
-
-    class Kind(models.TextChoices):
-        MODEL = "model"
-        TOOL = "tool"
-
-    run = models.ForeignKey(Run, models.CASCADE, related_name="steps")
-    attempt = models.PositiveSmallIntegerField()
-    kind = models.CharField(max_length=5, choices=Kind.choices)
-    name = models.CharField(max_length=100, help_text="The model or the tool.")
-    # agents.runs.memory.Context.sent for the first model call of an attempt, a tool's arguments for
-    # a tool.
-    input = models.JSONField(default=dict)
-    output = models.TextField(blank=True)
-    error = models.TextField(blank=True)
-    prompt_tokens = models.PositiveIntegerField(default=0)
-    cached_tokens = models.PositiveIntegerField(
-        default=0, help_text="Of the prompt tokens, those that the endpoint had in its cache."
-    )
-    completion_tokens = models.PositiveIntegerField(default=0)
-    cost = cost_field()
-    duration_ms = models.PositiveIntegerField()
-    started_at = models.DateTimeField(null=True, blank=True)
-    created_at = models.DateTimeField(default=timezone.now)
-
-    class Meta:
-        ordering = ["id"]
-
-    def __str__(self) -> str:
-        return f"{self.kind} {self.name}"
-
-
-class EventQuerySet(models.QuerySet["Event"]):
-    def unpublished(self) -> "EventQuerySet":
-        return self.filter(published_at=None)
-
-
-class Event(models.Model):
-    """An event of the stream: written with the change of its run, published after the commit, and
-    published again by the relay until a worker has seen it on the stream."""
-
-    class Type(models.TextChoices):
-        REQUESTED = "agent.run.requested"
-        COMPLETED = "agent.run.completed"
-        FAILED = "agent.run.failed"
-        CANCELLED = "agent.run.cancelled"
-
-    id = models.UUIDField(primary_key=True, default=uuid.uuid4, editable=False)
-    type = models.CharField(max_length=30, choices=Type.choices)
-    run = models.ForeignKey(Run, models.CASCADE, related_name="events")
-    correlation_id = models.CharField(max_length=200)
-    payload = models.JSONField()
-    created_at = models.DateTimeField(default=timezone.now)
-    published_at = models.DateTimeField(
-        null=True, blank=True, help_text="The time at which it was seen on the stream."
-    )
-    # Of an outcome without an attempt: True until the rollups have counted it. Empty for all others.
-    to_count = models.BooleanField(null=True, editable=False)
-    # Of an outcome: whether webhook deliveries are still to be made of it (agents.events.hooks).
-    to_deliver = models.BooleanField(null=True, editable=False)
-
-    objects = EventQuerySet.as_manager()
-
-    class Meta:
-        ordering = ["created_at"]
-        permissions = [("replay_event", "Can publish events again")]
-        indexes = [
-            # The relay's query.
-            models.Index(
-                fields=["created_at"], name="event_unpublished", condition=Q(published_at=None)
-            ),
-            # rollups.fold()
-            models.Index(fields=["id"], name="event_to_count", condition=Q(to_count=True)),
-            # webhooks.deliveries.fan_out()
-            models.Index(
-                fields=["created_at"], name="event_to_deliver", condition=Q(to_deliver=True)
-            ),
-            # The admin's list, newest first, whole and by type.
-            models.Index(fields=["-created_at", "id"], name="event_newest"),
-            models.Index(fields=["type", "-created_at"], name="event_by_type"),
-            # agents.retention: the oldest of those that may go.
-            models.Index(
-                fields=["published_at"],
-                name="event_published",
-                condition=Q(published_at__isnull=False),
-            ),
-        ]
-
-    def __str__(self) -> str:
-        return f"{self.type} {self.run_id}"
-
-    def as_entry(self) -> dict[str, object]:
-        """Return the entry for the stream, with long texts shortened; the database has them whole."""
-        return {
-            "id": str(self.id),
-            "type": self.type,
-            "timestamp": self.created_at.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
-            "correlationId": self.correlation_id,
-            "payload": shortened(self.payload),
-        }
-
-
-# Redis keeps each event for a day, and all of them in memory.
-ENTRY_TEXT_BYTES = 16 * 1024
-LONG_TEXTS = ("prompt", "output", "error")
-
-
-def shortened(payload: dict[str, Any]) -> dict[str, Any]:
-    """Cut the texts of a payload to ENTRY_TEXT_BYTES; a cut one is marked, as in `promptTruncated`."""
-    short = payload
-    for name in LONG_TEXTS:
-        text = payload.get(name)
-        # No character has more than four bytes: most texts need not be encoded.
-        if isinstance(text, str) and len(text) * 4 > ENTRY_TEXT_BYTES:
-            encoded = text.encode(errors="replace")
-            if len(encoded) > ENTRY_TEXT_BYTES:
-                start = encoded[:ENTRY_TEXT_BYTES].decode(errors="ignore")
-                short = {**short, name: start, f"{name}Truncated": True}
-    return short
-
-
-class Summary(models.Model):
-    """A version of a thread's rolling summary: the previous one, extended by the messages that had left
-    the window since."""
-
-    thread = models.ForeignKey(Thread, models.CASCADE, related_name="summaries", db_index=False)
-    # Positions, both included. The text covers earlier messages too.
-    covers_from = models.IntegerField()
-    covers_to = models.IntegerField()
-    text = models.TextField()
-    model = models.CharField(max_length=100)
-    prompt_tokens = models.PositiveIntegerField(default=0)
-    completion_tokens = models.PositiveIntegerField(default=0)
-    cost = cost_field()
-    created_at = models.DateTimeField(default=timezone.now)
-    to_count = models.BooleanField(default=True, help_text="Not in the rollups yet.")
-
-    class Meta:
-        ordering = ["thread", "covers_to"]
-        verbose_name_plural = "summaries"
-        indexes = [
-            # rollups.fold()
-            models.Index(fields=["id"], name="summary_to_count", condition=Q(to_count=True)),
-            # The admin's list, newest first.
-            models.Index(fields=["-created_at", "id"], name="summary_newest"),
-        ]
-        constraints = [
-            models.UniqueConstraint(fields=["thread", "covers_from"], name="summary_extends_once"),
-        ]
-
-    def __str__(self) -> str:
-        return f"{self.thread_id} up to {self.covers_to}"
-
-
 class IdempotencyKey(models.Model):
     """An idempotency key with the ids of its request, kept for good: it outlives the run and the
     thread."""
@@ -657,51 +417,3 @@ class IdempotencyKey(models.Model):
 
     def __str__(self) -> str:
         return f"{self.caller}: {self.key}"
-
-
-class WorkerQuerySet(models.QuerySet["Worker"]):
-    def alive(self) -> "WorkerQuerySet":
-        """Filter workers with a fresh heartbeat, by the database's clock."""
-        return self.filter(beat_at__gte=Now() - WORKER_PATIENCE)
-
-    def reading(self) -> "WorkerQuerySet":
-        """Filter the live workers that have read the stream just now."""
-        return self.alive().filter(is_draining=False, read_at__gte=Now() - WORKER_PATIENCE)
-
-    def gone(self) -> "WorkerQuerySet":
-        """Filter workers that were killed so long ago that their rows can go."""
-        return self.filter(beat_at__lt=Now() - WORKER_MEMORY)
-
-
-class Worker(models.Model):
-    """A worker process, which updates its row every few seconds and deletes it when it stops. The
-    row of a killed one stays for an hour."""
-
-    worker = models.CharField(
-        max_length=200, unique=True, help_text="Its name in runs and attempts."
-    )
-    name = models.CharField(max_length=200, help_text="Its name in the consumer group.")
-    host = models.CharField(max_length=255)
-    pid = models.PositiveIntegerField()
-    version = models.CharField(max_length=100)
-    concurrency = models.PositiveIntegerField()
-    started_at = models.DateTimeField()
-    beat_at = models.DateTimeField()
-    read_at = models.DateTimeField(null=True, blank=True, help_text="When it last read the stream.")
-    runs_in_hand = models.PositiveIntegerField(default=0)
-    last_finished_at = models.DateTimeField(
-        null=True,
-        blank=True,
-        help_text="The time at which it last finished a run, with any result.",
-    )
-    is_draining = models.BooleanField(
-        default=False, help_text="It claims no more runs, and stops when its own have ended."
-    )
-
-    objects = WorkerQuerySet.as_manager()
-
-    class Meta:
-        ordering = ["host", "started_at"]
-
-    def __str__(self) -> str:
-        return self.name

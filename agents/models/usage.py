@@ -24,6 +24,12 @@ def _price(help_text: str = "", **options: Any) -> Any:
     )
 
 
+def cost_field() -> "models.BigIntegerField[int | None, int | None]":
+    """Return a field for an amount in trillionths (10⁻¹²) of the currency: a price of up to six
+    decimals for a million tokens, times tokens, is a whole number of them. Empty without a price."""
+    return models.BigIntegerField(null=True, blank=True, default=0, editable=False)
+
+
 class Price(models.Model):
     """The price of a model from a day on, until the day of its next price. Recorded costs never
     change."""

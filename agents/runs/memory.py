@@ -273,7 +273,7 @@ def _budget_of(thread: Thread) -> limits.BudgetReservation:
 def _record(
     thread: Thread,
     left: Sequence[Message],
-    reply: completions.Reply,
+    reply: completions.ModelReply,
     *,
     model: str,
     lease: Any,

@@ -38,7 +38,7 @@ RECORDED = (Attempt.Result.COMPLETED, Attempt.Result.FAILED, Attempt.Result.RETR
 RECORD_PATIENCE_SECONDS = 30.0
 
 
-def transition(run: Run, transition: states.Transition) -> states.Change:
+def transition(run: Run, transition: states.Transition) -> states.StateChange:
     """Return the effect of a transition on the run as it was read."""
     return transition.change(run.state, run.clock(), leases.rules())
 
@@ -127,7 +127,7 @@ def fail_or_retry(run: Run, error: completions.LLMError, transcript: loop.Transc
 
 
 def _reschedule(
-    run: Run, change: states.Change, error: completions.LLMError, transcript: loop.Transcript
+    run: Run, change: states.StateChange, error: completions.LLMError, transcript: loop.Transcript
 ) -> bool:
     """Queue the run for another attempt; the sweep dispatches it when it is due."""
     with transaction.atomic():
@@ -143,7 +143,7 @@ def _reschedule(
 
 def _finish(
     run: Run,
-    change: states.Change,
+    change: states.StateChange,
     transcript: loop.Transcript,
     *,
     payload: dict[str, Any],
@@ -161,7 +161,9 @@ def _finish(
     return True
 
 
-def fenced(run: Run, change: states.Change, *, in_thread: bool = False, **columns: Any) -> bool:
+def fenced(
+    run: Run, change: states.StateChange, *, in_thread: bool = False, **columns: Any
+) -> bool:
     """Change the run if the claim still stands: the attempt's number is the fence. `in_thread`: lock
     its thread first, as a message of the thread is written with it."""
     claimed = Run.objects.filter(pk=run.pk).matching(states.AttemptTransition(run.attempt).guard)

@@ -277,7 +277,7 @@ def _fits(scope: Scope, tokens: int, cost: int) -> bool:
 def _estimate(scopes: Iterable[Scope], model: str, size: int) -> tuple[int, int]:
     """Return the largest tokens and cost of a call with `size` bytes of input. Raises `LimitExceeded`
     if cost is limited and the model has no price: it would be no limit."""
-    usage = completions.Usage(
+    usage = completions.TokenUsage(
         prompt_tokens=size // BYTES_PER_TOKEN + 1,
         completion_tokens=settings.AGENT_MAX_OUTPUT_TOKENS or USUAL_OUTPUT_TOKENS,
     )
@@ -361,7 +361,7 @@ class BudgetReservation:
             db.release_connection()
         self._call = ReservedCall(model, size // BYTES_PER_TOKEN + 1, tokens, cost)
 
-    def note(self, reply: completions.Reply, *, refused: bool) -> None:
+    def note(self, reply: completions.ModelReply, *, refused: bool) -> None:
         """Correct the reservation of a call to its reported use, or to an estimate. `refused`: it cost
         nothing."""
         call, usage = self._call, reply.usage
@@ -369,12 +369,12 @@ class BudgetReservation:
         if call is None:
             return
         if refused:
-            usage = completions.Usage()
+            usage = completions.TokenUsage()
         elif not usage.prompt_tokens:
             if not reply.text:
                 return  # it may have used the whole reservation
             output = max(usage.completion_tokens, len(reply.text.encode()) // BYTES_PER_TOKEN)
-            usage = completions.Usage(call.prompt_tokens, output)
+            usage = completions.TokenUsage(call.prompt_tokens, output)
         self._tokens += usage.prompt_tokens + usage.completion_tokens - call.tokens
         self._cost += (prices.cost(call.model, usage) or 0) - call.cost
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from agents.llm.completions import Usage
+from agents.llm.completions import TokenUsage
 from agents.models import Price, today
 from lib import process
 from lib.cache import TimedCache
@@ -36,7 +36,7 @@ def _by_model() -> dict[str, list[Price]]:
 price_list = process.shared(PriceList())
 
 
-def cost(model: str, usage: Usage) -> int | None:
+def cost(model: str, usage: TokenUsage) -> int | None:
     """Return the cost of a call; None if its model has no price."""
     if not usage.prompt_tokens and not usage.completion_tokens:
         return 0

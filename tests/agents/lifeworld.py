@@ -9,13 +9,13 @@ from typing import Any
 
 from agents.lifecycle import states
 from agents.lifecycle.conditions import NOW, FromNow
-from agents.lifecycle.states import Change, EventType, Result, State, Status, Transition
+from agents.lifecycle.states import EventType, Result, State, StateChange, Status, Transition
 
 RULES = states.Rules(max_attempts=2, lease=timedelta(seconds=10), time=timedelta(seconds=120))
 RELAY_PATIENCE = timedelta(seconds=5)
 
 
-def after(run: State, change: Change, now: datetime) -> State:
+def after(run: State, change: StateChange, now: datetime) -> State:
     """Return the state after a change, by the clock of the records."""
     columns: dict[str, Any] = {
         name: now + value.delay if isinstance(value, FromNow) else value
@@ -39,8 +39,8 @@ def in_turn(run: State, others: Iterable[State], now: datetime) -> bool:
 class Renewed(states.AttemptTransition):
     """The heartbeat of its worker, as `leases.Heartbeat.renew()` writes it."""
 
-    def change(self, run: State, now: datetime, rules: states.Rules) -> Change:
-        return Change({"lease_expires_at": NOW + rules.lease})
+    def change(self, run: State, now: datetime, rules: states.Rules) -> StateChange:
+        return StateChange({"lease_expires_at": NOW + rules.lease})
 
 
 @dataclass

@@ -33,7 +33,7 @@ from tests.fakes.llm import (
 QUESTION = [{"role": "user", "content": "What time is it?"}]
 
 
-def complete() -> completions.Reply:
+def complete() -> completions.ModelReply:
     return completions.complete(QUESTION, model="gpt-4o-mini")
 
 
@@ -77,7 +77,7 @@ class TestAnswers:
         )
         model.script(Raw(body, content_type="application/json"))
 
-        assert complete() == completions.Reply("Hi", [], completions.Usage(3, 1))
+        assert complete() == completions.ModelReply("Hi", [], completions.TokenUsage(3, 1))
 
     def test_comments_between_the_events_are_skipped(self, model: FakeLLM) -> None:
         model.script(Reply("Hi", comment="still thinking"))
@@ -89,7 +89,7 @@ class TestAnswers:
             Raw(b'data: {"choices":[{"delta":{"content":"Hi"},"finish_reason":"stop"}]}\n\n')
         )
 
-        assert complete() == completions.Reply("Hi")
+        assert complete() == completions.ModelReply("Hi")
 
     def test_nul_is_dropped_because_no_database_can_keep_it(self, model: FakeLLM) -> None:
         model.script(Reply("a\0b"))
@@ -231,7 +231,7 @@ class TestTrouble:
                 came.acquire(timeout=60)
             cuts[0]()
 
-        reply = completions.Reply()
+        reply = completions.ModelReply()
         cutter = threading.Thread(target=cut_when_silent)
         cutter.start()
         with pytest.raises(completions.Stopped):
@@ -250,7 +250,7 @@ class TestTrouble:
 
     def test_time_is_up_while_the_endpoint_is_silent(self, model: FakeLLM) -> None:
         model.script(Hang(after=2, reply=Reply(("one ", "two ", "three"))))
-        reply = completions.Reply()
+        reply = completions.ModelReply()
         transport.warm_up()
 
         with pytest.raises(completions.LLMError) as caught:

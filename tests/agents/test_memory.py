@@ -209,7 +209,7 @@ def test_a_summary_that_comes_too_late_is_thrown_away(model: FakeLLM) -> None:
     left, _ = memory._left_window(stale)
     memory.summarise(thread.pk)
 
-    reply = memory.completions.Reply(text="late")
+    reply = memory.completions.ModelReply(text="late")
     lease = timezone.now()
     assert memory._record(stale, left, reply, model="m", lease=lease, more=False) is None
     assert Summary.objects.count() == 1

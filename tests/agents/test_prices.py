@@ -7,7 +7,7 @@ import pytest
 from django.db import IntegrityError, transaction
 from django.test import Client
 
-from agents.llm.completions import Usage
+from agents.llm.completions import TokenUsage
 from agents.models import Attempt, Price, Run, Step, today
 from agents.runs import execution, memory
 from agents.usage import prices
@@ -57,13 +57,13 @@ def test_the_price_of_the_day_holds() -> None:
     factories.price(valid_from=today(), prompt="2")
     factories.price(valid_from="2999-01-01", prompt="3")
 
-    assert prices.cost("gpt-4o-mini", Usage(prompt_tokens=1_000_000)) == 2 * formats.COST_UNITS
+    assert prices.cost("gpt-4o-mini", TokenUsage(prompt_tokens=1_000_000)) == 2 * formats.COST_UNITS
 
 
 @pytest.mark.parametrize(("cached", "expected"), [("0.25", 775_000), (None, 1_000_000)])
 def test_cached_tokens_have_a_price_of_their_own(cached: str | None, expected: int) -> None:
     factories.price(prompt="1", completion="1", cached=cached)
-    usage = Usage(prompt_tokens=100, cached_tokens=30)
+    usage = TokenUsage(prompt_tokens=100, cached_tokens=30)
 
     assert prices.cost("gpt-4o-mini", usage) == 100 * expected
 

@@ -13,7 +13,7 @@ from django.db import connection
 from django.db.models import Model
 from django.utils import timezone
 
-from agents.llm.completions import Usage
+from agents.llm.completions import TokenUsage
 from agents.models import Attempt, Event, Price, Run, Step, Summary, new_run_id
 from agents.usage import prices
 from botrunner import verdicts
@@ -301,10 +301,10 @@ class History:
         took = min(took, self.now - began)
         used = result != Attempt.Result.CANCELLED
         tool = used and self.random.random() < TOOL_SHARE
-        usage = Usage()
+        usage = TokenUsage()
         if used and code not in ("timeout", "rate_limited", "unavailable", "key_refused"):
             prompt = int(self.random.lognormvariate(6, 0.8))
-            usage = Usage(prompt, int(self.random.lognormvariate(4.5, 0.7)), prompt // 3)
+            usage = TokenUsage(prompt, int(self.random.lognormvariate(4.5, 0.7)), prompt // 3)
         cost = prices.cost(run["model"], usage)
         duration = int(took.total_seconds() * 1000)
         common = {"run_id": run["id"], "attempt": number, "created_at": began + took}
@@ -456,7 +456,7 @@ class History:
         return match
 
     def _summary(self, thread_id: str, answered: int, at: datetime) -> dict[str, Any]:
-        usage = Usage(900, 120)
+        usage = TokenUsage(900, 120)
         text = "They spoke about the release, and who is on call."
         self._add(
             Summary,

@@ -56,7 +56,7 @@ def dumps(data: Any) -> bytes:
 
 
 def read(pieces: list[bytes], kind: str) -> None:
-    reply = completions.Reply()
+    reply = completions.ModelReply()
     answer = completions._Answer(completions.CallOptions(), reply)
     try:
         answer.begin(kind)
@@ -69,7 +69,7 @@ def read(pieces: list[bytes], kind: str) -> None:
     storable(reply)
 
 
-def storable(reply: completions.Reply) -> None:
+def storable(reply: completions.ModelReply) -> None:
     """All of it fits into columns."""
     texts = [reply.text, *(text for call in reply.tool_calls for text in vars(call).values())]
     for text in texts:

@@ -1,0 +1,41 @@
+"""Rolling summaries of threads."""
+
+from django.db import models
+from django.db.models import Q
+from django.utils import timezone
+
+from agents.models.usage import cost_field
+from chat.models import Thread
+
+
+class Summary(models.Model):
+    """A version of a thread's rolling summary: the previous one, extended by the messages that had left
+    the window since."""
+
+    thread = models.ForeignKey(Thread, models.CASCADE, related_name="summaries", db_index=False)
+    # Positions, both included. The text covers earlier messages too.
+    covers_from = models.IntegerField()
+    covers_to = models.IntegerField()
+    text = models.TextField()
+    model = models.CharField(max_length=100)
+    prompt_tokens = models.PositiveIntegerField(default=0)
+    completion_tokens = models.PositiveIntegerField(default=0)
+    cost = cost_field()
+    created_at = models.DateTimeField(default=timezone.now)
+    to_count = models.BooleanField(default=True, help_text="Not in the rollups yet.")
+
+    class Meta:
+        ordering = ["thread", "covers_to"]
+        verbose_name_plural = "summaries"
+        indexes = [
+            # rollups.fold()
+            models.Index(fields=["id"], name="summary_to_count", condition=Q(to_count=True)),
+            # The admin's list, newest first.
+            models.Index(fields=["-created_at", "id"], name="summary_newest"),
+        ]
+        constraints = [
+            models.UniqueConstraint(fields=["thread", "covers_from"], name="summary_extends_once"),
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.thread_id} up to {self.covers_to}"
