@@ -17,7 +17,7 @@ class JSONStringField(serializers.CharField):
 
 
 class PolicyField(JSONStringField):
-    default_error_messages = {"invalid_choice": f"Not one of {', '.join(WhenBusy)}."}
+    default_error_messages = {"invalid_choice": f"Must be one of {', '.join(WhenBusy)}."}
 
     def to_internal_value(self, data: Any) -> WhenBusy:
         try:

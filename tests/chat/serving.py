@@ -44,9 +44,9 @@ async def output_of(
     )
     try:
         async with asyncio.timeout(seconds):
-            said, _ = await process.communicate()
+            output, _ = await process.communicate()
     finally:
         if process.returncode is None:
             process.kill()
             await process.wait()
-    return process.returncode or 0, said.decode()
+    return process.returncode or 0, output.decode()

@@ -132,13 +132,13 @@ def test_the_keyboard_is_enough(page: Page, llm: FakeLLM) -> None:
     page.keyboard.type("Two")
     page.keyboard.press("Enter")
     expect(page.locator(".prompt p")).to_have_text(re.compile("^One\nTwo$"))
-    said = "So far, so good,"
-    expect(page.locator(".draft")).to_have_text(said)
+    partial = "So far, so good,"
+    expect(page.locator(".draft")).to_have_text(partial)
 
     page.keyboard.press("Escape")
 
     stopped = turn(page, "cancelled")
-    expect(stopped.locator(".prose")).to_have_text(said)
+    expect(stopped.locator(".prose")).to_have_text(partial)
     expect(stopped.locator(".state")).to_have_text("Stopped.")
     stopped.get_by_role("button", name="Retry").press("Enter")
     expect(turn(page, "completed").locator(".prose")).to_have_text("Done now.")

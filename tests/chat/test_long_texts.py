@@ -8,7 +8,7 @@ import pytest
 from chat.models import Message, Thread
 from realm.models import User
 from tests import factories
-from tests.chat.test_resources import ids, included, talk, told
+from tests.chat.test_resources import document_of, ids, included, talk
 from tests.realm.conftest import Client, client_of
 
 pytestmark = pytest.mark.django_db
@@ -36,7 +36,7 @@ def threads(alice: User) -> list[Thread]:
 def pages_of(client: Client, at: str | None, link: str = "next") -> list[Any]:
     found = []
     while at:
-        found.append(told(client.get(at)))
+        found.append(document_of(client.get(at)))
         assert found[-1]["data"]
         at = found[-1]["links"][link]
     return found
@@ -49,7 +49,7 @@ def test_page_of_long_rows_is_shorter_and_loses_none(
     at = f"/api/threads/{threads[0].pk}/{kind}"
     pages = pages_of(client, at)
     rows = [pk for page in pages for pk in ids(page)]
-    expected = told(client.get(f"{at.replace(kind, 'relationships/' + kind)}"))
+    expected = document_of(client.get(f"{at.replace(kind, 'relationships/' + kind)}"))
     assert rows == ids(expected)
     assert [characters(page) // LONG for page in pages] == [2, 2, 1]
 
@@ -85,7 +85,7 @@ def test_included_rows_count_towards_the_page_size(
 
 
 def test_last_rows_of_a_thread_that_fit_are_included(client: Client, threads: list[Thread]) -> None:
-    document = told(client.get(f"/api/threads/{threads[0].pk}?include=messages"))
+    document = document_of(client.get(f"/api/threads/{threads[0].pk}?include=messages"))
     linked = document["data"]["relationships"]["messages"]["data"]
     positions = [each["attributes"]["position"] for each in document["included"]]
     assert sorted(positions) == [6, 7, 8, 9]
@@ -96,7 +96,7 @@ def test_only_returned_contents_are_loaded(client: Client, alice: User) -> None:
     thread = talk(alice, turns=50)
     Message.objects.filter(role="assistant").update(content="x" * 1_000_000)
     at = f"/api/threads/{thread.pk}/messages?page[size]=100"
-    told(client.get(f"{at}&fields[messages]=role"))
+    document_of(client.get(f"{at}&fields[messages]=role"))
     tracemalloc.start()
     try:
         client.get(at)
@@ -107,7 +107,7 @@ def test_only_returned_contents_are_loaded(client: Client, alice: User) -> None:
 
 
 def characters(document: Any) -> int:
-    """Of what was said, wherever it stands."""
+    """Of what was texts, wherever it stands."""
     rows = [*document["data"], *document.get("included", [])]
-    said = [row["attributes"].get(name) for row in rows for name in ("content", "output")]
-    return sum(len(text) for text in said if text)
+    texts = [row["attributes"].get(name) for row in rows for name in ("content", "output")]
+    return sum(len(text) for text in texts if text)

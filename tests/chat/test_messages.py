@@ -32,9 +32,9 @@ def test_message_is_accepted_as_documented(api: APIClient) -> None:
     response = post(api, {"content": "Summarize current state", "model": "gpt-4o-mini"})
 
     assert response.status_code == 202
-    told = response.json()
+    data = response.json()
     run = Run.objects.get()
-    assert told == {
+    assert data == {
         "ok": True,
         "status": "accepted",
         "runId": run.pk,
@@ -43,8 +43,8 @@ def test_message_is_accepted_as_documented(api: APIClient) -> None:
         "model": "gpt-4o-mini",
         "correlationId": run.correlation_id,
     }
-    assert re.fullmatch(r"thr_[a-z0-9]{24}", told["threadId"])
-    assert re.fullmatch(r"run_[a-z0-9]{24}", told["runId"])
+    assert re.fullmatch(r"thr_[a-z0-9]{24}", data["threadId"])
+    assert re.fullmatch(r"run_[a-z0-9]{24}", data["runId"])
     assert response["Location"] == f"/api/chat/runs/{run.pk}"
 
 
@@ -68,18 +68,18 @@ def test_waiting_client_gets_the_outcome_without_a_notice(
 
 
 def test_the_run_its_message_and_its_event_are_recorded_together(api: APIClient) -> None:
-    told = post(api, {"content": "  Hello \n", "correlationId": "c-1"}).json()
+    data = post(api, {"content": "  Hello \n", "correlationId": "c-1"}).json()
 
-    message = Message.objects.get(pk=told["messageId"])
+    message = Message.objects.get(pk=data["messageId"])
     assert (message.role, message.content, message.position) == ("user", "Hello", 0)
     event = Event.objects.get(type="agent.run.requested")
     assert event.payload == {
-        "runId": told["runId"],
-        "threadId": told["threadId"],
+        "runId": data["runId"],
+        "threadId": data["threadId"],
         "prompt": "Hello",
         "model": "gpt-4o-mini",
     }
-    assert event.correlation_id == told["correlationId"] == "c-1"
+    assert event.correlation_id == data["correlationId"] == "c-1"
     assert event.published_at is None
 
 
@@ -100,9 +100,9 @@ def test_messages_of_a_thread_keep_their_order(api: APIClient) -> None:
 
 
 def test_unused_thread_id_creates_the_thread(api: APIClient) -> None:
-    told = post(api, {"content": "Hi", "threadId": "support-4711"}).json()
+    data = post(api, {"content": "Hi", "threadId": "support-4711"}).json()
 
-    assert told["threadId"] == "support-4711"
+    assert data["threadId"] == "support-4711"
     assert Thread.objects.get().pk == "support-4711"
 
 
@@ -138,9 +138,9 @@ def test_invalid_request_names_the_field(api: APIClient, body: Any, error: str) 
     response = post(api, body)
 
     assert response.status_code == 400
-    told = response.json()
-    assert told["ok"] is False
-    assert error in told["error"]
+    data = response.json()
+    assert data["ok"] is False
+    assert error in data["error"]
     assert not Run.objects.exists()
 
 
@@ -314,16 +314,16 @@ class TestWhoMayChat:
     def test_messages_belong_to_their_user(self, api: APIClient, settings: Any) -> None:
         settings.CHAT_ALLOW_ANONYMOUS = False
         alice, bob = factories.user("alice"), factories.user("bob")
-        told = post(api, {"content": "Hi"}, Authorization=bearer(alice)).json()
+        data = post(api, {"content": "Hi"}, Authorization=bearer(alice)).json()
 
         assert Thread.objects.get().owner == alice
         for url in (
-            f"/api/chat/runs/{told['runId']}",
-            f"/api/chat/threads/{told['threadId']}/messages",
+            f"/api/chat/runs/{data['runId']}",
+            f"/api/chat/threads/{data['threadId']}/messages",
         ):
             assert api.get(url, headers={"Authorization": bearer(alice)}).status_code == 200
             assert api.get(url, headers={"Authorization": bearer(bob)}).status_code == 404
-        intrusion = {"content": "Hi", "threadId": told["threadId"]}
+        intrusion = {"content": "Hi", "threadId": data["threadId"]}
         assert post(api, intrusion, Authorization=bearer(bob)).status_code == 404
         assert Run.objects.count() == 1
 
@@ -393,9 +393,9 @@ class TestBlackHole:
     ) -> None:
         began = time.monotonic()
         for _ in range(10):
-            said = post(api, {"content": "Hello"}, prefer=prefer)
-            assert said.status_code == 202
+            response = post(api, {"content": "Hello"}, prefer=prefer)
+            assert response.status_code == 202
         took = time.monotonic() - began
         # Of a breaker that opens for three seconds each time, not of each of the requests.
         assert 1 <= len(hole) <= 2 * (1 + took // stream.BREAK_SECONDS)
-        assert took < 25, "nobody waits the thirty seconds"
+        assert took < 25, "the request waited thirty seconds"

@@ -144,8 +144,8 @@ class TestWhoseThreads:
     ) -> None:
         run = ask("A secret", owner=alice)
         path = path.format(thread=run.thread_id, run=run.pk)
-        for somebody in (stranger, client):
-            page = getattr(somebody, method)(path, {"content": "Hi", "title": "Mine"})
+        for other in (stranger, client):
+            page = getattr(other, method)(path, {"content": "Hi", "title": "Mine"})
             assert page.status_code == 404
             assert "secret" not in page.text
         run.refresh_from_db()
@@ -430,8 +430,8 @@ class TestSafety:
         self, client: Client, browser: Client, alice: User, path: str
     ) -> None:
         run = ask("Hello", owner=alice)
-        somebody = client if path == "/login" else browser
-        page = somebody.get(path.format(run.thread_id, run.pk))
+        visitor = client if path == "/login" else browser
+        page = visitor.get(path.format(run.thread_id, run.pk))
         assert page.status_code == 200
         assert page["Content-Security-Policy"] == (
             "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "

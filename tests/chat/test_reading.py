@@ -26,9 +26,9 @@ class TestHistory:
         url = f"/api/chat/threads/{thread.pk}/messages"
         pages, before = [], None
         while before or not pages:
-            told = api.get(url, {"before": before} if before else {}).json()
-            pages.append([(m["id"], len(m["content"])) for m in told["messages"]])
-            before = told["next"]
+            data = api.get(url, {"before": before} if before else {}).json()
+            pages.append([(m["id"], len(m["content"])) for m in data["messages"]])
+            before = data["next"]
         assert all(sum(size for _, size in page) <= 4_000_000 for page in pages)
         assert len(pages) == 3
         ids = [pk for page in reversed(pages) for pk, _ in page]
@@ -39,25 +39,25 @@ class TestHistory:
     def test_single_message_is_returned_whatever_its_length(self, api: APIClient) -> None:
         thread = factories.conversation(1)
         Message.objects.filter(thread=thread, position=1).update(content="x" * 5_000_000)
-        told = api.get(f"/api/chat/threads/{thread.pk}/messages").json()
-        assert [len(m["content"]) for m in told["messages"]] == [5_000_000]
-        assert told["next"]
+        data = api.get(f"/api/chat/threads/{thread.pk}/messages").json()
+        assert [len(m["content"]) for m in data["messages"]] == [5_000_000]
+        assert data["next"]
 
     def test_messages_are_in_chronological_order(self, api: APIClient) -> None:
         thread = factories.conversation(2)
 
-        told = api.get(f"/api/chat/threads/{thread.pk}/messages").json()
+        data = api.get(f"/api/chat/threads/{thread.pk}/messages").json()
 
-        assert told["ok"] is True
-        assert told["next"] is None
-        assert [m["content"] for m in told["messages"]] == [
+        assert data["ok"] is True
+        assert data["next"] is None
+        assert [m["content"] for m in data["messages"]] == [
             "question 0",
             "answer 0",
             "question 1",
             "answer 1",
         ]
         first = Message.objects.get(position=0)
-        assert told["messages"][0] == {
+        assert data["messages"][0] == {
             "id": str(first.pk),
             "threadId": thread.pk,
             "role": "user",
@@ -71,9 +71,9 @@ class TestHistory:
         factories.ask("two", thread_id=first.thread_id)
         execution.execute(first.pk)
 
-        told = api.get(f"/api/chat/threads/{first.thread_id}/messages").json()
+        data = api.get(f"/api/chat/threads/{first.thread_id}/messages").json()
 
-        assert [m["content"] for m in told["messages"]] == ["one", "Handled prompt: one", "two"]
+        assert [m["content"] for m in data["messages"]] == ["one", "Handled prompt: one", "two"]
 
     def test_newest_200_come_first_and_next_continues(self, api: APIClient) -> None:
         url = f"/api/chat/threads/{factories.conversation(150).pk}/messages"
@@ -136,29 +136,29 @@ class TestRuns:
     def test_queued_run(self, api: APIClient) -> None:
         run = factories.ask("Hi", correlation_id="c-1")
 
-        told = api.get(f"/api/chat/runs/{run.pk}").json()
+        data = api.get(f"/api/chat/runs/{run.pk}").json()
 
-        assert told["ok"] is True
-        assert told["run"] == {
+        assert data["ok"] is True
+        assert data["run"] == {
             "id": run.pk,
             "threadId": run.thread_id,
             "correlationId": "c-1",
             "status": "queued",
             "model": "gpt-4o-mini",
             "usage": {"promptTokens": 0, "completionTokens": 0, "totalTokens": 0},
-            "createdAt": told["run"]["createdAt"],
-            "updatedAt": told["run"]["updatedAt"],
+            "createdAt": data["run"]["createdAt"],
+            "updatedAt": data["run"]["updatedAt"],
         }
 
     def test_completed_run(self, api: APIClient) -> None:
         run = factories.ask("Hi")
         execution.execute(run.pk)
 
-        told = api.get(f"/api/chat/runs/{run.pk}").json()["run"]
+        data = api.get(f"/api/chat/runs/{run.pk}").json()["run"]
 
-        assert told["status"] == "completed"
-        assert told["output"] == "Handled prompt: Hi"
-        assert "safeError" not in told
+        assert data["status"] == "completed"
+        assert data["output"] == "Handled prompt: Hi"
+        assert "safeError" not in data
 
     def test_failed_run(self, api: APIClient, model: Any) -> None:
         from tests.fakes.llm import Failure

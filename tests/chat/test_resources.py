@@ -33,7 +33,7 @@ def talk(owner: User | None, turns: int = 1) -> Thread:
     return factories.conversation(turns, thread=Thread.objects.create(owner=owner))
 
 
-def told(response: Any) -> Any:
+def document_of(response: Any) -> Any:
     assert response.status_code == 200, response.content
     assert response.headers["Content-Type"] == JSON_API
     return response.json()
@@ -64,7 +64,7 @@ class TestResources:
         runs.execute(asked.pk)
         plain = client.get(f"/api/chat/runs/{asked.pk}").json()["run"]
 
-        run = told(client.get(f"/api/runs/{asked.pk}"))["data"]
+        run = document_of(client.get(f"/api/runs/{asked.pk}"))["data"]
 
         assert (run["type"], run["id"]) == ("runs", asked.pk)
         assert run["links"] == {"self": f"/api/runs/{asked.pk}"}
@@ -81,7 +81,7 @@ class TestResources:
         thread = talk(alice)
         plain = client.get(f"/api/chat/threads/{thread.pk}/messages").json()["messages"]
 
-        messages = told(client.get(f"/api/threads/{thread.pk}/messages"))["data"]
+        messages = document_of(client.get(f"/api/threads/{thread.pk}/messages"))["data"]
 
         run = {"type": "runs", "id": Run.objects.get().pk}
         for old, new in zip(plain, messages, strict=True):
@@ -99,7 +99,7 @@ class TestResources:
         while waiting:
             at = waiting.pop()
             if at not in seen:
-                seen[at] = told(client.get(at))
+                seen[at] = document_of(client.get(at))
                 waiting += links_in(seen[at])
 
         assert len(seen) == 3 + 2 * 5 + 3 * 5 + 2 * 9
@@ -115,8 +115,10 @@ class TestResources:
     def test_missing_answer(self, client: Client, alice: User) -> None:
         run = factories.ask(owner=alice)
 
-        assert told(client.get(f"/api/runs/{run.pk}/answer")) == {"data": None}
-        assert told(client.get(f"/api/runs/{run.pk}"))["data"]["attributes"]["output"] is None
+        assert document_of(client.get(f"/api/runs/{run.pk}/answer")) == {"data": None}
+        assert (
+            document_of(client.get(f"/api/runs/{run.pk}"))["data"]["attributes"]["output"] is None
+        )
 
     @pytest.mark.parametrize("accept", ["application/json", "*/*", ""])
     def test_other_names_of_the_media_type(self, client: Client, accept: str) -> None:
@@ -163,7 +165,7 @@ class TestInclude:
     def test_three_steps(self, client: Client, alice: User) -> None:
         thread = talk(alice, turns=2)
 
-        document = told(client.get(f"/api/threads/{thread.pk}?include=messages.run.answer"))
+        document = document_of(client.get(f"/api/threads/{thread.pk}?include=messages.run.answer"))
 
         messages = [("messages", str(pk)) for pk in thread.messages.values_list("pk", flat=True)]
         runs = [("runs", pk) for pk in thread.runs.values_list("pk", flat=True)]
@@ -174,7 +176,7 @@ class TestInclude:
     def test_resource_included_twice_is_returned_once(self, client: Client, alice: User) -> None:
         thread = talk(alice)
 
-        document = told(client.get("/api/runs?include=thread,message.thread.messages"))
+        document = document_of(client.get("/api/runs?include=thread,message.thread.messages"))
 
         assert included(document) == {
             ("threads", thread.pk),
@@ -186,14 +188,14 @@ class TestInclude:
     def test_primary_data_is_not_included_again(self, client: Client, alice: User) -> None:
         talk(alice)
 
-        document = told(client.get("/api/messages?include=thread.messages"))
+        document = document_of(client.get("/api/messages?include=thread.messages"))
 
         assert [each["type"] for each in document["included"]] == ["threads"]
 
     def test_newest_turns_of_a_long_thread_are_included(self, client: Client, alice: User) -> None:
         thread = talk(alice, turns=40)
 
-        document = told(client.get("/api/threads?include=messages"))
+        document = document_of(client.get("/api/threads?include=messages"))
 
         newest = list(thread.messages.filter(position__gte=30).values_list("pk", flat=True))
         linkage = document["data"][0]["relationships"]["messages"]["data"]
@@ -236,7 +238,7 @@ class TestInclude:
             with CaptureQueriesContext(
                 connection,
             ) as asked:
-                told(client.get(at))
+                document_of(client.get(at))
             return len(asked)
 
         assert queries(3) == queries(30)
@@ -247,7 +249,7 @@ class TestSparseFields:
         talk(alice)
         query = "include=thread&fields[messages]=correlationId,thread&fields[threads]="
 
-        document = told(client.get(f"/api/messages?{query}"))
+        document = document_of(client.get(f"/api/messages?{query}"))
 
         for message in document["data"]:
             assert set(message["attributes"]) == {"correlationId"}
@@ -268,9 +270,9 @@ class TestLists:
     def test_pages_to_the_end_and_back(self, client: Client, alice: User) -> None:
         talk(alice, turns=4)
         at = "/api/messages?page[size]=3&sort=position&include=thread"
-        pages = [told(client.get(at))]
+        pages = [document_of(client.get(at))]
         while following := pages[-1]["links"]["next"]:
-            pages.append(told(client.get(following)))
+            pages.append(document_of(client.get(following)))
         assert [len(page["data"]) for page in pages] == [3, 3, 2]
         assert all(page["included"] for page in pages)
         assert [each["attributes"]["position"] for page in pages for each in page["data"]] == list(
@@ -279,15 +281,15 @@ class TestLists:
 
         back = [pages[-1]]
         while previous := back[-1]["links"]["prev"]:
-            back.append(told(client.get(previous)))
+            back.append(document_of(client.get(previous)))
         assert [ids(page) for page in back] == [ids(page) for page in reversed(pages)]
 
     def test_new_rows_shift_no_page(self, client: Client, alice: User) -> None:
         talk(alice, turns=3)
-        first = told(client.get("/api/runs?page[size]=2"))
+        first = document_of(client.get("/api/runs?page[size]=2"))
         talk(alice)
 
-        rest = told(client.get(first["links"]["next"]))
+        rest = document_of(client.get(first["links"]["next"]))
 
         assert len({*ids(first), *ids(rest)}) == 3
 
@@ -301,7 +303,7 @@ class TestLists:
         for sort in ("createdAt", "-createdAt"):
             found, following = [], f"/api/runs?page[size]=2&sort={sort}"
             while following:
-                page = told(client.get(following))
+                page = document_of(client.get(following))
                 found += ids(page)
                 following = page["links"]["next"]
             assert sorted(found) == sorted(Run.objects.values_list("pk", flat=True))
@@ -310,9 +312,9 @@ class TestLists:
         talk(alice, turns=3)
         newest = list(Run.objects.order_by("-created_at").values_list("pk", flat=True))
 
-        assert ids(told(client.get("/api/runs"))) == newest
-        assert ids(told(client.get("/api/runs?sort=-createdAt"))) == newest
-        assert ids(told(client.get("/api/runs?sort=createdAt"))) == newest[::-1]
+        assert ids(document_of(client.get("/api/runs"))) == newest
+        assert ids(document_of(client.get("/api/runs?sort=-createdAt"))) == newest
+        assert ids(document_of(client.get("/api/runs?sort=createdAt"))) == newest[::-1]
 
     def test_filters(self, client: Client, alice: User) -> None:
         thread = talk(alice)
@@ -328,13 +330,13 @@ class TestLists:
             (f"filter[thread]={thread.pk}", [done.pk]),
             (f"filter[thread]={thread.pk}&filter[status]=queued", []),
         ]:
-            assert ids(told(client.get(f"/api/runs?{query}"))) == expected, query
+            assert ids(document_of(client.get(f"/api/runs?{query}"))) == expected, query
 
     def test_page_links_keep_the_query(self, client: Client, alice: User) -> None:
         talk(alice, turns=2)
 
         at = "/api/messages?filter[role]=assistant&page[size]=1&fields[messages]=role"
-        second = told(client.get(told(client.get(at))["links"]["next"]))
+        second = document_of(client.get(document_of(client.get(at))["links"]["next"]))
 
         assert [each["attributes"] for each in second["data"]] == [{"role": "assistant"}]
 
@@ -384,10 +386,10 @@ class TestLists:
     ) -> None:
         thread = talk(alice, turns=300)
         at = f"/api/threads/{thread.pk}/messages"
-        following = told(client.get(f"{at}?page[size]=100"))["links"]["next"]
+        following = document_of(client.get(f"{at}?page[size]=100"))["links"]["next"]
 
         with CaptureQueriesContext(connection) as asked:
-            told(client.get(following))
+            document_of(client.get(following))
 
         sqlite = connection.vendor == "sqlite"
         index = "thread_id=? AND position>" if sqlite else "message_position_is_unique"
@@ -396,21 +398,21 @@ class TestLists:
 
 
 class TestOthers:
-    """What is alice's is told to nobody else: see tests/security/test_bola.py."""
+    """What is alice's is document_of to nobody else: see tests/security/test_bola.py."""
 
     def test_authentication_is_required(self, client: Client, alice: User) -> None:
-        nobody = Client()
+        anonymous = Client()
         for at in ("/api/threads", "/api/messages", "/api/runs", "/api/runs/run_1"):
-            response = nobody.get(at)
+            response = anonymous.get(at)
             assert only_error(response, 401)["code"] == "not_authenticated"
             assert response.headers["WWW-Authenticate"].startswith("Bearer")
-        only_error(nobody.send("POST", "/api/messages", question()), 401)
+        only_error(anonymous.send("POST", "/api/messages", question()), 401)
 
     def test_anonymous_callers_see_anonymous_threads(self, alice: User, settings: Any) -> None:
         settings.CHAT_ALLOW_ANONYMOUS = True
         talk(alice)
         free = talk(None)
-        assert ids(told(Client().get("/api/threads"))) == [free.pk]
+        assert ids(document_of(Client().get("/api/threads"))) == [free.pk]
 
 
 class TestAsking:
@@ -425,7 +427,7 @@ class TestAsking:
         assert message["attributes"]["content"] == "Hello"
         assert message["relationships"]["run"]["data"] == {"type": "runs", "id": run.pk}
         assert (run.source, run.correlation_id, run.thread.owner) == ("http", "c-1", alice)
-        assert told(client.get(response.headers["Location"])) == {"data": message}
+        assert document_of(client.get(response.headers["Location"])) == {"data": message}
 
     def test_post_to_an_own_or_a_new_thread(self, client: Client, alice: User) -> None:
         thread = talk(alice)
@@ -446,7 +448,7 @@ class TestAsking:
         run = merged["included"][0]
         assert run["attributes"]["deadlineAt"]
         earlier = Run.objects.get(merged_into__isnull=False)
-        leads = told(client.get(f"/api/runs/{earlier.pk}/mergedInto"))
+        leads = document_of(client.get(f"/api/runs/{earlier.pk}/mergedInto"))
         assert leads["data"]["id"] == run["id"]
 
     def test_repeat_with_the_same_key(self, client: Client) -> None:

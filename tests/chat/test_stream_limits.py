@@ -26,7 +26,7 @@ def bearer(name: str) -> dict[str, str]:
 
 
 @pytest.fixture(autouse=True)
-def _nobody_is_seated(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _no_open_streams(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     # Of other tests somebody may hold a response still.
     monkeypatch.setattr(streams, "open_streams", Limiter())
     yield
@@ -54,10 +54,10 @@ def test_limit_per_user(settings: Any) -> None:
             await first.event()
             await second.event()
             refused = await third.end()
-            told = json.loads(refused.body)
+            data = json.loads(refused.body)
             assert (refused.status, refused.headers["retry-after"]) == (429, "5")
-            assert (told["ok"], told["code"]) == (False, "too_many_streams")
-            assert "CHAT_MAX_STREAMS_PER_USER" in told["error"]
+            assert (data["ok"], data["code"]) == (False, "too_many_streams")
+            assert "CHAT_MAX_STREAMS_PER_USER" in data["error"]
             accept = {"accept": "text/event-stream", **alice}
             async with request("/api/chat/messages", "POST", {"content": "Hi"}, **accept) as asked:
                 assert asked.status == 429

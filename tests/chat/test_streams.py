@@ -469,9 +469,9 @@ def test_cancel_takes_effect_between_two_tokens(model: FakeLLM) -> None:
     async def scene() -> None:
         async with request(f"/api/chat/runs/{run.pk}/events") as listener:
             worker.start()
-            said = ""
-            while said != "one two ":
-                said += text_of(await listener.until("message.delta"))
+            text = ""
+            while text != "one two ":
+                text += text_of(await listener.until("message.delta"))
             async with request(f"/api/chat/runs/{run.pk}/cancel", "POST") as response:
                 assert response.status == 202
             async with asyncio.timeout(60):
@@ -479,7 +479,7 @@ def test_cancel_takes_effect_between_two_tokens(model: FakeLLM) -> None:
                 await asyncio.to_thread(worker.join)
         model.wait_for_disconnects()
         step = await asyncio.to_thread(Step.objects.get, run=run)
-        assert step.output == said
+        assert step.output == text
         attempt = await asyncio.to_thread(Attempt.objects.get, run=run)
         assert (attempt.result, attempt.completion_tokens) == ("cancelled", 2)
 
@@ -496,7 +496,7 @@ def test_thread_events_follow_the_conversation(model: FakeLLM) -> None:
             assert [event.id for event in events] == ["1", "2", "3", "4"]
             assert [event.type for event in events] == ["message.created", "run.completed"] * 2
             assert events[3].data["message"]["content"] == "answer 1"
-            # Two questions at once: the second is told when its turn has come.
+            # Two questions at once: the second is batch when its turn has come.
             run = await asyncio.to_thread(ask, "And now?", thread_id=thread.pk)
             later = await asyncio.to_thread(ask, "And then?", thread_id=thread.pk)
             asked = await response.event()
@@ -519,9 +519,9 @@ def test_long_turns_are_read_in_small_batches() -> None:
     caller = StreamCaller(Access(), None)
     after, sizes, numbers = 0, [], []
     while True:
-        told = streams._next_frames(caller, thread.pk, after)
-        assert told
-        frames, reached = told
+        batch = streams._next_frames(caller, thread.pk, after)
+        assert batch
+        frames, reached = batch
         if not frames:
             break
         sizes.append(len(frames) // 3_000_000)  # the message, and the output of its run

@@ -41,7 +41,7 @@ def thread(owner: User | None, *, minutes_ago: int = 0, content: str = "Hello") 
 
 
 def ids(response: Any) -> list[str]:
-    return [told["id"] for told in response.json()["threads"]]
+    return [data["id"] for data in response.json()["threads"]]
 
 
 INDEXES = {"thread_of_owner", "thread_active_of_owner"}
@@ -57,11 +57,11 @@ class TestList:
 
     def test_fields_of_a_thread(self, mine: APIClient, alice: User) -> None:
         first = thread(alice, content="Why is the sky blue? " * 10)
-        told = mine.get(URL).json()
+        data = mine.get(URL).json()
 
-        assert told["ok"] is True
-        assert told["next"] is None
-        [one] = told["threads"]
+        assert data["ok"] is True
+        assert data["next"] is None
+        [one] = data["threads"]
         assert one == mine.get(f"{URL}/{first.pk}").json()["thread"]
         assert (one["id"], one["title"], one["archived"]) == (first.pk, "", False)
         assert one["preview"] == ("Why is the sky blue? " * 10)[:100]
@@ -148,11 +148,11 @@ class TestChange:
         url = f"{URL}/{thread(alice, minutes_ago=5).pk}"
         before = mine.get(url).json()["thread"]["updatedAt"]
 
-        told = mine.patch(url, {"title": "  The sky  "}, format="json")
-        assert told.status_code == 200
-        assert told.json()["thread"]["title"] == "The sky"
+        data = mine.patch(url, {"title": "  The sky  "}, format="json")
+        assert data.status_code == 200
+        assert data.json()["thread"]["title"] == "The sky"
         # It is no activity.
-        assert told.json()["thread"]["updatedAt"] == before
+        assert data.json()["thread"]["updatedAt"] == before
         assert mine.patch(url, {"title": ""}, format="json").json()["thread"]["title"] == ""
 
     def test_archived_thread_leaves_the_list_and_returns(
@@ -246,9 +246,9 @@ class TestDelete:
         waiting = factories.ask("two", thread_id=held.thread_id)
         retention.delete_thread(held.thread)
 
-        told = [entry[b"event"] for _, entry in redis.xrange(settings.REDIS_STREAM_KEY)]
+        data = [entry[b"event"] for _, entry in redis.xrange(settings.REDIS_STREAM_KEY)]
         for run in (held, waiting):
-            cancelled = [e for e in told if b"agent.run.cancelled" in e and run.pk.encode() in e]
+            cancelled = [e for e in data if b"agent.run.cancelled" in e and run.pk.encode() in e]
             assert len(cancelled) == 1
 
     def test_worker_discards_the_result_of_a_deleted_run(self, caplog: Any) -> None:
@@ -307,8 +307,8 @@ class TestRetry:
         actions.cancel(run)
         response = self.retry(mine, run)
         assert response.status_code == 202
-        told = response.json()
-        assert (told["ok"], told["run"]["id"], told["run"]["status"]) == (True, run.pk, "queued")
+        data = response.json()
+        assert (data["ok"], data["run"]["id"], data["run"]["status"]) == (True, run.pk, "queued")
         assert execution.claim(run.pk)
 
     def test_unfinished_or_completed_run_is_not_retried(self, mine: APIClient, alice: User) -> None:

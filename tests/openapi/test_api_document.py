@@ -92,8 +92,8 @@ def test_every_command_works_as_documented(redis: Any, settings: Any, tmp_path: 
 
     go(scene())
 
-    code, said = ended
-    assert code == 0, said
+    code, output = ended
+    assert code == 0, output
     for number, (text, shown) in enumerate(commands()):
         answer = (tmp_path / str(number)).read_text()
         if shown is None:

@@ -30,11 +30,11 @@ def test_server_conforms_to_the_description(redis: Any, settings: Any, tmp_path:
     BotRegistration.objects.create(id=BOT_ID, user=user, username=USER)
     factories.ask(owner=user, thread_id=THREAD_ID, run_id=RUN_ID)
     execution.execute(RUN_ID)
-    told: list[Any] = []
+    ended: list[Any] = []
 
     async def scene() -> None:
         async with serving() as url:
-            told[:] = await output_of(
+            ended[:] = await output_of(
                 str(SCHEMATHESIS),
                 f"--config-file={HERE / 'schemathesis.toml'}",
                 "run",
@@ -51,5 +51,5 @@ def test_server_conforms_to_the_description(redis: Any, settings: Any, tmp_path:
         homeserver.users[ACCESS_TOKEN] = USER
         go(scene())
 
-    code, said = told
-    assert code == 0, said
+    code, output = ended
+    assert code == 0, output

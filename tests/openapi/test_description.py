@@ -73,11 +73,14 @@ def examples(node: Any) -> Iterator[tuple[Any, Any]]:
             yield from examples(each)
     elif isinstance(node, dict):
         if "text/event-stream" not in node and isinstance(node.get("schema"), dict):
-            told = [each["value"] for each in node.get("examples", {}).values()]
-            for example in [*told, *([node["example"]] if "example" in node else [])]:
+            values = [each["value"] for each in node.get("examples", {}).values()]
+            for example in [*values, *([node["example"]] if "example" in node else [])]:
                 yield node["schema"], example
         if isinstance(node.get("properties"), dict) and "example" in node:
-            yield {name: said for name, said in node.items() if name != "example"}, node["example"]
+            yield (
+                {name: value for name, value in node.items() if name != "example"},
+                node["example"],
+            )
         for name, each in node.items():
             if name not in ("example", "examples", "text/event-stream"):
                 yield from examples(each)
