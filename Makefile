@@ -14,7 +14,7 @@ REDIS := .venv/.redis
 endif
 # The stack installs its homeserver itself, once its pages answer.
 ifeq ($(MATRIX_URL)$(filter false,$(STACK_MATRIX))$(shell grep -s -e '^MATRIX_URL=.' -e '^STACK_MATRIX=false' .env),)
-export STACK_INSTALL_HOMESERVER := $(MAKE_PROGRAM) --no-print-directory $(HOMESERVER)
+export STACK_INSTALL_HOMESERVER := $(MAKE_PROGRAM) --silent --no-print-directory $(HOMESERVER)
 endif
 
 help: ## List the targets
