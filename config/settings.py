@@ -81,7 +81,7 @@ INSTALLED_APPS = [
 MIDDLEWARE = [
     # Before any middleware that may answer.
     "config.middleware.CachePolicyMiddleware",
-    "ops.middleware.Requests",
+    "ops.middleware.RequestMiddleware",
     "lib.plainjson.PlainErrorsMiddleware",
     "lib.jsonapi.errors.JSONAPIErrorsMiddleware",
     "django.middleware.security.SecurityMiddleware",

@@ -118,7 +118,7 @@ def _section(title: str, check: Callable[[], Iterator[Item]]) -> Section:
 def _doctor() -> Iterator[Item]:
     """Run the checks of `manage.py doctor`; takes at most ten seconds."""
     for each in doctor.examine():
-        yield _line(each.check, (each.level, each.said, each.mend))
+        yield _line(each.check, (each.level, each.message, each.fix))
 
 
 def _line(name: str, finding: tuple[str, str, str]) -> Item:

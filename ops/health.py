@@ -1,4 +1,4 @@
-"""Whether this process can serve, and whether the whole gets on."""
+"""Readiness of this process, and progress of the whole system."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -26,22 +26,22 @@ PATIENCE_SECONDS = 2.0
 @dataclass(frozen=True)
 class Check:
     ok: bool
-    told: dict[str, Any] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
 
 
 def readiness() -> dict[str, Check]:
-    return _asked(READINESS)
+    return _run(READINESS)
 
 
 def progress() -> dict[str, Check]:
-    return _asked(PROGRESS)
+    return _run(PROGRESS)
 
 
-def _asked(checks: Mapping[str, BoundedCheck[Check]]) -> dict[str, Check]:
-    answers = run_checks(checks, PATIENCE_SECONDS)
+def _run(checks: Mapping[str, BoundedCheck[Check]]) -> dict[str, Check]:
+    results = run_checks(checks, PATIENCE_SECONDS)
     return {
-        name: Check(False, {"error": str(answer)}) if isinstance(answer, CheckFailed) else answer
-        for name, answer in answers.items()
+        name: Check(False, {"error": str(result)}) if isinstance(result, CheckFailed) else result
+        for name, result in results.items()
     }
 
 
@@ -58,13 +58,13 @@ def _database() -> Check:
 
 
 def _redis() -> Check:
-    """A Redis that takes nothing is as good as none: events and tasks go there."""
+    """Check writes: events and tasks need them."""
     try:
         stream.check_writable()
     except RedisError as error:
         reason = refused(error)
-        told = f"Redis refuses writes: {reason}." if reason else type(error).__name__
-        return Check(settings.OPS_READY_WITHOUT_REDIS, {"error": told})
+        message = f"Redis refuses writes: {reason}." if reason else type(error).__name__
+        return Check(settings.OPS_READY_WITHOUT_REDIS, {"error": message})
     return Check(True)
 
 
@@ -74,7 +74,7 @@ def _migrations() -> Check:
 
 
 def unapplied() -> list[str]:
-    """Migrations that the code has and the database has not."""
+    """Return the migrations that are not applied to the database."""
     applied = MigrationRecorder(connection).applied_migrations()
     return [f"{app}.{name}" for app, name in _known_migrations() if (app, name) not in applied]
 
@@ -83,7 +83,7 @@ _known: list[tuple[str, str]] = []
 
 
 def _known_migrations() -> list[tuple[str, str]]:
-    """Read from the disk once: to import them all takes a tenth of a second."""
+    """Return the migrations of the code, read once: importing them takes a tenth of a second."""
     if not _known:
         _known.extend(sorted(MigrationLoader(None).disk_migrations))
     return _known
@@ -96,22 +96,22 @@ def _queue() -> Check:
 def _outbox() -> Check:
     count, age = outbox()
     check = _within(age, settings.OPS_MAX_OUTBOX_SECONDS)
-    return Check(check.ok, {**check.told, "events": count})
+    return Check(check.ok, {**check.details, "events": count})
 
 
 def outbox() -> tuple[int, float]:
-    """How many events no worker has seen on the stream yet, and the age of the oldest in seconds."""
-    found = Event.objects.unpublished().aggregate(count=Count("pk"), oldest=Min("created_at"))
-    return found["count"], _age(found["oldest"])
+    """Return the number of events not yet seen on the stream, and the age of the oldest in seconds."""
+    totals = Event.objects.unpublished().aggregate(count=Count("pk"), oldest=Min("created_at"))
+    return totals["count"], _age(totals["oldest"])
 
 
 def _workers() -> Check:
-    told = workers()
-    return Check(told["reading"] > 0, told)
+    counts = workers()
+    return Check(counts["reading"] > 0, counts)
 
 
 def workers() -> dict[str, int]:
-    """How many beat, how many of them read the stream, and how many runs they hold."""
+    """Count the workers that are alive, those that read the stream, and their active runs."""
     alive = list(Worker.objects.alive().values_list("runs_in_hand", flat=True))
     return {
         "alive": len(alive),
@@ -128,7 +128,7 @@ def _bot() -> Check:
 
 
 def bot_sync_seconds() -> float | None:
-    """Since the bot last heard of its homeserver; None where no bot has ever been at work."""
+    """Return the time since the bot's last sync; None if there has never been a bot."""
     account = Session.objects.filter(
         homeserver=settings.MATRIX_URL, username=settings.BOT_RUNNER_USERNAME
     ).exclude(last_sync_at=None)

@@ -1,7 +1,7 @@
-"""The local stack (scripts/stack.py), as a command finds it that is started beside it.
+"""Find the running local stack (scripts/stack.py) and its settings.
 
-The stack has settings that no other process knows of: a private Redis, a homeserver, a directory for
-metrics. While it runs it has them all written down, in the syntax of a shell and for its owner alone.
+The stack sets up a private Redis, a homeserver and a directory for metrics. While it runs, a file that
+only its owner can read holds all its settings, in shell syntax.
 """
 
 import fcntl
@@ -13,9 +13,11 @@ from pathlib import Path
 
 from django.conf import settings
 
-WRITTEN = "stack.env"
-# What tells one system from another.
-PLACES = ("DATABASE_URL", "REDIS_URL", "MATRIX_URL")
+SETTINGS_FILE = "stack.env"
+# The ports of the stack: the variables and their defaults. scripts/stack.py has the same.
+PORTS = {"PORT": 3000, "REALM_SERVER_PORT": 4201}
+# The settings that distinguish one system from another.
+LOCATIONS = ("DATABASE_URL", "REDIS_URL", "MATRIX_URL")
 
 
 @dataclass(frozen=True)
@@ -24,24 +26,24 @@ class Stack:
     environment: Mapping[str, str]  # every setting; empty for one that is not set
 
     def is_meant_by(self, environment: Mapping[str, str]) -> bool:
-        """Whether the environment names no other database, Redis or homeserver."""
+        """Return whether the environment names no other database, Redis or homeserver."""
         return all(
             environment.get(name, "").strip() in ("", self.environment.get(name, "").strip())
-            for name in PLACES
+            for name in LOCATIONS
         )
 
 
 def running() -> Stack | None:
-    """The stack that runs in STACK_DIR; None as well for one of another user."""
+    """Return the stack that runs in STACK_DIR; None if it belongs to another user."""
     folder = Path(os.environ.get("STACK_DIR", "").strip() or settings.BASE_DIR / ".local")
     try:
-        lines = shlex.split((folder / WRITTEN).read_text())
+        lines = shlex.split((folder / SETTINGS_FILE).read_text())
         if not _is_held(folder / "lock"):
-            return None  # it was killed outright
+            return None  # the stack was killed
     except OSError:
         return None
-    named = (line.partition("=") for line in lines)
-    return Stack(folder, {name: value for name, _, value in named})
+    pairs = (line.partition("=") for line in lines)
+    return Stack(folder, {name: value for name, _, value in pairs})
 
 
 def _is_held(lock: Path) -> bool:

@@ -1,16 +1,13 @@
-"""What Prometheus reads.
+"""Metrics for Prometheus.
 
-HTTP is counted in the process that serves it; the processes of a web server add up in
-PROMETHEUS_MULTIPROC_DIR. Everything else is read from the database and Redis when it is asked for, so
-it is right however many processes and hosts there are, and whatever they do: each web process tells the
-same.
+Each web process counts its own HTTP requests; the processes of one server add up in
+PROMETHEUS_MULTIPROC_DIR. Everything else is read from the database and Redis at each scrape, so every
+web process reports the same.
 
-What has ended is read from the rollups (agents.usage.rollups), so a scrape costs the same however
-many runs
-there were. A counter of theirs holds what ended since midnight UTC and then starts anew, which
-Prometheus knows how to read: it falls at that moment only. The sum of all time would cost more every
-day; what is finer than three hours, and the runs themselves, are let go of in between, the rollups of
-three hours never. Labels have a few known values: never an id, never what somebody typed.
+Outcomes are read from the rollups (agents.usage.rollups), so the cost of a scrape does not grow with
+the number of runs. Their counters start at midnight UTC and reset each day, which Prometheus handles:
+the sum of all time would cost more every day. Finer rollups, and the runs, are pruned; rollups of three
+hours are not. Labels have a few known values: never an id, never user input.
 """
 
 from bisect import bisect_left
@@ -55,7 +52,7 @@ from webhooks.models import Delivery
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 PATIENCE_SECONDS = 4.0
 HTTP_BOUNDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
-# Each is the end of a bucket of the rollups, or within 0.3 % of one, so that none has to be split.
+# Each is the end of a bucket of the rollups, within 0.3 %, so that none is split.
 RUN_BOUNDS = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 LAST_BUCKETS = [round(rollups.Histogram.PER_DECADE * log10(1000 * each)) for each in RUN_BOUNDS]
 OTHER = "other"
@@ -77,36 +74,36 @@ def observe_request(method: str, route: str, status: int, seconds: float) -> Non
 
 
 def exposition() -> bytes:
-    """All there is, in Prometheus' text."""
-    counted: CollectorRegistry = REGISTRY
+    """Return all metrics in the text format of Prometheus."""
+    http: CollectorRegistry = REGISTRY
     if settings.PROMETHEUS_MULTIPROC_DIR:
-        counted = CollectorRegistry()
-        MultiProcessCollector(counted)
-    return generate_latest(counted) + generate_latest(_SYSTEM)
+        http = CollectorRegistry()
+        MultiProcessCollector(http)
+    return generate_latest(http) + generate_latest(_SYSTEM)
 
 
 @dataclass
 class Durations:
-    """A histogram in the making."""
+    """A histogram under construction."""
 
     counts: list[int] = field(default_factory=lambda: [0] * (len(RUN_BOUNDS) + 1))
     total_ms: int = 0
 
     def add(self, buckets: dict[str, int], total_ms: int) -> None:
-        """What a rollup has of one."""
+        """Add the histogram of a rollup."""
         for bucket, count in buckets.items():
             self.counts[bisect_left(LAST_BUCKETS, int(bucket))] += count
         self.total_ms += total_ms
 
     def buckets(self) -> list[tuple[str, float]]:
-        """As Prometheus has them: each counts all that are shorter."""
+        """Return cumulative buckets, as Prometheus has them."""
         bounds = [*map(str, map(float, RUN_BOUNDS)), "+Inf"]
         return list(zip(bounds, accumulate(self.counts), strict=True))
 
 
 @dataclass
 class Outcomes:
-    """What has ended since a moment, added up."""
+    """The sums of outcomes since a moment."""
 
     runs: Tally[tuple[str, str, str]] = field(default_factory=Tally)  # by model, source and status
     failures: Tally[tuple[str, str]] = field(default_factory=Tally)  # by model and error code
@@ -137,21 +134,21 @@ class Outcomes:
 
 
 def outcomes(since: datetime) -> Outcomes:
-    """The one place that looks at what has ended. `since` begins one of the longest rollups."""
-    found = Outcomes()
+    """Sum the outcomes since `since`, which begins a rollup of three hours."""
+    sums = Outcomes()
     for row in Rollup.objects.filter(grain=Rollup.Grain.HOURS, start__gte=since):
-        found.add(row)
-    return found
+        sums.add(row)
+    return sums
 
 
 def model_label(model: str) -> str:
-    """A model by its name where an operator has named it: others are whatever a client asked for."""
-    named = {
+    """Return the model as a label: by its name if it is configured, as clients may request any name."""
+    configured = {
         settings.CHAT_DEFAULT_MODEL,
         settings.CHAT_SUMMARY_MODEL,
         *settings.CHAT_ALLOWED_MODELS,
     }
-    return model if model in named else OTHER
+    return model if model in configured else OTHER
 
 
 def _epoch() -> datetime:
@@ -163,77 +160,77 @@ def _from_database() -> Iterator[Metric]:
     yield from _outcome_metrics(outcomes(since))
     yield _counter(
         "botrealm_attempts_fenced",
-        "Outcomes thrown away because their worker had lost the run.",
+        "Outcomes discarded because their worker had lost the run.",
         Attempt.objects.filter(fenced_at__gte=since).count(),
     )
     yield _gauge(
         "botrealm_rollup_age_seconds",
-        "For how long the oldest outcome has not been counted in the figures here.",
+        "Age of the oldest outcome not yet counted in these figures.",
         rollups.seconds_behind(),
     )
     yield from _gauges_of_database()
 
 
-def _outcome_metrics(found: Outcomes) -> Iterator[Metric]:
-    # Those of which there is none yet as well: a rate needs a zero to begin at.
+def _outcome_metrics(sums: Outcomes) -> Iterator[Metric]:
+    # Includes series without a run yet: a rate needs a zero to start from.
     every_run: Tally[tuple[str, str, str]] = Tally()
     for source in Run.Source.values:
         for status in rollups.ENDED:
             every_run[settings.CHAT_DEFAULT_MODEL, source, status.value] = 0
-    every_run.update(found.runs)
+    every_run.update(sums.runs)
     yield _counters(
         "botrealm_runs", "Runs that have ended.", ["model", "source", "status"], every_run
     )
-    yield _counters("botrealm_run_failures", "Runs failed.", ["model", "code"], found.failures)
+    yield _counters("botrealm_run_failures", "Runs failed.", ["model", "code"], sums.failures)
     every_result = Tally(dict.fromkeys(Attempt.Result.values, 0))
-    every_result.update(found.attempts)
+    every_result.update(sums.attempts)
     yield _counters(
         "botrealm_attempts",
-        "Attempts at runs, by how they ended; with runs cancelled before any.",
+        "Attempts by result, and runs cancelled before any attempt.",
         ["result"],
         every_result,
     )
     yield _counters(
         "botrealm_tokens",
-        "Tokens of attempts, whatever became of them, and of summaries.",
+        "Tokens of all attempts and of summaries.",
         ["model", "kind"],
-        found.tokens,
+        sums.tokens,
     )
     yield _counters(
         "botrealm_cost",
-        "What they cost, in the currency of the prices.",
+        "Cost of attempts and summaries, in the currency of the prices.",
         ["model"],
-        {model: float(formats.amount(cost)) for model, cost in found.costs.items()},
+        {model: float(formats.amount(cost)) for model, cost in sums.costs.items()},
     )
     yield _counters(
         "botrealm_unpriced",
         "Attempts and summaries whose model had no price: their cost is missing above.",
         ["model"],
-        found.unpriced,
+        sums.unpriced,
     )
     yield _histogram(
         "botrealm_run_queue_seconds",
-        "From the question to its first attempt, of runs answered or failed.",
+        "From the message to its first attempt, of runs answered or failed.",
         "source",
-        found.queue,
+        sums.queue,
     )
     yield _histogram(
         "botrealm_run_seconds",
-        "From the question to its outcome, of runs answered or failed.",
+        "From the message to its outcome, of runs answered or failed.",
         "source",
-        found.whole,
+        sums.whole,
     )
     yield _histogram(
         "botrealm_run_model_seconds",
-        "What their last attempt spent in calls of the model.",
+        "Time of the last attempt spent in calls of the model.",
         "model",
-        found.model,
+        sums.model,
     )
 
 
 def _gauges_of_database() -> Iterator[Metric]:
     unfinished = GaugeMetricFamily(
-        "botrealm_runs_unfinished", "Runs that have not ended.", labels=["status"]
+        "botrealm_runs_unfinished", "Unfinished runs.", labels=["status"]
     )
     rows = Run.objects.unfinished().order_by().values_list("status")
     counts = dict.fromkeys(Run.UNFINISHED, 0) | dict(rows.annotate(count=Count("pk")))
@@ -242,60 +239,58 @@ def _gauges_of_database() -> Iterator[Metric]:
     yield unfinished
     yield _gauge(
         "botrealm_queue_age_seconds",
-        "For how long the oldest claimable run has not been claimed.",
+        "Waiting time of the oldest claimable run.",
         Run.objects.all().seconds_unclaimed(),
     )
     events, age = health.outbox()
-    yield _gauge("botrealm_outbox_events", "Events that no worker has seen on the stream.", events)
-    yield _gauge("botrealm_outbox_age_seconds", "The age of the oldest of them.", age)
-    told = health.workers()
-    yield _gauge("botrealm_workers_alive", "Workers whose beat is fresh.", told["alive"])
-    yield _gauge("botrealm_workers_reading", "Those that read the stream.", told["reading"])
-    yield _gauge("botrealm_runs_in_hand", "Runs that workers hold.", told["runsInHand"])
+    yield _gauge("botrealm_outbox_events", "Events not yet seen on the stream.", events)
+    yield _gauge("botrealm_outbox_age_seconds", "Age of the oldest of them.", age)
+    workers = health.workers()
+    yield _gauge("botrealm_workers_alive", "Workers with a recent heartbeat.", workers["alive"])
+    yield _gauge("botrealm_workers_reading", "Workers that read the stream.", workers["reading"])
+    yield _gauge("botrealm_runs_in_hand", "Active runs of all workers.", workers["runsInHand"])
     ready = Reply.objects.ready().count()
-    yield _gauge("botrealm_replies_ready", "Replies that wait for their room.", ready)
+    yield _gauge("botrealm_replies_ready", "Replies waiting to be sent.", ready)
     yield _gauge(
         "botrealm_webhooks_waiting",
-        "Deliveries to webhooks that have not been taken yet.",
+        "Webhook deliveries that are not finished.",
         Delivery.objects.unfinished().count(),
     )
     yield _gauge(
         "botrealm_webhooks_dead",
-        "Deliveries of the last day that were given up.",
+        "Dead deliveries of the last day.",
         Delivery.objects.dead_since(timezone.now() - timedelta(days=1)).count(),
     )
-    # Left out, and so no reason for an alert, where no bot has ever been at work.
+    # Absent, so that no alert fires, if there has never been a bot.
     if (seconds := health.bot_sync_seconds()) is not None:
-        yield _gauge(
-            "botrealm_bot_sync_age_seconds", "Since the bot last heard of its homeserver.", seconds
-        )
+        yield _gauge("botrealm_bot_sync_age_seconds", "Time since the bot's last sync.", seconds)
 
 
 def _from_redis() -> Iterator[Metric]:
     known = {(source, code): 0 for source in Run.Source.values for code in refusals.CODES}
-    found = refusals.counted()
+    counts = refusals.counted()
     yield _counters(
         "botrealm_refusals",
-        "Questions refused because a limit was reached; those of the stream at each try.",
+        "Messages refused because of a limit; those of the stream at each attempt.",
         ["source", "code"],
-        {labels: found.get(labels, 0) for labels in known},
+        {labels: counts.get(labels, 0) for labels in known},
     )
     figures = stream.stats()
     yield _gauge("botrealm_stream_entries", "Entries on the event stream.", figures.length)
-    yield _gauge("botrealm_dead_letters", "Entries that no worker could use.", figures.dead)
+    yield _gauge("botrealm_dead_letters", "Entries that could not be used.", figures.dead)
     yield _gauge("botrealm_tasks_queued", "Tasks in Celery's queue.", figures.queued)
     lag = GaugeMetricFamily(
         "botrealm_stream_lag_seconds",
-        "How old the first entry is that a group has yet to read.",
+        "Age of the first unread entry of a group.",
         labels=["group"],
     )
     unread = GaugeMetricFamily(
         "botrealm_stream_lag_entries",
-        "How many entries a group has yet to read; with Redis 7 and later.",
+        "Unread entries of a group (Redis 7 and later).",
         labels=["group"],
     )
     pending = GaugeMetricFamily(
-        "botrealm_stream_pending_entries", "Read, and not acknowledged.", labels=["group"]
+        "botrealm_stream_pending_entries", "Entries read and not acknowledged.", labels=["group"]
     )
     ours = {settings.REDIS_CONSUMER_GROUP, settings.BOT_RUNNER_CONSUMER_GROUP}
     for group in figures.groups:
@@ -325,15 +320,16 @@ def _counters(
     return family
 
 
-def _histogram(name: str, help: str, label: str, found: dict[str, Durations]) -> Metric:
+def _histogram(name: str, help: str, label: str, histograms: dict[str, Durations]) -> Metric:
     family = HistogramMetricFamily(name, help, labels=[label])
-    for value, durations in found.items():
+    for value, durations in histograms.items():
         family.add_metric([value], durations.buckets(), durations.total_ms / 1000)
     return family
 
 
-class System(Collector):
-    """One half that cannot be read does not keep the other from being told."""
+class SystemCollector(Collector):
+    """Collects from the database and Redis; if one fails, the metrics of the other are still
+    reported."""
 
     parts = {
         "database": BoundedCheck(lambda: list(_from_database())),
@@ -342,14 +338,14 @@ class System(Collector):
 
     def collect(self) -> Iterator[Metric]:
         ok = GaugeMetricFamily(
-            "botrealm_scrape_ok", "Whether it could be read in time.", labels=["part"]
+            "botrealm_scrape_ok", "1 if the part could be read in time.", labels=["part"]
         )
-        for name, found in run_checks(self.parts, PATIENCE_SECONDS).items():
-            ok.add_metric([name], not isinstance(found, CheckFailed))
-            if not isinstance(found, CheckFailed):
-                yield from found
+        for name, metrics in run_checks(self.parts, PATIENCE_SECONDS).items():
+            ok.add_metric([name], not isinstance(metrics, CheckFailed))
+            if not isinstance(metrics, CheckFailed):
+                yield from metrics
         yield ok
 
 
 _SYSTEM = CollectorRegistry()
-_SYSTEM.register(System())
+_SYSTEM.register(SystemCollector())

@@ -1,6 +1,5 @@
-"""Around every request: its id, its line in the log, its place in the metrics. And the probes, which
-are answered before anything else has a say.
-"""
+"""Request ids, the request log and metrics; and the probes, which are answered before any other
+middleware."""
 
 import functools
 import time
@@ -19,8 +18,8 @@ requests = structlog.get_logger(__name__)
 
 HEADER = "X-Request-ID"
 METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
-# Asked by address, through no proxy and with whatever Host a probe sends, many times a minute: no
-# line in the log, no session, no look at ALLOWED_HOSTS. Nothing in an answer is made of the Host.
+# Probes address a process directly, with any Host header, many times a minute: no log line, no session,
+# no check of ALLOWED_HOSTS. No response depends on the Host.
 PROBES: dict[str, Callable[[HttpRequest], HttpResponse]] = {
     "/healthz": views.process,
     "/healthz/deep": views.deep,
@@ -29,7 +28,7 @@ PROBES: dict[str, Callable[[HttpRequest], HttpResponse]] = {
 }
 
 
-class Requests:
+class RequestMiddleware:
     def __init__(self, get_response: Callable[[HttpRequest], HttpResponseBase]) -> None:
         self.get_response = get_response
 
@@ -61,8 +60,7 @@ def _note(request: HttpRequest, response: HttpResponseBase, seconds: float) -> N
 
 
 def route_of(request: HttpRequest) -> str:
-    """The pattern of the address, never the address: ids and what people type stay out of logs and
-    labels."""
+    """Return the URL pattern, not the path: ids and user input stay out of logs and labels."""
     if request.resolver_match is not None:
         return _named(request.resolver_match.route)
     return "static" if request.path_info.startswith(settings.STATIC_URL) else "unknown"
@@ -74,6 +72,6 @@ def _named(route: str) -> str:
 
 
 def _user_id(request: HttpRequest) -> int | None:
-    """Of who was found out on the way; nobody is looked up for the log."""
+    """Return the id of an authenticated user, without a query for the log."""
     user = getattr(request, "_cached_user", None) or getattr(request, "user", None)
     return None if user is None or isinstance(user, SimpleLazyObject) else user.pk

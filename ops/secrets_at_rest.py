@@ -1,5 +1,4 @@
-"""All secrets that are stored, in the database and in the bot's store: which key they are encrypted
-under, and their encryption under the newest one (lib/secrets.py)."""
+"""Count and re-encrypt all stored secrets, in the database and in the bot's store (lib/secrets.py)."""
 
 import logging
 from collections.abc import Iterator
@@ -19,38 +18,38 @@ BATCH = 500
 
 
 @dataclass
-class Count:
-    """How many there are, by what they are encrypted under."""
+class SecretCounts:
+    """Numbers of secrets by the key that they are encrypted with."""
 
     total: int = 0
-    outdated: int = 0  # not under the newest key, the unreadable ones left out
+    outdated: int = 0  # not encrypted with the newest key; without the unreadable ones
     unreadable: int = 0
     rotated: int = 0
 
 
-def count() -> Count:
-    """Read every secret; nothing is changed."""
-    found = Count()
+def count() -> SecretCounts:
+    """Read every secret without changing it."""
+    counts = SecretCounts()
     for field in secrets.fields():
         for row in _rows(field):
-            _look(found, row.sealed, field.purpose, row.place)
+            _count(counts, row.sealed, field.purpose, row.place)
     for path in seeds.files(settings.BOT_RUNNER_STORE):
-        _look(found, seeds.stored(path), seeds.PURPOSE, [seeds.user_of(path)])
-    return found
+        _count(counts, seeds.stored(path), seeds.PURPOSE, [seeds.user_of(path)])
+    return counts
 
 
-def rotate() -> Count:
-    """Encrypt under the newest key what is not. A row that changes meanwhile is left alone: the
-    change has encrypted it under the newest key. What cannot be read stays as it is."""
-    found = Count()
+def rotate() -> SecretCounts:
+    """Encrypt outdated secrets with the newest key. A row that changes meanwhile is skipped: the change
+    has encrypted it with the newest key. Unreadable secrets stay unchanged."""
+    counts = SecretCounts()
     for field in secrets.fields():
         for row in _rows(field):
-            if _look(found, row.sealed, field.purpose, row.place):
-                found.rotated += _renew(field, row)
+            if _count(counts, row.sealed, field.purpose, row.place):
+                counts.rotated += _reencrypt(field, row)
     for path in seeds.files(settings.BOT_RUNNER_STORE):
-        if _look(found, seeds.stored(path), seeds.PURPOSE, [seeds.user_of(path)]):
-            found.rotated += seeds.renew(path)
-    return found
+        if _count(counts, seeds.stored(path), seeds.PURPOSE, [seeds.user_of(path)]):
+            counts.rotated += seeds.renew(path)
+    return counts
 
 
 @dataclass(frozen=True)
@@ -60,23 +59,23 @@ class _Row:
     place: list[Any]
 
 
-def _look(found: Count, sealed: Sealed, purpose: str, place: list[Any]) -> bool:
-    """Count one. Whether it has to be encrypted anew, and can be."""
-    found.total += 1
+def _count(counts: SecretCounts, sealed: Sealed, purpose: str, place: list[Any]) -> bool:
+    """Count a secret. Return whether it must be encrypted again, and can be."""
+    counts.total += 1
     try:
         secrets.unseal(sealed, purpose, *place)
     except Unreadable as error:
-        found.unreadable += 1
+        counts.unreadable += 1
         logger.warning("%s (%s)", error, ", ".join(map(str, place)))
         return False
     if secrets.is_current(sealed):
         return False
-    found.outdated += 1
+    counts.outdated += 1
     return True
 
 
 def _rows(field: EncryptedTextField) -> Iterator[_Row]:
-    """Those with a value, in batches: none holds up the database for long."""
+    """Yield the rows with a value, in batches that block the database for a short time only."""
     rows = field.model._base_manager.exclude(**{field.name: ""}).order_by("pk")
     columns = rows.values_list("pk", field.name, *field.bound_to)
     batch = list(columns[:BATCH])
@@ -87,7 +86,7 @@ def _rows(field: EncryptedTextField) -> Iterator[_Row]:
         batch = list(columns.filter(pk__gt=batch[-1][0])[:BATCH])
 
 
-def _renew(field: EncryptedTextField, row: _Row) -> int:
+def _reencrypt(field: EncryptedTextField, row: _Row) -> int:
     plain = secrets.unseal(row.sealed, field.purpose, *row.place)
     new = secrets.seal(plain, field.purpose, *row.place)
     same = field.model._base_manager.filter(**{"pk": row.pk, field.name: row.sealed})

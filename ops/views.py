@@ -1,5 +1,4 @@
-"""What probes and Prometheus ask. Plain functions, called ahead of all other middleware
-(ops.middleware)."""
+"""Probes and metrics: plain functions, called before all other middleware (ops.middleware)."""
 
 import ipaddress
 import secrets
@@ -9,23 +8,23 @@ from django.http import HttpRequest, HttpResponse, JsonResponse
 
 from ops import health, metrics
 
-# A proxy says so when it passes on a request. The address is then the proxy's and proves nothing;
-# what stands in these headers anybody can write, so it is never taken for the client's address.
+# Headers that a proxy adds. The peer address is then the proxy's and proves nothing; clients can forge
+# the headers too, so they never provide the client's address.
 PROXIED = ("X-Forwarded-For", "Forwarded", "X-Real-IP", "Via")
 
 
 def process(request: HttpRequest) -> HttpResponse:
-    """Whether this process answers: nothing else is asked, so nobody kills it for a database."""
-    return _told({"ok": True, "service": "botrealm", "version": settings.RELEASE})
+    """Report liveness. It checks nothing else, so that no process is killed because of its database."""
+    return _json({"ok": True, "service": "botrealm", "version": settings.RELEASE})
 
 
 def ready(request: HttpRequest) -> HttpResponse:
-    """Whether requests should be sent here."""
+    """Report readiness for requests."""
     return _report(health.readiness())
 
 
 def deep(request: HttpRequest) -> HttpResponse:
-    """Whether what is asked is also answered: with the figures, so for operators only."""
+    """Report the progress of runs, with figures: for operators only."""
     return _forbidden(request) or _report(health.progress())
 
 
@@ -39,11 +38,11 @@ def metrics_page(request: HttpRequest) -> HttpResponse:
 
 def _report(checks: dict[str, health.Check]) -> JsonResponse:
     ok = all(check.ok for check in checks.values())
-    told = {name: {"ok": check.ok, **check.told} for name, check in checks.items()}
-    return _told({"ok": ok, "checks": told}, status=200 if ok else 503)
+    results = {name: {"ok": check.ok, **check.details} for name, check in checks.items()}
+    return _json({"ok": ok, "checks": results}, status=200 if ok else 503)
 
 
-def _told(data: dict[str, object], status: int = 200) -> JsonResponse:
+def _json(data: dict[str, object], status: int = 200) -> JsonResponse:
     return JsonResponse(data, status=status, headers={"Cache-Control": "no-store"})
 
 
@@ -51,7 +50,7 @@ def _forbidden(request: HttpRequest) -> HttpResponse | None:
     if _has_token(request) or _is_near(request):
         return None
     return JsonResponse(
-        {"ok": False, "error": "Only for operators: see METRICS_TOKEN and OPS_ALLOWED_NETWORKS."},
+        {"ok": False, "error": "For operators only: see METRICS_TOKEN and OPS_ALLOWED_NETWORKS."},
         status=401 if settings.METRICS_TOKEN else 403,
         headers={"WWW-Authenticate": "Bearer"} if settings.METRICS_TOKEN else {},
     )

@@ -313,7 +313,7 @@ def test_it_is_told_in_words() -> None:
     for arguments in (["--dry-run"], [], []):
         call_command("prune", *arguments, stdout=output)
 
-    assert output.getvalue().splitlines()[-2:] == ["events: 2 deleted", "Nothing is too old."]
+    assert output.getvalue().splitlines()[-2:] == ["events: 2 deleted", "Nothing to delete."]
     assert "events: 2 to delete" in output.getvalue()
 
 

@@ -105,7 +105,7 @@ def test_without_redis_and_homeserver_the_rest_is_told(settings: Any) -> None:
 
     assert found["Redis"].failure.startswith("Redis is unavailable")
     assert found["Homeserver"].failure.startswith("The homeserver at http://127.0.0.1:1 does not")
-    assert [line.value for line in found["Migrations"].items] == ["All are applied."]
+    assert [line.value for line in found["Migrations"].items] == ["All applied."]
     assert "Django" in {line.name for line in found["Versions"].items}
 
 
@@ -145,7 +145,7 @@ def test_a_redis_that_forgets_when_full_is_warned_of(redis: redis_client.Redis) 
         redis.config_set("maxmemory-policy", "allkeys-lru")
         shown = [each for each in part("Redis").items if "maxmemory-policy" in str(each.value)]
         assert [each.state for each in shown] == ["broken"]
-        said = [each.said for each in doctor.examine() if each.check == "redis"]
+        said = [each.message for each in doctor.examine() if each.check == "redis"]
         assert shown[0].value in said
     finally:
         for name in ("maxmemory", "maxmemory-policy"):
@@ -209,7 +209,7 @@ class TestDoctor:
         assert ">Doctor</h3>" in page
         found = doctor.examine()
         assert {each.check for each in found} == set(doctor.CHECKS)
-        assert not [each for each in found if settings_scrubbed(each.said) not in page]
+        assert not [each for each in found if settings_scrubbed(each.message) not in page]
         assert "canary" not in page
 
     def test_not_for_everybody(self, sign_in: SignIn) -> None:

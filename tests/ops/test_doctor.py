@@ -77,7 +77,7 @@ def healthy(
 
 
 def found(check: str) -> list[tuple[str, str]]:
-    return [(each.level, each.said) for each in doctor.examine() if each.check == check]
+    return [(each.level, each.message) for each in doctor.examine() if each.check == check]
 
 
 def one(check: str) -> tuple[str, str]:
@@ -89,9 +89,9 @@ def test_nothing_is_broken(healthy: None, capsys: pytest.CaptureFixture[str]) ->
     call_command("doctor")
 
     told = capsys.readouterr().out
-    assert "Nothing is broken, 0 to look at." in told
+    assert "Nothing is broken, 0 warnings." in told
     assert "default model gpt-4o-mini" in told
-    assert "BOT_RUNNER_PASSWORD are good" in told
+    assert "BOT_RUNNER_PASSWORD are valid" in told
 
 
 def test_for_a_machine(healthy: None, capsys: pytest.CaptureFixture[str]) -> None:
@@ -107,7 +107,7 @@ def test_streams_that_leave_no_room_for_other_connections(healthy: None, setting
     settings.WEB_MAX_CONNECTIONS = 100
     level, line = one("connections")
     assert level == doctor.WARN
-    assert "CHAT_MAX_STREAMS is 100, and a web process has room for 100" in line
+    assert "CHAT_MAX_STREAMS is 100, and a web process accepts 100" in line
     settings.WEB_MAX_CONNECTIONS = 101
     assert one("connections")[0] == doctor.OK
 
@@ -124,8 +124,8 @@ def test_what_is_broken_fails_and_says_how_to_mend_it(
     told = capsys.readouterr().out
     assert "broken" in told
     assert "No answer at REDIS_URL (ConnectionError)." in told
-    assert "→ Start it, or set REDIS_URL." in told
-    assert "2 broken, 0 to look at." in told  # the stream's connection and the broker's
+    assert "→ Start Redis, or set REDIS_URL." in told
+    assert "2 broken, 0 warnings." in told  # the stream's connection and the broker's
 
 
 def test_every_trouble_comes_with_its_remedy(settings: Any) -> None:
@@ -134,7 +134,7 @@ def test_every_trouble_comes_with_its_remedy(settings: Any) -> None:
     troubles = [each for each in doctor.examine() if each.level != doctor.OK]
 
     assert len(troubles) >= 4
-    assert all(each.mend for each in troubles)
+    assert all(each.fix for each in troubles)
 
 
 class TestSettings:
@@ -150,7 +150,7 @@ class TestSettings:
     def test_the_built_in_password_in_production(self, settings: Any) -> None:
         settings.BOT_RUNNER_PASSWORD = "password"
 
-        assert (doctor.WARN, "BOT_RUNNER_PASSWORD is the built-in one.") in found("settings")
+        assert (doctor.WARN, "BOT_RUNNER_PASSWORD has its default value.") in found("settings")
 
     def test_what_the_system_checks_say(self, settings: Any) -> None:
         settings.AGENT_TOOLS = ["nothing"]
@@ -283,7 +283,7 @@ class TestWebhooks:
     def test_there_is_nothing_to_say_of_those_that_work(self, settings: Any) -> None:
         settings.HOOKS_ALLOWED_HOSTS = [HOST]
         webhooks.subscribe()
-        assert one("webhooks") == (doctor.OK, "1 are told of outcomes.")
+        assert one("webhooks") == (doctor.OK, "Enabled webhooks: 1.")
 
     def test_what_was_given_up_is_said(self, settings: Any) -> None:
         settings.HOOKS_ALLOWED_HOSTS = [HOST]
@@ -295,7 +295,7 @@ class TestWebhooks:
 
         said = [said for level, said in found("webhooks") if level == doctor.WARN]
         assert said == [
-            f"HOOKS_ALLOWED_HOSTS does not name {HOST} (any more).",
+            f"HOOKS_ALLOWED_HOSTS does not include {HOST}.",
             f"The last delivery to {HOST} failed.",
-            "1 deliveries of the last 7 days were given up.",
+            "Dead deliveries of the last 7 days: 1.",
         ]

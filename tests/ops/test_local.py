@@ -1,10 +1,13 @@
 """The local stack, found by what it has written down."""
 
+import ast
 import fcntl
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from django.conf import settings
 
 from ops import local
 
@@ -13,7 +16,7 @@ from ops import local
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("STACK_DIR", str(tmp_path))
     (tmp_path / "lock").touch()
-    (tmp_path / local.WRITTEN).write_text(
+    (tmp_path / local.SETTINGS_FILE).write_text(
         "REDIS_URL=redis://127.0.0.1:20001\nDATABASE_URL=''\nMATRIX_URL=\nSECRET_KEY='it'\"'\"'s = a'\n"
     )
     return tmp_path
@@ -39,7 +42,7 @@ def test_one_that_was_killed_does_not_run(folder: Path) -> None:
 
 
 def test_there_may_be_none(folder: Path) -> None:
-    (folder / local.WRITTEN).unlink()
+    (folder / local.SETTINGS_FILE).unlink()
 
     assert local.running() is None
 
@@ -59,3 +62,9 @@ def test_it_is_meant_unless_another_system_is_named(
     stack: local.Stack, environment: dict[str, str], is_meant: bool
 ) -> None:
     assert stack.is_meant_by(environment) is is_meant
+
+
+def test_the_stack_has_the_same_ports() -> None:
+    source = (settings.BASE_DIR / "scripts" / "stack.py").read_text()
+    [ports] = re.findall(r"^PORTS = (\[.*\])$", source, re.MULTILINE)
+    assert dict(ast.literal_eval(ports)) == local.PORTS

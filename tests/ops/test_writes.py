@@ -119,7 +119,7 @@ def test_the_doctor_writes_to_the_database_and_leaves_nothing() -> None:
         refused = list(doctor._database())
     taken = list(doctor._database())
 
-    assert "The database takes nothing that is written" in refused[-1][1]
+    assert "The database refuses writes" in refused[-1][1]
     assert refused[-1][0] == doctor.BROKEN
     assert doctor.BROKEN not in {level for level, _, _ in taken}
     with connection.cursor() as cursor:

@@ -300,7 +300,7 @@ class TestRotation:
     ) -> None:
         before = column(webhook, "secret")
         settings.SECRETS_KEY = [NEW]
-        with pytest.raises(CommandError, match=r"2 secrets cannot be decrypted by SECRETS_KEY"):
+        with pytest.raises(CommandError, match=r"2 secrets cannot be decrypted with SECRETS_KEY"):
             call_command("rotate_secrets", stdout=io.StringIO())
         assert column(webhook, "secret") == before
 
@@ -364,13 +364,17 @@ class TestWithoutTheKey:
     @pytest.mark.django_db(transaction=True)
     def test_doctor_says_so(self, webhook: Subscription, settings: Any) -> None:
         def found() -> list[tuple[str, str]]:
-            return [(each.level, each.said) for each in doctor.examine() if each.check == "secrets"]
+            return [
+                (each.level, each.message) for each in doctor.examine() if each.check == "secrets"
+            ]
 
-        assert found() == [("ok", "2 are encrypted under the newest key.")]
+        assert found() == [("ok", "2 encrypted with the newest key.")]
         settings.SECRETS_KEY = [NEW, OLD]
         assert found()[0][0] == "warn"
         settings.SECRETS_KEY = [NEW]
-        assert found() == [("broken", "2 of 2 stored secrets cannot be read by SECRETS_KEY.")]
+        assert found() == [
+            ("broken", "2 of 2 stored secrets cannot be decrypted with SECRETS_KEY.")
+        ]
         settings.SECRETS_KEY = [settings.DEVELOPMENT_SECRET, OLD]
         level, output = found()[0]
         assert level == "warn"

@@ -110,7 +110,7 @@ def test_the_doctor_looks_at_the_stack_that_runs() -> None:
         stack.wait("the worker's sign", lambda: "1 at work" in doctor(stack).stdout, 180)
         done = doctor(stack)
 
-        assert f"looking at the local stack of {stack.directory}" in done.stdout
+        assert f"checking the local stack in {stack.directory}" in done.stdout
         assert "No answer at REDIS_URL" not in done.stdout
         assert "The web processes add up what they count." in done.stdout
         assert done.returncode == 0, done.stdout
