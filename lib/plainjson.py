@@ -80,14 +80,16 @@ class PlainAPIView(APIView):
         for kind, code in self.statuses.items():
             if isinstance(exc, kind):
                 set_rollback()
-                return refusal(code, str(exc), _retry_after(exc), code=getattr(exc, "code", ""))
+                return error_response(
+                    code, str(exc), _retry_after(exc), code=getattr(exc, "code", "")
+                )
         return super().handle_exception(exc)
 
     def get_exception_handler(self) -> Callable[..., Response]:
         return plain_exception_handler
 
 
-def refusal(
+def error_response(
     status: int,
     error: str,
     headers: Mapping[str, str] | None = None,
@@ -107,26 +109,28 @@ def _retry_after(exc: Exception) -> dict[str, str]:
 def plain_exception_handler(exc: Exception, context: Mapping[str, Any]) -> Response:
     set_rollback()
     if isinstance(exc, RequestDataTooBig):
-        return refusal(status.HTTP_413_REQUEST_ENTITY_TOO_LARGE, "The body is too large.")
+        return error_response(status.HTTP_413_REQUEST_ENTITY_TOO_LARGE, "The body is too large.")
     if isinstance(exc, Http404):
-        return refusal(status.HTTP_404_NOT_FOUND, "Not found.")
+        return error_response(status.HTTP_404_NOT_FOUND, "Not found.")
     if isinstance(exc, exceptions.ValidationError):
-        return refusal(exc.status_code, _first_error(exc.detail))
+        return error_response(exc.status_code, _first_error(exc.detail))
     if isinstance(exc, exceptions.APIException):
-        return refusal(exc.status_code, str(exc.detail), error_headers(exc))
+        return error_response(exc.status_code, str(exc.detail), error_headers(exc))
     if isinstance(exc, DataError):
-        return refusal(
+        return error_response(
             status.HTTP_400_BAD_REQUEST, "The request has a value that cannot be stored."
         )
     if isinstance(exc, DatabaseError):
         logger.exception("Database error in a request")
-        return refusal(
+        return error_response(
             status.HTTP_503_SERVICE_UNAVAILABLE,
             "The server is busy. Please try again.",
             {"Retry-After": "1"},
         )
     logger.exception("Unexpected error in a request")
-    return refusal(status.HTTP_500_INTERNAL_SERVER_ERROR, "Something went wrong in the server.")
+    return error_response(
+        status.HTTP_500_INTERNAL_SERVER_ERROR, "Something went wrong in the server."
+    )
 
 
 def _first_error(detail: Any, path: str = "") -> str:
