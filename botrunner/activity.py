@@ -1,4 +1,4 @@
-"""What came of registrations, for lists of them."""
+"""Recent activity of bot registrations, for lists."""
 
 from datetime import timedelta
 
@@ -16,9 +16,8 @@ DAY = timedelta(days=1)
 def with_activity(
     registrations: QuerySet[BotRegistration], *, within: timedelta = DAY
 ) -> QuerySet[BotRegistration]:
-    """With `last_fired_at`, and with `rooms_lately`, `runs_lately` and `failures_lately`: in how many
-    rooms how many runs were asked for within that time, and how many of those failed. Nothing is
-    counted while rooms are listened to."""
+    """Annotate with `last_fired_at`, and with `rooms_lately`, `runs_lately` and `failures_lately`: the
+    rooms, the runs and the failed runs within that time. Nothing is counted in advance."""
     fired = Reply.objects.filter(registration=OuterRef("pk"))
     lately = fired.filter(created_at__gt=timezone.now() - within, run__isnull=False)
     newest = fired.order_by("-created_at").values("created_at")[:1]
@@ -31,7 +30,7 @@ def with_activity(
 
 
 def _count(replies: QuerySet[Reply], of: str = "run") -> Coalesce:
-    # A run that was asked for again has several replies.
+    # A retried run has several replies.
     by_registration = replies.order_by().values("registration")
-    counted = by_registration.annotate(n=Count(of, distinct=True)).values("n")
-    return Coalesce(Subquery(counted, output_field=IntegerField()), 0)
+    counts = by_registration.annotate(n=Count(of, distinct=True)).values("n")
+    return Coalesce(Subquery(counts, output_field=IntegerField()), 0)

@@ -1,4 +1,4 @@
-"""Of all processes of the bot runner one leads, by a lease in the database; the others stand by."""
+"""Leadership: one process of the bot runner leads, by a lease in the database; the others stand by."""
 
 import asyncio
 import contextlib
@@ -34,43 +34,47 @@ class Leader:
         self.stopping = stopping
         self.holder = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
         self._lease = ThreadPoolExecutor(1, thread_name_prefix="lease")
-        self._told = ""
+        self._last_status = ""
 
     async def run(self) -> None:
-        """Lead or stand by until told to stop. Raises `LoginRefused`, and whatever nobody foresaw."""
-        # Short turns: the loop and the units of database work hand each message over several times.
+        """Lead or stand by until stopped. Raises `LoginRefused` and unexpected errors."""
+        # The event loop and the database's thread hand each message over several times.
         sys.setswitchinterval(SWITCH_SECONDS)
-        # A message makes thousands of objects: looking through all that was loaded at the start, time
-        # and again, cost a tenth of this process' time.
+        # A message creates thousands of objects: collections that scan everything loaded at the start
+        # took a tenth of this process' time.
         gc.freeze()
         gc.set_threshold(GARBAGE_OBJECTS, *gc.get_threshold()[1:])
         while not self.stopping.is_set():
             try:
                 session = await database_sync_to_async(login.session)()
                 if await database_sync_to_async(session.acquire)(self.holder, _duration()):
-                    self._told = ""
+                    self._last_status = ""
                     await self._lead(session)
                     continue
-                self._tell(f"Another bot runner works with {session}", _standing_by(session))
+                self._log_status(f"Another bot runner leads {session}", _standing_by(session))
             except LeaseLost:
-                self._tell("Another bot runner has taken over")
+                self._log_status("Another bot runner has taken over")
             except KeysOutdated as error:
-                self._tell(
+                self._log_status(
                     "The homeserver has later keys of the device than BOT_RUNNER_STORE", error
                 )
             except DATABASE_ERRORS as error:
-                self._tell("The database is away", error)
+                self._log_status("The database is unavailable", error)
             await pause(STANDBY_SECONDS, self.stopping)
 
-    def _tell(self, news: str, more: Exception | str = "") -> None:
-        if news != self._told:
-            logger.warning("%s: %s", news, more) if more else logger.warning(news)
-        self._told = news
+    def _log_status(self, status: str, details: Exception | str = "") -> None:
+        """Log a status once, until it changes."""
+        if status != self._last_status:
+            logger.warning("%s: %s", status, details) if details else logger.warning(status)
+        self._last_status = status
 
     async def _lead(self, session: Session) -> None:
-        """Work for as long as the lease is kept."""
+        """Run the bot while the lease is held."""
         bot = Bot(session, self.holder, self.stopping)
-        tasks = [asyncio.create_task(self._keep(session)), asyncio.create_task(bot.run())]
+        tasks = [
+            asyncio.create_task(self._renew_until_lost(session)),
+            asyncio.create_task(bot.run()),
+        ]
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -83,25 +87,25 @@ class Leader:
             if isinstance(end, Exception):
                 raise end
 
-    async def _keep(self, session: Session) -> None:
-        """Renew the lease, in a thread of its own: no unit of work can be in its way. Raises
-        `LeaseLost`, and the database's error once the lease must have lapsed."""
+    async def _renew_until_lost(self, session: Session) -> None:
+        """Renew the lease, in a thread of its own that no other database work can delay. Raises
+        `LeaseLost`, or the database's error once the lease must have expired."""
         loop = asyncio.get_running_loop()
-        good_until = time.monotonic() + settings.BOT_RUNNER_LEASE_SECONDS
+        valid_until = time.monotonic() + settings.BOT_RUNNER_LEASE_SECONDS
         failures = 0
         while True:
             await asyncio.sleep(settings.BOT_RUNNER_LEASE_SECONDS / 3)
-            asked = time.monotonic()
+            started = time.monotonic()
             try:
                 if not await loop.run_in_executor(self._lease, self._renew, session):
                     raise LeaseLost
-                good_until = asked + settings.BOT_RUNNER_LEASE_SECONDS
+                valid_until = started + settings.BOT_RUNNER_LEASE_SECONDS
                 failures = 0
             except DATABASE_ERRORS as error:
                 if not failures:
-                    logger.warning("The lease was not renewed: %s", error)
+                    logger.warning("Renewing the lease failed, retrying: %s", error)
                 failures += 1
-                if time.monotonic() > good_until:
+                if time.monotonic() > valid_until:
                     raise
 
     def _renew(self, session: Session) -> bool:
@@ -113,10 +117,10 @@ class Leader:
 
 
 def _standing_by(session: Session) -> str:
-    """For how long at most: the other one may be dead, such as the one before this process."""
+    """Describe how long at most: the other process may be dead, such as this one's predecessor."""
     until = session.lease_expires_at
     when = f", at {until:%H:%M:%S} UTC unless it is renewed" if until else ""
-    return f"standing by, to take over when its lease ends{when}"
+    return f"standing by until the lease expires{when}"
 
 
 def _duration() -> timedelta:

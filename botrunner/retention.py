@@ -1,27 +1,26 @@
-"""What the bot runner forgets, and when."""
+"""Retention of room events."""
 
 from collections.abc import Iterator
 
 from agents import retention
 from botrunner.models import RoomEvent
 
-# What else wants to write waits for one batch at the most.
+# Other writers wait for one batch at most.
 BATCH = 500
 
 
 def prune_some(batch: int = BATCH) -> dict[str, int]:
-    """Delete one batch of what may be forgotten; how many rows of what, nothing when there is nothing
-    left to delete."""
+    """Delete one batch of prunable events; return the number of rows by model, empty at the end."""
     for state in RoomEvent.ENDED:
-        # In the order of the primary key the database would look at all that is kept, too.
-        found = RoomEvent.objects.prunable(state).order_by("created_at")
-        if rows := list(found.values_list("pk", flat=True)[:batch]):
+        # In the order of the primary key the database would scan the other events too.
+        events = RoomEvent.objects.prunable(state).order_by("created_at")
+        if rows := list(events.values_list("pk", flat=True)[:batch]):
             return retention.delete(RoomEvent.objects.filter(pk__in=rows))
     return {}
 
 
 def prune(go_on: retention.GoOn = lambda: True, *, batch: int = BATCH) -> dict[str, int]:
-    """Delete all that may be forgotten, for as long as `go_on` says so; how many rows of what."""
+    """Delete all prunable events while `go_on` allows it; return the number of rows by model."""
 
     def deletions() -> Iterator[dict[str, int]]:
         while deleted := prune_some(batch):
@@ -31,6 +30,6 @@ def prune(go_on: retention.GoOn = lambda: True, *, batch: int = BATCH) -> dict[s
 
 
 def due() -> dict[str, int]:
-    """How many `prune` would delete; what goes with them is not counted."""
+    """Count the events that `prune` would delete, without their replies."""
     states = (RoomEvent.objects.prunable(state) for state in RoomEvent.ENDED)
-    return {str(RoomEvent._meta.verbose_name_plural): sum(found.count() for found in states)}
+    return {str(RoomEvent._meta.verbose_name_plural): sum(events.count() for events in states)}

@@ -1,4 +1,4 @@
-"""From an answer of /sync to what is to be written down, gaps in timelines filled."""
+"""Build the batch of a sync: decrypted events, with gaps in timelines backfilled."""
 
 import logging
 from collections.abc import Callable
@@ -8,9 +8,9 @@ from typing import Any
 from django.conf import settings
 from django.utils import timezone
 
-from botrunner.incoming import invitations
-from botrunner.incoming.recording import Batch, RoomNews
-from botrunner.matrix.client import Homeserver, News, is_about_encryption
+from botrunner.incoming.batch import Batch, RoomUpdate
+from botrunner.incoming.invitations import parse_invitations
+from botrunner.matrix.client import Homeserver, SyncUpdate, is_about_encryption
 from botrunner.matrix.errors import MatrixError
 from botrunner.matrix.events import ENCRYPTED, absent, is_own_join, since_own_join
 from realm.filters import ROOM_MESSAGE
@@ -20,42 +20,44 @@ logger = logging.getLogger(__name__)
 MAX_PAGES = 100
 
 
-async def batch_of(news: News, since: str, homeserver: Homeserver, known: set[str]) -> Batch:
-    """`known` are the rooms that the bot was in at `since`. Raises `MatrixError`."""
-    batch = Batch(news.next_batch)
-    for room_id, room in news.rooms("join").items():
-        if room_id in known and _is_own(room, homeserver.user_id):
+async def batch_of(
+    update: SyncUpdate, since: str, homeserver: Homeserver, known: set[str]
+) -> Batch:
+    """Build a batch. `known`: the rooms that the bot was in at `since`. Raises `MatrixError`."""
+    batch = Batch(update.next_batch)
+    for room_id, room in update.rooms("join").items():
+        if room_id in known and _has_only_own_messages(room, homeserver.user_id):
             continue
         timeline = room.get("timeline", {})
-        events = [_opened(event, news) for event in timeline.get("events", [])]
+        events = [_decrypted_by_sync(event, update) for event in timeline.get("events", [])]
         earlier: list[Any] = []
-        is_new, is_whole = room_id not in known, True
+        is_new, is_complete = room_id not in known, True
         if is_new or timeline.get("limited"):
             homeserver.forget_members(room_id)
         if not since:
-            # The first start of all: what was said before is not for the bot.
+            # The bot's first sync: earlier messages are not for it.
             events = []
         elif is_new and any(is_own_join(event, homeserver.user_id) for event in events):
             since_join = list(since_own_join(events, homeserver.user_id))
             earlier, events = events[: len(events) - len(since_join)], since_join
         elif timeline.get("limited"):
-            logger.info("Filling a gap in room %s", room_id)
+            logger.info("Backfilling room %s", room_id)
             start = str(timeline.get("prev_batch") or "")
-            gap, is_whole = await _gap(homeserver, room_id, start, "" if is_new else since)
+            gap, is_complete = await _backfill(homeserver, room_id, start, "" if is_new else since)
             events = [*gap, *absent(room), *events]
         else:
             events = [*absent(room), *events]
-        if is_new or not is_whole:
+        if is_new or not is_complete:
             batch.members_lost.add(room_id)
         encrypted = homeserver.is_encrypted(room_id)
-        batch.joined.append(RoomNews(room_id, events, encrypted, earlier, is_whole))
-    batch.invites = invitations.invites(news.rooms("invite"), homeserver.user_id)
-    batch.left = list(news.rooms("leave"))
+        batch.joined.append(RoomUpdate(room_id, events, encrypted, earlier, is_complete))
+    batch.invitations = parse_invitations(update.rooms("invite"), homeserver.user_id)
+    batch.left = list(update.rooms("leave"))
     return batch
 
 
-def _is_own(room: dict[str, Any], me: str) -> bool:
-    """Whether all that is new in a room are messages of the bot: half of what comes in."""
+def _has_only_own_messages(room: dict[str, Any], me: str) -> bool:
+    """Return whether a room's new events are all messages of the bot, as half of them are."""
     timeline = room.get("timeline", {})
     if timeline.get("limited") or is_about_encryption(room) or absent(room):
         return False
@@ -65,19 +67,19 @@ def _is_own(room: dict[str, Any], me: str) -> bool:
     )
 
 
-def _opened(event: dict[str, Any], news: News) -> dict[str, Any]:
+def _decrypted_by_sync(event: dict[str, Any], update: SyncUpdate) -> dict[str, Any]:
     if event.get("type") == ENCRYPTED:
-        return news.decrypted.get(str(event.get("event_id")), event)
+        return update.decrypted.get(str(event.get("event_id")), event)
     return event
 
 
-async def _gap(
+async def _backfill(
     homeserver: Homeserver, room_id: str, start: str, end: str
 ) -> tuple[list[dict[str, Any]], bool]:
-    """The events between two positions, and whether these are all; from the bot's own join on where
-    there is no `end`."""
-    is_whole = False
-    found: list[dict[str, Any]] = []
+    """Return the events between two positions, and whether none is missing. Without `end`, begin at the
+    bot's own join."""
+    is_complete = False
+    newest_first: list[dict[str, Any]] = []
     oldest = timezone.now() - timedelta(seconds=settings.BOT_RUNNER_MAX_EVENT_AGE)
     is_end = _joined_or_before(homeserver.user_id, oldest, stop_at_join=not end)
     for _ in range(MAX_PAGES):
@@ -86,19 +88,21 @@ async def _gap(
         except MatrixError as error:
             if not error.permanent:
                 raise
-            logger.warning("A gap in room %s cannot be filled: %s", room_id, error)
+            logger.warning(
+                "Backfill of room %s failed, some events are missing: %s", room_id, error
+            )
             break
         for event in events:
             if is_end(event):
-                return found[::-1], is_own_join(event, homeserver.user_id)
-            found.append(_decrypted(homeserver, room_id, event))
+                return newest_first[::-1], is_own_join(event, homeserver.user_id)
+            newest_first.append(_decrypted(homeserver, room_id, event))
         if not events or not next_start or next_start == start:
-            is_whole = bool(end)
+            is_complete = bool(end)
             break
         start = next_start
     else:
-        logger.warning("A gap in room %s is too long: only its end is read", room_id)
-    return found[::-1], is_whole
+        logger.warning("The gap in room %s is too long: only its latest events are read", room_id)
+    return newest_first[::-1], is_complete
 
 
 def _joined_or_before(

@@ -1,5 +1,4 @@
-"""Members of rooms: taken from a sync and kept with its position, so that over HTTP a room's threads
-are open to its members."""
+"""Members of rooms, recorded with each sync: over HTTP a room's threads are open to its members."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -16,19 +15,19 @@ BATCH = 1000
 
 
 @dataclass(frozen=True)
-class Change:
-    """A membership event of a timeline, and when it came in."""
+class MembershipChange:
+    """A membership event of a timeline, and the moment at which the bot saw it."""
 
     user_id: str
     event_id: str
     joins: bool
-    # False for a new name or picture of someone who is in the room.
+    # False for a new name or picture of a member.
     is_new: bool
     at: datetime
 
 
-def changes(events: Iterable[Any], moments: Mapping[str, datetime]) -> list[Change]:
-    """Joins and leaves among events, in that order."""
+def changes(events: Iterable[Any], moments: Mapping[str, datetime]) -> list[MembershipChange]:
+    """Return the joins and leaves among events, in order."""
     found = []
     for event in events:
         if not isinstance(event, dict) or event.get("type") != MEMBER:
@@ -37,36 +36,40 @@ def changes(events: Iterable[Any], moments: Mapping[str, datetime]) -> list[Chan
         if not is_id(user_id) or not is_id(event_id):
             continue
         joins, is_new = is_joined(event), is_own_join(event, user_id)
-        found.append(Change(user_id, event_id, joins, is_new, moments[event_id]))
+        found.append(MembershipChange(user_id, event_id, joins, is_new, moments[event_id]))
     return found
 
 
-def keep(
-    room: Room, changes: list[Change], found: Mapping[str, str] | None, *, otherwise: datetime
+def record(
+    room: Room,
+    changes: list[MembershipChange],
+    current: Mapping[str, str] | None,
+    *,
+    otherwise: datetime,
 ) -> None:
-    """Write down who is in a room after some `changes`. `found`: who is in it by now, where the
-    homeserver was asked. `otherwise`: since when someone counts as a member whose join was not seen."""
-    if not changes and found is None:
+    """Record the members of a room after some `changes`. `current`: the members and their membership
+    events, if the homeserver was asked. `otherwise`: the join time of members whose join was missed."""
+    if not changes and current is None:
         return
     rows = RoomMember.objects.filter(room=room)
-    if found is None:
+    if current is None:
         rows = rows.filter(user_id__in={change.user_id for change in changes})
     before = {row.user_id: (row.event_id, row.joined_at) for row in rows}
-    after = _after(before, changes, otherwise)
-    if found is not None:
-        # By the event that was seen last they are members still, and have not left in between.
+    after = _apply(before, changes, otherwise)
+    if current is not None:
+        # With the same membership event they have not left in between.
         after = {
             user_id: after[user_id]
             if after.get(user_id, ("",))[0] == event_id
             else (event_id, otherwise)
-            for user_id, event_id in found.items()
+            for user_id, event_id in current.items()
         }
     changed = [user_id for user_id in before if before[user_id] != after.get(user_id)]
     for first in range(0, len(changed), BATCH):
-        gone = changed[first : first + BATCH]
-        RoomMember.objects.filter(room=room, user_id__in=gone).delete()
-        # Streams of the room's threads may be open to them.
-        for user in User.objects.filter(matrix_user_id__in=gone).values_list("pk", flat=True):
+        batch = changed[first : first + BATCH]
+        RoomMember.objects.filter(room=room, user_id__in=batch).delete()
+        # They may have open streams of the room's threads.
+        for user in User.objects.filter(matrix_user_id__in=batch).values_list("pk", flat=True):
             revocations.publish_on_commit(user=user)
     RoomMember.objects.bulk_create(
         [
@@ -78,8 +81,8 @@ def keep(
     )
 
 
-def _after(
-    before: dict[str, tuple[str, datetime]], changes: list[Change], otherwise: datetime
+def _apply(
+    before: dict[str, tuple[str, datetime]], changes: list[MembershipChange], otherwise: datetime
 ) -> dict[str, tuple[str, datetime]]:
     after = dict(before)
     for change in changes:

@@ -1,8 +1,7 @@
-"""The Matrix client: nio for HTTP, parsing and crypto; what it answers is checked here.
+"""The Matrix client: nio for HTTP, parsing and crypto, with its results checked.
 
-nio is never left alone with a failure: by itself it repeats refused requests without end, sleeps
-through rate limits within the call, and sends plain text into encrypted rooms when its keys are not
-loaded.
+nio does not handle failures safely: it repeats refused requests without end, sleeps through rate limits
+within a call, and sends plain text into encrypted rooms when its keys are not loaded.
 """
 
 import asyncio
@@ -51,17 +50,16 @@ API = "/_matrix/client/v3"
 DEVICE_NAME = "Botrealm"
 REQUEST_SECONDS = 30
 MAX_RETRY_AFTER_SECONDS = 15 * 60
-# Many times what a homeserver has to say at once; more is not kept in memory, whoever it comes from.
+# Many times the size of a usual answer; a longer one is not held in memory.
 MAX_ANSWER_BYTES = 64 * 1024 * 1024
 CHUNK_BYTES = 64 * 1024
-# What nio raises for an event that its sender made up: the checks of it do not cover all.
+# Raised by nio for malformed events, which its checks do not cover completely.
 UNREADABLE = (AssertionError, AttributeError, KeyError, TypeError, ValueError, RecursionError)
 
 
 @dataclass(frozen=True)
-class News:
-    """One answer of /sync in its shape (botrunner.matrix.responses), and what nio could decrypt of
-    it, by event id."""
+class SyncUpdate:
+    """A checked answer of /sync (botrunner.matrix.responses), and its decrypted events by id."""
 
     data: dict[str, Any]
     decrypted: dict[str, dict[str, Any]]
@@ -71,36 +69,36 @@ class News:
         return str(self.data["next_batch"])
 
     def rooms(self, membership: str) -> dict[str, Any]:
-        found: dict[str, Any] = self.data["rooms"][membership]
-        return found
+        rooms: dict[str, Any] = self.data["rooms"][membership]
+        return rooms
 
     @property
-    def brought_keys(self) -> bool:
+    def has_keys(self) -> bool:
         return bool((self.data.get("to_device") or {}).get("events"))
 
 
 class Client(AsyncClient):
-    """What one event has in it must not stop the bot for good: it would be shown it once more."""
+    """A client that survives malformed events: a sync would repeat them and stop the bot for good."""
 
     async def parse_body(self, transport_response: aiohttp.ClientResponse) -> dict[Any, Any]:
-        """What nio is told of an answer; nothing of one that is no JSON. Raises `AnswerTooLong`."""
+        """Parse an answer for nio; return {} if it is not JSON. Raises `AnswerTooLong`."""
         try:
-            told: dict[Any, Any] = orjson.loads(await _body(transport_response))
+            body: dict[Any, Any] = orjson.loads(await _body(transport_response))
         except orjson.JSONDecodeError:
             return {}
-        return told
+        return body
 
     def _handle_timeline_event(self, event: Any, room_id: str, *rest: Any) -> Any:
         try:
             if isinstance(event, MegolmEvent) and self.olm:
                 event.room_id = room_id
-                # Not into nio's own idea of the room: any member can seal what looks like a join.
+                # Without nio's own room state: any member can encrypt an event that looks like a join.
                 return self.olm._decrypt_megolm_no_error(event)
             return super()._handle_timeline_event(event, room_id, *rest)
         except UNREADABLE as error:
             event_id = getattr(event, "event_id", "")
             kind = type(error).__name__
-            logger.warning("nio cannot read event %s in room %s: %s", event_id, room_id, kind)
+            logger.warning("nio cannot parse event %s in room %s: %s", event_id, room_id, kind)
             return None
 
     def _handle_decrypt_to_device(self, to_device_event: Any) -> Any:
@@ -108,12 +106,12 @@ class Client(AsyncClient):
             return super()._handle_decrypt_to_device(to_device_event)
         except UNREADABLE as error:
             sender, kind = to_device_event.sender, type(error).__name__
-            logger.warning("nio cannot read what %s sent to the device: %s", sender, kind)
+            logger.warning("nio cannot parse a to-device event from %s: %s", sender, kind)
             return None
 
 
 class Homeserver:
-    """The bot's account as it is used: every method raises `MatrixError`."""
+    """The bot's account on the homeserver. Every method raises `MatrixError`."""
 
     def __init__(self, url: str, username: str, store: Path) -> None:
         store.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -131,8 +129,8 @@ class Homeserver:
             ),
         )
         self._checked_plain: set[str] = set()
-        self._key_counts: Any = None  # of one-time keys, as the server said last
-        # Set by any call that was refused for its token, until the next login.
+        self._key_counts: Any = None  # of one-time keys, from the last sync
+        # Set when a call is refused because of its token, until the next login.
         self.token_refused = asyncio.Event()
 
     @property
@@ -144,7 +142,7 @@ class Homeserver:
         return str(self.nio.device_id)
 
     def unlock_store(self, key: str) -> None:
-        """Have the key store encrypted with `key`; before the first login. nio has one key for all."""
+        """Set the key of the key store, before the first login. nio has one key for all stores."""
         self.nio.config = replace(self.nio.config, pickle_key=key)
 
     async def close(self) -> None:
@@ -153,7 +151,7 @@ class Homeserver:
             self.nio.store.database.close()
 
     async def login(self, password: str, device_id: str) -> None:
-        """A new token, for the same device where there is one."""
+        """Get a new token, for the same device if there is one."""
         self.nio.access_token = ""
         self.nio.device_id = device_id
         try:
@@ -171,14 +169,15 @@ class Homeserver:
             raise MatrixError("STORE", f"The key store cannot be opened: {error}") from error
         except (PickleException, LibolmPickleException):
             raise Unreadable(
-                f"The key store of device {session.device_id} in BOT_RUNNER_STORE was encrypted with "
-                "another key than the database has. Restore both from the same backup; or leave out "
-                "the store's *.db, and the bot begins as a new device."
+                f"The key store of device {session.device_id} in BOT_RUNNER_STORE is encrypted with a "
+                "different key than the one in the database. Restore both from the same backup, or "
+                "delete the store's *.db files to start as a new device."
             ) from None
 
     def has_keys_of(self, session: Session) -> bool:
-        """Whether the keys of the session's device are in the store, and not those of a backup. Without
-        them the device is deaf for good: the server has its latest keys and takes no others."""
+        """Return whether the store has the current keys of the session's device, not those of a
+        backup. Without them the device can never decrypt: the server has its latest keys and
+        accepts no others."""
         path = self.store / f"{session.user_id}_{session.device_id}.db"
         try:
             writes = writes_of(path)
@@ -191,7 +190,7 @@ class Homeserver:
         return self.nio.store.writes if self.nio.store else 0
 
     def know_room(self, room_id: str, *, encrypted: bool) -> None:
-        """nio learns rooms only from a sync that brings their state, which a later one does not."""
+        """Register a room with nio, which learns of rooms only from syncs with their state."""
         if room_id not in self.nio.rooms:
             encrypted = encrypted or room_id in self.nio.encrypted_rooms
             self.nio.rooms[room_id] = MatrixRoom(room_id, self.user_id, encrypted)
@@ -199,7 +198,7 @@ class Homeserver:
                 self.nio.encrypted_rooms.add(room_id)
 
     def forget_members(self, room_id: str) -> None:
-        """After a gap the known members may be wrong: ask again before the next encryption."""
+        """Fetch the members again before the next encryption: after a gap they may be outdated."""
         if room := self.nio.rooms.get(room_id):
             room.members_synced = False
             self.nio.invalidate_outbound_session(room_id)
@@ -208,9 +207,9 @@ class Homeserver:
         room = self.nio.rooms.get(room_id)
         return room is not None and bool(room.encrypted)
 
-    async def sync(self, since: str, *, seconds: float, wanted: dict[str, Any]) -> News:
-        """What is new since `since`, of what the filter `wanted` names, within `seconds`."""
-        query = {"timeout": str(int(seconds * 1000)), "filter": orjson.dumps(wanted).decode()}
+    async def sync(self, since: str, *, seconds: float, filter_: dict[str, Any]) -> SyncUpdate:
+        """Wait up to `seconds` for events after `since` that pass the filter."""
+        query = {"timeout": str(int(seconds * 1000)), "filter": orjson.dumps(filter_).decode()}
         if since:
             query["since"] = since
         path = f"{API}/sync?{urlencode(query)}"
@@ -218,49 +217,50 @@ class Homeserver:
         if not isinstance(body.get("next_batch"), str):
             raise MatrixError("NO_NEXT_BATCH", "The homeserver's answer is not that of /sync.")
         body = responses.sync(body)
-        of_crypto = self._of_crypto(body)
-        if of_crypto is None:
-            return News(body, {})
-        response = _parsed(of_crypto)
+        crypto_part = self._crypto_part(body)
+        if crypto_part is None:
+            return SyncUpdate(body, {})
+        response = _parsed(crypto_part)
         if response is None:
-            return News(body, {})
-        # nio ignores an answer that ends where the one before it did, even if that was not kept.
+            return SyncUpdate(body, {})
+        # nio ignores an answer with the position of the one before, even if that was not recorded.
         self.nio.next_batch = ""
-        # The keys of one answer are kept together or not at all: a crash in between would use
-        # up what a key is sealed with, and the homeserver shows it once more in vain.
+        # The keys of one answer are stored together or not at all: after a crash in between, the
+        # one-time key of a repeated message would be used up already.
         with self.nio.store.database.atomic():
             await self.nio.receive_response(response)
             if response.to_device_events:
-                # nio takes a used one-time key out of the account after it has kept it.
+                # nio removes a used one-time key from the account after it has stored the account.
                 self.nio.olm.save_account()
         self._key_counts = body.get("device_one_time_keys_count")
         self._refill_keys(response)
-        return News(body, _decrypted(response))
+        return SyncUpdate(body, _decrypted(response))
 
-    def _of_crypto(self, body: dict[str, Any]) -> dict[str, Any] | None:
-        """What nio has to see of an answer: the keys, and the rooms that are encrypted; None when that
-        is nothing new. It checks all that it is given against schemas and writes to its store, which
-        costs more than everything else that is done here."""
-        kept = ("next_batch", "to_device", "device_lists", "device_one_time_keys_count")
+    def _crypto_part(self, body: dict[str, Any]) -> dict[str, Any] | None:
+        """Return the part of an answer that nio needs: keys and encrypted rooms; None if that has
+        nothing new. nio validates all its input against schemas and writes to its store, which
+        costs more than the rest of a sync."""
+        names = ("next_batch", "to_device", "device_lists", "device_one_time_keys_count")
         rooms = {
             room_id: room
             for room_id, room in body["rooms"]["join"].items()
             if self.is_encrypted(room_id) or is_about_encryption(room)
         }
         counts = body.get("device_one_time_keys_count")
-        is_news = rooms or any(any(body.get(key, {}).values()) for key in kept[1:3])
-        if not is_news and counts == self._key_counts:
+        is_new = rooms or any(any(body.get(key, {}).values()) for key in names[1:3])
+        if not is_new and counts == self._key_counts:
             return None
-        found = {key: body[key] for key in kept if key in body}
-        return found | ({"rooms": {"join": rooms}} if rooms else {})
+        part = {key: body[key] for key in names if key in body}
+        return part | ({"rooms": {"join": rooms}} if rooms else {})
 
     def _refill_keys(self, response: SyncResponse) -> None:
-        """nio takes a count of 0 for none given, and would never upload one-time keys again."""
+        """Report that no one-time keys are left: nio mistakes 0 for a missing count and uploads
+        none."""
         if self.nio.olm and response.device_key_count.signed_curve25519 == 0:
             self.nio.olm.uploaded_key_count = 0
 
-    async def tend_keys(self) -> None:
-        """What crypto needs between syncs: keys to upload, to ask for and to pass on."""
+    async def maintain_keys(self) -> None:
+        """Upload, query, claim and share keys between syncs."""
         nio = self.nio
         if nio.should_upload_keys:
             await self._upload_keys()
@@ -272,24 +272,24 @@ class Homeserver:
             await nio.send_to_device_messages()
 
     async def _upload_keys(self) -> None:
-        """As nio does, but kept first: after a crash the server would have one-time keys that nobody
-        can use, and refuse others by the same names for good."""
+        """Upload keys as nio does, but store them first: after a crash the server would have
+        one-time keys that cannot be used, and would always refuse others with the same ids."""
         olm = self.nio.olm
         keys = olm.share_keys()
         olm.save_account()
         try:
-            told = await self.request("POST", f"{API}/keys/upload", keys)
+            body = await self.request("POST", f"{API}/keys/upload", keys)
         except MatrixError as error:
             if error.status == 400 and "already exists" in str(error):
                 raise KeysOutdated(str(error)) from None
             raise
-        answer = KeysUploadResponse.from_dict(told)
+        answer = KeysUploadResponse.from_dict(body)
         if not isinstance(answer, KeysUploadResponse):
             raise MatrixError("UNREADABLE", "The answer is not that of /keys/upload.")
         await self.nio.receive_response(answer)
 
     def decrypt(self, room_id: str, source: dict[str, Any]) -> dict[str, Any] | None:
-        """The event within an encrypted one; None while its key is missing, and where it is none."""
+        """Decrypt an event; return None if its key is missing or it is not encrypted."""
         try:
             event = Event.parse_event(json.loads(json.dumps(source)))
             if not isinstance(event, MegolmEvent):
@@ -302,8 +302,8 @@ class Homeserver:
     async def messages(
         self, room_id: str, start: str, end: str | None
     ) -> tuple[list[dict[str, Any]], str]:
-        """Up to a hundred events before `start` (before now where it is empty) and after `end`, newest
-        first, and where the next page begins."""
+        """Return up to 100 events before `start` (or now, if empty) and after `end`, newest first,
+        and the start of the next page."""
         query = {"dir": "b", "limit": "100"}
         query |= {"from": start} if start else {}
         query |= {"to": end} if end else {}
@@ -312,7 +312,7 @@ class Homeserver:
         return responses.events(body.get("chunk")), str(body.get("end") or "")
 
     async def members(self, room_id: str, at: str, *, seconds: float) -> list[dict[str, Any]]:
-        """The membership events of those who are in the room, as at a sync's position."""
+        """Return the membership events of the room's members at a sync's position."""
         query = urlencode({"membership": "join"} | ({"at": at} if at else {}))
         path = f"{API}/rooms/{quote(room_id, safe='')}/members?{query}"
         body = await self.request("GET", path, seconds=seconds)
@@ -321,7 +321,7 @@ class Homeserver:
         return responses.events(body["chunk"])
 
     async def state(self, room_id: str, kind: str, *, seconds: float) -> dict[str, Any]:
-        """The event of a room's state that has this type and no key; empty where there is none."""
+        """Return the state event of this type with an empty key; {} if there is none."""
         path = f"{API}/rooms/{quote(room_id, safe='')}/state/{kind}/?format=event"
         try:
             return await self.request("GET", path, seconds=seconds)
@@ -331,19 +331,19 @@ class Homeserver:
             raise
 
     async def join(self, room_id: str, *, seconds: float = REQUEST_SECONDS) -> None:
-        """A homeserver goes on with one that it was not waited for."""
+        """Join a room. The homeserver continues a join after a timeout."""
         await self.request("POST", f"{API}/join/{quote(room_id, safe='')}", {}, seconds=seconds)
 
     async def typing(self, room_id: str, is_typing: bool, seconds: float) -> None:
         await self._call(self.nio.room_typing(room_id, is_typing, int(seconds * 1000)))
 
     async def send(self, room_id: str, content: dict[str, Any], transaction: str) -> str:
-        """Send a message, encrypted where the room is; the id of its event. Raises `LeaseLost`."""
+        """Send a message, encrypted if the room is; return its event id. Raises `LeaseLost`."""
         if self.nio.store:
-            self.nio.store.make_sure()
+            self.nio.store.check_holder()
         self.know_room(room_id, encrypted=False)
         if not self.is_encrypted(room_id):
-            await self._make_sure_plain(room_id)
+            await self._check_plain(room_id)
         if not self.is_encrypted(room_id):
             return await self._send_plain(room_id, content, transaction)
         await self._know_members(room_id)
@@ -362,11 +362,11 @@ class Homeserver:
             raise MatrixError("UNREADABLE", "The answer is not that of a message sent.")
         return str(answer["event_id"])
 
-    def distrust_plain(self) -> None:
-        """Encryption may have been switched on while no sync came through."""
+    def recheck_plain(self) -> None:
+        """Check plain rooms again: encryption may have been enabled while no sync arrived."""
         self._checked_plain.clear()
 
-    async def _make_sure_plain(self, room_id: str) -> None:
+    async def _check_plain(self, room_id: str) -> None:
         if room_id in self._checked_plain:
             return
         path = f"{API}/rooms/{quote(room_id, safe='')}/state/m.room.encryption/"
@@ -381,7 +381,7 @@ class Homeserver:
             self.nio.encrypted_rooms.add(room_id)
 
     async def _know_members(self, room_id: str) -> None:
-        """Without the members, the keys would go to nobody, and nobody could read the message."""
+        """Load the members and their keys: without them no recipient could decrypt the message."""
         if not self.nio.rooms[room_id].members_synced:
             await self._call(self.nio.joined_members(room_id))
         if self.nio.should_query_keys:
@@ -390,7 +390,7 @@ class Homeserver:
     async def request(
         self, method: str, path: str, body: Any = None, *, seconds: float = REQUEST_SECONDS
     ) -> dict[str, Any]:
-        """The JSON object that the homeserver answers with; `path` begins with /_matrix."""
+        """Send a request and return the JSON object of the answer; `path` begins with /_matrix."""
         headers = {"Authorization": f"Bearer {self.nio.access_token}"}
         data = None
         if body is not None:
@@ -407,23 +407,23 @@ class Homeserver:
         except (aiohttp.ClientError, OSError) as error:
             raise MatrixError("UNREACHABLE", _words(error)) from error
         try:
-            told = orjson.loads(text)
+            content = orjson.loads(text)
         except orjson.JSONDecodeError:
-            told = None
-        if not isinstance(told, dict):
+            content = None
+        if not isinstance(content, dict):
             raise MatrixError("UNREADABLE", "The answer is not JSON.", status=answer.status)
         if answer.status >= 300:
             raise self._refusal(
-                str(told.get("errcode") or "M_UNKNOWN"),
-                str(told.get("error") or ""),
+                str(content.get("errcode") or "M_UNKNOWN"),
+                str(content.get("error") or ""),
                 status=answer.status,
-                retry_after_ms=told.get("retry_after_ms"),
-                session=str(told.get("session") or ""),
+                retry_after_ms=content.get("retry_after_ms"),
+                session=str(content.get("session") or ""),
             )
-        return told
+        return content
 
     async def _call(self, call: Awaitable[Any]) -> Any:
-        """nio's answer, when it is no error."""
+        """Await a call of nio; raise its error responses as `MatrixError`."""
         try:
             response = await call
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
@@ -453,7 +453,7 @@ class Homeserver:
 
 
 async def _body(answer: aiohttp.ClientResponse) -> bytes:
-    """The whole of it, decompressed. Raises `AnswerTooLong`."""
+    """Read the whole body, decompressed. Raises `AnswerTooLong`."""
     pieces, size = [], 0
     async for piece in answer.content.iter_chunked(CHUNK_BYTES):
         size += len(piece)
@@ -469,7 +469,7 @@ def _words(error: BaseException) -> str:
 
 
 def is_about_encryption(room: dict[str, Any]) -> bool:
-    """Whether the news of a room tell that it is, or becomes, an encrypted one."""
+    """Return whether a room's update shows that it is or becomes encrypted."""
     return any(
         event.get("type") in ("m.room.encryption", "m.room.encrypted")
         for part in ("state", "timeline")
@@ -478,20 +478,20 @@ def is_about_encryption(room: dict[str, Any]) -> bool:
 
 
 def _parsed(body: dict[str, Any]) -> SyncResponse | None:
-    """nio's view of an answer. What nio cannot parse is left out, room by room: one odd event must
+    """Parse an answer with nio, without the rooms that it cannot parse: one malformed event must
     not stop the bot for good."""
     response = _parse(body)
     if response is not None:
         return response
-    sound: dict[str, Any] = {}
+    valid: dict[str, Any] = {}
     for room_id, room in (body.get("rooms") or {}).get("join", {}).items():
         if _parse({"next_batch": "x", "rooms": {"join": {room_id: room}}}) is not None:
-            sound[room_id] = room
+            valid[room_id] = room
         else:
-            logger.warning("nio cannot read what is new in room %s", room_id)
-    response = _parse({**body, "rooms": {"join": sound}})
+            logger.warning("nio cannot parse the update of room %s", room_id)
+    response = _parse({**body, "rooms": {"join": valid}})
     if response is None:
-        logger.error("nio cannot read the homeserver's answer: keys in it are lost")
+        logger.error("nio cannot parse the homeserver's answer: keys in it are lost")
     return response
 
 

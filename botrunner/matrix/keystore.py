@@ -59,7 +59,7 @@ class Store(SqliteStore):
             for change in ("INSERT", "UPDATE", "DELETE"):
                 run(GUARD.format(table=name, change=change, taken=TAKEN, me=self._me))
 
-    def make_sure(self) -> None:
+    def check_holder(self) -> None:
         """Raises `LeaseLost`."""
         [holder] = self.database.execute_sql("SELECT holder FROM keeper").fetchone()
         if holder != self._me:

@@ -63,7 +63,7 @@ async def connect(homeserver: Homeserver, session: Session) -> None:
 
 async def _tend_device(homeserver: Homeserver) -> None:
     if homeserver.nio.should_upload_keys:
-        await homeserver.tend_keys()
+        await homeserver.maintain_keys()
     await cross_signing.sign_own_device(homeserver, settings.BOT_RUNNER_PASSWORD)
 
 

@@ -45,7 +45,7 @@ class Lookup:
     def is_due(self) -> bool:
         return bool(self._due())
 
-    async def some(self, position: str) -> dict[str, dict[str, str]]:
+    async def fetch(self, position: str) -> dict[str, dict[str, str]]:
         """The members of some rooms, as they are at a sync's position or after it. Raises
         `TokenRefused`."""
         rooms = self._due()[:AT_ONCE]

@@ -6,8 +6,8 @@ from datetime import timedelta
 from functools import partial
 from typing import Any
 
-from botrunner.incoming import handling, recording
-from botrunner.incoming.recording import Batch, RoomNews
+from botrunner.incoming import handling, recording, submission
+from botrunner.incoming.batch import Batch, RoomUpdate
 from botrunner.models import Room, RoomEvent, Session
 from realm.models import BotCommand, BotRegistration, User
 
@@ -75,12 +75,12 @@ def let_in(session: Session, *user_ids: str) -> None:
 def take_in(session: Session, *events: dict[str, Any]) -> int:
     """Write events of the room down as a sync brings them, and act upon them. How many were for the
     bot."""
-    batch = Batch(f"{session.since}+", [RoomNews(ROOM, list(events), False)])
+    batch = Batch(f"{session.since}+", [RoomUpdate(ROOM, list(events), False)])
     kept = RoomEvent.objects.exclude(state=RoomEvent.State.IGNORED)
     before = kept.count()
-    recording.write_down(session, HOLDER, batch, partial(handling.ask, me=ME))
+    recording.record_sync(session, HOLDER, batch, partial(submission.submit_recorded, me=ME))
     new = kept.count() - before
     session.since = batch.next_batch
     for pk in handling.pending():
-        handling.act(pk, ME)
+        handling.handle(pk, ME)
     return new

@@ -16,8 +16,8 @@ from agents import inbox
 from agents.models import Run
 from botrunner import bot as loop
 from botrunner.bot import Bot
-from botrunner.incoming import handling, recording
-from botrunner.incoming.recording import Batch, RoomNews
+from botrunner.incoming import recording, submission
+from botrunner.incoming.batch import Batch, RoomUpdate
 from botrunner.matrix import client
 from botrunner.models import RoomEvent, Session
 from tests.botrunner.scenes import HOLDER, ME, ROOM, command, event, session
@@ -82,10 +82,10 @@ def test_a_first_sync_that_is_too_long_is_said_once_and_asked_for_again(
         async_to_sync(scene)()
     said = [record.getMessage() for record in caplog.records if record.name == "botrunner.bot"]
     assert [line for line in said if "longer than 1 MiB" in line] == [
-        "The sync has to wait: TOO_LONG: The homeserver's answer to /_matrix/client/v3/sync is longer "
+        "Sync failed, retrying: TOO_LONG: The homeserver's answer to /_matrix/client/v3/sync is longer "
         "than 1 MiB."
     ]
-    assert "The sync works again" in said
+    assert "Sync recovered" in said
     row.refresh_from_db()
     assert (row.since, next(asked)) == ("s1", 5)
     assert "longer than 1 MiB" in row.last_error
@@ -107,15 +107,15 @@ def test_an_event_that_cannot_be_handled_holds_up_none_of_the_others(
         return submit(submission)
 
     monkeypatch.setattr(inbox, "submit", fails_for_one)
-    news = RoomNews(ROOM, [event("one"), event("two"), event("three")], False)
-    ask = partial(handling.ask, me=ME) if asked_at_once else None
-    assert recording.write_down(row, HOLDER, Batch("s1", [news]), ask) == 3
+    news = RoomUpdate(ROOM, [event("one"), event("two"), event("three")], False)
+    ask = partial(submission.submit_recorded, me=ME) if asked_at_once else None
+    assert recording.record_sync(row, HOLDER, Batch("s1", [news]), ask) == 3
     assert not Run.objects.exists()
 
     async def scene() -> None:
         bot = Bot(row, HOLDER, asyncio.Event())
         bot.homeserver.nio.user_id = row.user_id
-        await bot._act()
+        await bot._handle_pending()
         await bot.homeserver.close()
 
     async_to_sync(scene)()
@@ -136,7 +136,7 @@ def test_while_the_database_is_away_a_batch_is_not_half_written(
         raise OperationalError
 
     monkeypatch.setattr(inbox, "submit", unavailable)
-    batch = Batch("s1", [RoomNews(ROOM, [event()], False)])
+    batch = Batch("s1", [RoomUpdate(ROOM, [event()], False)])
     with pytest.raises(OperationalError):
-        recording.write_down(row, HOLDER, batch, partial(handling.ask, me=ME))
+        recording.record_sync(row, HOLDER, batch, partial(submission.submit_recorded, me=ME))
     assert (Session.objects.get().since, RoomEvent.objects.exists()) == ("s0", False)

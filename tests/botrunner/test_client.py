@@ -119,7 +119,7 @@ def room(*events: Any, **timeline: Any) -> dict[str, Any]:
 
 
 async def sync(homeserver: Homeserver) -> Any:
-    return await homeserver.sync("s0", seconds=0, wanted={})
+    return await homeserver.sync("s0", seconds=0, filter_={})
 
 
 @pytest.mark.parametrize("path", ["/sync", "/messages", "/joined_members", "/keys/query"])
@@ -393,9 +393,9 @@ def test_one_time_keys_are_refilled_when_none_is_left(server: Scripted, use: Any
     server.answers["/keys/upload"] = (200, counted)
 
     async def scene(homeserver: Homeserver) -> None:
-        await homeserver.tend_keys()  # the first keys
+        await homeserver.maintain_keys()  # the first keys
         await sync(homeserver)
-        await homeserver.tend_keys()
+        await homeserver.maintain_keys()
 
     use(scene)
     uploads = [body for _, path, body in server.asked if "/keys/upload" in path]
@@ -411,12 +411,12 @@ def test_a_crash_during_the_upload_of_keys_leaves_none_that_nobody_can_use(
 
     async def crash(homeserver: Homeserver) -> None:
         with pytest.raises(MatrixError):
-            await homeserver.tend_keys()
+            await homeserver.maintain_keys()
 
     use(crash)
     counted = {"one_time_key_counts": {"signed_curve25519": 50, "curve25519": 0}}
     server.answers["/keys/upload"] = (200, counted)
-    use(lambda homeserver: homeserver.tend_keys())
+    use(lambda homeserver: homeserver.maintain_keys())
     first, second = (body for _, path, body in server.asked if "/keys/upload" in path)
     assert first["device_keys"] == second["device_keys"]
     assert first["one_time_keys"].items() <= second["one_time_keys"].items()
@@ -445,14 +445,14 @@ def test_who_was_frozen_while_another_took_over_writes_and_sends_nothing(
         leader = client()
         content = {"body": "x", "msgtype": "m.text"}
         for step in (
-            frozen.tend_keys,
+            frozen.maintain_keys,
             lambda: sync(frozen),
             lambda: frozen.send("!plain:x", content, "t1"),
         ):
             with pytest.raises(LeaseLost):
                 await step()
         assert not [path for _, path, _ in server.asked if "/sync" not in path]
-        await leader.tend_keys()
+        await leader.maintain_keys()
         await sync(leader)
         await leader.send("!plain:x", content, "t1")
         await frozen.close()
@@ -495,7 +495,7 @@ def test_a_homeserver_that_has_later_keys_is_told_apart(server: Scripted, use: A
 
     async def scene(homeserver: Homeserver) -> None:
         with pytest.raises(KeysOutdated):
-            await homeserver.tend_keys()
+            await homeserver.maintain_keys()
 
     use(scene)
 

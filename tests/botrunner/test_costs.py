@@ -10,8 +10,8 @@ from django.test.utils import CaptureQueriesContext
 
 from agents.models import Run
 from agents.runs import execution
-from botrunner.incoming import handling, recording
-from botrunner.incoming.recording import Batch, RoomNews
+from botrunner.incoming import recording, submission
+from botrunner.incoming.batch import Batch, RoomUpdate
 from botrunner.models import Reply, RoomEvent
 from botrunner.outgoing import queue
 from tests.botrunner.scenes import HOLDER, ME, ROOM, command, event, session, take_in
@@ -35,10 +35,10 @@ def test_a_question_and_its_reply_cost_seventeen_statements() -> None:
     take_in(row, event("The first begins a conversation."))
     execution.execute(Run.objects.get().pk)
     Reply.objects.update(status=Reply.Status.SENT)
-    batch = Batch("s2", [RoomNews(ROOM, [event("The second goes on with it.")], False)])
+    batch = Batch("s2", [RoomUpdate(ROOM, [event("The second goes on with it.")], False)])
 
     with at_most(12):
-        recording.write_down(row, HOLDER, batch, partial(handling.ask, me=ME))
+        recording.record_sync(row, HOLDER, batch, partial(submission.submit_recorded, me=ME))
     run = Run.objects.unfinished().get()
     execution.execute(run.pk)
     with at_most(3):
@@ -63,8 +63,8 @@ def test_more_questions_at_once_cost_no_more_of_the_way_in() -> None:
     row = session()
     take_in(row, event("The first begins a conversation."))
     several = [event(f"Question {number}") for number in range(4)]
-    batch = Batch("s2", [RoomNews(ROOM, several, False)])
+    batch = Batch("s2", [RoomUpdate(ROOM, several, False)])
     with at_most(5 + 4 * 7):
-        recording.write_down(row, HOLDER, batch, partial(handling.ask, me=ME))
+        recording.record_sync(row, HOLDER, batch, partial(submission.submit_recorded, me=ME))
     assert Run.objects.count() == 5
     assert not RoomEvent.objects.filter(state=RoomEvent.State.PENDING).exists()

@@ -219,4 +219,4 @@ def test_the_rate_limits_of_a_usual_homeserver_are_respected(
                 240,
             )
             assert _answered(world, alice, [room]) == Counter(asked)
-            assert "A reply has to wait" in world.log()
+            assert "Sending a reply failed, retrying" in world.log()

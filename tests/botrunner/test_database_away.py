@@ -62,8 +62,8 @@ def test_a_database_that_goes_away_for_a_while_costs_no_question(
     assert _answered(world, alice, rooms) == Counter(asked)
     assert Run.objects.count() == len(asked)
     log = world.log()
-    assert log.count("The database is away") == 1
-    assert log.count("The lease was not renewed") <= 2
+    assert log.count("The database is unavailable") == 1
+    assert log.count("Renewing the lease failed") <= 2
     assert log.count('"level": "warning"') < 10
     assert "Another bot runner" not in log
     assert "Traceback" not in log

@@ -285,18 +285,18 @@ def test_a_crash_while_a_key_is_taken_in_does_not_lose_it(
 
     async def scene() -> dict[str, Any]:
         killed = client()
-        await killed.tend_keys()
+        await killed.maintain_keys()
         await killed.join(room)
-        since = (await killed.sync("", seconds=0, wanted={})).next_batch
+        since = (await killed.sync("", seconds=0, filter_={})).next_batch
         async with Person(world.synapse, alice, tmp_path) as person:
             question = await person.say(room, "sealed")
         with monkeypatch.context() as patch:
             patch.setattr(SqliteStore, "save_inbound_group_session", crash)
             with pytest.raises(MemoryError):
-                await killed.sync(since, seconds=0, wanted={})
+                await killed.sync(since, seconds=0, filter_={})
         await killed.close()
         restarted = client()
-        news = await restarted.sync(since, seconds=0, wanted={})
+        news = await restarted.sync(since, seconds=0, filter_={})
         await restarted.close()
 
         # The one-time key is used up for whoever comes next, too.

@@ -7,9 +7,9 @@ import pytest
 from asgiref.sync import async_to_sync
 
 from botrunner.incoming.backfill import batch_of
-from botrunner.incoming.recording import Batch
+from botrunner.incoming.batch import Batch
 from botrunner.matrix import responses
-from botrunner.matrix.client import Homeserver, News
+from botrunner.matrix.client import Homeserver, SyncUpdate
 from tests.botrunner.scenes import ALICE, ME, ROOM, event
 
 
@@ -22,7 +22,7 @@ def batch(tmp_path: Path) -> Any:
         homeserver = Homeserver("http://homeserver.invalid", "bot-runner", tmp_path)
         homeserver.nio.user_id = ME
         joined = {ROOM: {"timeline": {"events": list(events)}, **room}}
-        news = News(responses.sync({"next_batch": "s2", "rooms": {"join": joined}}), {})
+        news = SyncUpdate(responses.sync({"next_batch": "s2", "rooms": {"join": joined}}), {})
         try:
             return await batch_of(news, "s1", homeserver, {ROOM} if known else set())
         finally:

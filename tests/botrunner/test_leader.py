@@ -45,7 +45,7 @@ def test_it_says_once_when_the_lease_of_a_dead_one_ends_and_takes_over_then(
 
     said = [record.getMessage() for record in caplog.records if "lease" in record.getMessage()]
     assert said == [
-        f"Another bot runner works with {row}: standing by, to take over when its lease ends, "
+        f"Another bot runner leads {row}: standing by until the lease expires, "
         f"at {until:%H:%M:%S} UTC unless it is renewed"
     ]
     assert Session.objects.get(pk=row.pk).holder != "dead"
@@ -56,7 +56,7 @@ def test_it_says_once_when_the_lease_of_a_dead_one_ends_and_takes_over_then(
 def test_what_has_to_wait_is_one_thing(
     settings: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A line of the log says: the <name> has to wait."""
+    """The log says: <name> failed, retrying."""
     settings.BOT_RUNNER_STORE = tmp_path
     settings.BOT_STREAM_EDITS = True
     names = []

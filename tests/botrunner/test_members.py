@@ -16,11 +16,11 @@ from rest_framework.test import APIClient
 from agents.models import Run
 from agents.runs import execution
 from botrunner.bot import Bot
-from botrunner.incoming import handling, recording
-from botrunner.incoming.recording import Batch, RoomNews
+from botrunner.incoming import controls, decryption, handling, recording, submission
+from botrunner.incoming.batch import Batch, RoomUpdate
 from botrunner.matrix import rooms
 from botrunner.matrix.client import Homeserver
-from botrunner.models import Conversation, Reply, Room, RoomEvent, RoomMember, Session
+from botrunner.models import Conversation, LeaseLost, Reply, Room, RoomEvent, RoomMember, Session
 from chat.models import Message, Thread
 from realm import tokens
 from realm.models import User
@@ -121,9 +121,11 @@ class TestWhoReads:
         take_in(row, sealed)
         let_in(row, CAROL)
         opened = {**sealed, "type": "m.room.message", "content": event("one")["content"]}
-        handling.unseal(RoomEvent.objects.get(event_id=sealed["event_id"]).pk, opened, ME)
+        decryption.record_decrypted(
+            RoomEvent.objects.get(event_id=sealed["event_id"]).pk, opened, ME
+        )
         for pk in handling.pending():
-            handling.act(pk, ME)
+            handling.handle(pk, ME)
         asked(row, "two")
 
         assert words_for(CAROL) == ["two"]
@@ -307,7 +309,7 @@ class TestWriting:
         mallory = User.objects.of_matrix_id("@mallory:localhost")
         Thread.objects.create(id=taken, owner=mallory)
         # As it was looked up before it was deleted.
-        monkeypatch.setattr(handling, "_known_thread", lambda event, said: taken)
+        monkeypatch.setattr(submission, "_thread_of", lambda row, event: taken)
         run = asked(row, "two")
 
         assert run.thread_id != taken
@@ -323,23 +325,23 @@ class TestGaps:
         row: Session,
         *events: Any,
         members: dict[str, str] | None = None,
-        is_whole: bool = True,
+        is_complete: bool = True,
     ) -> None:
-        news = [RoomNews(ROOM, list(events), False, is_whole=is_whole)]
-        lost = set() if is_whole else {ROOM}
+        news = [RoomUpdate(ROOM, list(events), False, is_complete=is_complete)]
+        lost = set() if is_complete else {ROOM}
         batch = Batch(f"{row.since}+", news, members_lost=lost)
         batch.members = {} if members is None else {ROOM: members}
-        recording.write_down(row, HOLDER, batch)
+        recording.record_sync(row, HOLDER, batch)
         row.since = batch.next_batch
         for pk in handling.pending():
-            handling.act(pk, ME)
+            handling.handle(pk, ME)
 
     def event_of(self, user_id: str) -> str:
         return RoomMember.objects.get(user_id=user_id).event_id
 
     def test_close_the_room_until_the_members_are_known(self, row: Session) -> None:
         asked(row, "one")
-        self.write(row, is_whole=False)
+        self.write(row, is_complete=False)
         assert words_for(BOB) == 404
         self.write(row, members={BOB: self.event_of(BOB)})
         assert words_for(BOB) == ["one"]
@@ -348,7 +350,7 @@ class TestGaps:
     def test_another_membership_event_may_hide_a_leave(self, row: Session) -> None:
         asked(row, "one")
         members = {BOB: "$other", ALICE: self.event_of(ALICE)}
-        self.write(row, event("two"), members=members, is_whole=False)
+        self.write(row, event("two"), members=members, is_complete=False)
         asked(row, "three")
 
         assert words_for(BOB) == ["three"]
@@ -371,9 +373,9 @@ class TestGaps:
     def test_members_are_written_with_the_position(self, row: Session) -> None:
         stale = Session.objects.get(pk=row.pk)
         self.write(row)
-        batch = Batch("s9", [RoomNews(ROOM, [membership(CAROL, "join")], False)])
-        with pytest.raises(recording.LeaseLost):
-            recording.write_down(stale, HOLDER, batch)
+        batch = Batch("s9", [RoomUpdate(ROOM, [membership(CAROL, "join")], False)])
+        with pytest.raises(LeaseLost):
+            recording.record_sync(stale, HOLDER, batch)
         assert not RoomMember.objects.filter(user_id=CAROL).exists()
 
 
@@ -381,15 +383,15 @@ class TestOrders:
     """What moderates a room: words said there, by the sender's power."""
 
     def say(self, row: Session, words: str, sender: str, *, moderates: bool) -> None:
-        batch = Batch(f"{row.since}+", [RoomNews(ROOM, [event(words, sender)], False)])
-        recording.write_down(row, HOLDER, batch)
+        batch = Batch(f"{row.since}+", [RoomUpdate(ROOM, [event(words, sender)], False)])
+        recording.record_sync(row, HOLDER, batch)
         row.since = batch.next_batch
         (pk,) = handling.pending()
-        with pytest.raises(handling.PowerNeeded) as needed:
-            handling.act(pk, ME)
+        with pytest.raises(controls.PowerNeeded) as needed:
+            handling.handle(pk, ME)
         assert (needed.value.room_id, needed.value.user_id) == (ROOM, sender)
         assert handling.pending() == [pk]
-        handling.act(pk, ME, moderates=moderates)
+        handling.handle(pk, ME, moderates=moderates)
 
     def replied(self) -> str:
         reply = Reply.objects.filter(
@@ -416,7 +418,7 @@ class TestOrders:
         self.say(row, "!forget", BOB, moderates=True)
 
         assert not Thread.objects.exists()
-        assert self.replied() == "All that was asked here is deleted."
+        assert self.replied() == "The conversation was deleted."
         reply = Reply.objects.latest("pk")
         assert (reply.status, reply.device_id) == (Reply.Status.READY, "DEVICE")
         again = asked(row, "two")

@@ -11,10 +11,11 @@ from django.db.models import F
 from django.utils import timezone
 
 from botrunner.aio import database_sync_to_async, pause
-from botrunner.incoming import invitations as membership
-from botrunner.incoming import recording
-from botrunner.incoming.invitations import Joiner, invites
-from botrunner.incoming.recording import Batch, Invite
+from botrunner.incoming import invitations, recording
+from botrunner.incoming import joining as membership
+from botrunner.incoming.batch import Batch, Invitation
+from botrunner.incoming.invitations import parse_invitations
+from botrunner.incoming.joining import Joiner
 from botrunner.matrix import responses
 from botrunner.matrix.errors import MatrixError, MatrixTimeout
 from botrunner.models import Room, Session
@@ -33,8 +34,8 @@ def member(state_key: Any, membership: Any, sender: Any = ALICE) -> dict[str, An
     }
 
 
-def found(rooms: dict[str, Any]) -> list[Invite]:
-    return invites(responses.sync({"rooms": {"invite": rooms}})["rooms"]["invite"], ME)
+def found(rooms: dict[str, Any]) -> list[Invitation]:
+    return parse_invitations(responses.sync({"rooms": {"invite": rooms}})["rooms"]["invite"], ME)
 
 
 def invited(*events: Any) -> dict[str, Any]:
@@ -44,7 +45,7 @@ def invited(*events: Any) -> dict[str, Any]:
 def test_an_invitation_without_id_and_time_counts_once_among_what_is_shown_beside_it() -> None:
     create = {"type": "m.room.create", "state_key": "", "sender": ALICE, "content": {}}
     rooms = invited(create, member(ALICE, "join"), member(BOB, "invite"), member(ME, "invite"))
-    assert found(rooms) == [Invite("!room", ALICE)]
+    assert found(rooms) == [Invitation("!room", ALICE)]
 
 
 @pytest.mark.parametrize(
@@ -112,8 +113,8 @@ class TestJoining:
         return row
 
     def invite(self, row: Session, *invitations: tuple[str, str]) -> None:
-        batch = Batch(f"{row.since}+", invites=[Invite(*each) for each in invitations])
-        recording.write_down(row, HOLDER, batch)
+        batch = Batch(f"{row.since}+", invitations=[Invitation(*each) for each in invitations])
+        recording.record_sync(row, HOLDER, batch)
         row.since = batch.next_batch
 
     def work(self, row: Session, homeserver: Any, until: Callable[[], bool]) -> None:
@@ -146,7 +147,7 @@ class TestJoining:
 
         # None of them was waited for to its end.
         assert not Room.objects.exclude(join_attempts=0).exclude(room_id="!good").exists()
-        assert homeserver.most <= membership.AT_ONCE_INVITER
+        assert homeserver.most <= membership.MAX_OF_INVITER
 
     def test_nor_one_of_the_same_inviter_for_longer_than_a_short_try_each(
         self, row: Session, monkeypatch: pytest.MonkeyPatch
@@ -170,7 +171,7 @@ class TestJoining:
         homeserver = Homeserver()
         self.work(row, homeserver, lambda: len(homeserver.joined) == 3)
 
-        assert homeserver.most == membership.AT_ONCE_SERVER
+        assert homeserver.most == membership.MAX_OF_SERVER
 
     def test_one_that_waits_is_given_up_once_the_inviter_is_deactivated(self, row: Session) -> None:
         self.invite(row, ("!hers", ALICE), ("!his", BOB))
@@ -183,7 +184,7 @@ class TestJoining:
         assert homeserver.tried == ["!his"]
         room = Room.objects.get(room_id="!hers")
         assert (room.membership, room.join_due_at) == (Room.Membership.REFUSED, None)
-        assert room.error == "The account of the inviter is deactivated."
+        assert room.error == "The inviter's account is deactivated."
 
     def test_one_that_is_never_answered_is_given_up(self, row: Session) -> None:
         self.silent(row, 1)
@@ -198,7 +199,7 @@ class TestJoining:
                 pauses.append((due - timezone.now()).total_seconds())
 
         assert (room.membership, room.join_due_at) == (Room.Membership.REFUSED, None)
-        assert room.error.startswith("Given up after 16 tries: UNREACHABLE")
+        assert room.error.startswith("Given up after 16 attempts: UNREACHABLE")
         assert len(homeserver.tried) == 16
         assert pauses[0] < 5
         assert 3600 < sum(pauses) < 24 * 3600
@@ -242,57 +243,59 @@ class TestJoining:
 
 @pytest.mark.django_db
 class TestHowManyMayWait:
-    def invite(self, row: Session, *invitations: Invite) -> set[str]:
-        batch = Batch(f"{row.since}+", invites=list(invitations))
-        recording.write_down(row, HOLDER, batch)
+    def invite(self, row: Session, *invitations: Invitation) -> set[str]:
+        batch = Batch(f"{row.since}+", invitations=list(invitations))
+        recording.record_sync(row, HOLDER, batch)
         row.since = batch.next_batch
         return set(Room.objects.filter(membership="invited").values_list("room_id", flat=True))
 
     def test_of_an_inviter(self, caplog: pytest.LogCaptureFixture) -> None:
         row = session()
-        most = recording.MAX_INVITATIONS
-        kept = self.invite(row, *(Invite(f"!r{n}", MALLORY) for n in range(most + 10)))
+        most = invitations.MAX_INVITATIONS
+        kept = self.invite(row, *(Invitation(f"!r{n}", MALLORY) for n in range(most + 10)))
         assert kept == {f"!r{n}" for n in range(most)}
         assert "Ignored 10 invitations of @mallory:elsewhere.example" in caplog.text
-        assert "!new" not in self.invite(row, Invite("!new", MALLORY))
-        assert "!other" in self.invite(row, Invite("!other", ALICE))
+        assert "!new" not in self.invite(row, Invitation("!new", MALLORY))
+        assert "!other" in self.invite(row, Invitation("!other", ALICE))
 
         Room.objects.filter(room_id="!r0").update(membership="joined")
-        assert "!new" in self.invite(row, Invite("!new", MALLORY))
+        assert "!new" in self.invite(row, Invitation("!new", MALLORY))
 
     def test_of_another_server(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(recording, "MAX_INVITATIONS_SERVER", 5)
+        monkeypatch.setattr(invitations, "MAX_INVITATIONS_SERVER", 5)
         row = session()
         for server, kept in (("elsewhere.example", 5), ("localhost", 8)):
             found = self.invite(
-                row, *(Invite(f"!{n}:{server}", f"@{n}:{server}") for n in range(8))
+                row, *(Invitation(f"!{n}:{server}", f"@{n}:{server}") for n in range(8))
             )
             assert sum(server in room_id for room_id in found) == kept
 
     def test_of_those_that_are_refused(self, settings: Any) -> None:
         settings.BOT_RUNNER_ALLOWED_INVITERS = ["@*:localhost"]
         row = session()
-        self.invite(row, *(Invite(f"!{n}", MALLORY) for n in range(recording.MAX_INVITATIONS + 10)))
-        assert Room.objects.filter(membership="refused").count() == recording.MAX_INVITATIONS
+        self.invite(
+            row, *(Invitation(f"!{n}", MALLORY) for n in range(invitations.MAX_INVITATIONS + 10))
+        )
+        assert Room.objects.filter(membership="refused").count() == invitations.MAX_INVITATIONS
 
     def test_of_those_of_another_server_that_are_refused(
         self, settings: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """It may make up as many names as it likes, and each is a row."""
         settings.BOT_RUNNER_ALLOWED_INVITERS = ["@*:localhost", "@good:elsewhere.example"]
-        monkeypatch.setattr(recording, "MAX_INVITATIONS_SERVER", 5)
+        monkeypatch.setattr(invitations, "MAX_INVITATIONS_SERVER", 5)
         row = session()
         for part in "ab":
             self.invite(
-                row, *(Invite(f"!{part}{n}", f"@{part}{n}:elsewhere.example") for n in range(8))
+                row, *(Invitation(f"!{part}{n}", f"@{part}{n}:elsewhere.example") for n in range(8))
             )
         assert Room.objects.filter(membership="refused").count() == 5
-        assert self.invite(row, Invite("!new", "@good:elsewhere.example")) == {"!new"}
+        assert self.invite(row, Invitation("!new", "@good:elsewhere.example")) == {"!new"}
 
     def test_one_that_is_repeated_counts_once_and_keeps_its_tries(self) -> None:
         row = session()
         for _ in range(3):
-            self.invite(row, Invite("!a", ALICE))
+            self.invite(row, Invitation("!a", ALICE))
             Room.objects.filter(room_id="!a").update(join_attempts=F("join_attempts") + 1)
         room = Room.objects.get(room_id="!a")
         assert room.join_attempts == 3
@@ -303,6 +306,8 @@ class TestHowManyMayWait:
         self, django_assert_max_num_queries: Any
     ) -> None:
         row = session()
-        self.invite(row, *(Invite(f"!r{n}", MALLORY) for n in range(recording.MAX_INVITATIONS)))
+        self.invite(
+            row, *(Invitation(f"!r{n}", MALLORY) for n in range(invitations.MAX_INVITATIONS))
+        )
         with django_assert_max_num_queries(8):
-            self.invite(row, *(Invite(f"!x{n}", MALLORY) for n in range(1000)))
+            self.invite(row, *(Invitation(f"!x{n}", MALLORY) for n in range(1000)))

@@ -122,7 +122,7 @@ def test_a_refused_question_is_answered() -> None:
     take_in(row, event("!bot"))
     queue.compose(row)
     body = Reply.objects.get().parts[0]["body"]
-    assert body == "Sorry, I cannot do this. There was no question."
+    assert body == "Sorry, I cannot do this. The message is empty."
 
 
 def test_a_reply_waits_for_the_one_before_it_in_the_room() -> None:

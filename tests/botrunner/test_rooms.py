@@ -71,7 +71,7 @@ def test_what_is_no_question_gets_no_answer(
     why = {row.event_id: row for row in RoomEvent.objects.all()}
     assert set(why) == {early, plain, others, trigger, question}
     assert {key for key, row in why.items() if row.state != RoomEvent.State.IGNORED} == {question}
-    assert why[early].note == "It was said before the bot came into the room."
+    assert why[early].note == "Sent before the bot joined the room."
     assert why[plain].command_verdicts[0].words == "Its body does not begin with '!bot'."
     assert why[others].note == f"Neither {bob.user_id} nor the bot has a registration."
     assert not any(row.source for key, row in why.items() if key != question)
@@ -210,7 +210,7 @@ def test_members_read_the_rooms_thread_and_its_moderator_has_it_forgotten(
     world.wait("the leave", lambda: not of_bob.exists())
     assert _questions(bob) == 404
     said = world.answer(alice, room, world.synapse.send(alice, room, "!forget"))
-    assert said["body"] == "All that was asked here is deleted."
+    assert said["body"] == "The conversation was deleted."
     assert not Thread.objects.exists()
 
 

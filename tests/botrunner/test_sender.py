@@ -12,7 +12,7 @@ from agents.models import Run
 from agents.runs import execution
 from botrunner.aio import database_sync_to_async
 from botrunner.incoming import handling, recording
-from botrunner.incoming.recording import Batch, RoomNews
+from botrunner.incoming.batch import Batch, RoomUpdate
 from botrunner.models import Reply, Session
 from botrunner.outgoing import queue
 from botrunner.outgoing.sender import ROOMS_AT_ONCE, ReplySender
@@ -45,10 +45,10 @@ class Poisoned(Homeserver):
 
 def ask_in(row: Session, *room_ids: str) -> list[str]:
     """A question in each of these rooms; the runs, which have ended."""
-    news = [RoomNews(room_id, [event()], False) for room_id in room_ids]
-    recording.write_down(row, HOLDER, Batch("s1", news))
+    news = [RoomUpdate(room_id, [event()], False) for room_id in room_ids]
+    recording.record_sync(row, HOLDER, Batch("s1", news))
     for pk in handling.pending():
-        handling.act(pk, ME)
+        handling.handle(pk, ME)
     run_ids = list(Run.objects.unfinished().values_list("pk", flat=True))
     for run_id in run_ids:
         execution.execute(run_id)

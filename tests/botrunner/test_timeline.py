@@ -8,8 +8,8 @@ from django.db import IntegrityError
 
 from agents.models import Run
 from agents.runs import execution
-from botrunner.incoming import handling, recording
-from botrunner.incoming.recording import Batch, Invite, RoomNews
+from botrunner.incoming import decryption, handling, recording, submission
+from botrunner.incoming.batch import Batch, Invitation, RoomUpdate
 from botrunner.matrix.events import REPLY_FIELD, TimelineEvent, since_own_join
 from botrunner.models import Conversation, LeaseLost, Reply, Room, RoomEvent, Session
 from botrunner.outgoing import queue
@@ -30,10 +30,10 @@ from tests.botrunner.scenes import (
 pytestmark = pytest.mark.django_db
 
 
-@pytest.fixture(autouse=True, params=[recording.MAX_AT_ONCE, 0], ids=["at once", "one by one"])
+@pytest.fixture(autouse=True, params=[recording.MAX_SUBMITTED, 0], ids=["at once", "one by one"])
 def _at_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is told here holds however the questions are asked."""
-    monkeypatch.setattr(recording, "MAX_AT_ONCE", request.param)
+    monkeypatch.setattr(recording, "MAX_SUBMITTED", request.param)
 
 
 def questions() -> list[str]:
@@ -244,7 +244,7 @@ def test_an_empty_question_is_refused_in_plain_words() -> None:
     take_in(session(), event("!bot"))
     reply = Reply.objects.get()
     assert (reply.run, reply.status) == (None, Reply.Status.WAITING)
-    assert reply.error == "There was no question."
+    assert reply.error == "The message is empty."
 
 
 def test_a_matrix_thread_has_a_thread_of_its_own() -> None:
@@ -327,11 +327,11 @@ def test_what_is_said_in_another_room_changes_nothing() -> None:
     take_in(row, said)
     redaction = event({}, BOB, type="m.room.redaction", redacts=said["event_id"])
     for each in (edit(said, "unseen"), redaction):
-        batch = Batch(f"{row.since}+", [RoomNews("!other", [each], False)])
-        recording.write_down(row, HOLDER, batch)
+        batch = Batch(f"{row.since}+", [RoomUpdate("!other", [each], False)])
+        recording.record_sync(row, HOLDER, batch)
         row.since = batch.next_batch
         for pk in handling.pending():
-            handling.act(pk, ME)
+            handling.handle(pk, ME)
     assert questions() == ["mine"]
     assert Run.objects.get().status == Run.Status.QUEUED
 
@@ -388,7 +388,7 @@ class TestCancelling:
         assert self.states(event("!cancel")) == []
         queue.compose(Session.objects.get())
         body = Reply.objects.get().parts[0]["body"]
-        assert body == "Sorry, I cannot do this. Nothing that you asked is being answered here."
+        assert body == "Sorry, I cannot do this. You have nothing running here."
 
     def test_what_another_bot_may_be_meant_by_is_let_be(self) -> None:
         take_in(session(), event("!cancel"))
@@ -422,11 +422,11 @@ def test_a_sealed_event_waits_for_its_key() -> None:
     row = session()
     sealed = event({"ciphertext": "..."}, type="m.room.encrypted")
     take_in(row, sealed)
-    [(pk, room_id, source)] = handling.sealed()
+    [(pk, room_id, source)] = decryption.undecrypted()
     assert (room_id, source["event_id"]) == (ROOM, sealed["event_id"])
 
     opened = {**event("at last"), "event_id": sealed["event_id"]}
-    handling.unseal(pk, opened, ME)
+    decryption.record_decrypted(pk, opened, ME)
     take_in(row)
     assert questions() == ["at last"]
 
@@ -451,11 +451,11 @@ def test_whoever_opens_a_sealed_event_too_late_changes_nothing() -> None:
     row = session()
     sealed = event({"ciphertext": "..."}, type="m.room.encrypted")
     take_in(row, sealed)
-    pk = handling.sealed()[0][0]
+    pk = decryption.undecrypted()[0][0]
     opened = {**event("once"), "event_id": sealed["event_id"]}
-    handling.unseal(pk, opened, ME)
+    decryption.record_decrypted(pk, opened, ME)
     take_in(row)
-    handling.unseal(pk, opened, ME)
+    decryption.record_decrypted(pk, opened, ME)
     take_in(row)
     assert questions() == ["once"]
     assert RoomEvent.objects.get().state == "handled"
@@ -465,8 +465,8 @@ def test_a_sealed_event_that_fires_nothing_is_forgotten() -> None:
     row = session()
     sealed = event({"ciphertext": "..."}, type="m.room.encrypted")
     take_in(row, sealed)
-    handling.unseal(handling.sealed()[0][0], event(), ME)
-    assert handling.sealed() == []
+    decryption.record_decrypted(decryption.undecrypted()[0][0], event(), ME)
+    assert decryption.undecrypted() == []
 
 
 def test_membership_follows_the_sync(settings: Any) -> None:
@@ -474,11 +474,11 @@ def test_membership_follows_the_sync(settings: Any) -> None:
     row = session()
     batch = Batch(
         "s1",
-        [RoomNews("!new", [], True)],
-        [Invite("!a", ALICE), Invite("!b", "@eve:evil.example")],
+        [RoomUpdate("!new", [], True)],
+        [Invitation("!a", ALICE), Invitation("!b", "@eve:evil.example")],
         [ROOM],
     )
-    recording.write_down(row, HOLDER, batch)
+    recording.record_sync(row, HOLDER, batch)
     found = dict(Room.objects.values_list("room_id", "membership"))
     assert found == {"!new": "joined", "!a": "invited", "!b": "refused", ROOM: "left"}
     assert Room.objects.get(room_id="!new").is_encrypted
@@ -520,14 +520,14 @@ def test_what_is_refused_is_answered_once_for_an_event_and_a_few_times_a_minute(
     for _ in range(5):
         command(prefix="!bot")
     row = session()
-    for _ in range(3 * handling.NOTICES):
+    for _ in range(3 * submission.NOTICES):
         take_in(row, event("!bot"))
     # Two minutes may meet.
-    assert handling.NOTICES <= Reply.objects.count() <= 2 * handling.NOTICES
-    assert set(Reply.objects.values_list("error", flat=True)) == {"There was no question."}
+    assert submission.NOTICES <= Reply.objects.count() <= 2 * submission.NOTICES
+    assert set(Reply.objects.values_list("error", flat=True)) == {"The message is empty."}
     silent = RoomEvent.objects.filter(replies=None)
     assert set(silent.values_list("state", "note")) == {
-        ("ignored", "Refused: There was no question.")
+        ("ignored", "Refused: The message is empty.")
     }
     # Nobody else's are fewer for it.
     command(BOB, prefix="!bot")
@@ -539,9 +539,9 @@ def test_what_is_refused_is_answered_once_for_an_event_and_a_few_times_a_minute(
 def test_so_is_a_cancel_that_has_nothing_to_end() -> None:
     command()
     row = session()
-    for _ in range(3 * handling.NOTICES):
+    for _ in range(3 * submission.NOTICES):
         take_in(row, event("!cancel"))
-    assert handling.NOTICES <= Reply.objects.count() <= 2 * handling.NOTICES
+    assert submission.NOTICES <= Reply.objects.count() <= 2 * submission.NOTICES
 
 
 def test_masses_that_nobody_can_read_keep_nobody_elses_words_sealed() -> None:
@@ -552,13 +552,13 @@ def test_masses_that_nobody_can_read_keep_nobody_elses_words_sealed() -> None:
     ]
     alices = event({"ciphertext": "..."}, type="m.room.encrypted")
     take_in(row, *sealed, alices, *sealed[:1])
-    found = [source["event_id"] for _, _, source in handling.sealed()]
+    found = [source["event_id"] for _, _, source in decryption.undecrypted()]
     assert alices["event_id"] in found
-    assert len(found) == handling.SEALED_OF_SENDER + 1
+    assert len(found) == decryption.MAX_OF_SENDER + 1
 
     # What one of them could read of her masses, it does not leave at that.
-    for pk, _, source in handling.sealed():
-        handling.unseal(pk, {**event("once"), "event_id": source["event_id"]}, ME)
-    again = [source["event_id"] for _, _, source in handling.sealed()]
-    assert len(again) == handling.SEALED_OF_SENDER
+    for pk, _, source in decryption.undecrypted():
+        decryption.record_decrypted(pk, {**event("once"), "event_id": source["event_id"]}, ME)
+    again = [source["event_id"] for _, _, source in decryption.undecrypted()]
+    assert len(again) == decryption.MAX_OF_SENDER
     assert not {*again} & {*found}

@@ -8,8 +8,8 @@ from django.db import connection
 from django.test.utils import CaptureQueriesContext
 
 from agents.models import Run
-from botrunner.incoming import handling, recording
-from botrunner.incoming.recording import Batch, RoomNews
+from botrunner.incoming import decryption, handling, recording, submission
+from botrunner.incoming.batch import Batch, RoomUpdate
 from botrunner.matrix.events import REPLY_FIELD
 from botrunner.models import Reply, Room, RoomEvent
 from botrunner.outgoing import queue
@@ -165,7 +165,7 @@ def test_what_is_too_old_is_told(settings: Any) -> None:
     settings.BOT_RUNNER_MAX_EVENT_AGE = 60
     command()
     assert take_in(session(), event(SECRET, age=120)) == 0
-    assert only().note.startswith("Too old: said at ")
+    assert only().note.startswith("Too old: sent at ")
     assert only().source is None
 
 
@@ -180,15 +180,15 @@ def test_what_is_too_old_is_told(settings: Any) -> None:
                     "m.relates_to": {"rel_type": "m.replace", "event_id": "$unknown"},
                 }
             ),
-            "It edits nothing that is known as a question here.",
+            "It edits no message that fired a command.",
         ),
         (
             event({"redacts": "$unknown"}, type="m.room.redaction"),
-            "It takes back nothing that is known as a question here.",
+            "It redacts no message that fired a command.",
         ),
         (
             event({}, type="m.room.redaction"),
-            "It takes back nothing that is known as a question here.",
+            "It redacts no message that fired a command.",
         ),
     ],
 )
@@ -220,29 +220,29 @@ def test_an_edit_that_comes_too_late_is_told_without_its_words() -> None:
     relation = {"rel_type": "m.replace", "event_id": said["event_id"]}
     take_in(row, event({**new, "m.new_content": new, "m.relates_to": relation}))
     edit = RoomEvent.objects.get(kind=RoomEvent.Kind.EDIT)
-    assert (edit.note, edit.source) == ("The answer was under way.", None)
+    assert (edit.note, edit.source) == ("The run had already started.", None)
 
 
 def test_what_cannot_be_read_is_told_until_and_after_its_key_comes() -> None:
     command(prefix="!ask ")
     sealed = event({"ciphertext": "..."}, type="m.room.encrypted")
     assert take_in(session(), sealed) == 1
-    assert only().note == "It cannot be read until its key comes."
+    assert only().note == "Waiting for its key."
 
     opened = {**event(SECRET), "event_id": sealed["event_id"]}
-    handling.unseal(only().pk, opened, ME)
+    decryption.record_decrypted(only().pk, opened, ME)
     assert words() == ["Its body does not begin with '!ask '."]
     row = only()
     assert (row.kind, row.state) == (RoomEvent.Kind.OTHER, RoomEvent.State.IGNORED)
     assert (row.type, row.content_type, row.source) == ("m.room.message", "m.text", None)
-    assert handling.sealed() == []
+    assert decryption.undecrypted() == []
 
 
 def test_the_key_of_a_notice_makes_it_no_question() -> None:
     command()
     sealed = event({"ciphertext": "..."}, type="m.room.encrypted")
     take_in(session(), sealed)
-    handling.unseal(only().pk, event({"msgtype": "m.notice", "body": SECRET}), ME)
+    decryption.record_decrypted(only().pk, event({"msgtype": "m.notice", "body": SECRET}), ME)
     row = only()
     assert (row.state, row.source) == (RoomEvent.State.IGNORED, None)
 
@@ -251,18 +251,18 @@ def test_a_key_that_never_came_is_told(settings: Any) -> None:
     settings.BOT_RUNNER_MAX_EVENT_AGE = 0.01
     take_in(session(), event({"ciphertext": "..."}, type="m.room.encrypted", age=0.05))
     RoomEvent.objects.update(sent_at=datetime(2020, 1, 1, tzinfo=UTC))
-    assert handling.sealed() == []
-    assert (only().note, only().source) == ("Its key never came.", None)
+    assert decryption.undecrypted() == []
+    assert (only().note, only().source) == ("Its key was never received.", None)
 
 
 def test_what_was_said_before_the_bot_came_is_told() -> None:
     command()
     row = session()
     earlier = [event(SECRET), event(sender=ME), event({"msgtype": "m.notice", "body": "n"})]
-    news = RoomNews("!new", [event("now")], False, earlier)
-    assert recording.write_down(row, HOLDER, Batch("s1", [news])) == 1
+    news = RoomUpdate("!new", [event("now")], False, earlier)
+    assert recording.record_sync(row, HOLDER, Batch("s1", [news])) == 1
     before = RoomEvent.objects.get(state=RoomEvent.State.IGNORED)
-    assert before.note == "It was said before the bot came into the room."
+    assert before.note == "Sent before the bot joined the room."
     assert (before.event_id, before.source) == (earlier[0]["event_id"], None)
 
 
@@ -303,16 +303,16 @@ def test_what_a_disabled_registration_would_fire_is_not_fired() -> None:
 def test_what_waits_when_a_registration_is_disabled_is_not_fired() -> None:
     command()
     row = session()
-    batch = Batch("s1", [RoomNews(ROOM, [event(SECRET)], False)])
-    assert recording.write_down(row, HOLDER, batch) == 1
+    batch = Batch("s1", [RoomUpdate(ROOM, [event(SECRET)], False)])
+    assert recording.record_sync(row, HOLDER, batch) == 1
     BotRegistration.objects.all().disable()
     [pk] = handling.pending()
-    handling.act(pk, ME)
+    handling.handle(pk, ME)
 
     assert not Run.objects.exists()
     assert words() == ["The registration is disabled."]
     assert only().state == RoomEvent.State.IGNORED
-    assert only().note.startswith("What it fired was taken away.")
+    assert only().note.startswith("Its command no longer matches.")
     assert only().source is None
 
 
@@ -339,8 +339,8 @@ def test_an_enabled_registration_fires_again() -> None:
 def test_what_cannot_be_handled_stands_apart() -> None:
     command()
     row = session()
-    batch = Batch("s1", [RoomNews(ROOM, [event()], False)])
-    recording.write_down(row, HOLDER, batch)
+    batch = Batch("s1", [RoomUpdate(ROOM, [event()], False)])
+    recording.record_sync(row, HOLDER, batch)
     handling.give_up(only().pk)
     assert (only().state, handling.pending()) == (RoomEvent.State.FAILED, [])
     assert only().source is not None
@@ -355,11 +355,11 @@ def test_a_batch_costs_the_same_however_long(rooms: int, events: int) -> None:
     Room.objects.bulk_create(
         Room(session=row, room_id=name, membership=Room.Membership.JOINED) for name in names
     )
-    said = [RoomNews(name, [event("!ask") for _ in range(events)], False) for name in names]
+    said = [RoomUpdate(name, [event("!ask") for _ in range(events)], False) for name in names]
     with CaptureQueriesContext(
         connection,
     ) as queries:
-        recording.write_down(row, HOLDER, Batch("s1", said))
+        recording.record_sync(row, HOLDER, Batch("s1", said))
     told = [query["sql"] for query in queries if query["sql"].startswith(("SELECT", "UPDATE"))]
     assert len(told) == 3  # the position, the rooms, registrations with users and commands
     assert RoomEvent.objects.count() == rooms * events
@@ -384,7 +384,7 @@ class TestLimits:
     def test_a_flood_is_answered_with_one_sentence_for_each_person(
         self, settings: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setitem(handling.NOTICE_SECONDS, "rate_limited", 10**9)
+        monkeypatch.setitem(submission.NOTICE_SECONDS, "rate_limited", 10**9)
         settings.LIMIT_ROOM_MESSAGES_PER_MINUTE = 1
         command()
         command(BOB)

@@ -14,10 +14,10 @@ from asgiref.sync import async_to_sync
 from django.db import transaction
 from hypothesis import strategies as st
 
-from botrunner.incoming import handling, recording
+from botrunner.incoming import handling, recording, submission
 from botrunner.incoming.backfill import batch_of
+from botrunner.incoming.batch import Batch
 from botrunner.incoming.matching import control_of, mismatch, prompt_of
-from botrunner.incoming.recording import Batch
 from botrunner.matrix.client import Homeserver
 from botrunner.matrix.errors import MatrixError
 from botrunner.matrix.events import UNSTORABLE, TimelineEvent, is_own_join, since_own_join, storable
@@ -152,7 +152,7 @@ def test_a_sync_is_taken_in(account: Session, homeserver: Scripted, body: Any, p
 
     async def fetched() -> Batch | None:
         try:
-            news = await homeserver.sync("s0", seconds=0, wanted={})
+            news = await homeserver.sync("s0", seconds=0, filter_={})
             return await batch_of(news, "s0", homeserver, {ROOM})
         except MatrixError as error:
             # Only what is no answer at all is asked for again.
@@ -164,9 +164,9 @@ def test_a_sync_is_taken_in(account: Session, homeserver: Scripted, body: Any, p
         return
     savepoint = transaction.savepoint()
     try:
-        recording.write_down(account, HOLDER, batch, partial(handling.ask, me=ME))
+        recording.record_sync(account, HOLDER, batch, partial(submission.submit_recorded, me=ME))
         for pk in handling.pending():
-            handling.act(pk, ME)
+            handling.handle(pk, ME)
         assert Session.objects.get().since == "s1"
         for row in RoomEvent.objects.all():
             row.full_clean(exclude=["room", "source", "verdicts"], validate_unique=False)

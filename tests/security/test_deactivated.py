@@ -15,7 +15,7 @@ from agents.models import Run
 from agents.runs import execution
 from agents.worker.consumer import Consumer
 from botrunner.incoming import handling, recording
-from botrunner.incoming.recording import Batch, Invite
+from botrunner.incoming.batch import Batch, Invitation, RoomUpdate
 from botrunner.models import Reply, Room, RoomEvent, Session
 from config import urls
 from console import bulk
@@ -75,11 +75,11 @@ class TestInRooms:
 
     def test_fire_none_that_was_written_down_before(self, account: Session) -> None:
         scenes.command(scenes.ME)
-        batch = Batch("s1", [recording.RoomNews(scenes.ROOM, [scenes.event("Hello")], False)])
-        recording.write_down(account, scenes.HOLDER, batch)
+        batch = Batch("s1", [RoomUpdate(scenes.ROOM, [scenes.event("Hello")], False)])
+        recording.record_sync(account, scenes.HOLDER, batch)
         [pk] = handling.pending()
         deactivate(scenes.ALICE)
-        handling.act(pk, scenes.ME)
+        handling.handle(pk, scenes.ME)
         assert not Run.objects.exists()
         assert NOTE in {each.reason for each in RoomEvent.objects.get().command_verdicts}
 
@@ -106,13 +106,11 @@ class TestInRooms:
 
     def test_invite_the_bot_nowhere(self, account: Session) -> None:
         deactivate(scenes.ALICE)
-        invites = [Invite("!hers", scenes.ALICE), Invite("!his", scenes.BOB)]
-        recording.write_down(account, scenes.HOLDER, Batch("s1", invites=invites))
+        invites = [Invitation("!hers", scenes.ALICE), Invitation("!his", scenes.BOB)]
+        recording.record_sync(account, scenes.HOLDER, Batch("s1", invitations=invites))
         found = dict(Room.objects.exclude(room_id=scenes.ROOM).values_list("room_id", "membership"))
         assert found == {"!hers": "refused", "!his": "invited"}
-        assert (
-            Room.objects.get(room_id="!hers").error == "The account of the inviter is deactivated."
-        )
+        assert Room.objects.get(room_id="!hers").error == "The inviter's account is deactivated."
 
     def test_are_asked_about_only_where_a_command_would_fire(self, account: Session) -> None:
         scenes.command(scenes.ME, prefix="!ask")

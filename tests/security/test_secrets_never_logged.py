@@ -155,9 +155,9 @@ class Paths:
                     error.add_note("told without its words")
             answers["/sync"] = (401, {"errcode": "M_UNKNOWN_TOKEN", "error": ACCESS})
             try:
-                await bot.sync("s0", seconds=0, wanted={})
+                await bot.sync("s0", seconds=0, filter_={})
             except MatrixError:
-                logging.getLogger("botrunner.bot").exception("The sync has to wait")
+                logging.getLogger("botrunner.bot").exception("Sync failed, retrying")
             await bot.close()
 
         asyncio.run(scene())

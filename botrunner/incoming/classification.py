@@ -1,0 +1,140 @@
+"""Classify events of rooms: those for the bot are handled, all others are recorded as ignored."""
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+from django.conf import settings
+from django.utils import timezone
+
+from botrunner.incoming.matching import (
+    FORGET,
+    Rule,
+    RuleSet,
+    control_of,
+    format_time,
+    matches_any,
+)
+from botrunner.matrix.events import ENCRYPTED, REDACTION, REPLY_FIELD, TimelineEvent, storable
+from botrunner.models import MAX_TYPE_LENGTH, Room, RoomEvent
+from botrunner.verdicts import stored
+from realm.filters import EVENT_TYPES, EventFilter
+
+logger = logging.getLogger(__name__)
+
+# The sync filter asks for these alone, but an encrypted event may contain any type.
+HANDLED_TYPES = {*EVENT_TYPES, ENCRYPTED, REDACTION}
+
+
+@dataclass(frozen=True)
+class Classified:
+    """An event, its row, and the rules that fire on it."""
+
+    row: RoomEvent
+    event: TimelineEvent
+    fired: list[tuple[Rule, EventFilter]] = field(default_factory=list)
+
+
+def events_of_people(sources: Iterable[Any], me: str) -> list[TimelineEvent]:
+    """Parse the events of a timeline, without those of bots, which are not recorded."""
+    events = filter(None, map(TimelineEvent.parse, sources))
+    return [event for event in events if is_from_person(event, me)]
+
+
+def is_from_person(event: TimelineEvent, me: str) -> bool:
+    return event.type in HANDLED_TYPES and not (
+        event.sender == me
+        or REPLY_FIELD in event.content
+        or event.content.get("msgtype") == "m.notice"
+        or matches_any(event.sender, settings.BOT_RUNNER_IGNORED_SENDERS)
+    )
+
+
+def is_too_old(event: TimelineEvent) -> bool:
+    return timezone.now() - event.sent_at > timedelta(seconds=settings.BOT_RUNNER_MAX_EVENT_AGE)
+
+
+def classify(events: list[tuple[Room, TimelineEvent]], me: str) -> list[Classified]:
+    """Classify events in order. Those for the bot are pending; of all others the row has the reason why
+    they are ignored and no content."""
+    if not events:
+        return []
+    rules = RuleSet({event.sender for _, event in events}, me)
+    targets = [target for _, event in events if (target := event.redacts or event.edits)]
+    messages = RoomEvent.objects.messages_among(targets) if targets else set()
+    classified = []
+    for room, event in events:
+        each = _classify(room, event, rules, messages)
+        if each.row.kind in RoomEvent.MESSAGES:
+            messages.add(event.event_id)
+        classified.append(each)
+    return classified
+
+
+def _classify(room: Room, event: TimelineEvent, rules: RuleSet, messages: set[str]) -> Classified:
+    if is_too_old(event):
+        age = settings.BOT_RUNNER_MAX_EVENT_AGE
+        sent = format_time(event.sent_at)
+        return ignored(
+            room, event, f"Too old: sent at {sent}, BOT_RUNNER_MAX_EVENT_AGE is {age:g} s."
+        )
+    kind = _kind(event)
+    if kind == RoomEvent.Kind.ENCRYPTED:
+        logger.warning("Event %s in room %s cannot be decrypted yet", event.event_id, room.room_id)
+        return _pending(room, event, kind, note="Waiting for its key.")
+    if kind in (RoomEvent.Kind.EDIT, RoomEvent.Kind.REDACTION):
+        if (event.redacts or event.edits) in messages:
+            return _pending(room, event, kind)
+        verb = "edits" if kind == RoomEvent.Kind.EDIT else "redacts"
+        return ignored(room, event, f"It {verb} no message that fired a command.")
+    if control := control_of(event, rules.me):
+        is_forget = control == FORGET
+        return _pending(room, event, RoomEvent.Kind.FORGET if is_forget else RoomEvent.Kind.CANCEL)
+    match = rules.match(event)
+    verdicts = stored(match.verdicts)
+    if match.fired:
+        return _pending(room, event, RoomEvent.Kind.MESSAGE, match.fired, verdicts=verdicts)
+    return ignored(room, event, match.reason, verdicts=verdicts)
+
+
+def _pending(
+    room: Room,
+    event: TimelineEvent,
+    kind: RoomEvent.Kind,
+    fired: Iterable[tuple[Rule, EventFilter]] = (),
+    **reasons: Any,
+) -> Classified:
+    source = storable(event.source)
+    row = _row(room, event, kind=kind, source=source, **reasons)
+    # The event as stored: its text goes into the database with the run too.
+    return Classified(row, TimelineEvent.parse(source) or event, list(fired))
+
+
+def ignored(room: Room, event: TimelineEvent, note: str, **reasons: Any) -> Classified:
+    state = RoomEvent.State.IGNORED
+    return Classified(
+        _row(room, event, kind=_kind(event), state=state, note=note, **reasons), event
+    )
+
+
+def _row(room: Room, event: TimelineEvent, **values: Any) -> RoomEvent:
+    return RoomEvent(
+        room=room,
+        event_id=event.event_id,
+        sender=event.sender,
+        type=event.type,
+        content_type=storable(event.content_type[:MAX_TYPE_LENGTH]),
+        sent_at=event.sent_at,
+        **values,
+    )
+
+
+def _kind(event: TimelineEvent) -> RoomEvent.Kind:
+    """Return the kind as far as the event alone determines it."""
+    if event.type == ENCRYPTED:
+        return RoomEvent.Kind.ENCRYPTED
+    if event.type == REDACTION:
+        return RoomEvent.Kind.REDACTION
+    return RoomEvent.Kind.EDIT if event.edits else RoomEvent.Kind.OTHER

@@ -1,0 +1,110 @@
+"""Control commands in rooms: cancel runs, delete a conversation. Each returns a note if it has no
+effect."""
+
+import logging
+
+from django.utils import timezone
+
+from agents import retention
+from agents.runs import actions
+from botrunner.incoming.matching import CANCEL_ALL, RuleSet, control_of
+from botrunner.incoming.submission import notify
+from botrunner.matrix.events import TimelineEvent
+from botrunner.models import Reply, RoomEvent, Session
+from botrunner.outgoing.content import parts_of
+from chat.models import Thread
+
+logger = logging.getLogger(__name__)
+
+NO_POWER = (
+    "This needs the power level to redact messages of others in this room. Ask a moderator or an "
+    "operator."
+)
+
+
+class PowerNeeded(Exception):
+    """Handling the event depends on the sender's power level in the room."""
+
+    def __init__(self, room_id: str, user_id: str) -> None:
+        super().__init__(f"The power of {user_id} in room {room_id} is needed.")
+        self.room_id, self.user_id = room_id, user_id
+
+
+def cancel_runs(row: RoomEvent, event: TimelineEvent, me: str, moderates: bool | None) -> str:
+    """Cancel the sender's runs in the room or Matrix thread; with `!cancel all` everybody's, if the
+    sender moderates the room."""
+    replies = Reply.objects.waiting().filter(
+        run__thread__conversation__room=row.room,
+        run__thread__conversation__root=event.thread_root,
+    )
+    replies = replies.select_related("run", "message").order_by("run__position")
+    shared: set[int] = set()
+    is_for_all = control_of(event, me) == CANCEL_ALL
+    if is_for_all:
+        if not _moderates(row, event, moderates):
+            return _refuse(row, event, me, NO_POWER)
+    else:
+        replies = replies.filter(message__sender=event.sender)
+        shared = {reply.pk for reply in replies if answers_others(reply)}
+    cancelled = [
+        actions.cancel(reply.run) for reply in replies if reply.run and reply.pk not in shared
+    ]
+    if any(cancelled):
+        return ""
+    if shared:
+        reason = "Someone else is waiting for the same answer."
+    elif is_for_all:
+        reason = "Nothing is running here."
+    else:
+        reason = "You have nothing running here."
+    return _refuse(row, event, me, reason) and "There was nothing to cancel."
+
+
+def answers_others(reply: Reply) -> bool:
+    """Return whether a message of another sender was merged into this one and would get no answer."""
+    run_ids = [reply.run_id]
+    while run_ids:
+        merged = Reply.objects.filter(run__merged_into__in=run_ids)
+        if merged.exclude(message__sender=reply.message.sender).exists():
+            return True
+        run_ids = list(merged.values_list("run_id", flat=True))
+    return False
+
+
+def delete_conversation(
+    row: RoomEvent, event: TimelineEvent, me: str, moderates: bool | None
+) -> str:
+    """Delete the conversation of the room, or of the Matrix thread that the event is in."""
+    thread = Thread.objects.filter(
+        conversation__room=row.room, conversation__root=event.thread_root
+    ).first()
+    if thread is None:
+        return _refuse(row, event, me, "There is no conversation to delete here.")
+    if not _moderates(row, event, moderates):
+        return _refuse(row, event, me, NO_POWER)
+    retention.delete_thread(thread)
+    logger.info("The conversation %s was deleted", thread.pk)
+    reply = Reply(message=row, room=row.room, key=f"{row.event_id}.order"[:255])
+    reply.parts = parts_of(reply, "The conversation was deleted.", "m.notice")
+    reply.device_id = Session.objects.values_list("device_id", flat=True).get(
+        pk=row.room.session_id
+    )
+    reply.status, reply.ready_at = Reply.Status.READY, timezone.now()
+    reply.save()
+    return ""
+
+
+def _moderates(row: RoomEvent, event: TimelineEvent, moderates: bool | None) -> bool:
+    """Return `moderates`. Raises `PowerNeeded` if it is unknown."""
+    if moderates is None:
+        raise PowerNeeded(row.room.room_id, event.sender)
+    return moderates
+
+
+def _refuse(row: RoomEvent, event: TimelineEvent, me: str, reason: str) -> str:
+    """Answer with the reason; return it as the note if the sender gets no answer."""
+    if not RuleSet([event.sender], me).match(event).fired:
+        # It may be meant for another bot.
+        return reason
+    reply = Reply(message=row, room=row.room, error=reason)
+    return "" if notify(row, reply) else reason

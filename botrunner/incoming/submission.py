@@ -1,0 +1,167 @@
+"""Submit messages: each rule that fires starts a run; refusals are answered in the room."""
+
+import hashlib
+import logging
+import time
+from dataclasses import replace
+from typing import Any
+
+from agents import inbox
+from agents.models import CHAT_REPLY, Run
+from botrunner.incoming.classification import Classified
+from botrunner.incoming.matching import Rule, RuleSet, prompt_of
+from botrunner.matrix.events import TimelineEvent, storable
+from botrunner.models import Conversation, Reply, RoomEvent
+from botrunner.verdicts import stored
+from chat.models import Thread
+from lib.tracing import tagged
+
+logger = logging.getLogger(__name__)
+
+# A sender gets one notice about each limit in this time, in each room.
+NOTICE_SECONDS = {
+    "rate_limited": 60,
+    "too_many_waiting": 60,
+    "bytes_exhausted": 3600,
+    "budget_exhausted": 3600,
+}
+# Notices a minute about refusals that no limit counts.
+NOTICES = 5
+
+
+def submit_recorded(classified: Classified, me: str) -> None:
+    """Submit a message in the transaction that records it."""
+    row, event = classified.row, classified.event
+    with tagged(room=row.room.room_id, event_id=row.event_id, request_id=row.event_id):
+        for rule, filter_ in classified.fired:
+            _start_run(row, event, rule, prompt_of(filter_, event, me))
+        if row.note:
+            if _is_unanswered(row):
+                row.state, row.source = RoomEvent.State.IGNORED, None
+            row.save(update_fields=["state", "source", "note"])
+
+
+def submit(row: RoomEvent, event: TimelineEvent, me: str) -> str:
+    """Submit a message recorded earlier; return a note if it has no effect."""
+    # Match again: commands and registrations may have changed.
+    match = RuleSet([event.sender], me).match(event)
+    row.verdicts = stored(match.verdicts)
+    for rule, filter_ in match.fired:
+        _start_run(row, event, rule, prompt_of(filter_, event, me))
+    if _is_unanswered(row):
+        return row.note
+    return f"Its command no longer matches. {match.reason}" if match.reason else ""
+
+
+def _is_unanswered(row: RoomEvent) -> bool:
+    """Return whether the message was refused without a notice in the room."""
+    return bool(row.note) and not row.replies.exists()
+
+
+def _start_run(row: RoomEvent, event: TimelineEvent, rule: Rule, prompt: str) -> None:
+    thread_id = _thread_of(row, event)
+    reply = Reply(
+        message=row,
+        room=row.room,
+        registration_id=rule.registration_id,
+        bot_command_id=rule.command_id,
+    )
+    try:
+        if rule.command == CHAT_REPLY and not prompt:
+            raise inbox.Invalid("The message is empty.")
+        accepted = _submit(row, event, rule, prompt, thread_id)
+    except inbox.Limited as error:
+        row.note = _notify_limit(row, reply, error)
+        return
+    except inbox.Refused as error:
+        reply.error = str(error)
+        if not notify(row, reply):
+            row.note = f"Refused: {error}"
+        logger.info("A message was refused: %s", error)
+        return
+    if accepted.began_thread:
+        Conversation.objects.update_or_create(
+            room=row.room, root=event.thread_root, defaults={"thread_id": accepted.thread_id}
+        )
+    reply.run_id = reply.key = accepted.run_id
+    reply.save()
+    logger.info(
+        "Command %s of registration %s fired: run %s",
+        rule.command,
+        rule.registration_id,
+        accepted.run_id,
+    )
+
+
+def _thread_of(row: RoomEvent, event: TimelineEvent) -> str | None:
+    conversations = Conversation.objects.filter(room=row.room_id, root=event.thread_root)
+    return next(iter(conversations.values_list("thread_id", flat=True)[:1]), None)
+
+
+def _submit(
+    row: RoomEvent, event: TimelineEvent, rule: Rule, prompt: str, thread_id: str | None
+) -> inbox.Accepted:
+    """Submit to the inbox. Raises `inbox.Refused`."""
+    submission = inbox.Submission(
+        content=prompt or rule.command,
+        source=Run.Source.MATRIX,
+        threads=Thread.objects.filter(room_id=row.room.room_id),
+        # The command may belong to the bot: limits apply to the sender.
+        asker=event.sender,
+        place=row.room.room_id,
+        room_id=row.room.room_id,
+        received_at=row.created_at,
+        command=rule.command,
+        input=_input(row, event),
+        correlation_id=event.event_id[: inbox.MAX_CORRELATION_LENGTH],
+        thread_id=thread_id,
+    )
+    try:
+        return inbox.submit(submission)
+    except (inbox.Deleted, inbox.UnknownThread):
+        # The thread was deleted after the query; its id is not used again.
+        return inbox.submit(replace(submission, thread_id=None))
+
+
+def _notify_limit(row: RoomEvent, reply: Reply, error: inbox.Limited) -> str:
+    """Answer that a limit is reached, to each sender in a room once in a while: a flood must not cause
+    another one. Return the note for the event."""
+    window = int(time.time() // NOTICE_SECONDS[error.code])
+    reply.key, reply.error = f"{error.code}.{_sender_key(row)}.{window}", str(error)
+    if not Reply.objects.filter(key=reply.key).exists():
+        Reply.objects.bulk_create([reply], ignore_conflicts=True)
+    logger.info("A message was refused (%s): %s", error.code, error)
+    return f"Refused ({error.code}): {error}"
+
+
+def notify(row: RoomEvent, reply: Reply) -> bool:
+    """Answer a message that starts no run with the reason; return False if the sender gets no notice.
+    One for an event, however many commands it fires, and `NOTICES` a minute: limits count runs."""
+    of_event = Reply.objects.filter(message=row, run=None)
+    if of_event.filter(error=reply.error).exists():
+        return True
+    key = f"refused.{_sender_key(row)}.{int(time.time() // 60)}."
+    count = Reply.objects.filter(key__startswith=key).count()
+    if count >= NOTICES:
+        return False
+    reply.key = f"{key}{count}"
+    reply.save()
+    return True
+
+
+def _sender_key(row: RoomEvent) -> str:
+    """Return a key of the sender in the room."""
+    return hashlib.sha256(f"{row.room.room_id} {row.sender}".encode()).hexdigest()
+
+
+def _input(row: RoomEvent, event: TimelineEvent) -> dict[str, Any]:
+    """Return the event as the input of a run."""
+    return storable(
+        {
+            "roomId": row.room.room_id,
+            "eventId": event.event_id,
+            "sender": event.sender,
+            "type": event.type,
+            "content": event.content,
+        }
+    )
