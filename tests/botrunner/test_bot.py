@@ -75,7 +75,7 @@ def test_a_first_sync_that_is_too_long_is_said_once_and_asked_for_again(
             bot = Bot(row, HOLDER, stopping)
             bot.homeserver.nio.restore_login(ME, "DEVICE", "token")
             async with asyncio.timeout(30):
-                await asyncio.gather(bot._repeat("sync", bot.sync, 0), match())
+                await asyncio.gather(bot._repeat("Sync", bot.sync, 0), match())
             await bot.homeserver.close()
 
     with caplog.at_level("INFO"):

@@ -254,7 +254,7 @@ class TestHowManyMayWait:
         most = invitations.MAX_INVITATIONS
         kept = self.invite(row, *(Invitation(f"!r{n}", MALLORY) for n in range(most + 10)))
         assert kept == {f"!r{n}" for n in range(most)}
-        assert "Ignored 10 invitations of @mallory:elsewhere.example" in caplog.text
+        assert "Ignored 10 invitations from @mallory:elsewhere.example" in caplog.text
         assert "!new" not in self.invite(row, Invitation("!new", MALLORY))
         assert "!other" in self.invite(row, Invitation("!other", ALICE))
 

@@ -72,7 +72,7 @@ def test_what_is_no_question_gets_no_answer(
     assert set(why) == {early, plain, others, trigger, question}
     assert {key for key, row in why.items() if row.state != RoomEvent.State.IGNORED} == {question}
     assert why[early].note == "Sent before the bot joined the room."
-    assert why[plain].command_verdicts[0].words == "Its body does not begin with '!bot'."
+    assert why[plain].command_verdicts[0].reason == "Its body does not begin with '!bot'."
     assert why[others].note == f"Neither {bob.user_id} nor the bot has a registration."
     assert not any(row.source for key, row in why.items() if key != question)
 
