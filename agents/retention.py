@@ -1,13 +1,12 @@
-"""What is kept for how long, by the settings RETENTION_*; 0 days keep it for good.
+"""Deletion of old rows, by the settings RETENTION_*; 0 days keep them for good.
 
 Old rows go in small batches, each a transaction of its own, with a pause between them that is as long
-as the batch took: on SQLite there is one writer at a time. What is needed never goes: anything of a
-run that has not ended, an event that no worker has seen on the stream, what is not in the rollups
-yet, and idempotency keys, which are promised for good.
+as the batch took: on SQLite there is one writer at a time. Rows that are needed stay: those of an
+unfinished run, events that no worker has seen on the stream, rows that the rollups have not counted,
+and idempotency keys, which are promised for good.
 
-An app contributes by a `retention.py` with `prune(go_on) -> dict[str, int]`, which deletes what is
-too old for as long as `go_on` says so and tells how many of what; and with `due() -> dict[str, int]`,
-which only counts. It is found by itself.
+An app contributes by a `retention.py`, which is found by itself: `prune(may_continue)` deletes old rows
+while `may_continue()` is true and returns their number by name; `due()` only counts them.
 """
 
 import time
@@ -35,17 +34,16 @@ from lib import db
 from realm.models import User
 
 BATCH = 500
-# Each brings its messages and runs.
+# Each has messages and runs.
 BATCH_OF_THREADS = 50
 
-GoOn = Callable[[], bool]
+MayContinue = Callable[[], bool]
 
 
 @dataclass(frozen=True)
-class Ageing:
-    """Rows that may go once `age` lies before `cutoff`. `order` is a column with an index, along
-    which age falls: whoever walks along it may stop at the first young row, and needs no index on
-    `age` itself."""
+class RetentionRule:
+    """Rows that may be deleted once `age` is before `cutoff`. `order` is a column with an index, along
+    which age falls: a walk along it may stop at the first young row, without an index on `age`."""
 
     name: str
     rows: QuerySet[Any]
@@ -57,12 +55,12 @@ class Ageing:
         return self.rows.filter(**{f"{self.age}__lt": self.cutoff}).count()
 
     def page(self, start: Any = None) -> QuerySet[Any, tuple[Any, Any, datetime]]:
-        """The next rows from `start` on, old ones or not: key, place in the order, age."""
+        """Return the next rows from `start` on, old or not: key, place in the order, age."""
         rows = self.rows if start is None else self.rows.filter(**{f"{self.order}__gte": start})
         return rows.order_by(self.order).values_list("pk", self.order, self.age)[:BATCH]
 
     def batches(self) -> Iterator[list[Any]]:
-        """The keys of what is old; each batch is to be deleted before the next is asked for."""
+        """Yield the keys of old rows; delete each batch before the next is read."""
         start = None
         while page := list(self.page(start)):
             if old := [key for key, _, age in page if age < self.cutoff]:
@@ -72,11 +70,11 @@ class Ageing:
                 return
 
 
-def ageing() -> list[Ageing]:
-    """What is not kept for good, as the settings have it."""
+def rules() -> list[RetentionRule]:
+    """Return the rules of the settings."""
     now = timezone.now()
     quiet_since = now - timedelta(days=settings.RETENTION_THREADS_DAYS)
-    found = [
+    kinds = [
         # A step's and an attempt's key grows with time.
         ("steps", _of_finished_runs(Step), "pk", "created_at", settings.RETENTION_STEPS_DAYS),
         (
@@ -98,7 +96,7 @@ def ageing() -> list[Ageing]:
         ),
         (
             "threads",
-            # Old ones that are still asked something stand between those that are not.
+            # Old threads in use stand between quiet ones.
             _quiet_threads(quiet_since),
             "created_at",
             "updated_at",
@@ -106,74 +104,78 @@ def ageing() -> list[Ageing]:
         ),
     ]
     return [
-        Ageing("sessions", Session.objects.all(), "expire_date", "expire_date", now),
+        RetentionRule("sessions", Session.objects.all(), "expire_date", "expire_date", now),
         *(
-            Ageing(name, rows, order, age, now - timedelta(days=days))
-            for name, rows, order, age, days in found
+            RetentionRule(name, rows, order, age, now - timedelta(days=days))
+            for name, rows, order, age, days in kinds
             if days
         ),
     ]
 
 
 def _of_finished_runs(model: type[Step] | type[Attempt] | type[Event]) -> QuerySet[Any]:
-    # Not by a join, which SQLite would begin at the runs, all of them.
+    # Not by a join, which SQLite would start at the runs, all of them.
     unfinished = Run.objects.unfinished().filter(pk=OuterRef("run"))
     return model._default_manager.filter(~Exists(unfinished))
 
 
 def _quiet_threads(since: datetime) -> QuerySet[Thread]:
-    """Where nothing was asked since, nothing is going on, nor still to be told, nor to be counted."""
+    """Return threads without new messages, unfinished runs, unpublished events or uncounted rows."""
     unfinished = Run.objects.unfinished().filter(thread=OuterRef("pk"))
-    untold = Event.objects.unpublished().filter(run__thread=OuterRef("pk"))
+    unpublished = Event.objects.unpublished().filter(run__thread=OuterRef("pk"))
     uncounted = [
         Attempt.objects.filter(to_count=True, run__thread=OuterRef("pk")),
         Event.objects.filter(to_count=True, run__thread=OuterRef("pk")),
         Summary.objects.filter(to_count=True, thread=OuterRef("pk")),
     ]
     undelivered = Event.objects.filter(to_deliver=True, run__thread=OuterRef("pk"))
-    left = [unfinished, untold, undelivered, *uncounted]
-    return Thread.objects.filter(*(~Exists(rows) for rows in left), updated_at__lt=since)
+    needed = [unfinished, unpublished, undelivered, *uncounted]
+    return Thread.objects.filter(*(~Exists(rows) for rows in needed), updated_at__lt=since)
 
 
-def prune(go_on: GoOn = lambda: True) -> dict[str, int]:
-    """Delete what is too old, for as long as `go_on` says so. How many rows of what."""
-    return at_leisure((deleted for kind in ageing() for deleted in _deletions(kind)), go_on)
+def prune(may_continue: MayContinue = lambda: True) -> dict[str, int]:
+    """Delete old rows while `may_continue` returns True. Return the number of rows by name."""
+    return delete_in_steps(
+        (deleted for kind in rules() for deleted in _deletions(kind)), may_continue
+    )
 
 
-def at_leisure(deletions: Iterable[dict[str, int]], go_on: GoOn) -> dict[str, int]:
-    """What they have deleted, with a pause after each, for as long as `go_on` says so."""
+def delete_in_steps(
+    deletions: Iterable[dict[str, int]], may_continue: MayContinue
+) -> dict[str, int]:
+    """Add up deletions, with a pause after each, while `may_continue` returns True."""
     gone: Counter[str] = Counter()
     started = time.monotonic()
     for deleted in deletions:
         gone.update(deleted)
-        if not go_on():
+        if not may_continue():
             break
-        # Whoever else wants to write comes in between; the longer it took, the more may wait.
+        # Lets other writers in; the longer the deletion took, the more of them wait.
         time.sleep(time.monotonic() - started)
         started = time.monotonic()
     return dict(gone)
 
 
 def due() -> dict[str, int]:
-    """How many rows `prune` would delete; what goes with a thread is not counted."""
-    return {kind.name: kind.count() for kind in ageing()}
+    """Count the rows that `prune` would delete, without the rows of deleted threads."""
+    return {kind.name: kind.count() for kind in rules()}
 
 
-def prune_everything(go_on: GoOn = lambda: True) -> dict[str, int]:
-    """`prune`, and what the other apps have to prune."""
-    gone = Counter(prune(go_on))
+def prune_everything(may_continue: MayContinue = lambda: True) -> dict[str, int]:
+    """Prune the rows of all apps."""
+    gone = Counter(prune(may_continue))
     for module in _others():
-        if go_on():
-            gone.update(module.prune(go_on))
+        if may_continue():
+            gone.update(module.prune(may_continue))
     return {name: count for name, count in gone.items() if count}
 
 
 def everything_due() -> dict[str, int]:
-    """What `prune_everything` would delete."""
-    found = Counter(due())
+    """Count the rows that `prune_everything` would delete."""
+    counts = Counter(due())
     for module in _others():
-        found.update(module.due())
-    return dict(found)
+        counts.update(module.due())
+    return dict(counts)
 
 
 def _others() -> Iterator[ModuleType]:
@@ -182,8 +184,8 @@ def _others() -> Iterator[ModuleType]:
             yield import_module(f"{app.name}.retention")
 
 
-def _deletions(kind: Ageing) -> Iterator[dict[str, int]]:
-    """What was deleted, transaction by transaction."""
+def _deletions(kind: RetentionRule) -> Iterator[dict[str, int]]:
+    """Delete the rows of a rule; yield the counts of each transaction."""
     for keys in kind.batches():
         if kind.rows.model is Thread:
             for first in range(0, len(keys), BATCH_OF_THREADS):
@@ -194,7 +196,7 @@ def _deletions(kind: Ageing) -> Iterator[dict[str, int]]:
 
 
 def _delete_threads(thread_ids: list[str], cutoff: datetime) -> Iterator[dict[str, int]]:
-    """The traces of their runs first, as they may be many, then the threads with all that is left."""
+    """Delete the traces of their runs, which may be many, then the threads with the rest."""
     quiet = _quiet_threads(cutoff).filter(pk__in=thread_ids)
     yield from _delete_traces(quiet)
     yield _delete_quiet(quiet)
@@ -203,21 +205,21 @@ def _delete_threads(thread_ids: list[str], cutoff: datetime) -> Iterator[dict[st
 @db.retry_on_conflict
 def _delete_quiet(quiet: QuerySet[Thread]) -> dict[str, int]:
     with transaction.atomic():
-        # A question that comes now waits, and then begins the thread anew.
+        # A concurrent message waits, and then begins the thread again.
         _lock(quiet)
-        # Once more: a run may have been asked for again until it was locked.
+        # Read again: a run may have been retried until it was locked.
         return _delete_locked(list(quiet.values_list("pk", flat=True)))
 
 
 def _lock(threads: QuerySet[Thread]) -> list[str]:
-    """Lock threads, then their runs. The keys of the threads."""
+    """Lock threads, then their runs. Return the keys of the threads."""
     locked = db.lock(threads)
     db.lock(Run.objects.filter(thread__in=locked), "thread", "position")
     return locked
 
 
 def _delete_traces(threads: list[str] | QuerySet[Thread]) -> Iterator[dict[str, int]]:
-    """Those of a queryset's threads for as long as they are in it."""
+    """Delete steps, attempts and events of threads; of a queryset, while the threads are in it."""
     traces: list[QuerySet[Any]] = [
         Step.objects.all(),
         Attempt.objects.exclude(to_count=True),
@@ -230,8 +232,8 @@ def _delete_traces(threads: list[str] | QuerySet[Thread]) -> Iterator[dict[str, 
 
 
 def delete_thread(thread: Thread) -> None:
-    """Delete a thread at once, because its owner wants it. What goes on in it is cancelled and told
-    so; what it took stays in the figures. One that is gone already is left at that."""
+    """Delete a thread at once, for its owner. Its unfinished runs are cancelled, with their events; its
+    usage stays in the rollups. A thread that was deleted before is ignored."""
     _close(thread.pk)
     for _ in _delete_traces([thread.pk]):
         pass
@@ -241,8 +243,8 @@ def delete_thread(thread: Thread) -> None:
 @db.retry_on_conflict
 def _delete_threads_now(threads: QuerySet[Thread]) -> None:
     with transaction.atomic():
-        # A question that comes now waits, and then begins the thread anew; and so does a worker that
-        # still has something to write of a run, and finds it gone.
+        # A concurrent message waits, and then begins the thread again; a worker with an outcome waits
+        # too, and finds the run deleted.
         locked = _lock(threads)
         for thread_id in locked:
             _close(thread_id)
@@ -257,9 +259,9 @@ def _delete_locked(thread_ids: list[str]) -> dict[str, int]:
 
 
 def delete_threads_of(user: User) -> None:
-    """Delete what a user owns, in the transaction that deletes the user: Django alone would lock the
-    rows in an order of its own, and know nothing of workers."""
-    # A thread that is begun meanwhile waits for this transaction, and finds its owner gone.
+    """Delete the threads of a user, in the transaction that deletes the user: Django alone would lock
+    the rows in another order, and without cancelling runs."""
+    # The insertion of a new thread waits for this transaction, and finds its owner deleted.
     db.lock(User.objects.filter(pk=user.pk))
     _delete_threads_now(Thread.objects.filter(owner=user))
 
@@ -278,7 +280,7 @@ def _delete_rows(rows: QuerySet[Any]) -> dict[str, int]:
 
 
 def delete(rows: QuerySet[Any]) -> dict[str, int]:
-    """How many rows of what, in words."""
+    """Delete rows. Return the number of rows by the names of their models."""
     _, deleted = rows.delete()
     names = {apps.get_model(label)._meta.verbose_name_plural: n for label, n in deleted.items()}
     return {str(name): count for name, count in names.items()}

@@ -19,14 +19,16 @@ def prune_some(batch: int = BATCH) -> dict[str, int]:
     return {}
 
 
-def prune(go_on: retention.GoOn = lambda: True, *, batch: int = BATCH) -> dict[str, int]:
-    """Delete all prunable events while `go_on` allows it; return the number of rows by model."""
+def prune(
+    may_continue: retention.MayContinue = lambda: True, *, batch: int = BATCH
+) -> dict[str, int]:
+    """Delete all prunable events while `may_continue` allows it; return the number of rows by model."""
 
     def deletions() -> Iterator[dict[str, int]]:
         while deleted := prune_some(batch):
             yield deleted
 
-    return retention.at_leisure(deletions(), go_on)
+    return retention.delete_in_steps(deletions(), may_continue)
 
 
 def due() -> dict[str, int]:

@@ -19,10 +19,12 @@ BATCH = 500
 MIN_ATTEMPT_AGE = timedelta(days=1)
 
 
-def prune(go_on: retention.GoOn = lambda: True, *, batch: int = BATCH) -> dict[str, int]:
-    """Delete old rows while `go_on` returns True. Return the number of rows by model."""
+def prune(
+    may_continue: retention.MayContinue = lambda: True, *, batch: int = BATCH
+) -> dict[str, int]:
+    """Delete old rows while `may_continue` returns True. Return the number of rows by model."""
     deletions = (deleted for rows in _old() for deleted in _deletions(rows, batch))
-    return retention.at_leisure(deletions, go_on)
+    return retention.delete_in_steps(deletions, may_continue)
 
 
 def due() -> dict[str, int]:

@@ -16,8 +16,8 @@ BATCH = 500
 MIN_BODY_AGE = timedelta(hours=1)
 
 
-def prune(go_on: retention.GoOn = lambda: True) -> dict[str, int]:
-    """Delete old rows while `go_on` returns True. Return the number of rows by model."""
+def prune(may_continue: retention.MayContinue = lambda: True) -> dict[str, int]:
+    """Delete old rows while `may_continue` returns True. Return the number of rows by model."""
 
     def deletions() -> Iterator[dict[str, int]]:
         while keys := list(_old().order_by("created_at").values_list("pk", flat=True)[:BATCH]):
@@ -27,7 +27,7 @@ def prune(go_on: retention.GoOn = lambda: True) -> dict[str, int]:
             Outcome.objects.filter(pk__in=outcomes).delete()
             yield {}
 
-    return retention.at_leisure(deletions(), go_on)
+    return retention.delete_in_steps(deletions(), may_continue)
 
 
 def due() -> dict[str, int]:
@@ -35,12 +35,12 @@ def due() -> dict[str, int]:
     return {str(Delivery._meta.verbose_name_plural): _old().count()}
 
 
-def _orphans() -> retention.Ageing:
+def _orphans() -> retention.RetentionRule:
     """Return the bodies without deliveries."""
     delivered = Delivery.objects.filter(event=OuterRef("pk"))
     cutoff = timezone.now() - MIN_BODY_AGE
     rows = Outcome.objects.filter(~Exists(delivered))
-    return retention.Ageing("outcomes", rows, "created_at", "created_at", cutoff)
+    return retention.RetentionRule("outcomes", rows, "created_at", "created_at", cutoff)
 
 
 def _old() -> DeliveryQuerySet:

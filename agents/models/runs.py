@@ -256,7 +256,7 @@ class Run(models.Model):
                 name="run_unfinished_in_thread",
                 condition=Q(due_at__isnull=False),
             ),
-            # agents.usage.limits, and the share of the slots that one asker may have. (The status
+            # agents.usage.limits, and the share of the slots that one user may have. (The status
             # is none of the condition, for the reason above.)
             models.Index(
                 fields=["asker", "status"],

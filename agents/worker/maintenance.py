@@ -117,10 +117,10 @@ def prune() -> None:
     """Delete a few rows past their retention; queued runs come first."""
     until = time.monotonic() + PRUNE_AT_ONCE_SECONDS
 
-    def go_on() -> bool:
+    def may_continue() -> bool:
         return time.monotonic() < until and not queue_is_long()
 
-    if go_on() and (deleted := retention.prune_everything(go_on)):
+    if may_continue() and (deleted := retention.prune_everything(may_continue)):
         logger.info("Pruned %s", ", ".join(f"{count} {name}" for name, count in deleted.items()))
 
 

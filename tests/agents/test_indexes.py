@@ -36,7 +36,7 @@ def _history() -> None:
 
 def pages(name: str) -> QuerySet[Any]:
     """The second page of a walk through what is old."""
-    kind = next(kind for kind in retention.ageing() if kind.name == name)
+    kind = next(kind for kind in retention.rules() if kind.name == name)
     start = 7 if kind.order == "pk" else kind.cutoff
     return kind.page(start)
 

@@ -276,7 +276,7 @@ def test_expired_sessions_go() -> None:
 
 def test_other_apps_have_their_say(monkeypatch: pytest.MonkeyPatch) -> None:
     contributed = ModuleType("contributed")
-    contributed.prune = lambda go_on: {"letters": 7}  # type: ignore[attr-defined]
+    contributed.prune = lambda may_continue: {"letters": 7}  # type: ignore[attr-defined]
     monkeypatch.setattr(retention, "_others", lambda: iter([contributed]))
 
     contributed.due = lambda: {"letters": 8}  # type: ignore[attr-defined]
