@@ -37,7 +37,7 @@ from tests.botrunner.scenes import (
     session,
     take_in,
 )
-from tests.chat.listening import go, request
+from tests.chat.asgi_client import go, request
 
 pytestmark = pytest.mark.django_db
 CAROL = "@carol:localhost"

@@ -1,4 +1,4 @@
-"""The real web server, in the event loop of a test, for clients that are processes of their own."""
+"""The web server in the event loop of a test, for clients in other processes."""
 
 import asyncio
 import os
@@ -14,7 +14,7 @@ from config.server.protocol import BoundedProtocol
 
 @asynccontextmanager
 async def serving() -> AsyncIterator[str]:
-    """Its address."""
+    """Start the server and yield its URL."""
     options = {"port": 0, "lifespan": "off", "ws": "none", "log_config": None, "access_log": False}
     options["http"] = BoundedProtocol
     server = uvicorn.Server(uvicorn.Config(asgi.application, host="127.0.0.1", **options))  # type: ignore[arg-type]
@@ -33,7 +33,7 @@ async def serving() -> AsyncIterator[str]:
 async def output_of(
     *command: str, seconds: float, folder: Path, **environment: str
 ) -> tuple[int, str]:
-    """How a process ended, and all that it said."""
+    """Run a process and return its exit status and output."""
     process = await asyncio.create_subprocess_exec(
         *command,
         stdin=asyncio.subprocess.DEVNULL,

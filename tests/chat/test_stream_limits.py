@@ -15,7 +15,7 @@ from agents.models import Run
 from chat.api import streams
 from lib.limiter import Limiter
 from realm import tokens
-from tests.chat.listening import go, request
+from tests.chat.asgi_client import go, request
 from tests.factories import ask, user
 
 pytestmark = pytest.mark.django_db(transaction=True)

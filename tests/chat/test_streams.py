@@ -22,7 +22,7 @@ from chat.models import Message
 from realm import tokens
 from realm.access import Access
 from tests.agents.test_runs import wait_for_words
-from tests.chat.listening import Event, go, request
+from tests.chat.asgi_client import Event, go, request
 from tests.factories import ask, conversation, user
 from tests.fakes.llm import FakeLLM, Hang, Reply, held
 

@@ -17,7 +17,7 @@ from config.server import bridge
 from config.server import threads as server
 from config.server.callers import UNKNOWN, HeldBytes
 from config.server.response import WSGIResponse, wsgi_environ
-from tests.chat.listening import Response, go, request
+from tests.chat.asgi_client import Response, go, request
 
 pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.urls(__name__)]
 

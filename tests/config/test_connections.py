@@ -21,7 +21,7 @@ from config.server import threads as server
 from config.server.callers import ClientKey, HeldBytes, client_key
 from config.server.pool import ClientLeft, Pool, QueueFull
 from lib import ratelimitedlog
-from tests.chat.listening import go
+from tests.chat.asgi_client import go
 from tests.chat.serving import serving
 
 pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.urls(__name__)]

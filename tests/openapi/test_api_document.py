@@ -15,7 +15,7 @@ from agents.models import Run
 from agents.runs import execution
 from realm import tokens
 from realm.models import User
-from tests.chat.listening import go
+from tests.chat.asgi_client import go
 from tests.chat.serving import output_of, serving
 
 ROOT = Path(__file__).resolve().parent.parent.parent

@@ -13,7 +13,7 @@ from openapi.realm import ACCESS_TOKEN, BOT_ID, USER
 from realm import tokens
 from realm.models import BotRegistration, User
 from tests import factories
-from tests.chat.listening import go
+from tests.chat.asgi_client import go
 from tests.chat.serving import output_of, serving
 from tests.realm.homeserver import Homeserver
 

@@ -23,7 +23,7 @@ from lib.jsonapi import views as jsonapi
 from realm import models, tokens
 from realm.models import BotCommand, BotRegistration, User
 from tests import factories
-from tests.chat.listening import go, request
+from tests.chat.asgi_client import go, request
 from tests.chat.serving import serving
 from tests.realm.conftest import command_of, registration_of
 

@@ -29,7 +29,7 @@ from realm.access import Access, Reason, look_up
 from realm.models import User
 from tests import factories
 from tests.botrunner import scenes
-from tests.chat.listening import Event, Response, go, request
+from tests.chat.asgi_client import Event, Response, go, request
 
 pytestmark = pytest.mark.django_db(transaction=True)
 

@@ -1,5 +1,4 @@
-"""An HTTP client inside the process: it speaks ASGI to the application, so that a test decides when
-the client reads and when it leaves."""
+"""An in-process ASGI client, with which a test controls when the client reads and disconnects."""
 
 from __future__ import annotations
 
@@ -24,14 +23,14 @@ class Event:
 
 
 class Response:
-    """A response that is read as it comes."""
+    """A streaming response."""
 
     def __init__(self) -> None:
         self.status = 0
         self.headers: dict[str, str] = {}
         self.body = b""
-        self.over = False
-        # Cleared, the client takes no more: what the server sends does not get through.
+        self.ended = False
+        # If cleared, the client stops reading and the server's sends block.
         self.reading = asyncio.Event()
         self.reading.set()
         self._changed = asyncio.Condition()
@@ -45,13 +44,13 @@ class Response:
                 self.headers = {n.decode(): v.decode() for n, v in message["headers"]}
             else:
                 self.body += message["body"]
-                self.over = not message.get("more_body", False)
+                self.ended = not message.get("more_body", False)
             self._changed.notify_all()
 
     async def close(self) -> None:
-        """Nothing more comes, be it whole or not."""
+        """End the body, complete or not."""
         async with self._changed:
-            self.over = True
+            self.ended = True
             self._changed.notify_all()
 
     async def begun(self) -> None:
@@ -59,11 +58,11 @@ class Response:
             await self._changed.wait_for(lambda: self.status)
 
     async def event(self, seconds: float = 60) -> Event:
-        """The next event."""
+        """Return the next event."""
         while True:
             async with self._changed, asyncio.timeout(seconds):
                 await self._changed.wait_for(
-                    lambda: b"\n\n" in self.body[self._read :] or self.over
+                    lambda: b"\n\n" in self.body[self._read :] or self.ended
                 )
             end = self.body.find(b"\n\n", self._read)
             assert end >= 0, f"The stream has ended: {self.body!r}"
@@ -74,15 +73,15 @@ class Response:
                 return Event(fields.get("id", ""), fields["event"], json.loads(fields["data"]))
 
     async def until(self, type: str, seconds: float = 60) -> list[Event]:
-        """The events up to and including the next of this type."""
-        found = [await self.event(seconds)]
-        while found[-1].type != type:
-            found.append(await self.event(seconds))
-        return found
+        """Return the events up to and including the next one of this type."""
+        events = [await self.event(seconds)]
+        while events[-1].type != type:
+            events.append(await self.event(seconds))
+        return events
 
     async def end(self, seconds: float = 60) -> Self:
         async with self._changed, asyncio.timeout(seconds):
-            await self._changed.wait_for(lambda: self.over)
+            await self._changed.wait_for(lambda: self.ended)
         return self
 
 
@@ -90,7 +89,7 @@ class Response:
 async def request(
     path: str, method: str = "GET", body: Any = None, **headers: str
 ) -> AsyncIterator[Response]:
-    """Leaving the block is the client's leaving."""
+    """Send a request. The client disconnects at the end of the block."""
     path, _, query = path.partition("?")
     raw = b"" if body is None else json.dumps(body).encode()
     pairs = {"host": "localhost", "content-length": str(len(raw))}
@@ -111,19 +110,19 @@ async def request(
     messages.put_nowait({"type": "http.request", "body": raw, "more_body": False})
     response = Response()
 
-    async def answered() -> None:
+    async def serve() -> None:
         try:
             await asgi.application(scope, messages.get, response.send)
         finally:
             await response.close()
 
-    task = asyncio.create_task(answered())
+    task = asyncio.create_task(serve())
     begun = asyncio.create_task(response.begun())
     try:
         await asyncio.wait([task, begun], timeout=60, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             task.result()
-        assert begun.done(), "Nothing was answered."
+        assert begun.done(), "No response was sent."
         yield response
     finally:
         begun.cancel()
@@ -133,7 +132,7 @@ async def request(
 
 
 def go(scene: Coroutine[Any, Any, None]) -> None:
-    """Play the scene in an event loop of its own, as in a process of its own."""
+    """Run the scene in a new event loop, as in a new process."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
     async def whole() -> None:
