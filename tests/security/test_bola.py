@@ -201,7 +201,7 @@ class TestById:
         assert browser.get(path).status_code == 200
         assert browser.get(path, HTTP_AUTHORIZATION=his).status_code == 404
         assert browser.get(path, HTTP_AUTHORIZATION="Bearer nonsense").status_code == 401
-        assert browser.get(path, HTTP_X_ASKED_BY=str(bob.user.pk)).status_code == 401  # type: ignore[union-attr]
+        assert browser.get(path, HTTP_X_CHAT_USER=str(bob.user.pk)).status_code == 401  # type: ignore[union-attr]
 
 
 def lists(ids: dict[str, Any]) -> Iterator[str]:

@@ -3,7 +3,6 @@
 import base64
 import hashlib
 import hmac
-import io
 import json
 import time
 from collections.abc import Callable
@@ -12,7 +11,6 @@ from typing import Any
 
 import jwt
 import pytest
-from django.core.management import CommandError, call_command
 from django.utils import timezone
 
 from realm import tokens
@@ -339,15 +337,6 @@ def test_a_revoked_token_is_told_what_to_do(alice: User, seed: str) -> None:
         error = only_error(client.get(path), 401)
         assert (error["code"], error["detail"]) == ("authentication_failed", message)
     assert client.get("/api/chat/threads").json() == {"ok": False, "error": message}
-
-
-def test_a_terminal_shows_what_to_do(
-    live_server: Any, alice: User, seed: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    alice.revoke_tokens()
-    monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n"))
-    with pytest.raises(CommandError, match="has been revoked"):
-        call_command("chat", url=live_server.url, token=token(seed))
 
 
 def test_to_tell_a_revoked_token_takes_no_more_queries(

@@ -161,7 +161,7 @@ class TestPages:
 
         assert statuses == ([201, 400, 400] if registers else [201, 201, 400])
         refused(answer, 400)
-        assert "more than 2" in answer.json()["errors"][0]["detail"]
+        assert "at most 2" in answer.json()["errors"][0]["detail"]
         assert model.objects.count() == 2
 
 

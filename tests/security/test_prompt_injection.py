@@ -340,7 +340,7 @@ class TestWhereRequestsGo:
 
     @pytest.mark.parametrize("host", [".example.org", "a..example.org", f"{'a' * 64}.example.org"])
     def test_not_to_what_is_no_name(self, host: str) -> None:
-        with pytest.raises(outgoing.ForbiddenURL, match="no name"):
+        with pytest.raises(outgoing.ForbiddenURL, match="not a valid host name"):
             outgoing.public_addresses(host, 443)
 
 
