@@ -177,7 +177,7 @@ def test_a_killed_workers_run_is_completed_once(stack: Stack, llm: FakeLLM) -> N
 
 def test_a_worker_that_stood_still_writes_nothing_late(stack: Stack, llm: FakeLLM) -> None:
     # Whichever of its threads wakes first: the one with the answer, or the heartbeat's.
-    refused = re.compile(r"\(fenced\)|Run given up")
+    refused = re.compile(r"\(fenced\)|Run stopped")
     before = len(refused.findall(stack.log()))
     may_go_on = threading.Event()
     llm.script(held(Reply("too late"), may_go_on))
@@ -214,7 +214,7 @@ def start_worker(stack: Stack, **env: str) -> subprocess.Popen[bytes]:
             stderr=subprocess.STDOUT,
         )
     try:
-        stack.wait("one more worker", lambda: f"worker-{worker.pid} reads" in log.read_text(), 180)
+        stack.wait("one more worker", lambda: f"worker-{worker.pid} consumes" in log.read_text(), 180)
     except BaseException:
         worker.kill()
         worker.wait()
