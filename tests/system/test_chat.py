@@ -214,7 +214,9 @@ def start_worker(stack: Stack, **env: str) -> subprocess.Popen[bytes]:
             stderr=subprocess.STDOUT,
         )
     try:
-        stack.wait("one more worker", lambda: f"worker-{worker.pid} consumes" in log.read_text(), 180)
+        stack.wait(
+            "one more worker", lambda: f"worker-{worker.pid} consumes" in log.read_text(), 180
+        )
     except BaseException:
         worker.kill()
         worker.wait()
