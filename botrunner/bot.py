@@ -57,7 +57,7 @@ class Bot:
         self.drafts = self._new_drafts()
         self.sender = ReplySender(self.homeserver, session, self.drafts)
         self._rooms: set[str] = set()  # joined
-        self._lookup = rooms.Lookup(self.homeserver)
+        self._lookup = rooms.MemberLookup(self.homeserver)
         self._batch: Batch | None = None
         # The latest position; the recorded one may be a little behind.
         self._position = session.since
@@ -105,7 +105,7 @@ class Bot:
                     self.session, self.homeserver
                 )
                 self._lookup.add(
-                    await database_sync_to_async(login.rooms_of_unknown_members)(self.session)
+                    await database_sync_to_async(login.rooms_without_members)(self.session)
                 )
                 return
             except LoginRefused as error:

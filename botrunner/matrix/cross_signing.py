@@ -1,8 +1,8 @@
-"""The bot signs its own device, which nio cannot do: clients that leave out devices without a
-cross-signature would neither send it their keys nor show its messages as safe.
+"""Cross-sign the bot's own device, which nio cannot do. Without a cross-signature some clients neither
+share keys with a device nor show its messages as safe.
 
-The private keys stay in the store beside the device's, so that who has verified the bot keeps it
-verified when it gets another device.
+The private keys are in the store beside the device's, so the bot stays verified when it gets a new
+device.
 """
 
 import json
@@ -33,7 +33,7 @@ class Identity:
 
     @classmethod
     def stored(cls, store: Path, user_id: str) -> "Identity":
-        """That of the store, made where there is none. Raises `lib.secrets.Unreadable`."""
+        """Load the identity from the store, or create it. Raises `lib.secrets.Unreadable`."""
         seeds = read(store, user_id)
         if seeds is None:
             seeds = {usage: encode_base64(os.urandom(32)) for usage in USAGES}
@@ -44,7 +44,7 @@ class Identity:
         return str(encode_base64(self._keys[usage].public_key().public_bytes_raw()))
 
     def public_keys(self) -> dict[str, Any]:
-        """The body of /keys/device_signing/upload."""
+        """Return the body of /keys/device_signing/upload."""
         keys = {}
         for usage in USAGES:
             key = self.public(usage)
@@ -66,8 +66,8 @@ class Identity:
 
 
 async def sign_own_device(homeserver: Homeserver, password: str) -> None:
-    """Make the account's keys known and sign the device, where that is not done yet. A homeserver
-    that refuses is no reason not to work. Raises `TokenRefused`."""
+    """Publish the account's keys and sign the device, unless done. If the homeserver refuses, the bot
+    works without a signature. Raises `TokenRefused`."""
     try:
         if await _sign(homeserver, password):
             logger.info("Cross-signed device %s", homeserver.device_id)
@@ -84,11 +84,11 @@ async def _sign(homeserver: Homeserver, password: str) -> bool:
     device = known.get("device_keys", {}).get(me, {}).get(device_id)
     if not isinstance(device, dict):
         raise MatrixError("NO_DEVICE_KEYS", "The homeserver does not have the device's keys.")
-    is_ours = _has_key(known, "self_signing_keys", me, identity.public("self_signing"))
+    is_published = _has_key(known, "self_signing_keys", me, identity.public("self_signing"))
     signer = f"ed25519:{identity.public('self_signing')}"
-    if is_ours and signer in device.get("signatures", {}).get(me, {}):
+    if is_published and signer in device.get("signatures", {}).get(me, {}):
         return False
-    if not is_ours:
+    if not is_published:
         await _publish(homeserver, identity, password)
     device.pop("unsigned", None)
     identity.sign(device, "self_signing")
@@ -104,7 +104,7 @@ async def _sign(homeserver: Homeserver, password: str) -> bool:
 
 
 async def _publish(homeserver: Homeserver, identity: Identity, password: str) -> None:
-    """Replacing keys, unlike the first ones, wants the password."""
+    """Publish the keys; to replace existing ones, the homeserver asks for the password."""
     path = f"{API}/keys/device_signing/upload"
     keys = identity.public_keys()
     try:

@@ -1,9 +1,9 @@
-"""nio's store of keys, shared by all bot runners: only who opened it last may write.
+"""nio's key store, shared by all bot runners: only the process that opened it last may write.
 
-A process that was frozen while another took its place goes on in the middle of what it was doing. What
-it would write then are ratchets and one-time keys of the past, and the device could not be talked to
-any more. So every write asks, in the same statement, whether the store is still this process's; and
-counts, so that a store from a backup is told from the one that was in use.
+A process that was suspended while another took over resumes in the middle of its work. It would
+write outdated ratchets and one-time keys, which makes the device unreachable. So every write
+checks, in the same statement, that this process still holds the store; and counts, to recognize a
+store restored from a backup.
 """
 
 import secrets
@@ -37,7 +37,7 @@ class Database(SqliteDatabase):
 
 
 class Store(SqliteStore):
-    """Whatever writes raises `LeaseLost` once another process has opened it."""
+    """A key store whose writes raise `LeaseLost` once another process has opened it."""
 
     def _create_database(self) -> Database:
         return Database(self.database_path, pragmas={"foreign_keys": 1, "secure_delete": 1})
@@ -46,43 +46,43 @@ class Store(SqliteStore):
         super().__post_init__()
         self._me = secrets.token_hex(8)
         with self.database.atomic("IMMEDIATE"):
-            self._take()
+            self._acquire()
 
-    def _take(self) -> None:
+    def _acquire(self) -> None:
         run = self.database.execute_sql
         run("CREATE TABLE IF NOT EXISTS keeper (holder TEXT NOT NULL, writes INTEGER NOT NULL)")
         if not run("UPDATE keeper SET holder = ?, writes = writes + 1", (self._me,)).rowcount:
             run("INSERT INTO keeper VALUES (?, 1)", (self._me,))
-        # Temporary ones, which end with this connection: they stand for who this process was.
+        # Temporary triggers end with this connection, which identifies this process.
         for table in self.models:
             name = table._meta.table_name
             for change in ("INSERT", "UPDATE", "DELETE"):
                 run(GUARD.format(table=name, change=change, taken=TAKEN, me=self._me))
 
     def check_holder(self) -> None:
-        """Raises `LeaseLost`."""
+        """Check that this process holds the store. Raises `LeaseLost`."""
         [holder] = self.database.execute_sql("SELECT holder FROM keeper").fetchone()
         if holder != self._me:
             raise LeaseLost
 
     @property
     def writes(self) -> int:
-        """How much was written to it, ever."""
+        """The number of writes so far."""
         return int(self.database.execute_sql("SELECT writes FROM keeper").fetchone()[0])
 
 
 def writes_of(path: Path) -> int | None:
-    """How much was written to a store, ever; None where there is none that can be read."""
+    """Return the number of writes to a store; None if it does not exist or is not readable."""
     if not path.exists():
         return None
     try:
         with closing(sqlite3.connect(path)) as database:
             names = {name for (name,) in database.execute("SELECT name FROM sqlite_master")}
             if "keeper" not in names:
-                # From before writes were counted, unless it is no store.
+                # A store from before writes were counted, or no store.
                 return 0 if "accounts" in names else None
-            found = database.execute("SELECT writes FROM keeper").fetchone()
-            return int(found[0]) if found else 0
+            row = database.execute("SELECT writes FROM keeper").fetchone()
+            return int(row[0]) if row else 0
     except sqlite3.DatabaseError as error:
         if isinstance(error, sqlite3.OperationalError):
             raise

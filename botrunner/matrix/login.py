@@ -1,4 +1,4 @@
-"""The bot's account: its row, logging in once and staying logged in, and its filter for /sync."""
+"""The bot's account: its session, login and device, and its filter for /sync."""
 
 import logging
 import secrets
@@ -25,72 +25,72 @@ EVENT_TYPES = [
     "m.room.member",
     "m.room.encryption",
 ]
-# More than the server gives at once is asked for with /messages.
+# Events beyond the limit are fetched with /messages.
 TIMELINE_LIMIT = 100
 
 
 def session() -> Session:
-    """The row of the account that the settings name."""
-    found, _ = Session.objects.get_or_create(
+    """Return the session of the account in the settings, created if missing."""
+    session, _ = Session.objects.get_or_create(
         homeserver=settings.MATRIX_URL, username=settings.BOT_RUNNER_USERNAME
     )
-    return found
+    return session
 
 
 async def connect(homeserver: Homeserver, session: Session) -> None:
-    """Go on with the stored device and token, or log in. Raises `MatrixError`, `LoginRefused`, and
-    `lib.secrets.Unreadable`: a token or key that cannot be read is no reason to begin a new device."""
+    """Restore the stored device and token, or log in. Raises `MatrixError`, `LoginRefused`, and
+    `lib.secrets.Unreadable`: an unreadable token or key must not lead to a new device."""
     token = session.access_token
     homeserver.unlock_store(await database_sync_to_async(session.get_or_create_store_key)())
     if token and homeserver.has_keys_of(session):
         homeserver.restore(session)
         try:
-            await _tend_device(homeserver)
+            await _prepare_device(homeserver)
         except TokenRefused:
             await log_in_again(homeserver, session)
-            await _tend_device(homeserver)
+            await _prepare_device(homeserver)
         return
     if token:
         await _give_up_device(homeserver, session)
     if not session.device_id:
-        # Written down before it is used: a crash in between leaves no device behind.
+        # Stored before it is used: a crash in between leaves no unused device.
         session.device_id = f"BOTREALM{secrets.token_hex(4).upper()}"
         await database_sync_to_async(session.save)(update_fields=["device_id", "key_writes"])
     await _log_in(homeserver, session)
     logger.info("Logged in as %s, device %s", homeserver.user_id, homeserver.device_id)
-    await _tend_device(homeserver)
+    await _prepare_device(homeserver)
 
 
-async def _tend_device(homeserver: Homeserver) -> None:
+async def _prepare_device(homeserver: Homeserver) -> None:
     if homeserver.nio.should_upload_keys:
         await homeserver.maintain_keys()
     await cross_signing.sign_own_device(homeserver, settings.BOT_RUNNER_PASSWORD)
 
 
 async def _give_up_device(homeserver: Homeserver, session: Session) -> None:
-    """Its keys are lost, or of the past: it could read nothing any more, and the server takes no others
-    for it."""
+    """Log out a device whose keys are lost or outdated: it could not decrypt, and the server accepts no
+    other keys for it."""
     logger.error(
-        "The keys of device %s are not in BOT_RUNNER_STORE, or those of a backup: a new device takes "
-        "its place, which cannot read what was encrypted for the old one",
+        "The keys of device %s are missing in BOT_RUNNER_STORE, or restored from a backup: it is "
+        "replaced by a new device, which cannot decrypt earlier messages",
         session.device_id,
     )
     await database_sync_to_async(session.record_error)(
         f"The keys of device {session.device_id} were lost."
     )
-    # Off the account, so that nobody encrypts for it any more.
+    # Removed from the account, so that clients stop to encrypt for it.
     homeserver.nio.access_token = session.access_token
     try:
         await homeserver.request("POST", f"{API}/logout", {})
     except MatrixError as error:
-        logger.info("The lost device could not be logged out: %s", error)
+        logger.info("Logging out the lost device failed: %s", error)
     homeserver.nio.access_token = session.device_id = session.access_token = ""
     session.key_writes = 0
     homeserver.token_refused.clear()
 
 
 async def log_in_again(homeserver: Homeserver, session: Session) -> None:
-    """The token was revoked: get another for the same device. Raises `MatrixError`."""
+    """Get a new token for the same device. Raises `MatrixError`."""
     await _log_in(homeserver, session)
     logger.info("Logged in again as %s, device %s", homeserver.user_id, homeserver.device_id)
 
@@ -109,18 +109,18 @@ def connected(session: Session) -> None:
 
 
 def rooms(session: Session, homeserver: Homeserver) -> set[str]:
-    """The rooms that the bot is in, made known to the client."""
-    found = dict(
+    """Return the rooms that the bot has joined, and register them with the client."""
+    joined = dict(
         Room.objects.filter(session=session, membership=Room.Membership.JOINED).values_list(
             "room_id", "is_encrypted"
         )
     )
-    for room_id, is_encrypted in found.items():
+    for room_id, is_encrypted in joined.items():
         homeserver.know_room(room_id, encrypted=is_encrypted)
-    return set(found)
+    return set(joined)
 
 
-def rooms_of_unknown_members(session: Session) -> list[str]:
+def rooms_without_members(session: Session) -> list[str]:
     rows = Room.objects.filter(
         session=session, membership=Room.Membership.JOINED, members_known=False
     )
@@ -128,7 +128,7 @@ def rooms_of_unknown_members(session: Session) -> list[str]:
 
 
 def sync_filter(*, is_first: bool) -> dict[str, Any]:
-    """What a sync brings. Own events are among it: the own join tells where a room begins."""
+    """Return the filter of a sync. It includes own events: the own join marks the start of a room."""
     return {
         "presence": {"types": []},
         "account_data": {"types": []},

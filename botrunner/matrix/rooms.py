@@ -1,4 +1,4 @@
-"""What the homeserver is asked about rooms: who is in them, and with what power."""
+"""Queries about rooms: their members and their power levels."""
 
 import asyncio
 import logging
@@ -14,23 +14,23 @@ from botrunner.matrix.events import members_of_state
 
 logger = logging.getLogger(__name__)
 
-# Of rooms whose members are asked for with one sync, which waits for them.
-AT_ONCE = 16
+# Rooms whose members are fetched after one sync, which waits for them.
+MAX_ROOMS = 16
 LOOKUP_SECONDS = 5.0
 MAX_PAUSE_SECONDS = 600.0
-# The level that it takes where a room names none.
+# The default level, for rooms that do not set one.
 POWER_TO_REDACT = 50
 POWER_OF_CREATOR = 100
-# From this version of rooms on, creators have more power than any level gives.
-CREATORS_RULE_FROM = 12
+# Since this room version, creators have more power than any level.
+CREATORS_RULE_SINCE = 12
 
 
 @dataclass
-class Lookup:
-    """Rooms whose members are to be asked for; those that the homeserver did not name, later again."""
+class MemberLookup:
+    """A queue of rooms whose members have to be fetched, with retries."""
 
     homeserver: Homeserver
-    # How often it failed, and when it is tried again.
+    # By room: the number of failures and the time of the next attempt.
     _rooms: dict[str, tuple[int, float]] = field(default_factory=dict)
 
     def add(self, room_ids: Iterable[str]) -> None:
@@ -46,17 +46,16 @@ class Lookup:
         return bool(self._due())
 
     async def fetch(self, position: str) -> dict[str, dict[str, str]]:
-        """The members of some rooms, as they are at a sync's position or after it. Raises
-        `TokenRefused`."""
-        rooms = self._due()[:AT_ONCE]
+        """Fetch the members of some rooms, at a sync's position or later. Raises `TokenRefused`."""
+        rooms = self._due()[:MAX_ROOMS]
         answers = await asyncio.gather(*(self._members(room_id, position) for room_id in rooms))
-        found = {
+        fetched = {
             room_id: members
             for room_id, members in zip(rooms, answers, strict=True)
             if members is not None
         }
-        self.drop(found)
-        return found
+        self.drop(fetched)
+        return fetched
 
     def _due(self) -> list[str]:
         now = time.monotonic()
@@ -71,14 +70,14 @@ class Lookup:
             failures = self._rooms[room_id][0] + 1
             wait = min(MAX_PAUSE_SECONDS, 2.0**failures)
             self._rooms[room_id] = failures, time.monotonic() + wait
-            logger.warning("The members of room %s are not known: %s", room_id, error)
+            logger.warning("Fetching the members of room %s failed, retrying: %s", room_id, error)
             return None
         return members_of_state(events)
 
 
 async def may_moderate(homeserver: Homeserver, room_id: str, user_id: str) -> bool:
-    """Answer if a user may redact the messages of others in a room; not where the homeserver does not.
-    Raises `TokenRefused`."""
+    """Return whether a user may redact messages of others in a room; False if the homeserver does not
+    answer. Raises `TokenRefused`."""
     try:
         event = await homeserver.state(room_id, "m.room.power_levels", seconds=LOOKUP_SECONDS)
         levels = _content(event)
@@ -89,10 +88,10 @@ async def may_moderate(homeserver: Homeserver, room_id: str, user_id: str) -> bo
     except TokenRefused:
         raise
     except MatrixError as error:
-        # It is asked in between two syncs: one room must not hold up the others.
-        logger.warning("The power levels of room %s are not known: %s", room_id, error)
+        # This runs between two syncs: one room must not hold up the others.
+        logger.warning("Fetching the power levels of room %s failed: %s", room_id, error)
         return False
-    if _version(create) >= CREATORS_RULE_FROM:
+    if _version(create) >= CREATORS_RULE_SINCE:
         others = _content(create).get("additional_creators")
         creators = [create.get("sender"), *(others if isinstance(others, list) else [])]
         return user_id in creators
@@ -100,13 +99,13 @@ async def may_moderate(homeserver: Homeserver, room_id: str, user_id: str) -> bo
 
 
 def _power(levels: dict[str, Any], user_id: str) -> int:
-    usual = _level(levels.get("users_default"), 0)
+    default = _level(levels.get("users_default"), 0)
     users = levels.get("users")
-    return _level(users.get(user_id), usual) if isinstance(users, dict) else usual
+    return _level(users.get(user_id), default) if isinstance(users, dict) else default
 
 
 def _level(value: Any, default: int) -> int:
-    """Old rooms have some as text."""
+    """Parse a power level, which is text in some old rooms."""
     try:
         return default if value is None else int(value)
     except (TypeError, ValueError):

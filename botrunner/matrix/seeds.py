@@ -1,4 +1,4 @@
-"""The seeds of the cross-signing keys: a file of the bot's store, encrypted (lib/secrets.py)."""
+"""Seeds of the cross-signing keys: an encrypted file (lib/secrets.py) in the bot's store."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ import orjson
 from lib import secrets
 from lib.secrets import Sealed
 
-# The Matrix id of their account stands before it.
+# After the Matrix id of the account.
 SUFFIX = ".cross_signing.json"
 PURPOSE = "botrunner.cross_signing"
 
@@ -22,13 +22,13 @@ def user_of(path: Path) -> str:
 
 
 def read(store: Path, user_id: str) -> dict[str, str] | None:
-    """The seeds, by their usage; None where there is no file. Raises `lib.secrets.Unreadable`."""
+    """Read the seeds by usage; return None if there is no file. Raises `lib.secrets.Unreadable`."""
     path = store / f"{user_id}{SUFFIX}"
     if not path.exists():
         return None
     renew(path)
-    found: dict[str, str] = orjson.loads(secrets.unseal(path.read_text(), PURPOSE, user_id))
-    return found
+    seeds: dict[str, str] = orjson.loads(secrets.unseal(path.read_text(), PURPOSE, user_id))
+    return seeds
 
 
 def write(store: Path, user_id: str, seeds: dict[str, str]) -> None:
@@ -36,12 +36,12 @@ def write(store: Path, user_id: str, seeds: dict[str, str]) -> None:
 
 
 def stored(path: Path) -> Sealed:
-    """The content of a file, as it is encrypted."""
+    """Return the encrypted content of a file."""
     return Sealed(path.read_text())
 
 
 def renew(path: Path) -> bool:
-    """Encrypt a file under the newest key; False where it is. Raises `lib.secrets.Unreadable`."""
+    """Encrypt a file with the newest key; return False if it is. Raises `lib.secrets.Unreadable`."""
     text = stored(path)
     if secrets.is_current(text):
         return False

@@ -25,28 +25,29 @@ T = TypeVar("T")
 
 class Command(BaseCommand):
     help = (
-        "Play a person who registers a bot command, invites the bot to a room and asks it something. "
-        "Homeserver and account are those of the running local stack, unless you name others."
+        "Act as a user: register a bot command, invite the bot to a room and send a message. By "
+        "default with the homeserver and the demo account of the running local stack."
     )
-    requires_system_checks: list[str] = []  # they are about the servers
+    requires_system_checks: list[str] = []  # they concern the servers
 
     def add_arguments(self, parser: CommandParser) -> None:
-        parser.add_argument("--user", help="Matrix account of the person")
+        parser.add_argument("--user", help="Matrix account of the user")
         parser.add_argument("--password")
         parser.add_argument("--matrix-url", help="the homeserver")
         parser.add_argument("--realm-url", help="the realm server")
         parser.add_argument("--bot", help="Matrix account of the bot runner")
-        parser.add_argument("--message", default="Summarize current state", help="what is asked")
+        parser.add_argument(
+            "--message", default="Summarize current state", help="the message to send"
+        )
         parser.add_argument(
             "--seconds", type=float, default=120, help="how long to wait for the answer"
         )
 
     def handle(self, *args: Any, message: str, seconds: float, **options: Any) -> None:
-        given = told_by_stack() | {name: options[name] for name in options if options[name]}
+        given = stack_options() | {name: options[name] for name in options if options[name]}
         if not given.get("user") or not given.get("password"):
             raise CommandError(
-                "No demo account is known here: start the local stack (make run), or name one with "
-                "--user and --password."
+                "No demo account found: start the local stack (make run), or set --user and --password."
             )
         matrix = Service("The homeserver", given.get("matrix_url") or settings.MATRIX_URL)
         realm = Service("The realm server", given.get("realm_url") or "http://localhost:4201")
@@ -64,25 +65,25 @@ class Command(BaseCommand):
         self.stdout.write(f"\n{answer}")
 
 
-def told_by_stack() -> dict[str, str]:
-    """What the local stack has written down; what the environment says goes before it."""
+def stack_options() -> dict[str, str]:
+    """Read the options that the local stack has stored; the environment overrides them."""
     folder = Path(os.environ.get("STACK_DIR", "").strip() or settings.BASE_DIR / ".local")
     try:
-        told = json.loads((folder / "demo.json").read_text())
+        options = json.loads((folder / "demo.json").read_text())
     except FileNotFoundError:
-        told = {}
+        options = {}
     for name, variable in (("matrix_url", "MATRIX_URL"), ("realm_url", "REALM_SERVER_URL")):
         if value := os.environ.get(variable, "").strip():
-            told[name] = value
-    return dict(told)
+            options[name] = value
+    return dict(options)
 
 
 class Service:
-    """An HTTP server that is spoken to; raises `CommandError` for all that goes wrong."""
+    """An HTTP client of one server; raises `CommandError` on every error."""
 
     def __init__(self, name: str, url: str) -> None:
         self.name = name
-        # The stack is on this machine, whatever proxy the environment names.
+        # The stack is on this machine: ignore proxies of the environment.
         self.client = httpx2.Client(base_url=url.rstrip("/"), timeout=CALL_SECONDS, trust_env=False)
 
     def call(self, method: str, path: str, body: Any = None, *, jsonapi: bool = False) -> Any:
@@ -99,7 +100,7 @@ class Service:
             document = answer.text[:200]
         if answer.is_error:
             where = f"{method} {path.partition('?')[0]}"
-            raise CommandError(f"{self.name} answers {answer.status_code} to {where}: {document}")
+            raise CommandError(f"{self.name} returned {answer.status_code} to {where}: {document}")
         return document
 
     def sign_in(self, token: str) -> None:
@@ -107,12 +108,12 @@ class Service:
 
 
 class Person:
-    """Somebody with a Matrix client. Each step says what it did."""
+    """A user with a Matrix client. Each step prints its result."""
 
-    def __init__(self, matrix: Service, realm: Service, say: Callable[[str], Any]) -> None:
+    def __init__(self, matrix: Service, realm: Service, write: Callable[[str], Any]) -> None:
         self.matrix = matrix
         self.realm = realm
-        self.say = say
+        self.write = write
         self.user_id = ""
 
     @property
@@ -129,10 +130,10 @@ class Person:
         answer = self.matrix.call("POST", f"{CLIENT}/login", login)
         self.user_id = answer["user_id"]
         self.matrix.sign_in(answer["access_token"])
-        self.say(f"Logged in at {self.matrix.client.base_url} as {self.user_id}")
+        self.write(f"Logged in at {self.matrix.client.base_url} as {self.user_id}")
 
     def log_out(self) -> None:
-        """So that no device stays behind. What went wrong before counts more than a failure here."""
+        """Log out, so that no device remains. Errors here must not hide earlier ones."""
         with contextlib.suppress(CommandError):
             self.matrix.call("POST", f"{CLIENT}/logout", {})
 
@@ -141,53 +142,53 @@ class Person:
         openid = self.matrix.call("POST", path, {})
         session = self.realm.call("POST", "/_server-session", openid)
         self.realm.sign_in(session["data"]["attributes"]["token"])
-        self.say(f"Got a JWT of the realm server at {self.realm.client.base_url} for it")
+        self.write(f"Got a JWT of the realm server at {self.realm.client.base_url} for it")
 
     def register(self) -> str:
-        """The id of a registration: that of an earlier time, if there is one."""
+        """Return the id of the user's registration, created if missing."""
         found = self.realm.call("GET", "/_bot-registrations", jsonapi=True)["data"]
         if found:
-            self.say(f"Found the bot registration {found[0]['id']}")
+            self.write(f"Found the bot registration {found[0]['id']}")
             return str(found[0]["id"])
         wanted = {"type": "bot-registration", "attributes": {"username": self.user_id}}
         made = self.realm.call("POST", "/_bot-registration", {"data": wanted}, jsonapi=True)
-        self.say(f"Registered a bot: {made['data']['id']}")
+        self.write(f"Registered a bot: {made['data']['id']}")
         return str(made["data"]["id"])
 
     def add_command(self, bot_id: str) -> None:
-        """See to it that what the person says is answered; once, however often this is played."""
+        """Register a command for text messages, unless it exists."""
         found = self.realm.call("GET", f"/_bot-commands?botId={bot_id}", jsonapi=True)["data"]
         if any(command["attributes"]["filter"] == FILTER for command in found):
-            self.say("Found its command for text messages")
+            self.write("Found its command for text messages")
             return
         attributes = {"botId": bot_id, "command": COMMAND, "filter": FILTER}
         wanted = {"data": {"type": "bot-command", "attributes": attributes}}
         self.realm.call("POST", "/_bot-commands", wanted, jsonapi=True)
-        self.say(f"Registered the command {COMMAND} for text messages")
+        self.write(f"Registered the command {COMMAND} for text messages")
 
     def invite(self, bot: str) -> str:
-        """The id of a new room that the bot has joined."""
+        """Create a room, wait until the bot has joined, and return its id."""
         room = {"preset": "private_chat", "name": "Demo", "invite": [bot]}
         room_id = str(self.matrix.call("POST", f"{CLIENT}/createRoom", room)["room_id"])
-        self.say(f"Created the room {room_id} and invited {bot}")
+        self.write(f"Created the room {room_id} and invited {bot}")
         path = f"{CLIENT}/rooms/{quote(room_id)}/joined_members"
         wait_for(
             lambda: bot in self.matrix.call("GET", path)["joined"],
             JOIN_SECONDS,
             f"{bot} did not join within {JOIN_SECONDS} s: is runbot running?",
         )
-        self.say(f"{bot} joined")
+        self.write(f"{bot} joined")
         return room_id
 
     def ask(self, room_id: str, message: str, seconds: float) -> str:
-        """The answer to a message. Raises `CommandError` where it is a refusal."""
+        """Send a message and return the answer. Raises `CommandError` if it is refused."""
         path = f"{CLIENT}/rooms/{quote(room_id)}"
         sent = self.matrix.call(
             "PUT",
             f"{path}/send/m.room.message/{secrets.token_hex(8)}",
             {"msgtype": "m.text", "body": message},
         )
-        self.say(f"Asked: {message}")
+        self.write(f"Sent: {message}")
         answer = wait_for(
             lambda: answer_to(
                 sent["event_id"], self.matrix.call("GET", f"{path}/messages?dir=b&limit=20")
@@ -212,7 +213,7 @@ def answer_to(event_id: str, page: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def wait_for(look: Callable[[], T | None], seconds: float, problem: str) -> T:
-    """What `look` finds at last. Raises `CommandError`."""
+    """Repeat `look` until it returns a value. Raises `CommandError` on timeout."""
     deadline = time.monotonic() + seconds
     while not (found := look()):
         if time.monotonic() > deadline:

@@ -14,10 +14,10 @@ logger = logging.getLogger(__name__)
 
 class Command(BaseCommand):
     help = (
-        "Listen to the bot's Matrix rooms and reply. Start as many as you like: one works, the others "
-        "stand by."
+        "Run the bot in its Matrix rooms. Any number of processes may run: one leads, the others stand "
+        "by."
     )
-    # The others load the views, 30 MB that this process has no use for.
+    # Other checks load the views, 30 MB that this process does not need.
     requires_system_checks = ["botrealm"]
 
     def handle(self, *args: Any, **options: Any) -> None:
@@ -25,7 +25,7 @@ class Command(BaseCommand):
             asyncio.run(self._run())
         except LoginRefused as error:
             raise CommandError(
-                f"The homeserver refuses BOT_RUNNER_USERNAME and BOT_RUNNER_PASSWORD ({error})."
+                f"The homeserver refused BOT_RUNNER_USERNAME and BOT_RUNNER_PASSWORD ({error})."
             ) from None
         except Unreadable as error:
             raise CommandError(f"The bot runner cannot start: {error}") from None
@@ -39,6 +39,6 @@ class Command(BaseCommand):
         await Leader(stopping).run()
 
     def _stop(self, number: signal.Signals, stopping: asyncio.Event) -> None:
-        """The first signal lets the current unit finish; the second ends the process at once."""
+        """Stop after the current work; a second signal ends the process at once."""
         stopping.set()
         asyncio.get_running_loop().remove_signal_handler(number)
