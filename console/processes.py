@@ -33,7 +33,7 @@ def workers() -> list[Process]:
         at = cast("Any", row).now
         last = row.last_finished_at
         note = f"{row.runs_in_hand} of {row.concurrency} slots active; "
-        note += f"last finished a run {_ago(at, last)}"
+        note += f"last finished a run {_ago(at, last)}" if last else "no run finished yet"
         processes.append(Process(row.name, f"worker on {row.host}", *_state(row, at), note))
     if not any(each.state == "running" for each in processes):
         hint = "Start one: celery -A config worker"

@@ -285,7 +285,7 @@ class BotCommandInline(Inline):
             field.widget.attrs["rows"] = 4
         return field
 
-    @admin.display(description="fires on")
+    @admin.display(description="triggered by")
     def in_words(self, command: BotCommand) -> str:
         try:
             return command.when.in_words()
