@@ -90,7 +90,7 @@ def model(default: str, *, configured: bool) -> str:
     if configured:
         return f"{default}, unless a message names another"
     return (
-        "none: every answer repeats its message. For a real model set OPENAI_API_KEY, or\n"
+        "none: every answer is an echo of its message. For a real one set OPENAI_API_KEY, or\n"
         "         OPENAI_BASE_URL for another compatible endpoint, here or in .env, and restart."
     )
 
