@@ -1,4 +1,4 @@
-# One image for all processes: the command says which. compose.yaml has all of them.
+# One image for all processes; the command selects one. compose.yaml has all of them.
 
 FROM python:3.11-slim-bookworm AS build
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
@@ -15,7 +15,7 @@ RUN DEBUG=true DATABASE_URL=sqlite://:memory: python manage.py collectstatic --n
 
 FROM python:3.11-slim-bookworm
 ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 DEBUG=false LOG_FORMAT=json WEB_CONCURRENCY=2
-# db holds the keys of encrypted rooms, and SQLite's file where DATABASE_URL says nothing else.
+# db holds the keys of encrypted rooms, and the SQLite file unless DATABASE_URL is set.
 RUN useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin botrealm \
     && install -d -o botrealm -g botrealm /app/db /app/db/botrunner
 COPY --from=build /opt/venv /opt/venv
@@ -24,8 +24,8 @@ WORKDIR /app
 USER 10001
 VOLUME /app/db
 EXPOSE 3000
-# Of the web server. Not whether the database is there: nobody should kill it for that.
+# Of the web server, without the database: an unavailable database is no reason to kill it.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=20s \
     CMD ["python", "-c", "import http.client as h; c = h.HTTPConnection('127.0.0.1', 3000, timeout=4); c.request('GET', '/healthz'); raise SystemExit(c.getresponse().status != 200)"]
-# Whoever waits for an outcome gets it: CHAT_MAX_WAIT_SECONDS and a little.
+# Requests that wait for a result finish: a little more than CHAT_MAX_WAIT_SECONDS.
 CMD ["uvicorn", "config.asgi:application", "--http", "config.server.protocol:BoundedProtocol", "--host", "0.0.0.0", "--port", "3000", "--lifespan", "off", "--ws", "none", "--no-access-log", "--no-proxy-headers", "--no-server-header", "--timeout-graceful-shutdown", "70", "--timeout-worker-healthcheck", "30", "--log-level", "warning"]

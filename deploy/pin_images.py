@@ -1,7 +1,7 @@
-"""Pin the images of compose.yaml and the Dockerfile by digest, or pin them anew.
+"""Pin the images of compose.yaml and the Dockerfile by digest, or update the digests.
 
-Run it where Docker is: it asks the registry of each image for the digest that its tag has now, and
-writes `name:tag@sha256:...` into both files. Commit the change: a tag that moves has no effect then.
+Needs Docker: it reads the current digest of each tag from the registry and writes
+`name:tag@sha256:...` into both files. Commit the change: a moved tag has no effect then.
 """
 
 import re
@@ -23,16 +23,18 @@ def main() -> None:
 
 
 def pinned(text: str, digest: Callable[[str], str]) -> str:
-    """Return a file's text with each image pinned to the digest that its tag has now."""
-    return IMAGE.sub(lambda found: f"{found[1]}{found[2]}@{digest(found[2])}", text)
+    """Return the text with each image pinned to the current digest of its tag."""
+    return IMAGE.sub(lambda match: f"{match[1]}{match[2]}@{digest(match[2])}", text)
 
 
 def digest_of(image: str) -> str:
     command = ["docker", "buildx", "imagetools", "inspect", "--format", "{{.Manifest.Digest}}"]
-    found = subprocess.run([*command, image], capture_output=True, text=True, check=False)
-    digest = found.stdout.strip().strip('"')
+    process = subprocess.run([*command, image], capture_output=True, text=True, check=False)
+    digest = process.stdout.strip().strip('"')
     if not re.fullmatch(r"sha256:[0-9a-f]{64}", digest):
-        sys.exit(f"No digest for {image}: {found.stderr.strip() or 'unexpected output of docker'}")
+        sys.exit(
+            f"No digest for {image}: {process.stderr.strip() or 'unexpected output of docker'}"
+        )
     return digest
 
 
