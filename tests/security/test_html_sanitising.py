@@ -194,7 +194,7 @@ def test_a_spreadsheet_finds_no_formula(sign_in: SignIn) -> None:  # noqa: F811
 
     rows = exported(sign_in("Operator"), "/admin/chat/message/")
 
-    shown = {row["beginning"] for row in rows}
+    shown = {row["preview"] for row in rows}
     assert shown == {f"'{text}" for text in rows[:-1]} | {rows[-1]}
 
 
