@@ -265,7 +265,7 @@ POST_MESSAGE = """curl localhost:3000/api/chat/messages -d '{"content": "Hello"}
 
 class ConsoleAdmin(PagedMixin, ModelAdmin):
     empty = EmptyState("Nothing here yet.")
-    search_help_text = "Exact ID or name"
+    search_help_text: Any = "Exact ID or name"
     list_per_page = 50
     list_fullwidth = True
     list_filter_submit = False
