@@ -76,7 +76,7 @@ class TestDay:
         assert [each.status_code for each in said] == [202, 429, 202]
         assert said[1].json()["code"] == "bytes_exhausted"
         assert "You may send 10 bytes a day" in said[1].json()["error"]
-        assert "(6 bytes)" in said[1].json()["error"]
+        assert "exceeds the 6 bytes left" in said[1].json()["error"]
         assert 1 <= int(said[1]["Retry-After"]) <= 86400
         assert Pace.objects.get().bytes == 8
 
@@ -93,7 +93,7 @@ class TestDay:
         settings.LIMIT_ROOM_BYTES_PER_DAY = 30
         for name in ("alice", "bob"):
             factories.ask("12345", asker=f"@{name}:localhost", place="!room", input={"a": 1})
-        with pytest.raises(inbox.Limited, match="In this room there may be sent 30 bytes a day"):
+        with pytest.raises(inbox.Limited, match="This room may send 30 bytes a day"):
             factories.ask("12345", asker="@carol:localhost", place="!room", input={"a": 1})
         factories.ask("12345", asker="@carol:localhost", place="!other")
 
