@@ -96,5 +96,5 @@ def test_a_worker_sets_aside_what_is_no_message() -> None:
         assert stack.pid("worker") == worker
         log = stack.log()
         assert log.count("is unusable") == len(UNUSABLE) + 3
-        assert log.count("is no command") == len(COMMANDS)
+        assert log.count("Invalid command on") == len(COMMANDS)
         assert "Traceback" not in log
