@@ -204,12 +204,12 @@ def summarise(thread_id: str) -> Summary | None:
     thread = Thread.objects.filter(pk=thread_id).first()
     if thread is None:  # deleted since
         return None
-    left, more = _left_window(thread)
-    if not left:
+    messages, more = _messages_to_summarise(thread)
+    if not messages:
         _set_due(thread, lease, None)
         return None
     model = settings.CHAT_SUMMARY_MODEL or _model_of(thread)
-    prompt = summary_prompt(thread.summary, left)
+    prompt = summary_prompt(thread.summary, messages)
     db.release_connection()
     budget = _budget_of(thread)
     deadline = time.monotonic() + SUMMARY_LEASE.total_seconds() - 30
@@ -225,10 +225,10 @@ def summarise(thread_id: str) -> Summary | None:
         return None
     finally:
         budget.settle()
-    return _record(thread, left, reply, model=model, lease=lease, more=more)
+    return _record(thread, messages, reply, model=model, lease=lease, more=more)
 
 
-def _left_window(thread: Thread) -> tuple[list[Message], bool]:
+def _messages_to_summarise(thread: Thread) -> tuple[list[Message], bool]:
     """Return the messages to summarise now, and whether there are more.
 
     An unanswered message bounds them: its context may hold nothing later than itself.
@@ -272,7 +272,7 @@ def _budget_of(thread: Thread) -> limits.BudgetReservation:
 
 def _record(
     thread: Thread,
-    left: Sequence[Message],
+    messages: Sequence[Message],
     reply: completions.ModelReply,
     *,
     model: str,
@@ -281,15 +281,15 @@ def _record(
 ) -> Summary | None:
     with transaction.atomic():
         extended = Thread.objects.filter(pk=thread.pk, summary_reach=thread.summary_reach).update(
-            summary=reply.text, summary_reach=left[-1].position
+            summary=reply.text, summary_reach=messages[-1].position
         )
         if not extended:  # another worker took over after our lease
             return None
         _set_due(thread, lease, timezone.now() if more else None)
         return Summary.objects.create(
             thread=thread,
-            covers_from=left[0].position,
-            covers_to=left[-1].position,
+            covers_from=messages[0].position,
+            covers_to=messages[-1].position,
             text=reply.text,
             model=model,
             prompt_tokens=reply.usage.prompt_tokens,
