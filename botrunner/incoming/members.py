@@ -28,7 +28,7 @@ class MembershipChange:
 
 def changes(events: Iterable[Any], moments: Mapping[str, datetime]) -> list[MembershipChange]:
     """Return the joins and leaves among events, in order."""
-    found = []
+    changes = []
     for event in events:
         if not isinstance(event, dict) or event.get("type") != MEMBER:
             continue
@@ -36,8 +36,8 @@ def changes(events: Iterable[Any], moments: Mapping[str, datetime]) -> list[Memb
         if not is_id(user_id) or not is_id(event_id):
             continue
         joins, is_new = is_joined(event), is_own_join(event, user_id)
-        found.append(MembershipChange(user_id, event_id, joins, is_new, moments[event_id]))
-    return found
+        changes.append(MembershipChange(user_id, event_id, joins, is_new, moments[event_id]))
+    return changes
 
 
 def record(

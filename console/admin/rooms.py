@@ -34,7 +34,7 @@ class SessionAdmin(ReasonMixin, DetailPageMixin, ReadOnlyAdmin):
         "last_sync_at",
         "rooms_joined",
         "replies_pending",
-        "events_sealed",
+        "events_undecrypted",
         "last_error",
         "last_error_at",
     ]
@@ -64,14 +64,14 @@ class SessionAdmin(ReasonMixin, DetailPageMixin, ReadOnlyAdmin):
         # Separate subqueries: a join would count the product of replies and events.
         joined = Room.objects.filter(membership=Room.Membership.JOINED)
         pending = Reply.objects.filter(status__in=[Reply.Status.WAITING, Reply.Status.READY])
-        sealed = RoomEvent.objects.filter(kind=RoomEvent.Kind.ENCRYPTED, state="pending")
+        undecrypted = RoomEvent.objects.filter(kind=RoomEvent.Kind.ENCRYPTED, state="pending")
         return (
             super()
             .get_queryset(request)
             .annotate(
                 joined=_count(joined.filter(session=OuterRef("pk"))),
                 pending=_count(pending.filter(room__session=OuterRef("pk"))),
-                sealed=_count(sealed.filter(room__session=OuterRef("pk"))),
+                undecrypted=_count(undecrypted.filter(room__session=OuterRef("pk"))),
             )
         )
 
@@ -88,9 +88,9 @@ class SessionAdmin(ReasonMixin, DetailPageMixin, ReadOnlyAdmin):
     def replies_pending(self, session: Session) -> int:
         return int(getattr(session, "pending", 0))
 
-    @admin.display(description="not decrypted", ordering="sealed")
-    def events_sealed(self, session: Session) -> int:
-        return int(getattr(session, "sealed", 0))
+    @admin.display(description="not decrypted", ordering="undecrypted")
+    def events_undecrypted(self, session: Session) -> int:
+        return int(getattr(session, "undecrypted", 0))
 
     def page(self, request: HttpRequest, obj: Session) -> dict[str, Any]:
         return {"bot": obj, **matrix.bot_context(obj)}

@@ -53,7 +53,7 @@ def test_it_says_once_when_the_lease_of_a_dead_one_ends_and_takes_over_then(
 
 
 @pytest.mark.django_db(transaction=True)
-def test_what_has_to_wait_is_one_thing(
+def test_each_loop_has_a_singular_name(
     settings: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The log says: <name> failed, retrying."""

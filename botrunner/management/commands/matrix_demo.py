@@ -146,24 +146,24 @@ class Person:
 
     def register(self) -> str:
         """Return the id of the user's registration, created if missing."""
-        found = self.realm.call("GET", "/_bot-registrations", jsonapi=True)["data"]
-        if found:
-            self.write(f"Found the bot registration {found[0]['id']}")
-            return str(found[0]["id"])
-        wanted = {"type": "bot-registration", "attributes": {"username": self.user_id}}
-        made = self.realm.call("POST", "/_bot-registration", {"data": wanted}, jsonapi=True)
+        existing = self.realm.call("GET", "/_bot-registrations", jsonapi=True)["data"]
+        if existing:
+            self.write(f"Found the bot registration {existing[0]['id']}")
+            return str(existing[0]["id"])
+        resource = {"type": "bot-registration", "attributes": {"username": self.user_id}}
+        made = self.realm.call("POST", "/_bot-registration", {"data": resource}, jsonapi=True)
         self.write(f"Registered a bot: {made['data']['id']}")
         return str(made["data"]["id"])
 
     def add_command(self, bot_id: str) -> None:
         """Register a command for text messages, unless it exists."""
-        found = self.realm.call("GET", f"/_bot-commands?botId={bot_id}", jsonapi=True)["data"]
-        if any(command["attributes"]["filter"] == FILTER for command in found):
+        commands = self.realm.call("GET", f"/_bot-commands?botId={bot_id}", jsonapi=True)["data"]
+        if any(command["attributes"]["filter"] == FILTER for command in commands):
             self.write("Found its command for text messages")
             return
         attributes = {"botId": bot_id, "command": COMMAND, "filter": FILTER}
-        wanted = {"data": {"type": "bot-command", "attributes": attributes}}
-        self.realm.call("POST", "/_bot-commands", wanted, jsonapi=True)
+        document = {"data": {"type": "bot-command", "attributes": attributes}}
+        self.realm.call("POST", "/_bot-commands", document, jsonapi=True)
         self.write(f"Registered the command {COMMAND} for text messages")
 
     def invite(self, bot: str) -> str:
@@ -215,8 +215,8 @@ def answer_to(event_id: str, page: dict[str, Any]) -> dict[str, Any] | None:
 def wait_for(look: Callable[[], T | None], seconds: float, problem: str) -> T:
     """Repeat `look` until it returns a value. Raises `CommandError` on timeout."""
     deadline = time.monotonic() + seconds
-    while not (found := look()):
+    while not (result := look()):
         if time.monotonic() > deadline:
             raise CommandError(problem)
         time.sleep(POLL_SECONDS)
-    return found
+    return result
