@@ -206,7 +206,7 @@ def test_a_summary_that_comes_too_late_is_thrown_away(model: FakeLLM) -> None:
     thread = factories.conversation(6)
     overdue(thread)
     stale = Thread.objects.get(pk=thread.pk)
-    left, _ = memory._left_window(stale)
+    left, _ = memory._messages_to_summarise(stale)
     memory.summarise(thread.pk)
 
     reply = memory.completions.ModelReply(text="late")
