@@ -188,14 +188,24 @@ def test_the_api_tells_it_as_data_that_no_browser_takes_for_a_page(model: FakeLL
 
 @pytest.mark.django_db
 def test_a_spreadsheet_finds_no_formula(sign_in: SignIn) -> None:  # noqa: F811
-    rows = ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", "  =1", "＝1", 'a "quoted", text\nline']  # noqa: RUF001
-    for text in rows:
+    texts = [
+        "=1+1",
+        "+1",
+        "-1",
+        "@SUM(A1)",
+        "\t=1",
+        "\r=1",
+        "  =1",
+        "＝1",
+        'a "quoted", text\nline',
+    ]  # noqa: RUF001
+    for text in texts:
         Message.objects.filter(pk=factories.ask().message_id).update(content=text)
 
     rows = exported(sign_in("Operator"), "/admin/chat/message/")
 
     shown = {row["preview"] for row in rows}
-    assert shown == {f"'{text}" for text in rows[:-1]} | {rows[-1]}
+    assert shown == {f"'{text}" for text in texts[:-1]} | {texts[-1]}
 
 
 def ours(pattern: str) -> list[Path]:
