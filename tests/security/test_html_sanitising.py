@@ -196,9 +196,9 @@ def test_a_spreadsheet_finds_no_formula(sign_in: SignIn) -> None:  # noqa: F811
         "\t=1",
         "\r=1",
         "  =1",
-        "＝1",
+        "＝1",  # noqa: RUF001
         'a "quoted", text\nline',
-    ]  # noqa: RUF001
+    ]
     for text in texts:
         Message.objects.filter(pk=factories.ask().message_id).update(content=text)
 
