@@ -30,7 +30,7 @@ ifneq ($(findstring .py,$(ARGS)),)
 test: $(READY) $(REDIS) $(HOMESERVER)
 	$(BIN)/python -m pytest -m "not faults" $(ARGS)
 else
-test: ## Run all tests, or ARGS="tests/chat/test_api.py -k stop"
+test: ## Run all tests, or ARGS="tests/chat/test_threads.py -k delete"
 	@status=0; \
 	for half in test-quick test-systems; do $(MAKE) --no-print-directory $$half || status=1; done; \
 	exit $$status

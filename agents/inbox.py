@@ -115,7 +115,7 @@ class Submission:
     # The threads that the user may write to.
     threads: ThreadQuerySet
     owner: User | None = None
-    # The user whose limits hold, if not the owner.
+    # The user whose limits apply, if not the owner.
     asker: str | None = None
     # An id that was never used makes a new thread, of `owner`, or of the room of `room_id`.
     thread_id: str | None = None
@@ -133,13 +133,13 @@ class Submission:
     run_id: str | None = None
     # The id of an event that was read from the stream.
     event_id: uuid.UUID | None = None
-    # The run fails if it has not ended so many seconds from now.
+    # The run fails if it has not ended within this many seconds.
     deadline_seconds: int | None = None
     when_busy: WhenBusy | None = None
 
     def fingerprint(self) -> str:
         """Return a hash of the request, for idempotency: of the values before any setting applies, so
-        that a repeat gets its answer for good."""
+        that a repeat always gets the same answer."""
         parts: list[Any] = [
             self.content,
             self.model,
@@ -148,7 +148,7 @@ class Submission:
             self.command,
             self.input,
         ]
-        # Left out when not given, as keys from before these parameters are row.
+        # Left out when not given, so that a new parameter does not change the hash of older requests.
         optional = {"deadline_seconds": self.deadline_seconds, "when_busy": self.when_busy}
         if given := {name: value for name, value in optional.items() if value is not None}:
             parts.append(given)

@@ -33,8 +33,8 @@ def check_may_control(run: Run, caller: User | None) -> None:
     caller's own messages. Raises `PermissionDenied`."""
     if run.thread.room_id and not (_is_sender(run, caller) and not run.answers_others):
         raise exceptions.PermissionDenied(
-            "The run belongs to a Matrix room and answers another person's message. Cancel it in the "
-            "room."
+            "The run belongs to a Matrix room and answers another person's message. Only that person "
+            "may cancel or retry it."
         )
 
 

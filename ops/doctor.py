@@ -53,7 +53,7 @@ class Finding:
     fix: str = ""
 
     def as_json(self) -> dict[str, str]:
-        return {"check": self.check, "level": self.level, "said": self.message, "mend": self.fix}
+        return {"check": self.check, "level": self.level, "message": self.message, "fix": self.fix}
 
 
 Findings = Iterator[tuple[str, str, str]]  # level, message, fix

@@ -42,7 +42,8 @@ MAX_OUTPUT_BYTES = 1024**2
 
 
 def needs_delivery(type: str) -> Any:
-    """Return an expression: is there a subscription to this type? Set as agents.events.hooks.wanted."""
+    """Return an expression: is there a subscription to this type? Set as
+    `agents.events.hooks.needs_delivery`."""
     column = EVENTS.get(_name(type))
     return _subscription_exists(column) if column else None
 

@@ -203,8 +203,8 @@ class Transition:
 
 @dataclass(frozen=True)
 class Claimed(Transition):
-    """A worker takes the run. Its turn in the thread is checked beside the guard, see
-    `RunQuerySet.claimable()`."""
+    """A worker takes the run. Its turn in the thread is checked by
+    `RunQuerySet.claimable_unchanged()`."""
 
     guard = CLAIMABLE
 

@@ -86,7 +86,7 @@ class RunQuerySet(models.QuerySet["Run"]):
         if run.position:
             claimable = claimable.filter(~Exists(others.filter(position__lt=run.position)))
         if run.retries:
-            # Only then can a later one have started.
+            # A later run can have started only after a retry.
             later = others.matching(states.HELD).filter(position__gt=run.position)
             claimable = claimable.filter(~Exists(later))
         return claimable

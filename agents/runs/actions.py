@@ -1,7 +1,7 @@
 """Actions on a run from outside its worker: cancel, retry, requeue, merge and expire it.
 
-Each is one conditional UPDATE with the guard of its transition (agents/lifecycle/states.py), so a late
-one changes nothing; nor does one on a run that was deleted meanwhile. docs/explanation/reliability.md
+Each is one conditional UPDATE with the guard of its transition (agents/lifecycle/states.py), so late
+calls, and calls for deleted runs, have no effect. docs/explanation/reliability.md
 has the order in which rows are locked.
 """
 
@@ -160,8 +160,8 @@ def requeue(run: Run) -> bool:
 
 
 def _defer_later(run: Run) -> None:
-    """Let no later run of the thread start beside this one. A claim that is under way has not seen
-    this one unfinished; PostgreSQL makes it check its own row again, and it finds that it is not due.
+    """Prevent later runs of the thread from starting concurrently. A claim in progress may not see
+    this one unfinished; PostgreSQL makes it check its own row again, which is not due any more.
     (A claim that was first has committed before this returns, and the claim of `run` sees it.)
     """
     deferred = states.Deferred()

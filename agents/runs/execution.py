@@ -29,8 +29,11 @@ logger = logging.getLogger(__name__)
 
 
 def execute(run_id: str) -> str | None:
-    """Execute a run, unless it cannot be claimed: another worker has it, it has ended or is not due.
-    Return the id of its thread when the thread's summary is due."""
+    """Execute a run if this worker can claim it. Return the id of its thread when a summary is due.
+
+    It cannot if another worker has it, it has ended or is not due, an earlier run of its thread is
+    unfinished, or its user has no free slot. The run of a deactivated account is cancelled.
+    """
     run = _unfinished(run_id)
     if run is None:
         return None
@@ -145,7 +148,7 @@ def release_runs() -> int:
     for run in Run.objects.held_by(leases.worker_name()):
         with transaction.atomic():
             change = outcomes.transition(run, states.Released(run.attempt))
-            if outcomes.fenced(run, change):
+            if outcomes.update_if_held(run, change):
                 outcomes.end_attempt(run, change.result)
                 released += 1
     leases.heartbeat().revoke_all()

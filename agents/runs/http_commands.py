@@ -45,7 +45,7 @@ def post(url: str, event: dict[str, Any], *, key: str, options: completions.Call
     except outgoing.ResponseTooLong:
         raise _refused("The service's answer is too long.", "webhook_too_long") from None
     except outgoing.NO_ANSWER as error:
-        logger.warning("Webhook at %s failed: %s", outgoing.host_of(url), type(error).__name__)
+        logger.warning("HTTP command at %s failed: %s", outgoing.host_of(url), type(error).__name__)
         raise completions.LLMError(
             "The service behind this command did not answer.",
             code="webhook_failed",

@@ -131,13 +131,13 @@ def _reschedule(
 ) -> bool:
     """Queue the run for another attempt; the sweep dispatches it when it is due."""
     with transaction.atomic():
-        won = fenced(run, change, **_spent(run, transcript))
+        won = update_if_held(run, change, **_spent(run, transcript))
         if won:
             end_attempt(run, change.result, transcript, str(error), error.code)
             transcript.settle()
     if won:
         pause = change.columns["due_at"].delay.total_seconds()
-        logger.info("Run will be retried in %.1f s: %s", pause, error)
+        logger.info("Another attempt in %.1f s: %s", pause, error)
     return False
 
 
@@ -153,7 +153,7 @@ def _finish(
 ) -> bool:
     """Write the outcome of an attempt with its event. Return False when this worker lost the run."""
     columns |= {"finished_at": timezone.now(), **_spent(run, transcript)}
-    if not fenced(run, change, in_thread=in_thread, **columns):
+    if not update_if_held(run, change, in_thread=in_thread, **columns):
         return False
     end_attempt(run, change.result, transcript, error, columns.get("error_code", ""))
     transcript.settle()
@@ -161,11 +161,11 @@ def _finish(
     return True
 
 
-def fenced(
+def update_if_held(
     run: Run, change: states.StateChange, *, in_thread: bool = False, **columns: Any
 ) -> bool:
-    """Change the run if the claim still stands: the attempt's number is the fence. `in_thread`: lock
-    its thread first, as a message of the thread is written with it."""
+    """Change the run if this worker still holds it: the attempt's number is the fence. `in_thread`:
+    lock its thread first, as a message of the thread is written with it."""
     claimed = Run.objects.filter(pk=run.pk).matching(states.AttemptTransition(run.attempt).guard)
     if in_thread and connection.features.has_select_for_update:
         # In the same statement: the condition is checked before the row is locked.

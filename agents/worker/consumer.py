@@ -36,7 +36,7 @@ class Consumer:
     def read(self) -> None:
         """Handle new entries; return after at most a second. Raises `RedisError`, `DatabaseError`,
         `OperationalError` of kombu."""
-        # Slots become free without a signal here while there is a backlog.
+        # Poll while there is a backlog: nothing signals a free slot.
         wait = BACKLOG_SECONDS if fairness.backlog.is_set() else stream.BLOCK_SECONDS
         self.handle(stream.read(self.name, seconds=wait))
 

@@ -1,7 +1,7 @@
 """Dispatch queued runs to Celery, fairly between users.
 
 While Celery's queue is short, a run is dispatched as soon as it is requested. Otherwise it waits in the
-database, and the user with the fewest active and dispatched runs is next: a message waits for a short
+database, and the user with the fewest active runs is next: a message waits for a short
 queue, not for all earlier messages of another user. Ranking a long backlog takes a while, so it takes a
 bounded part of the time.
 """

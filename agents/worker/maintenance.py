@@ -67,7 +67,7 @@ class Maintenance:
         """Run the due jobs. A job that fails does not stop the others; its error is raised after them,
         as by `Consumer.read()`."""
         self.consumer.mark_published()
-        # By each worker, and without Redis too: only this ends these.
+        # Every worker does this, because it must work without Redis.
         actions.expire_overdue()
         if not stream.acquire_leadership(self.consumer.name):
             return

@@ -167,8 +167,8 @@ class ThreadView(ChatView):
 
 class ThreadMessagesView(ChatView):
     def get(self, request: Request, thread_id: str) -> Response:
-        """List the newest messages in chronological order, fewer than `limit` if they are long. `next`
-        is the `before` of the previous page, or null."""
+        """List the newest messages in chronological order, fewer than `limit` if they are long. Pass
+        `next` as `before` to get older messages; it is null on the last page."""
         thread = get_object_or_404(self.threads(), pk=thread_id)
         # Members of a room see the messages since they joined.
         visible = Message.objects.visible_to(self.caller) if thread.room_id else Message.objects

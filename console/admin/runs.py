@@ -175,7 +175,10 @@ class RunAdmin(ReasonMixin, DetailPageMixin, MaskedBodiesMixin, ReadOnlyAdmin):
 
 @admin.register(Event)
 class EventAdmin(ReasonMixin, MaskedBodiesMixin, ReadOnlyAdmin):
-    empty = EmptyState("Every step of a run is recorded as an event. Send a message:", POST_MESSAGE)
+    empty = EmptyState(
+        "An event is recorded when a run is requested and when it ends. Send a message:",
+        POST_MESSAGE,
+    )
     bodies = {"payload": "payload"}
     list_display = ["id", "type", "run", "created_at", "published_at"]
     list_filter = ["type", ("published_at", admin.EmptyFieldListFilter), PeriodFilter]
