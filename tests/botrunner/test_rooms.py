@@ -228,7 +228,7 @@ def _questions(account: Account) -> Any:
 def test_a_wrong_password_stops_it_with_one_clear_line(world: World) -> None:
     world.start("bot", BOT_RUNNER_PASSWORD="wrong")
     assert world.processes["bot"].wait(120) == 1
-    lines = [line for line in world.log().splitlines() if "refuses" in line]
+    lines = [line for line in world.log().splitlines() if "refused" in line]
     assert len(lines) == 1
     assert "BOT_RUNNER_PASSWORD" in lines[0]
     assert "Traceback" not in world.log()

@@ -98,7 +98,7 @@ def test_the_demo_says_what_is_wrong(stack: Stack) -> None:
     no_homeserver = manage(stack, "matrix_demo", "--matrix-url", "http://127.0.0.1:1")
 
     assert wrong_password.returncode == no_homeserver.returncode == 1
-    assert "The homeserver answers 403" in wrong_password.stderr
+    assert "The homeserver returned 403" in wrong_password.stderr
     assert "The homeserver at http://127.0.0.1:1" in no_homeserver.stderr
     assert "Traceback" not in wrong_password.stderr + no_homeserver.stderr
 
@@ -141,7 +141,7 @@ def test_a_dead_homeserver_and_a_dead_bot_come_back(stack: Stack) -> None:
 def test_a_homeserver_that_is_given_is_used_and_none_is_started(stack: Stack) -> None:
     given = json.loads((stack.directory / "demo.json").read_text())["matrix_url"]
     with Stack(STACK_MATRIX="true", MATRIX_URL=given, BOT_RUNNER_PASSWORD="wrong") as other:
-        refusal = "refuses BOT_RUNNER_USERNAME and BOT_RUNNER_PASSWORD"
+        refusal = "refused BOT_RUNNER_USERNAME and BOT_RUNNER_PASSWORD"
         other.wait("the refusal", lambda: refusal in other.log(), 180)
         other.wait("the last block", lambda: f"Matrix {given}, as bot-runner" in other.log(), 180)
         assert other.pid("homeserver") == 0

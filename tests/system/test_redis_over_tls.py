@@ -102,7 +102,7 @@ def test_every_message_is_answered(server: Any, tmp_path: Path) -> None:
             for what in ("stats", "conf", "report")
         ]
 
-        assert f"Celery reaches its queue at rediss://localhost:{port}/2." in examined.stdout
+        assert f"Celery is connected to rediss://localhost:{port}/2." in examined.stdout
         assert examined.returncode == 0, examined.stdout
         assert all("1 node online" in each for each in shown), shown
         told = stack.log() + examined.stdout + examined.stderr + "".join(shown)

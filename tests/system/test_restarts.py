@@ -50,6 +50,7 @@ def stack(database: dict[str, str]) -> Iterator[Stack]:
 
 
 def test_every_program_of_the_stack_is_started_again(stack: Stack) -> None:
+    stack.wait("the rooms", lambda: not stack.pid("rooms"), 180)
     running = set(stack.processes()) - {"stack", "ready"}
     assert running == set(PROGRAMS) - (set() if synapse.installed() else {"homeserver", "bot"})
     for program in sorted(running):
@@ -75,7 +76,7 @@ def test_one_that_dies_over_and_over_is_given_growing_pauses_and_never_up(tmp_pa
         )
 
     def pauses() -> list[int]:
-        found = re.findall(r"sick is started again in (\d+) s", log.read_text())
+        found = re.findall(r"restarting sick in (\d+) s", log.read_text())
         return [int(seconds) for seconds in found]
 
     try:

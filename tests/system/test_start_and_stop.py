@@ -107,17 +107,17 @@ def test_the_doctor_looks_at_the_stack_that_runs() -> None:
         assert stat.S_IMODE(written.stat().st_mode) == 0o600
         assert psutil.Process(stack.pid("worker")).environ()["REDIS_URL"] == stack.redis_url
 
-        stack.wait("the worker's sign", lambda: "1 at work" in doctor(stack).stdout, 180)
+        stack.wait("the worker's sign", lambda: "1 running" in doctor(stack).stdout, 180)
         done = doctor(stack)
 
         assert f"checking the local stack in {stack.directory}" in done.stdout
         assert "No answer at REDIS_URL" not in done.stdout
-        assert "The web processes add up what they count." in done.stdout
+        assert "All web processes are counted." in done.stdout
         assert done.returncode == 0, done.stdout
 
         other = doctor(stack, REDIS_URL="redis://127.0.0.1:1", DATABASE_URL="sqlite:///:memory:")
 
-        assert f"not at the local stack of {stack.directory}" in other.stdout
+        assert f"not the local stack in {stack.directory}" in other.stdout
         assert "No answer at REDIS_URL" in other.stdout
         stack.stop()
         assert not written.exists()
