@@ -39,7 +39,7 @@ SWEEP_SECONDS = 1.0
 PROGRESS_SECONDS = 5.0
 PRUNE_SECONDS = 600.0
 MAX_PAUSE_SECONDS = 30.0
-# The step is retried.
+# A step that fails with one of these is retried.
 TEMPORARY_ERRORS = (MatrixError, *SERVICE_ERRORS)
 # Errors of the database that a retry would repeat.
 PERMANENT_ERRORS = (DataError, IntegrityError)
@@ -71,13 +71,14 @@ class Bot:
     def _new_drafts(self) -> "Drafts | None":
         if not settings.BOT_STREAM_EDITS:
             return None
-        # Imported on demand: it needs memory, a Redis client and a reader.
+        # Imported on demand: it costs memory, a Redis client and a reader.
         from botrunner.outgoing.drafts import Drafts
 
         return Drafts(self.homeserver, self.session)
 
     async def run(self) -> None:
-        """Run until stopped. Raises `LoginRefused`, `LeaseLost`, `KeysOutdated`, unexpected errors."""
+        """Run until stopped. Raises `LoginRefused`, `LeaseLost`, `KeysOutdated` and unexpected
+        errors."""
         try:
             await self._connect()
             await self._work()

@@ -38,7 +38,8 @@ class Leader:
 
     async def run(self) -> None:
         """Lead or stand by until stopped. Raises `LoginRefused` and unexpected errors."""
-        # The event loop and the database's thread hand each message over several times.
+        # Short turns: each message passes between the event loop and the database's thread several
+        # times.
         sys.setswitchinterval(SWITCH_SECONDS)
         # A message creates thousands of objects: collections that scan everything loaded at the start
         # took a tenth of this process' time.

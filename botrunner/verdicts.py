@@ -22,7 +22,7 @@ class Verdict:
 
 
 def stored(verdicts: Iterable[Verdict]) -> list[dict[str, Any]]:
-    """Return at most `MAX_VERDICTS` as JSON, those that fired first."""
+    """Return at most `MAX_VERDICTS` as JSON, with those that fired at the front."""
     return [dict(vars(each)) for each in sorted(verdicts, key=lambda v: not v.fired)[:MAX_VERDICTS]]
 
 

@@ -57,7 +57,7 @@ async def batch_of(
 
 
 def _has_only_own_messages(room: dict[str, Any], me: str) -> bool:
-    """Return whether a room's new events are all messages of the bot, as half of them are."""
+    """Return whether a room's new events are all messages of the bot, as in half of all updates."""
     timeline = room.get("timeline", {})
     if timeline.get("limited") or is_about_encryption(room) or absent(room):
         return False

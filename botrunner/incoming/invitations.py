@@ -17,7 +17,8 @@ from realm.models import User
 
 logger = logging.getLogger(__name__)
 
-# Pending, or refused: of an inviter, and of one other server, which can create any number of inviters.
+# Pending, or refused, of one inviter and of one other server, which can create any number of
+# inviters.
 MAX_INVITATIONS = 50
 MAX_INVITATIONS_SERVER = 200
 INVITER_DEACTIVATED = "The inviter's account is deactivated."

@@ -57,7 +57,7 @@ def record(
     before = {row.user_id: (row.event_id, row.joined_at) for row in rows}
     after = _apply(before, changes, otherwise)
     if current is not None:
-        # With the same membership event they have not left in between.
+        # Members with the same membership event have not left in between.
         after = {
             user_id: after[user_id]
             if after.get(user_id, ("",))[0] == event_id

@@ -136,7 +136,8 @@ def _notify_limit(row: RoomEvent, reply: Reply, error: inbox.Limited) -> str:
 
 def notify(row: RoomEvent, reply: Reply) -> bool:
     """Answer a message that starts no run with the reason; return False if the sender gets no notice.
-    One for an event, however many commands it fires, and `NOTICES` a minute: limits count runs."""
+    An event gets one, however many commands it fires, and a sender `NOTICES` a minute: the limits count
+    only runs."""
     of_event = Reply.objects.filter(message=row, run=None)
     if of_event.filter(error=reply.error).exists():
         return True

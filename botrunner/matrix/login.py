@@ -78,7 +78,7 @@ async def _give_up_device(homeserver: Homeserver, session: Session) -> None:
     await database_sync_to_async(session.record_error)(
         f"The keys of device {session.device_id} were lost."
     )
-    # Removed from the account, so that clients stop to encrypt for it.
+    # Removed from the account, so that clients stop encrypting for it.
     homeserver.nio.access_token = session.access_token
     try:
         await homeserver.request("POST", f"{API}/logout", {})

@@ -15,8 +15,8 @@ logger = logging.getLogger(__name__)
 
 Content = dict[str, Any]
 
-# An event may have 64 KiB. Encryption makes four bytes of three, and the relation, the duplicate in an
-# edit and the fields of the server take their share.
+# An event may have 64 KiB. Encryption turns three bytes into four, and the relation, the duplicate
+# in an edit and the fields of the server need space too.
 MAX_CONTENT_BYTES = 40_000
 MAX_PARTS = 50
 # Of the line that opens a code block; it is repeated in each part that continues the block.

@@ -126,7 +126,7 @@ def contents(reply: Reply, draft: str = "") -> list[dict[str, Any]]:
 
 
 def _drop_merged(reply: Reply) -> None:
-    # One that has a draft meanwhile has to be finished.
+    # A reply that has a draft by now has to be finished.
     Reply.objects.waiting().filter(pk=reply.pk, cycle=reply.cycle, drafted_at=None).update(
         status=Reply.Status.DROPPED, error="The answer to a later message covers it."
     )
@@ -230,8 +230,8 @@ def record_part(reply: Reply, event_id: str) -> None:
 
 
 def adopt_parts(reply: Reply, event_ids: list[str], device_id: str) -> None:
-    """Record the parts that another device has sent. `event_ids`: all replies to the message in the
-    room; those of other replies are known."""
+    """Record the parts that another device has sent. `event_ids`: all answers to the message in the
+    room; those of other replies are left out."""
     others = Reply.objects.filter(message=reply.message_id).exclude(pk=reply.pk)
     known = {sent for ids in others.values_list("event_ids", flat=True) for sent in ids}
     unknown = [event_id for event_id in event_ids if event_id not in known]
@@ -270,7 +270,7 @@ def _is_hopeless(reply: Reply, error: MatrixError) -> bool:
     if error.permanent:
         return reply.attempts >= 5
     # The homeserver is up, but has refused this reply for a long time: the room's other replies must
-    # not wait for ever.
+    # not wait forever.
     is_unavailable = error.status in (401, 429) or error.code in UNAVAILABLE_CODES
     since = reply.ready_at or reply.created_at
     return not is_unavailable and reply.attempts >= 20 and timezone.now() - since > PATIENCE
