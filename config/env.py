@@ -160,7 +160,7 @@ def redis_server(url: str, *, ca_file: str, cert_file: str, key_file: str) -> re
 
 
 def proxy_header(name: str) -> tuple[str, str] | None:
-    """Return, in Django's form, the header that a proxy sets for requests by HTTPS."""
+    """Return the header that a proxy sets for HTTPS requests, as Django expects it."""
     value = text(name)
     if not value:
         return None

@@ -158,7 +158,7 @@ def _without_password(match: re.Match[str]) -> str:
         host = word[start:after].partition("/")[0]
         user, colon, _ = host.partition(":")
         if colon and "@" not in user and start + len(user) < end:
-            # Up to the last @: a password may have any character, and a port none.
+            # Up to the last @: a password may have any character, and a port has no @.
             return "".join([*parts, word[place : start + len(user) + 1], REMOVED, word[end:]])
         at = host.rfind("@")
         if at >= 0:

@@ -31,9 +31,9 @@ from config.server.pool import ClientLeft, QueueFull
 from config.server.streaming import Message, Receive, Send, send_stream, wait_for_disconnect
 from config.server.threads import threads
 
-# The part of a response that is passed to the connection at a time.
+# A response is passed to the connection in pieces of this size.
 PIECE_BYTES = 64 * 1024
-# Of an address with all headers: more than clients need, and less than keeps a thread busy.
+# Of a URL with all headers: more than clients need, and too little to keep a thread busy.
 MAX_HEAD_BYTES = 64 * 1024
 MAX_HEADERS = 200
 # In a scope's extensions, from config.server.protocol: a function that returns True once the client has
@@ -55,7 +55,7 @@ async def application(scope: Message, receive: Receive, send: Send) -> None:
 
 
 class TooManyBytes(Exception):
-    """A client, or all together, hold as many bytes as allowed."""
+    """One client, or all together, hold as many bytes as are allowed."""
 
 
 class _Exchange:

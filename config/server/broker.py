@@ -3,7 +3,7 @@
 - Address and verification come from the settings alone: kombu turns TLS on by the name of a transport.
 - A channel has one client. kombu makes one for every message and every acknowledgement, for each of
   which redis-py fills a table of some hundred callbacks: a tenth of a worker's time.
-- An entry of the queue that is no message becomes a dead letter; it would end the worker.
+- An invalid entry of the queue becomes a dead letter; it would end the worker.
 
 It can go when kombu rejects invalid messages (celery/celery#4308, celery/kombu#2421), reuses a client
 and takes its connections from the application; none of this is in kombu 5.7.
@@ -71,7 +71,7 @@ class QoS(redis.QoS):
                 if not str(error).startswith("WRONGTYPE"):
                     raise
                 self._remove_from_indices(tag).execute()
-                dead_letter(raw, self.unacked_key, "its destination is no queue")
+                dead_letter(raw, self.unacked_key, "its destination is not a queue")
 
 
 class Channel(redis.Channel):

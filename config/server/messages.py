@@ -1,7 +1,7 @@
 """Validate entries of Celery's queue and channels, which any program may have written.
 
-Celery can handle an entry that passes: an error for another one ends the worker, or blocks one of its
-slots for good.
+Celery can handle every entry that passes. Its error for another one would end the worker, or block
+one of its slots for good.
 """
 
 import binascii
@@ -40,7 +40,7 @@ DEFAULT_HEADERS: dict[str, Any] = {
 
 
 class InvalidMessage(Exception):
-    """The entry is no valid message; the text has the reason, and nothing of the content."""
+    """The entry is not a valid message; the text has the reason, and nothing of the content."""
 
 
 def message(raw: bytes, *, limit: int = MAX_ANSWER_BYTES) -> dict[str, Any]:
@@ -122,7 +122,7 @@ def task(raw: bytes) -> dict[str, Any]:
     except TypeError:
         raise InvalidMessage("its arguments do not fit the task") from None
     if not all(_is_name(each) or isinstance(each, int) for each in (*args, *kwargs.values())):
-        raise InvalidMessage("its arguments are no ids")
+        raise InvalidMessage("its arguments are not ids")
     trace = {
         key: headers[key]
         for key in ("argsrepr", "kwargsrepr", "origin", "root_id", "redelivered")
@@ -131,7 +131,7 @@ def task(raw: bytes) -> dict[str, Any]:
     entry["headers"] = DEFAULT_HEADERS | trace | {"task": name, "id": identity}
     for key in ("reply_to", "correlation_id"):
         if not isinstance(entry["properties"].get(key), str | None):
-            raise InvalidMessage(f"its {key} is no text")
+            raise InvalidMessage(f"its {key} is not text")
     return entry
 
 

@@ -1,8 +1,8 @@
 """uvicorn's HTTP protocol with limits on the time, the memory and the number of connections.
 
 - The parser keeps the head of a request, its trailers and the extensions of its chunks until they are
-  complete, however long they are: they may have `MAX_HEAD_BYTES`.
-- A head is complete within `WEB_HEAD_SECONDS` of the connection, or of its own first byte; a body
+  complete, however long they are; so they are limited to `MAX_HEAD_BYTES`.
+- A head must be complete within `WEB_HEAD_SECONDS` of the connection, or of its own first byte; a body
   within `WEB_BODY_SECONDS`; a client that does not read is disconnected after `WEB_SEND_SECONDS`.
 - `WEB_MAX_CONNECTIONS` bounds all connections, `WEB_MAX_CONNECTIONS_PER_ADDRESS` those of a network.
 

@@ -14,7 +14,7 @@ from config.server.streaming import end_streams_on_stop
 from lib import process
 
 THREADS = 8
-# For clients of which no request is in progress.
+# For clients with no request in progress.
 SPARE_THREADS = 2
 STREAM_THREADS = 3
 LOGIN_THREADS = 2

@@ -1,4 +1,4 @@
-// Tries of a signed-in browser carry the token that Django wants of it.
+// With a session, "Try it out" requests need Django's CSRF token.
 const token = document.cookie.match(/(?:^|; )csrftoken=([^;]+)/);
 
 SwaggerUIBundle({
