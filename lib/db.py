@@ -1,4 +1,4 @@
-"""Errors that pass, connections of pools, and transactions that run side by side."""
+"""Transient errors, pooled connections, and concurrent transactions."""
 
 import functools
 import random

@@ -1,4 +1,4 @@
-"""Errors of the HTTP APIs, each with its status, and what both formats of them share.
+"""Errors of the HTTP APIs with their statuses, and helpers for both of their formats.
 
 JSON:API documents show the source of an error: a JSON pointer into the document, or the name of a query
 parameter or of a header.

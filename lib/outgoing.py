@@ -56,7 +56,7 @@ SPECIAL_PURPOSE_V4 = tuple(
     )
 )
 # Nothing outside of it is global unicast: loopback, unique local, link-local, multicast, the discard
-# prefix, segment routing, and what may be assigned one day.
+# prefix, segment routing, and blocks that are not assigned yet.
 GLOBAL_UNICAST_V6 = ipaddress.IPv6Network("2000::/3")
 SPECIAL_PURPOSE_V6 = tuple(
     ipaddress.IPv6Network(block)
@@ -68,7 +68,7 @@ SPECIAL_PURPOSE_V6 = tuple(
         "3fff::/20",  # documentation
     )
 )
-# An IPv4 address in IPv6 notation: what counts is that address.
+# An IPv4 address in IPv6 notation; the IPv4 address is checked.
 NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 
 

@@ -1,8 +1,8 @@
-"""Objects that a process has one of: clients, publishers, caches, counters.
+"""Objects that exist once per process: clients, publishers, caches, counters.
 
 `@once` makes such an object at the first call; `shared` registers one that a module makes when it is
 imported. `reset()` returns all of them to their first state: tests do so between two cases. A child
-process makes its own: connections and threads of the parent are of no use in it.
+process makes its own: connections and threads of the parent do not work in it.
 """
 
 import functools
@@ -20,12 +20,12 @@ class Resettable(Protocol):
 
 R = TypeVar("R", bound=Resettable)
 _resets: list[Callable[[], object]] = []
-# Never finalised: that could end a connection which the parent still uses.
+# Never finalised: that could close a connection that the parent still uses.
 _inherited: list[Any] = []
 
 
 class Once(Generic[T]):
-    """A factory of which a process calls the first time only."""
+    """A factory that runs once per process and shares its result."""
 
     def __init__(self, make: Callable[[], T]) -> None:
         functools.update_wrapper(self, make)
@@ -76,7 +76,7 @@ def shared(instance: R) -> R:
 
 
 def on_reset(clear: Callable[[], object]) -> None:
-    """Have `reset()` call a function."""
+    """Register a function that `reset()` calls."""
     _resets.append(clear)
 
 

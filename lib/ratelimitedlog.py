@@ -19,7 +19,7 @@ class RateLimitedLog:
         self._unlogged: dict[str, int] = {}
 
     def __call__(self, event: str, kind: str = "", **fields: Any) -> None:
-        """`kind`: one of a few, if events with the same text are of several kinds."""
+        """Log an event. `kind`: one of a few, to separate events with the same text."""
         key = f"{event}\0{kind}"
         with self._lock:
             now = time.monotonic()

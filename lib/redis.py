@@ -288,7 +288,7 @@ def async_client(*, timeout: float, **options: Any) -> redis.asyncio.Redis:
     return server().async_client(timeout=timeout, **options)
 
 
-# The first words of a Redis that refuses writes, and the causes.
+# The first word of an error of Redis when it refuses writes, and the cause.
 REFUSALS = {
     "OOM": "its memory is full",
     "READONLY": "it is a replica",

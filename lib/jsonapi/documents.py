@@ -1,5 +1,5 @@
-"""Parse and check JSON:API documents, beyond what djangorestframework-jsonapi checks: a careless or
-hostile document is refused with a JSON pointer to its fault."""
+"""Parse and check JSON:API documents, more strictly than djangorestframework-jsonapi: an invalid or
+hostile document is refused with a JSON pointer to the error."""
 
 import uuid
 from collections.abc import Mapping
@@ -74,8 +74,8 @@ def _check_depth(document: Any) -> None:
 
 
 def _check_resource(data: dict[str, Any], parser_context: Any) -> None:
-    """Check the shape. Raises 400, and as JSON:API demands 403 for an id of the client, 409 for the
-    wrong type."""
+    """Check the structure. Raises 400 and, as JSON:API requires, 403 for an id chosen by the client
+    and 409 for the wrong type."""
     if not isinstance(data.get("type"), str):
         raise BadRequest("The type must be a string.", pointer="/data/type")
     expected = get_resource_name(parser_context)

@@ -40,7 +40,7 @@ class JSONRenderer(JSONAPIRenderer):
 
 
 class StrictNegotiation(DefaultContentNegotiation):
-    """JSON:API's rules for its media type, of whose parameters only `profile` is supported."""
+    """JSON:API's rules for its media type; `profile` is the only supported parameter."""
 
     def select_parser(self, request: Request, parsers: Any) -> Any:
         kind, _ = _media_type(request.content_type)
