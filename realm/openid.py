@@ -3,8 +3,8 @@ named by the client could answer for any user.
 
 The specification requires the token in the query string, and HTTP clients write URLs to logs, traces
 and exceptions. So this module writes the request itself, and its exceptions have only the type of the
-cause. It shares no code with lib.outgoing, which speaks HTTPS to public addresses alone: a homeserver
-is often at a private one, without TLS.
+cause. It shares no code with lib.outgoing, which calls only public addresses, by HTTPS: a
+homeserver is often at a private one, without TLS.
 """
 
 import functools

@@ -82,7 +82,7 @@ class RealmServerView(JSONAPIView):
         return Response(serializer.data, status.HTTP_201_CREATED)
 
     def destroy(self, request: Request, pk: str | None, model: Any) -> Response:
-        """Delete by the id in the path, or else in the body. A deleted row is 204 too."""
+        """Delete by the id in the path, or else in the body. A missing row gets 204 too."""
         document: Any = {} if pk else request.data
         key = identifier(pk) if pk else identifier(document.get("id"), pointer="/data/id")
         deleted, _ = model.objects.of(self.caller).filter(pk=key).delete()
