@@ -15,7 +15,7 @@ class AgentsConfig(AppConfig):
 
         deletions.connect()
         import_module("agents.runs.commands")
-        # The commands.py of an app adds to the table.
+        # The commands.py of an app registers its commands.
         autodiscover_modules("commands")
         pre_delete.connect(_delete_threads, sender=settings.AUTH_USER_MODEL)
 

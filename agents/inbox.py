@@ -93,7 +93,7 @@ class WhenBusy(StrEnum):
 
 @dataclass(frozen=True)
 class Idempotency:
-    """An idempotency key: unique for the caller, for good."""
+    """An idempotency key: unique per caller, and it never expires."""
 
     # An account, or the network of anonymous callers (chat.permissions.caller_key).
     caller: str
@@ -117,7 +117,7 @@ class Submission:
     owner: User | None = None
     # The user whose limits apply, if not the owner.
     asker: str | None = None
-    # An id that was never used makes a new thread, of `owner`, or of the room of `room_id`.
+    # An id that was never used creates a thread: of `owner`, or of the room `room_id`.
     thread_id: str | None = None
     room_id: str = ""
     # The room that usage is counted for.
@@ -252,8 +252,8 @@ def retry(run: Run) -> bool:
 
 @db.retry_on_conflict
 def edit(run_id: str, *, content: str) -> bool:
-    """Replace the content of a message whose run was never claimed. Return False when it was: then the
-    run answers the content that it started with. Raises `Invalid`."""
+    """Replace the content of a message whose run was never claimed. Return False otherwise: the run
+    answers the content that it started with. Raises `Invalid`."""
     content = clean_content(content)
     _check_length(content)
     with transaction.atomic():
@@ -266,7 +266,7 @@ def edit(run_id: str, *, content: str) -> bool:
 
 
 def _count(source: str, reached: limits.LimitExceeded) -> None:
-    # After the commit: a transaction that is repeated counts one refusal.
+    # After the commit, so that a repeated transaction counts one refusal.
     transaction.on_commit(partial(refusals.count, str(source), reached.code), robust=True)
 
 
@@ -278,7 +278,7 @@ def _check_limits(
     content: str,
     input: dict[str, Any] | None,
 ) -> None:
-    """Count a message. Raises `limits.LimitExceeded`."""
+    """Count a message, and check the budget. Raises `limits.LimitExceeded`."""
     size = len(content.encode()) + (len(json.dumps(input)) if input else 0)
     limits.admit(asker, place, size)
     if command == CHAT_REPLY:
@@ -410,7 +410,7 @@ def _next_turn(thread_id: str, threads: ThreadQuerySet) -> int:
 
 
 def _begin_thread(submission: Submission, thread_id: str) -> int:
-    """Insert the thread, and return 0; its next turn if a concurrent request inserted it."""
+    """Insert the thread and return 0, or its next turn if a concurrent request inserted it."""
     room_id = submission.room_id
     thread = Thread(id=thread_id, owner=None if room_id else submission.owner, room_id=room_id)
     thread.turns = 1

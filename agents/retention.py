@@ -3,9 +3,9 @@
 Old rows go in small batches, each a transaction of its own, with a pause between them that is as long
 as the batch took: on SQLite there is one writer at a time. Rows that are needed stay: those of an
 unfinished run, events that no worker has seen on the stream, rows that the rollups have not counted,
-and idempotency keys, which are promised for good.
+and idempotency keys, which never expire.
 
-An app contributes by a `retention.py`, which is found by itself: `prune(may_continue)` deletes old rows
+An app contributes by a `retention.py`, found automatically: `prune(may_continue)` deletes old rows
 while `may_continue()` is true and returns their number by name; `due()` only counts them.
 """
 
@@ -207,7 +207,7 @@ def _delete_quiet(quiet: QuerySet[Thread]) -> dict[str, int]:
     with transaction.atomic():
         # A concurrent message waits, and then begins the thread again.
         _lock(quiet)
-        # Read again: a run may have been retried until it was locked.
+        # Read again: a run may have been retried before it was locked.
         return _delete_locked(list(quiet.values_list("pk", flat=True)))
 
 
@@ -260,7 +260,7 @@ def _delete_locked(thread_ids: list[str]) -> dict[str, int]:
 
 def delete_threads_of(user: User) -> None:
     """Delete the threads of a user, in the transaction that deletes the user: Django alone would lock
-    the rows in another order, and without cancelling runs."""
+    the rows in another order, and would not cancel runs."""
     # The insertion of a new thread waits for this transaction, and finds its owner deleted.
     db.lock(User.objects.filter(pk=user.pk))
     _delete_threads_now(Thread.objects.filter(owner=user))

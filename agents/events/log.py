@@ -45,7 +45,7 @@ def emit_event(
 
 @db.retry_on_conflict
 def republish(events: EventQuerySet) -> int:
-    """Add events to the stream again and return their number. Readers know repeats by their ids."""
+    """Add events to the stream again; return their number. Readers recognise repeats by id."""
     entries = [event.as_entry() for event in events]
     # The relay repeats it until a worker has seen them on the stream.
     db.in_order(events).update(published_at=None)

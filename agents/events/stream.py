@@ -33,7 +33,7 @@ GAUGE_SECONDS = 5.0
 TRIM_FROM, TRIM_TO = 0.8, 0.7
 TRIM_BATCH = 50
 TRIM_AT_ONCE_BYTES = 32 * 1024 * 1024
-# Dead letters may take one in so many bytes of it.
+# The dead letters may take REDIS_STREAM_MAX_BYTES divided by this.
 DEAD_PART = 8
 BREAK_SECONDS = 3.0
 # The longest that a request, or a step of a run, waits for Redis.
@@ -268,7 +268,7 @@ def ensure_group() -> None:
 
 
 def read(name: str, *, seconds: float = BLOCK_SECONDS) -> list[Entry]:
-    """Return new entries for the consumer `name`, waiting for so many seconds, at most one. Raises
+    """Return new entries for the consumer `name`, waiting up to `seconds` (at most 1). Raises
     `RedisError`."""
     try:
         response = consumer().xreadgroup(

@@ -1,5 +1,5 @@
 """Conditions on a record, written once: Python checks them on an object, the database in a WHERE
-(`agents.lifecycle.sql.as_q`). Times are compared with the clock of the record's keeper."""
+(`agents.lifecycle.sql.as_q`). Times are of the database's clock."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -56,7 +56,7 @@ BACKOFF = timedelta(seconds=1)
 MAX_BACKOFF = timedelta(seconds=60)
 # The time of an attempt that begins late, because no worker was free for a while.
 LATE_ATTEMPT = timedelta(seconds=30)
-# A process that waits by one clock for a time of another may come a little early.
+# A process that waits by one clock for a time of another may wake a little early.
 CLOCK_SLACK = timedelta(seconds=0.05)
 # A worker ends its overdue run itself, at the next token; one that is stuck does not.
 OVERDUE_GRACE = timedelta(seconds=1)
@@ -159,8 +159,8 @@ def time_to_deadline(run: State, now: datetime) -> timedelta:
 
 
 def time_left(run: State, now: datetime, rules: Rules) -> timedelta:
-    """Return the rest of the time of the present attempt. One that begins late gets a little all the
-    same, but never beyond the caller's deadline."""
+    """Return the rest of the time of the present attempt. One that begins late still gets a
+    little, but never beyond the caller's deadline."""
     spent = now - (run.started_at or now)
     own = max(rules.time - spent, min(rules.time, LATE_ATTEMPT))
     return min(own, time_to_deadline(run, now))

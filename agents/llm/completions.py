@@ -171,7 +171,7 @@ def complete(
     try:
         try:
             transport.post(sent, answer, deadline=options.deadline, on_cancel=options.on_cancel)
-        except lost as error:  # the SDK wraps only some of what goes wrong before the first byte
+        except lost as error:  # the SDK wraps only some of the errors before the first byte
             if not answer.is_complete:
                 raise _lost(error) from error
         return answer.end()

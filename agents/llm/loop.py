@@ -43,8 +43,8 @@ class Settleable(Protocol):
 
 @dataclass
 class Transcript:
-    """The steps of an attempt so far, filled as they happen, so that a failure leaves its steps. The
-    watcher is notified of each."""
+    """The steps of an attempt, recorded as they happen, so that a failure keeps them. The watcher is
+    notified of each."""
 
     steps: list[StepRecord] = field(default_factory=list)
     watcher: Watcher | None = None

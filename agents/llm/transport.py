@@ -140,7 +140,7 @@ async def _make_client() -> None:
 @functools.cache
 def _client() -> "openai.AsyncOpenAI":
     """One for the process, made in its event loop: a client costs 70 ms, most of it TLS. Retries are
-    agents.runs.execution' affair, which waits in the database and not in a worker's slot."""
+    up to agents.runs.outcomes: a run waits in the database, not in a worker's slot."""
     import openai
 
     return openai.AsyncOpenAI(

@@ -62,7 +62,7 @@ class Attempt(models.Model):
 
 
 class Step(models.Model):
-    """One call of a model or a tool, kept for every result of its attempt."""
+    """One call of a model or a tool, kept for any result of its attempt."""
 
     class Kind(models.TextChoices):
         MODEL = "model"

@@ -40,7 +40,7 @@ class Event(models.Model):
     )
     # Of an outcome without an attempt: True until the rollups have counted it. Empty for all others.
     to_count = models.BooleanField(null=True, editable=False)
-    # Of an outcome: whether webhook deliveries are still to be made of it (agents.events.hooks).
+    # Of an outcome: True until its webhook deliveries are created (agents.events.hooks).
     to_deliver = models.BooleanField(null=True, editable=False)
 
     objects = EventQuerySet.as_manager()

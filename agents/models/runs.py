@@ -92,11 +92,11 @@ class RunQuerySet(models.QuerySet["Run"]):
         return claimable
 
     def undispatched(self) -> "RunQuerySet":
-        """Keep claimable runs that have not been dispatched since they were last queued."""
+        """Filter claimable runs that were not dispatched, or not since their worker was lost."""
         return self.claimable().matching(states.UNDISPATCHED)
 
     def dispatch_lost(self) -> "RunQuerySet":
-        """Keep those too that were dispatched so long ago that the task must be lost."""
+        """Filter these, and runs dispatched so long ago that the task must be lost."""
         return self.claimable().matching(states.DISPATCH_LOST)
 
     def unchanged(self, run: "Run") -> "RunQuerySet":
@@ -178,7 +178,7 @@ class Run(models.Model):
     asker = models.CharField(
         max_length=MAX_NAME_LENGTH,
         blank=True,
-        db_default="",
+        db_default="",  # for processes of the previous version during a rollout
         help_text="The user, as limits name them: a Matrix id, or a user name.",
     )
     request_id = models.CharField(

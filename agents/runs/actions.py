@@ -48,9 +48,9 @@ def _reread(run: Run) -> bool:
 
 
 def merge_queued(run: Run) -> None:
-    """Have a new run answer the queued runs before it in its thread too, those of the same place and
-    command alone: the answer goes to one place. They end as cancelled and name the run that answers; a
-    run that a worker has claimed goes on."""
+    """Have a new run answer the queued runs before it in its thread too, if they are of the same place,
+    to which the answer goes, and of the same command. They end as cancelled and name the run that
+    answers; a run that a worker has claimed goes on."""
     if run.command != CHAT_REPLY:
         return
     queued = Run.objects.unfinished().filter(

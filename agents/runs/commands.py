@@ -1,8 +1,8 @@
 """Commands of bots: functions of this project, and HTTP calls of other programs.
 
-An app adds commands with functions under `@command("name")` in its `commands.py`, which is loaded by
-itself. A worker executes a command as a run, with the guarantees of a run: after a crash it may be
-executed again, and its answer is recorded once.
+An app adds commands with functions under `@command("name")` in its `commands.py`, which is loaded
+automatically. A worker executes a command as a run, with the guarantees of a run: after a crash it
+may be executed again, and its answer is recorded once.
 """
 
 import time

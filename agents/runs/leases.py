@@ -83,7 +83,7 @@ class Heartbeat:
 
     @contextmanager
     def hold(self, run: Run) -> Iterator[Lease]:
-        """Renew the lease of a run just claimed during the block."""
+        """Keep the lease of a run that was just claimed, for the duration of the block."""
         lease = Lease(run)
         with self._lock:
             self._leases.add(lease)

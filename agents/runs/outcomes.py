@@ -51,7 +51,7 @@ def overdue() -> completions.LLMError:
 
 
 def with_database_retry(record: Callable[[], bool]) -> bool:
-    """Execute a transaction, again for a while if the database is unavailable: it must not be lost."""
+    """Execute a transaction that must not be lost; retry for a while if the database is unavailable."""
     give_up = time.monotonic() + RECORD_PATIENCE_SECONDS
     pause = 0.1
     while True:
@@ -98,7 +98,7 @@ def complete(run: Run, answer: str, transcript: loop.Transcript) -> bool:
 
 
 def fail_or_retry(run: Run, error: completions.LLMError, transcript: loop.Transcript) -> bool:
-    """Record a failure, or schedule another attempt. Return False always."""
+    """Record a failure, or schedule another attempt. Always return False."""
     if states.out_of_time(run.state, run.clock()):
         error = overdue()
     failed = states.Failed(

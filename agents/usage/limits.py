@@ -4,7 +4,7 @@ bytes, tokens and cost a day.
 Rate, unfinished runs and bytes are checked in the transaction that accepts a message, by one
 conditional UPDATE of the scope's row: exact, however many messages arrive at once. Tokens and cost are
 reserved before each call of a model and corrected with the outcome; after a crash in between the
-estimate stays counted. What has no limit costs no query.
+estimate stays counted. A user or room without limits costs no query.
 """
 
 from collections.abc import Iterable
@@ -192,8 +192,8 @@ def _now() -> str:
 
 
 def _admit_locked(scope: Scope, step: int, size: int) -> None:
-    """Check again with the row locked, where it is missing or refused: no other message of the scope is
-    accepted while its runs are counted."""
+    """Check again with the row locked, if it was missing or a limit may be reached: no other message of
+    the scope is accepted while its runs are counted."""
     limits, rows = scope.limits, Pace.objects.filter(pk=scope.key)
     Pace.objects.bulk_create([Pace(pk=scope.key)], ignore_conflicts=True)
     now = RawSQL(_now(), (), output_field=BigIntegerField())  # noqa: S611

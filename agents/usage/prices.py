@@ -8,7 +8,7 @@ from lib import process
 from lib.cache import TimedCache
 from lib.formats import COST_UNITS
 
-# A new price holds for what is recorded from this much later on.
+# A changed price takes effect after at most this time.
 REFRESH_SECONDS = 30.0
 
 

@@ -173,7 +173,7 @@ class Source:
 
     rows: models.QuerySet[Any, Any]
     read: Callable[[dict[str, Any]], CountedOutcome]
-    thread: str = "run__thread"  # the way to it
+    thread: str = "run__thread"  # its lookup
 
     def settled(self) -> "Source":
         """Exclude the rows that may still change."""
@@ -205,7 +205,7 @@ def _fold(source: Source, batch: int) -> int:
 
 
 def _lock() -> None:
-    """Wait for another process that counts, and then read what it has written."""
+    """Lock the rollups: a second process waits here, then reads what the first has written."""
     if not RollupState.objects.filter(pk=1).update(folded_at=timezone.now()):
         RollupState.objects.bulk_create(
             [RollupState(pk=1, folded_at=timezone.now())], ignore_conflicts=True

@@ -95,8 +95,8 @@ class Maintenance:
 def sweep_runs() -> int:
     """Dispatch due runs that no worker has, fairly between users. Return their number.
 
-    None while Celery's queue is long: it may hold them, and dispatching them repeatedly would make it
-    longer still.
+    While Celery's queue is long it dispatches none: the queue may hold them, and dispatching them
+    repeatedly would make it longer still.
     """
     free = dispatch.shortfall()
     if not free:
