@@ -34,7 +34,7 @@ class Stack:
 
 
 def running() -> Stack | None:
-    """Return the stack that runs in STACK_DIR; None if it belongs to another user."""
+    """Return the stack that runs in STACK_DIR; None without one, or if it is another user's."""
     folder = Path(os.environ.get("STACK_DIR", "").strip() or settings.BASE_DIR / ".local")
     try:
         lines = shlex.split((folder / SETTINGS_FILE).read_text())

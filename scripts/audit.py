@@ -1,7 +1,7 @@
 """Look for known vulnerabilities in the locked requirements: `make audit`.
 
 pip-audit reports that all is well where it reaches no advisory service, so a service counts only if it
-knows a vulnerability that there is. Exit status: 0 if none was found or no service could be reached
+reports a known vulnerability. Exit status: 0 if none was found or no service could be reached
 (the output says which), 1 if one was found.
 """
 
@@ -30,7 +30,10 @@ def main() -> int:
     found = findings(report, locked())
     if not report:
         found = [f"pip-audit failed: {error.strip()[-500:]}"]
-    print("\n".join(found) or f"{len(locked())} packages audited by {service}: nothing is known.")
+    print(
+        "\n".join(found)
+        or f"{len(locked())} packages audited by {service}: no known vulnerabilities."
+    )
     return 1 if found else 0
 
 
@@ -41,7 +44,7 @@ def locked() -> dict[str, str]:
 
 
 def findings(report: dict[str, Any], required: dict[str, str]) -> list[str]:
-    """Return what is wrong by a report of pip-audit: vulnerabilities, and packages that it skipped."""
+    """Return the problems in a report of pip-audit: vulnerabilities, and packages that it skipped."""
     dependencies = report.get("dependencies", [])
     audited = {
         _normalized(each["name"]): each.get("version")

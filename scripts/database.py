@@ -56,7 +56,7 @@ def make_admin(password_file: Path) -> None:
 
 
 def write_settings(path: Path) -> None:
-    """Write the settings that scripts/ready.py and scripts/rooms.py need, which import no Django."""
+    """Write the settings for scripts/ready.py and scripts/rooms.py, which import no Django."""
     known = {
         "stream": settings.REDIS_STREAM_KEY,
         "bot_group": settings.BOT_RUNNER_CONSUMER_GROUP,

@@ -85,7 +85,7 @@ class ForwardingServer(socketserver.ThreadingTCPServer):
 
 
 def answer(there: socket.socket, client: socket.socket) -> None:
-    """Copy the response until the server ends it, then end both sides."""
+    """Copy the response until the server ends it, then end both sides, even if the client goes on."""
     copy(there, client)
     end(there, client)
 

@@ -25,7 +25,7 @@ escaped="${username//\\/\\\\}"
 escaped="${escaped//\"/\\\"}"
 body="{\"data\":{\"type\":\"bot-registration\",\"attributes\":{\"username\":\"$escaped\"}}}"
 
-# The token goes in by the configuration, because everybody can read a command line.
+# The token is passed as configuration, because other users can read the command line.
 if ! answer="$(
   printf 'header = "Authorization: Bearer %s"\n' "$jwt" |
     curl --config - --silent --show-error --connect-timeout 5 --max-time 30 \

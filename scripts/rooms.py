@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def wait_for_pages() -> None:
-    """Wait until the web server answers, or until it is clear that the rooms do not delay it."""
+    """Wait until the web server answers, for a minute at most: the rooms must not delay it."""
     deadline = time.monotonic() + PATIENCE_SECONDS
     while ready.web_problem(ready.PORT) and time.monotonic() < deadline:
         time.sleep(0.2)

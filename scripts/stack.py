@@ -244,7 +244,7 @@ def wants_matrix() -> bool:
         sys.exit(f"STACK_MATRIX={value!r}: use true or false.")
     if value == "false":
         return False
-    # scripts/rooms.py runs that command, once the pages answer.
+    # STACK_INSTALL_HOMESERVER is a command: scripts/rooms.py runs it once the pages answer.
     if setting("MATRIX_URL") or setting("STACK_INSTALL_HOMESERVER"):
         return True
     if importlib.util.find_spec("synapse"):
