@@ -313,8 +313,8 @@ class Run(models.Model):
 
     @property
     def answers_others(self) -> bool:
-        """Return whether a message of another user was merged into this run, who has no answer
-        without it."""
+        """Return whether a message of another user was merged into this run, so that the other has
+        no answer without it."""
         run_ids = [self.pk]
         while run_ids:
             merged = Run.objects.filter(merged_into__in=run_ids)
