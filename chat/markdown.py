@@ -23,8 +23,8 @@ TAGS = {
 ATTRIBUTES = {"*": set(), "a": {"href"}, "ol": {"start"}, "code": {"class"}}
 # Deeper nesting is left out.
 MAX_NESTING = 20
-# Longer text, or text that takes more steps, is shown as plain text. A line, a token and the test of a
-# special character are a step each, of some 10 microseconds.
+# Longer text, or text that takes more steps, is shown as plain text. Each line, token and test of a
+# special character is one step, of about 10 microseconds.
 MAX_LENGTH = 50_000
 MAX_STEPS = 20_000
 # A table row is padded to the number of columns in its header, so short rows can make many cells. A
@@ -90,7 +90,7 @@ def _table(state: StateBlock, line: int, end: int, silent: bool) -> bool:
         return silent and table(state, line, end, True)
     columns = sum(map(bool, map(str.strip, getLine(state, line + 1).split("|"))))
     limit = state.env["cells"] // columns
-    # The lines up to the next empty one are rows, nearly always.
+    # Nearly always, the lines up to the next empty one are rows.
     rows = 0
     while rows <= limit and line + rows < end and not _ends_a_table(state, line + rows):
         rows += 1

@@ -1,8 +1,8 @@
 """Runs, threads and messages as JSON: the one place that names the fields of the API.
 
-It is no HTTP edge, so webhooks import it without one; docs/openapi.yaml is derived from its types. An
-annotation holds the JSON Schema keywords of a field. Functions and typed dicts rather than serializers:
-each frame of a stream is made by them.
+It does not depend on HTTP, so webhooks can import it; docs/openapi.yaml is derived from its types. An
+annotation holds the JSON Schema keywords of a field. Functions and typed dicts, not serializers, which
+would be too slow for the frames of streams.
 """
 
 from datetime import datetime

@@ -1,5 +1,5 @@
-"""States of workers and bots, judged by their progress and not by their presence. By the database's
-clock, which they write their times with."""
+"""States of workers and bots, judged by their progress and not by their presence. Times are compared
+with the database's clock, by which they were written."""
 
 from dataclasses import dataclass
 from datetime import datetime, timedelta

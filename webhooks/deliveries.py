@@ -67,7 +67,7 @@ def fan_out() -> int:
     events = _next_events()
     if not events:
         return 0
-    # The age of the memberships is checked when a delivery is sent.
+    # The age of the last sync is checked when a delivery is sent.
     members = RoomMember.objects.filter(room__membership=Room.Membership.JOINED)
     subscriptions = Subscription.objects.enabled()
     audience = _Audience([event.run for event in events], subscriptions, members)

@@ -111,7 +111,7 @@ class Subscription(models.Model):
         ordering = ["created_at", "id"]
         permissions = [("switch_subscription", "Can enable and disable webhooks")]
         indexes = [
-            # deliveries.needs_delivery(), with each outcome: those there are.
+            # deliveries.needs_delivery(), for each type.
             models.Index(
                 fields=["on_completed", "on_failed", "on_cancelled"],
                 name="subscription_enabled",

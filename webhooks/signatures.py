@@ -1,4 +1,5 @@
-"""Signatures by Standard Webhooks, https://www.standardwebhooks.com; receivers find libraries there."""
+"""Signatures as in Standard Webhooks, https://www.standardwebhooks.com, which has libraries for
+receivers."""
 
 import base64
 import hashlib

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 FRESH_SECONDS = 1.0
 # After this, an active stream requests a check in the background, so that no frame waits for one.
 RENEW_SECONDS = 0.8
-# After the start of a stream, whose request may have missed a revocation.
+# Between the start of a stream and its first check: its request may have missed a revocation.
 FIRST_SECONDS = 0.5
 # Between two checks; requests made meanwhile share one.
 PAUSE_SECONDS = 0.05

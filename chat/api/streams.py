@@ -140,14 +140,14 @@ def requested_event_id(request: Request) -> EventId | None:
         return None
     match = EVENT_ID.match(value)
     if not match:
-        raise exceptions.ParseError("Not an id of an event of a run.")
+        raise exceptions.ParseError("Not the id of an event of a run.")
     return EventId(int(match[1]), END if match[2] == "end" else int(match[2]))
 
 
 def requested_number(request: Request) -> int:
     value = _after(request) or "0"
     if not (value.isascii() and value.isdigit() and len(value) <= 9):
-        raise exceptions.ParseError("Not an id of an event of a thread.")
+        raise exceptions.ParseError("Not the id of an event of a thread.")
     return int(value)
 
 

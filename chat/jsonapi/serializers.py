@@ -240,7 +240,7 @@ class ResourceSerializer(serializers.ModelSerializer):
 
     @classmethod
     def own_rows(cls, threads: ThreadQuerySet) -> QuerySet[Any]:
-        """Return the rows of the reader's own threads, likewise."""
+        """Return the rows of `threads`, the reader's own, in the same form."""
         raise NotImplementedError
 
 

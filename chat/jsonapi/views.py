@@ -28,8 +28,8 @@ from lib.jsonapi.views import JSONAPIView
 
 
 class ResourcesView(CallerScopedView, JSONAPIView):
-    """Base of the views of a `serializer_class`. Related resources also set their `parent` and the
-    `relation` that leads to them."""
+    """Base of the views of a `serializer_class`. Views of related resources also set the `parent` and
+    its `relation` to them."""
 
     serializer_class: type[ResourceSerializer]
     renderer_classes = [DocumentRenderer, DocumentJSONRenderer]

@@ -80,7 +80,7 @@ class UsageAdmin(ReadOnlyAdmin):
 
 
 def _use(use: limits.LimitUse, currency: str) -> dict[str, Any]:
-    """Return usage and limit as text; empty where there is no limit."""
+    """Return usage and limit as text; empty without a limit."""
 
     def of(used: Any, limit: Any) -> str:
         return f"{used} of {limit}"
