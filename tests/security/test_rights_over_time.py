@@ -258,7 +258,7 @@ def test_no_token_is_told_a_second_after_the_loss_without_redis(
                 for number in range(1, 10_000):
                     feed.publish("step.started", {"step": number, "at": time.monotonic()})
                     await in_thread(feed.finish)
-                    if response.over:
+                    if response.ended:
                         break
                     await asyncio.sleep(0.02)
             events = await response.until("stream.closed")
@@ -319,7 +319,7 @@ def test_the_streams_of_others_stay_open(redis: Redis) -> None:
             await in_thread(deactivate, scene)
             assert (await last_event(hers)).type == "stream.closed"
             await in_thread(lambda: factories.ask("More", owner=bob, thread_id=bobs.run.thread_id))
-            assert not his.over
+            assert not his.ended
 
     go(play())
 
