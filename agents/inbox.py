@@ -116,7 +116,7 @@ class Submission:
     threads: ThreadQuerySet
     owner: User | None = None
     # The user whose limits apply, if not the owner.
-    asker: str | None = None
+    requester: str | None = None
     # An id that was never used creates a thread: of `owner`, or of the room `room_id`.
     thread_id: str | None = None
     room_id: str = ""
@@ -202,11 +202,11 @@ def submit(submission: Submission) -> Accepted:
         model=model,
         correlation_id=correlation_id or str(uuid.uuid4()),
     )
-    asker = submission.asker or limits.asker_of(owner)
+    requester = submission.requester or limits.requester_of(owner)
     try:
         with transaction.atomic():
             _check_limits(
-                asker,
+                requester,
                 submission.place,
                 submission.command,
                 model,
@@ -215,7 +215,7 @@ def submit(submission: Submission) -> Accepted:
             )
             if key:
                 _store_key(key, fingerprint, accepted)
-            began_thread = _write(submission, accepted, asker, deadline)
+            began_thread = _write(submission, accepted, requester, deadline)
     except IntegrityError:
         # A concurrent request with the same key was first.
         if key and (earlier := _repeat(key, fingerprint)):
@@ -240,7 +240,7 @@ def retry(run: Run) -> bool:
         return False
     try:
         with transaction.atomic():
-            _check_limits(run.asker, run.place, run.command, run.model, content, run.input)
+            _check_limits(run.requester, run.place, run.command, run.model, content, run.input)
             if not actions.retry(run):
                 transaction.set_rollback(True)
                 return False
@@ -271,7 +271,7 @@ def _count(source: str, reached: limits.LimitExceeded) -> None:
 
 
 def _check_limits(
-    asker: str,
+    requester: str,
     place: str,
     command: str,
     model: str,
@@ -280,9 +280,9 @@ def _check_limits(
 ) -> None:
     """Count a message, and check the budget. Raises `limits.LimitExceeded`."""
     size = len(content.encode()) + (len(json.dumps(input)) if input else 0)
-    limits.admit(asker, place, size)
+    limits.admit(requester, place, size)
     if command == CHAT_REPLY:
-        limits.check_budget(asker, place, model, content)
+        limits.check_budget(requester, place, model, content)
 
 
 def clean_content(content: str) -> str:
@@ -335,7 +335,7 @@ def _clean_deadline(seconds: int | None) -> timedelta | None:
 
 
 def _write(
-    submission: Submission, accepted: Accepted, asker: str, deadline: timedelta | None
+    submission: Submission, accepted: Accepted, requester: str, deadline: timedelta | None
 ) -> bool:
     """Write the rows of a message, and return whether it begins its thread."""
     thread_id, policy = accepted.thread_id, submission.policy()
@@ -367,7 +367,7 @@ def _write(
         correlation_id=accepted.correlation_id,
         source=submission.source,
         place=submission.place,
-        asker=asker,
+        requester=requester,
         request_id=tracing.request_id(),
         command=submission.command,
         input=submission.input or {},

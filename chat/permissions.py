@@ -39,7 +39,7 @@ def check_may_control(run: Run, caller: User | None) -> None:
 
 
 def _is_sender(run: Run, caller: User | None) -> bool:
-    return bool(caller and caller.matrix_user_id and caller.matrix_user_id == run.asker)
+    return bool(caller and caller.matrix_user_id and caller.matrix_user_id == run.requester)
 
 
 class MayChat(BasePermission):

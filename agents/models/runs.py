@@ -36,11 +36,12 @@ STATE = [field.name for field in dataclasses.fields(states.State)]
 SEARCHED_FOR_OLDEST = 200
 
 
-# As limits.asker_of() names an account. Django would take longer to build this than to read the run.
+# As limits.requester_of() names an account. Django would take longer to build this than to read the
+# run.
 IS_OF_DEACTIVATED_ACCOUNT = RawSQL(
     """EXISTS(SELECT 1 FROM realm_user gone WHERE NOT gone.is_active AND (
-        gone.matrix_user_id = agents_run.asker
-        OR (gone.username = agents_run.asker AND gone.matrix_user_id IS NULL)))""",
+        gone.matrix_user_id = agents_run.requester
+        OR (gone.username = agents_run.requester AND gone.matrix_user_id IS NULL)))""",
     (),
     output_field=models.BooleanField(),
 )
@@ -175,7 +176,7 @@ class Run(models.Model):
         blank=True,
         help_text="The Matrix id of its room. Empty for HTTP and the stream.",
     )
-    asker = models.CharField(
+    requester = models.CharField(
         max_length=MAX_NAME_LENGTH,
         blank=True,
         db_default="",  # for processes of the previous version during a rollout
@@ -259,8 +260,8 @@ class Run(models.Model):
             # agents.usage.limits, and the share of the slots that one user may have. (The status
             # is none of the condition, for the reason above.)
             models.Index(
-                fields=["asker", "status"],
-                name="run_unfinished_of_asker",
+                fields=["requester", "status"],
+                name="run_unfinished_of_requester",
                 condition=Q(due_at__isnull=False),
             ),
             # overdue()
@@ -318,7 +319,7 @@ class Run(models.Model):
         run_ids = [self.pk]
         while run_ids:
             merged = Run.objects.filter(merged_into__in=run_ids)
-            if merged.exclude(asker=self.asker).exists():
+            if merged.exclude(requester=self.requester).exists():
                 return True
             run_ids = list(merged.values_list("pk", flat=True))
         return False

@@ -41,7 +41,7 @@ def execute(run_id: str) -> str | None:
         logger.info("Run %s was not started: the account of its user is deactivated", run.pk)
         actions.cancel(run)
         return None
-    with fairness.slot_limiter.acquire(run.asker) as free:
+    with fairness.slot_limiter.acquire(run.requester) as free:
         if not free:
             _leave_to_dispatch(run)
             return None
@@ -92,7 +92,7 @@ def _leave_to_dispatch(run: Run) -> None:
 
 
 def _attempt(run: Run, lease: leases.Lease, feed: publisher.RunFeed) -> bool:
-    budget = limits.BudgetReservation(run.asker, run.place)
+    budget = limits.BudgetReservation(run.requester, run.place)
     transcript = loop.Transcript(watcher=feed, budget=budget)
     try:
         if states.attempts_exhausted(run.state, leases.rules()):

@@ -61,4 +61,4 @@ total_slots = process.shared(TimedCache(_count_slots, SLOTS_SECONDS))
 def slots_in_use() -> dict[str, int]:
     """Return the slots of all workers that each user occupies."""
     processing = Run.objects.unfinished().filter(status=Run.Status.PROCESSING)
-    return dict(processing.order_by().values_list("asker").annotate(count=Count("pk")))
+    return dict(processing.order_by().values_list("requester").annotate(count=Count("pk")))

@@ -266,8 +266,8 @@ def _model_of(thread: Thread) -> str:
 def _budget_of(thread: Thread) -> limits.BudgetReservation:
     """Return the budget of the last user of a thread."""
     last = Run.objects.filter(thread=thread).order_by("-position")
-    asker, place = last.values_list("asker", "place").first() or ("", "")
-    return limits.BudgetReservation(asker, place)
+    requester, place = last.values_list("requester", "place").first() or ("", "")
+    return limits.BudgetReservation(requester, place)
 
 
 def _record(

@@ -92,7 +92,7 @@ class Scope:
         return bool(self.limits.messages or self.limits.unfinished or self.limits.bytes)
 
     def runs(self) -> Any:
-        column = "asker" if self.kind is Kind.USER else "place"
+        column = "requester" if self.kind is Kind.USER else "place"
         return Run.objects.unfinished().filter(**{column: self.name})
 
     def choose(self, for_user: str, for_room: str) -> str:
@@ -135,22 +135,22 @@ def limits_of(kind: Kind, own: Limit | None = None) -> Limits:
     )
 
 
-def asker_of(user: User | None) -> str:
+def requester_of(user: User | None) -> str:
     """Return the name of a user in limits, the same over HTTP and in rooms."""
     if user is None:
         return ANONYMOUS
     return user.matrix_user_id or user.username
 
 
-def scopes_of(asker: str, place: str) -> list[Scope]:
+def scopes_of(requester: str, place: str) -> list[Scope]:
     """Return the scopes of a message, in the order in which their rows are locked."""
-    names = [(Kind.USER, asker), (Kind.ROOM, place)]
+    names = [(Kind.USER, requester), (Kind.ROOM, place)]
     return [Scope(kind, name, limit_list.of(kind, name)) for kind, name in names if name]
 
 
-def admit(asker: str, place: str, size: int) -> None:
+def admit(requester: str, place: str, size: int) -> None:
     """Count a message of `size` bytes, in the transaction that accepts it. Raises `LimitExceeded`."""
-    for scope in scopes_of(asker, place):
+    for scope in scopes_of(requester, place):
         if scope.is_paced:
             _admit(scope, size)
 
@@ -252,10 +252,10 @@ def _too_much(scope: Scope, remaining: int) -> LimitExceeded:
     )
 
 
-def check_budget(asker: str, place: str, model: str, content: str) -> None:
+def check_budget(requester: str, place: str, model: str, content: str) -> None:
     """Refuse a message that exceeds today's budget already. `BudgetReservation.reserve()` checks again
     when its run starts. Raises `LimitExceeded`."""
-    scopes = [scope for scope in scopes_of(asker, place) if scope.has_budget]
+    scopes = [scope for scope in scopes_of(requester, place) if scope.has_budget]
     if not scopes or not completions.configured():
         return
     tokens, cost = _estimate(scopes, model, len(content.encode()))
@@ -331,8 +331,8 @@ class ReservedCall:
 class BudgetReservation:
     """The reservations of an attempt against the budgets of its user and room. Not thread-safe."""
 
-    def __init__(self, asker: str, place: str) -> None:
-        self._owners = (asker, place)
+    def __init__(self, requester: str, place: str) -> None:
+        self._owners = (requester, place)
         self._scopes: list[Scope] = []
         self._day: date | None = None
         # To be added to the database.
@@ -434,7 +434,7 @@ def nearest(count: int) -> list[LimitUse]:
     """Return the scopes nearest to their limits, among those with the highest use."""
     candidates = 10 * count
     use: dict[tuple[str, str], dict[str, int]] = {}
-    for kind, column in ((Kind.USER, "asker"), (Kind.ROOM, "place")):
+    for kind, column in ((Kind.USER, "requester"), (Kind.ROOM, "place")):
         unfinished = Run.objects.unfinished().exclude(**{column: ""}).order_by()
         numbers = unfinished.values_list(column).annotate(unfinished=Count("pk"))
         for name, number in numbers.order_by("-unfinished")[:candidates]:

@@ -317,7 +317,7 @@ RUN = {
     # A room's thread has no owner.
     "user": Case(
         When(run__thread__room_id="", then=F("run__thread__owner__username")),
-        default=F("run__asker"),
+        default=F("run__requester"),
     ),
     "asked_at": F("run__created_at"),
     "asked_again_at": F("run__retried_at"),

@@ -103,7 +103,7 @@ class Consumer:
                     inbox.Submission(
                         content=event.text("prompt"),
                         source=Run.Source.STREAM,
-                        asker=limits.PROGRAMS,
+                        requester=limits.PROGRAMS,
                         threads=Thread.objects.outside_rooms().exclude(owner__is_active=False),
                         thread_id=event.optional_text("threadId"),
                         model=event.optional_text("model"),

@@ -100,9 +100,9 @@ class Dispatcher:
 def dispatch_fairly(runs: RunQuerySet, free: int) -> int:
     """Dispatch up to `free` of these runs, users with few active runs first. Return their number."""
     fairness.backlog.clear()
-    number = Window(RowNumber(), partition_by=F("asker"), order_by=["due_at", "pk"])
+    number = Window(RowNumber(), partition_by=F("requester"), order_by=["due_at", "pk"])
     numbered = runs.annotate(number=number).order_by("number", "due_at")
-    rows = list(numbered.values_list("pk", "asker", "number")[:CANDIDATES])
+    rows = list(numbered.values_list("pk", "requester", "number")[:CANDIDATES])
     if not rows:
         return 0
     in_use = fairness.slots_in_use()

@@ -107,7 +107,7 @@ def _submit(
         source=Run.Source.MATRIX,
         threads=Thread.objects.filter(room_id=row.room.room_id),
         # The command may belong to the bot: limits apply to the sender.
-        asker=event.sender,
+        requester=event.sender,
         place=row.room.room_id,
         room_id=row.room.room_id,
         received_at=row.created_at,

@@ -118,7 +118,7 @@ class TestTokens:
         settings.LIMIT_USER_TOKENS_PER_DAY = 5000
         run = factories.ask()
         # A worker that dies after it has begun the call.
-        limits.BudgetReservation(run.asker, run.place).reserve(run.model, 300)
+        limits.BudgetReservation(run.requester, run.place).reserve(run.model, 300)
         assert spent() == OUTPUT + 101
         execution.execute(run.pk)
         assert spent() == OUTPUT + 101 + used(run)
@@ -145,11 +145,11 @@ class TestTokens:
 
     def test_a_room_has_a_budget_whoever_asks_there(self, model: FakeLLM, settings: Any) -> None:
         settings.LIMIT_ROOM_TOKENS_PER_DAY = 1100
-        execution.execute(factories.ask(asker="alice", place="!room").pk)
+        execution.execute(factories.ask(requester="alice", place="!room").pk)
         Spending.objects.update(tokens=1000)
         with pytest.raises(inbox.Limited, match="This room's daily budget of 1,100 tokens"):
-            factories.ask(asker="bob", place="!room")
-        factories.ask(asker="bob", place="!other")
+            factories.ask(requester="bob", place="!room")
+        factories.ask(requester="bob", place="!other")
 
     def test_what_calls_no_model_needs_no_budget(self, model: FakeLLM, settings: Any) -> None:
         settings.LIMIT_USER_TOKENS_PER_DAY = 1
@@ -160,7 +160,7 @@ class TestTokens:
     def test_summaries_are_paid_for_by_who_asked_last(self, model: FakeLLM, settings: Any) -> None:
         settings.LIMIT_USER_TOKENS_PER_DAY = 100_000
         thread = factories.conversation(20)
-        Run.objects.update(asker="alice")
+        Run.objects.update(requester="alice")
         Thread.objects.update(summary_due_at=thread.created_at)
         summary = memory.summarise(thread.pk)
         assert summary is not None

@@ -25,8 +25,8 @@ def small(settings: Any) -> None:
     settings.CELERY_WORKER_CONCURRENCY = 4
 
 
-def ask(asker: str, times: int = 1, **extra: Any) -> list[str]:
-    return [factories.ask(asker=asker, **extra).pk for _ in range(times)]
+def ask(requester: str, times: int = 1, **extra: Any) -> list[str]:
+    return [factories.ask(requester=requester, **extra).pk for _ in range(times)]
 
 
 def again(consumer: Consumer) -> None:

@@ -23,7 +23,7 @@ def _history() -> None:
     # Indexes are alike to PostgreSQL while there is nothing in any of them.
     newest = Thread.objects.order_by("-created_at")[:2]
     Run.objects.filter(thread__in=list(newest)).update(
-        status=Run.Status.QUEUED, due_at=timezone.now(), asker="@alice:localhost"
+        status=Run.Status.QUEUED, due_at=timezone.now(), requester="@alice:localhost"
     )
     now = timezone.now()
     Event.objects.bulk_create(

@@ -117,7 +117,7 @@ def test_each_user_has_a_limit_of_its_own(settings: Any) -> None:
 
 def test_who_asks_in_a_room_and_over_http_has_one_limit(settings: Any) -> None:
     settings.LIMIT_USER_MESSAGES_PER_MINUTE = 1
-    factories.ask(asker="@alice:localhost", place="!room", source=Run.Source.MATRIX)
+    factories.ask(requester="@alice:localhost", place="!room", source=Run.Source.MATRIX)
     with pytest.raises(inbox.Limited):
         factories.ask(owner=factories.user("alice"))
 
@@ -125,10 +125,10 @@ def test_who_asks_in_a_room_and_over_http_has_one_limit(settings: Any) -> None:
 def test_a_room_has_a_limit_whoever_asks_there(settings: Any) -> None:
     settings.LIMIT_ROOM_MESSAGES_PER_MINUTE = 2
     for name in ("alice", "bob"):
-        factories.ask(asker=f"@{name}:localhost", place="!room")
+        factories.ask(requester=f"@{name}:localhost", place="!room")
     with pytest.raises(inbox.Limited, match="This room may send 2 messages a minute"):
-        factories.ask(asker="@carol:localhost", place="!room")
-    factories.ask(asker="@carol:localhost", place="!other")
+        factories.ask(requester="@carol:localhost", place="!room")
+    factories.ask(requester="@carol:localhost", place="!other")
 
 
 class TestWaiting:
@@ -160,9 +160,9 @@ class TestWaiting:
     def test_those_of_a_room_are_counted_together(self, settings: Any) -> None:
         settings.LIMIT_ROOM_RUNS_UNFINISHED = 2
         for name in ("alice", "bob"):
-            factories.ask(asker=name, place="!room")
+            factories.ask(requester=name, place="!room")
         with pytest.raises(inbox.Limited, match="This room has 2 messages waiting"):
-            factories.ask(asker="carol", place="!room")
+            factories.ask(requester="carol", place="!room")
 
     def test_those_from_before_somebody_was_forgotten_still_count(self, settings: Any) -> None:
         settings.LIMIT_USER_RUNS_UNFINISHED = 1

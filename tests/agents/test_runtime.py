@@ -87,7 +87,7 @@ class TestPublishing:
         assert told["type"] == "agent.run.completed"
         assert told["payload"]["requestEventId"] == entries(redis)[0]["id"]
 
-    def test_a_redis_that_is_away_costs_the_asker_nothing(self, settings: Any) -> None:
+    def test_a_redis_that_is_away_costs_the_requester_nothing(self, settings: Any) -> None:
         run = factories.ask("Hi")
 
         assert Run.objects.get() == run
@@ -406,7 +406,7 @@ class TestSweep:
         running.tick()
         assert len(done) == 2
 
-    def test_the_clock_of_the_asker_does_not_count(self, monkeypatch: Any) -> None:
+    def test_the_clock_of_the_requester_does_not_count(self, monkeypatch: Any) -> None:
         ahead = timezone.now() + timedelta(minutes=5)
         monkeypatch.setattr("django.utils.timezone.now", lambda: ahead)
         run = factories.ask()

@@ -92,10 +92,10 @@ class TestDay:
     def test_a_room_has_its_own_and_what_fired_a_command_counts(self, settings: Any) -> None:
         settings.LIMIT_ROOM_BYTES_PER_DAY = 30
         for name in ("alice", "bob"):
-            factories.ask("12345", asker=f"@{name}:localhost", place="!room", input={"a": 1})
+            factories.ask("12345", requester=f"@{name}:localhost", place="!room", input={"a": 1})
         with pytest.raises(inbox.Limited, match="This room may send 30 bytes a day"):
-            factories.ask("12345", asker="@carol:localhost", place="!room", input={"a": 1})
-        factories.ask("12345", asker="@carol:localhost", place="!other")
+            factories.ask("12345", requester="@carol:localhost", place="!room", input={"a": 1})
+        factories.ask("12345", requester="@carol:localhost", place="!other")
 
     def test_asking_again_counts(self, settings: Any) -> None:
         settings.LIMIT_USER_BYTES_PER_DAY = 9

@@ -55,7 +55,7 @@ def test_a_message_that_passes_a_filter_becomes_a_run() -> None:
     assert run.input["roomId"] == ROOM
     assert run.message.content == "How are you?"
     assert run.replies.get().status == Reply.Status.WAITING
-    assert (run.thread.owner, run.thread.room_id, run.asker) == (None, ROOM, ALICE)
+    assert (run.thread.owner, run.thread.room_id, run.requester) == (None, ROOM, ALICE)
 
 
 def test_the_same_event_is_taken_in_once() -> None:

@@ -404,4 +404,4 @@ class TestLimits:
         settings.LIMIT_USER_MESSAGES_PER_MINUTE = 1
         command(ME)
         take_in(session(), event("one"), event("two", sender=BOB))
-        assert set(Run.objects.values_list("asker", flat=True)) == {ALICE, BOB}
+        assert set(Run.objects.values_list("requester", flat=True)) == {ALICE, BOB}

@@ -36,9 +36,9 @@ def test_an_admin_gives_a_user_a_limit_and_takes_it_away(settings: Any) -> None:
     assert AuditEntry.objects.filter(object_id=str(limit.pk)).exists()
 
     limits.limit_list.reset()
-    factories.ask(asker="@alice:localhost")
+    factories.ask(requester="@alice:localhost")
     with pytest.raises(inbox.Limited):
-        factories.ask(asker="@alice:localhost")
+        factories.ask(requester="@alice:localhost")
     page = admin.get("/admin/agents/limit/").content.decode()
     assert "@alice:localhost" in page
 
@@ -55,8 +55,8 @@ def test_the_page_of_usage_tells_who_is_near_to_a_limit(settings: Any) -> None:
     settings.LIMIT_USER_RUNS_UNFINISHED = 4
     settings.LIMIT_ROOM_TOKENS_PER_DAY = 1000
     for _ in range(4):
-        factories.ask(asker="@alice:localhost", place="!room:localhost")
-    factories.ask(asker="@bob:localhost")
+        factories.ask(requester="@alice:localhost", place="!room:localhost")
+    factories.ask(requester="@bob:localhost")
     Spending.objects.create(scope="room:!room:localhost", day=today(), tokens=900)
 
     page = " ".join(signed_in("Viewer").get(USAGE).content.decode().split())

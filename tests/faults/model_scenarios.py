@@ -1,4 +1,5 @@
-"""Rows 23 to 29 of the fault matrix: the model endpoint misbehaves. And 36, 37 and 39: so do askers."""
+"""Rows 23 to 29 of the fault matrix: the model endpoint misbehaves. And 36, 37 and 39: so do
+requesters."""
 
 from __future__ import annotations
 

@@ -427,7 +427,7 @@ class TestRefusals:
                 submission = inbox.Submission(
                     content=f"{number}",
                     source=Run.Source.STREAM,
-                    asker=limits.PROGRAMS,
+                    requester=limits.PROGRAMS,
                     threads=Thread.objects.all(),
                 )
                 inbox.submit(submission)

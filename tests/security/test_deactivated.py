@@ -122,7 +122,7 @@ class TestInRooms:
 
 
 class TestRuns:
-    """A run that was asked before is not begun: the asker is checked when it would be."""
+    """A run that was asked before is not begun: the requester is checked when it would be."""
 
     @pytest.mark.parametrize("named", ["Matrix id", "user name"])
     def test_that_wait_are_cancelled(self, named: str) -> None:

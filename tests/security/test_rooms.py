@@ -19,10 +19,10 @@ from tests.security.world import Visitor, owned_by, visitor
 pytestmark = pytest.mark.django_db
 
 TABLE = Path(__file__).with_name("rooms.txt")
-STANDINGS = ("anonymous", "outsider", "former", "later", "member", "asker", "staff", "admin")
+STANDINGS = ("anonymous", "outsider", "former", "later", "member", "requester", "staff", "admin")
 ME, ASKER, MEMBER = scenes.ME, scenes.ALICE, scenes.BOB
 LATER, FORMER = "@later:localhost", "@former:localhost"
-IN_ROOM = {"asker": ASKER, "member": MEMBER, "later": LATER, "former": FORMER}
+IN_ROOM = {"requester": ASKER, "member": MEMBER, "later": LATER, "former": FORMER}
 Row = tuple[str, ...]
 
 
@@ -45,8 +45,8 @@ def table() -> dict[str, dict[str, Row]]:
 
 @pytest.fixture
 def ids() -> dict[str, Any]:
-    """Of a question that the asker put first in the room, and that was cancelled: it can be retried.
-    Since then one has come and one has left."""
+    """Of a question that the requester put first in the room, and that was cancelled: it can be
+    retried. Since then one has come and one has left."""
     scenes.command(ME)
     session = scenes.session()
     scenes.let_in(session, ASKER, MEMBER, FORMER)
@@ -101,7 +101,7 @@ def test_each_may_do_what_the_table_says_and_no_more(
             if came != meant:
                 wrong.append(f"{method} {route}: {came}, not {meant}")
     assert not wrong, "\n".join(wrong)
-    if standing != "asker":
+    if standing != "requester":
         assert _kept() == before
 
 
@@ -111,9 +111,9 @@ def ask(each: Visitor, route: str, method: str, ids: dict[str, Any]) -> str:
         body, kind = b"{}", "application/json"
     with transaction.atomic():
         response = each.send(method, address(route, ids), body, content_type=kind)
-        transaction.set_rollback(each.role == "asker")
+        transaction.set_rollback(each.role == "requester")
     result = "" if response.streaming else response.content.decode()
-    assert "canary" not in result or each.role in ("asker", "member"), f"{method} {route}"
+    assert "canary" not in result or each.role in ("requester", "member"), f"{method} {route}"
     return outcome(response)
 
 
@@ -127,12 +127,12 @@ def test_staff_read_it_in_the_console_by_permission(ids: dict[str, Any]) -> None
     assert "canary" in visitor("admin").send("GET", page).content.decode()
     staff = visitor("viewer")
     assert "canary" not in staff.send("GET", page).content.decode()
-    asker = User.objects.of_matrix_id(ASKER)
-    asker.is_staff = True
-    asker.save()
-    asker.groups.set(staff.user.groups.all() if staff.user else [])
-    assert roles.VIEWER in asker.groups.values_list("name", flat=True)
-    assert "canary" not in visitor_of("asker").send("GET", page).content.decode()
+    requester = User.objects.of_matrix_id(ASKER)
+    requester.is_staff = True
+    requester.save()
+    requester.groups.set(staff.user.groups.all() if staff.user else [])
+    assert roles.VIEWER in requester.groups.values_list("name", flat=True)
+    assert "canary" not in visitor_of("requester").send("GET", page).content.decode()
 
 
 def test_a_deactivated_member_reads_nothing(settings: Any, ids: dict[str, Any]) -> None:

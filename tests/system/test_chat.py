@@ -245,7 +245,7 @@ def test_redis_may_be_killed(stack: Stack) -> None:
         assert finished(stack, one["runId"])["status"] == "completed"
 
 
-def test_a_redis_that_swallows_everything_does_not_slow_the_asker(stack: Stack) -> None:
+def test_a_redis_that_swallows_everything_does_not_slow_the_requester(stack: Stack) -> None:
     finished(stack, ask(stack, "warm up")["runId"])
     redis_pid = stack.kill("redis", signal.SIGSTOP)
     try:

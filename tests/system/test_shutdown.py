@@ -103,13 +103,13 @@ def test_a_web_server_that_is_told_to_stop_answers_what_it_was_asked(
             call(stack, "POST", "/api/chat/messages", {"content": "Hi"}, Prefer="wait=55")
         )
 
-    asker = threading.Thread(target=post)
-    asker.start()
+    requester = threading.Thread(target=post)
+    requester.start()
     llm.wait_for_requests()
     old = stack.kill("web", signal.SIGTERM)
     time.sleep(0.5)  # of the three seconds that it has: until the signal is through
     may_go_on.set()
-    asker.join(timeout=120)
+    requester.join(timeout=120)
     stack.wait_restarted("web", old)
 
     [(status, told)] = answers
