@@ -49,7 +49,8 @@ class PlainJSONRenderer(BaseRenderer):
         accepted_media_type: str | None = None,
         renderer_context: Mapping[str, Any] | None = None,
     ) -> bytes:
-        return orjson.dumps(data, option=orjson.OPT_UTC_Z)
+        # A 204 has no body: bytes after it would begin the next response of the connection.
+        return b"" if data is None else orjson.dumps(data, option=orjson.OPT_UTC_Z)
 
 
 class AlwaysJSON(BaseContentNegotiation):

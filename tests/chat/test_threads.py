@@ -16,6 +16,7 @@ from agents.runs import actions, execution, memory, outcomes
 from chat.models import Message, Thread
 from realm.models import User
 from tests import factories
+from tests.chat.asgi_client import go, request
 from tests.plans import explain
 
 URL = "/api/chat/threads"
@@ -212,6 +213,19 @@ class TestChange:
 
 
 class TestDelete:
+    @pytest.mark.django_db(transaction=True)
+    def test_deletion_is_answered_without_a_body(self, redis: Any, settings: Any) -> None:
+        """By the web server: Django's test client removes the body of a 204."""
+        settings.CHAT_ALLOW_ANONYMOUS = True
+        run = factories.ask()
+
+        async def scene() -> None:
+            async with request(f"{URL}/{run.thread_id}", "DELETE") as response:
+                await response.end()
+                assert (response.status, response.body) == (204, b"")
+
+        go(scene())
+
     def test_deletion_removes_messages_and_runs(self, mine: APIClient, alice: User) -> None:
         merged = factories.ask(owner=alice)
         run = factories.ask(
