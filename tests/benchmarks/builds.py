@@ -37,6 +37,8 @@ START_SECONDS = 180
 STOP_SECONDS = 60
 # What was stopped may take so long to be gone.
 VANISH_SECONDS = 5.0
+# Variables as earlier commits call them.
+OLDER_NAMES = {"LIMIT_USER_RUNS_WAITING": "0", "LIMIT_ROOM_RUNS_WAITING": "0"}
 FINISHED = {"completed", "failed", "cancelled"}
 # What pip needs to reach its cache and its index.
 OF_PIP = ("PIP_", "SSL_CERT_", "REQUESTS_CA_", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
@@ -176,6 +178,7 @@ class Running:
             **clean_environment(self.build.tree),
             **of_pip,
             **WITHOUT_LIMITS,
+            **OLDER_NAMES,
             "PYTHON": getattr(sys, "_base_executable", sys.executable),
             "PORT": str(self.port),
             # The same one: no second port, and no process for it.
