@@ -122,6 +122,22 @@ EXAMPLES = {
 }
 
 
+DOCUMENTS = {
+    "NewMessageDocument": new_resource(
+        "messages",
+        ref("MessageAttributes"),
+        thread=requiring(
+            data={
+                "oneOf": [
+                    requiring(type={"const": "threads"}, id=text(pattern=ID)),
+                    {"type": "null"},
+                ]
+            }
+        ),
+    )
+}
+
+
 def identifier(kind: str) -> Schema:
     return record(type={"const": kind}, id=text())
 
@@ -304,12 +320,6 @@ class DocumentSchema(JsonApiAutoSchema):
 
     def _create_message(self, kind: Any) -> Schema:
         body = record("included", data=self.resource(kind), included=self._included())
-        linkage = requiring(type={"const": "threads"}, id=text(pattern=ID))
-        document = new_resource(
-            "messages",
-            ref("MessageAttributes"),
-            thread=requiring(data={"oneOf": [linkage, {"type": "null"}]}),
-        )
         example = {
             "data": {
                 "type": "messages",
@@ -322,7 +332,10 @@ class DocumentSchema(JsonApiAutoSchema):
             "summary": "Send a message",
             "tags": ["resources"],
             "parameters": [IDEMPOTENCY_KEY, *self._shape_parameters()],
-            "requestBody": {"required": True, "content": content(MEDIA_TYPE, document, example)},
+            "requestBody": {
+                "required": True,
+                "content": content(MEDIA_TYPE, ref("NewMessageDocument"), example),
+            },
             "responses": {
                 "201": response(
                     "Created; its run is queued.",

@@ -11,7 +11,7 @@ from drf_spectacular.renderers import OpenApiYamlRenderer
 from drf_spectacular.settings import patched_settings
 from drf_spectacular.validation import validate_schema
 
-from openapi import documents, plain
+from openapi import documents, plain, realm
 from openapi.parts import DOCUMENT_RESPONSES, DOCUMENT_SCHEMAS
 
 SETTINGS = {
@@ -34,7 +34,7 @@ SETTINGS = {
     ],
     "SECURITY": [{"realmToken": []}, {"session": []}],
     "APPEND_COMPONENTS": {
-        "schemas": plain.SCHEMAS | DOCUMENT_SCHEMAS,
+        "schemas": plain.SCHEMAS | DOCUMENT_SCHEMAS | realm.DOCUMENTS | documents.DOCUMENTS,
         "responses": plain.RESPONSES | DOCUMENT_RESPONSES,
         "securitySchemes": {
             "realmToken": {

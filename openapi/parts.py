@@ -57,23 +57,12 @@ def requiring(**properties: Schema) -> Schema:
 
 # Members of a resource object cannot be attributes.
 ATTRIBUTE_NAMES = {"propertyNames": {"not": {"enum": ["id", "type"]}}}
-# An unknown relationship is ignored, but must be valid.
-LINKAGE = {
-    "type": "object",
-    "properties": {"data": {"type": ["array", "null"], "maxItems": 0}},
-    "required": ["data"],
-}
 
 
 def new_resource(kind: str, attributes: Schema, **relationships: Schema) -> Schema:
     """Build the schema of a document that creates a resource."""
     data = requiring(type={"const": kind}, attributes=attributes)
-    data["properties"]["relationships"] = {
-        "type": "object",
-        "properties": relationships,
-        "propertyNames": {"pattern": "^[a-z]+$"},
-        "additionalProperties": LINKAGE,
-    }
+    data["properties"]["relationships"] = record(*relationships, **relationships)
     return requiring(data=data | {"not": {"required": ["id"]}})
 
 

@@ -15,6 +15,7 @@ from openapi.parts import (
     new_resource,
     query,
     record,
+    ref,
     requiring,
     response,
     text,
@@ -40,19 +41,58 @@ FILTER = record(
     prefix={"type": ["string", "null"], "maxLength": MAX_LENGTH, "pattern": "^[ -~]*[!-~][ -~]*$"},
     mention={"type": ["boolean", "null"]},
 )
-extend_schema_field(FILTER)(FilterField)
+extend_schema_field(ref("EventFilter"))(FilterField)
 EXAMPLE_FILTER = {
     "type": MATRIX_EVENT,
     "event_type": "m.room.message",
     "content_type": "m.text",
     "prefix": "!ask ",
 }
+TOKEN = text(minLength=1, maxLength=openid.MAX_TOKEN_LENGTH, pattern="^[!-~]+$")
 COMMON_ERRORS = (401, 406, 415, 503)
 
 
 def resource(kind: str, **attributes: Schema) -> Schema:
     """Build the schema of a document that creates a resource."""
     return new_resource(kind, requiring(**attributes) | ATTRIBUTE_NAMES)
+
+
+def identifier_document(kind: str) -> Schema:
+    """Build the schema of a document that names a resource to delete."""
+    return requiring(data=requiring(type={"const": kind}, id=text(format="uuid")))
+
+
+# Bodies with a name, after which generated clients name their types.
+DOCUMENTS = {
+    "EventFilter": FILTER,
+    "NewSession": requiring(access_token=TOKEN),
+    "NewSessionDocument": resource("server-session", access_token=TOKEN),
+    "NewBotRegistration": resource(
+        "bot-registration", username=text(pattern="^@[!-9;-~]+:[A-Za-z0-9.-]+$")
+    ),
+    "NewBotCommand": resource(
+        "bot-command",
+        botId=text(format="uuid"),
+        command=text(minLength=1, maxLength=BotCommand._meta.get_field("command").max_length),
+        filter=ref("EventFilter"),
+    ),
+    "NewWebhookSubscription": new_resource(
+        "webhook-subscription",
+        {
+            "type": "object",
+            "properties": {
+                "url": text(maxLength=2000, pattern="^https://"),
+                "botId": {"type": ["string", "null"], "format": "uuid"},
+                "events": many(text(enum=list(EVENTS))) | {"minItems": 1},
+            },
+            "required": ["url"],
+            **ATTRIBUTE_NAMES,
+        },
+    ),
+    "BotRegistrationIdentifier": identifier_document("bot-registration"),
+    "BotCommandIdentifier": identifier_document("bot-command"),
+    "WebhookSubscriptionIdentifier": identifier_document("webhook-subscription"),
+}
 
 
 def create(
@@ -99,11 +139,10 @@ def delete(name: str, kind: str, *, in_body: bool) -> Schema:
     }
     if not in_body:
         return operation | {"parameters": [in_path("id", text(format="uuid"))]}
-    identifier = {"type": {"const": kind}, "id": text(format="uuid")}
-    document = requiring(data=requiring(**identifier))
+    document = "".join(word.capitalize() for word in kind.split("-")) + "Identifier"
     example = {"data": {"type": kind, "id": BOT_ID}}
     return operation | {
-        "requestBody": {"required": True, "content": content(MEDIA_TYPE, document, example)}
+        "requestBody": {"required": True, "content": content(MEDIA_TYPE, ref(document), example)}
     }
 
 
@@ -113,23 +152,21 @@ def fields(kind: str, *names: str) -> Schema:
 
 
 def session(schema: Any) -> Schema:
-    token = text(minLength=1, maxLength=openid.MAX_TOKEN_LENGTH, pattern="^[!-~]+$")
     operation = create(
         "openSession",
         "Exchange a Matrix OpenID token for a realm-server JWT",
-        requiring(access_token=token),
+        ref("NewSession"),
         schema.resource(SessionSerializer),
         None,
         429,
         502,
     )
-    as_document = resource("server-session", access_token=token)
     body = content(
         "application/json",
         operation["requestBody"]["content"][MEDIA_TYPE]["schema"],
         {"access_token": ACCESS_TOKEN},
     )
-    operation["requestBody"]["content"] = body | content(MEDIA_TYPE, as_document)
+    operation["requestBody"]["content"] = body | content(MEDIA_TYPE, ref("NewSessionDocument"))
     operation["security"] = []
     operation["responses"]["201"]["headers"] = {
         "Authorization": {"description": "The JWT.", "schema": text()}
@@ -141,7 +178,7 @@ def register(schema: Any) -> Schema:
     return create(
         "registerBot",
         "Register a bot for your Matrix id",
-        resource("bot-registration", username=text(pattern="^@[!-9;-~]+:[A-Za-z0-9.-]+$")),
+        ref("NewBotRegistration"),
         schema.resource(BotRegistrationSerializer),
         {"data": {"type": "bot-registration", "attributes": {"username": USER}}},
     )
@@ -154,17 +191,11 @@ def registrations(schema: Any) -> Schema:
 
 
 def add_command(schema: Any) -> Schema:
-    length = BotCommand._meta.get_field("command").max_length
-    attributes = {
-        "botId": text(format="uuid"),
-        "command": text(minLength=1, maxLength=length),
-        "filter": FILTER,
-    }
     example = {"botId": BOT_ID, "command": "chat.reply", "filter": EXAMPLE_FILTER}
     return create(
         "addCommand",
         "Add a command that a bot runs when an event matches a filter",
-        resource("bot-command", **attributes),
+        ref("NewBotCommand"),
         schema.resource(BotCommandSerializer),
         {"data": {"type": "bot-command", "attributes": example}},
     )
@@ -178,23 +209,10 @@ def commands(schema: Any) -> Schema:
 
 
 def subscribe(schema: Any) -> Schema:
-    events = many(text(enum=list(EVENTS))) | {"minItems": 1}
     operation = create(
         "subscribe",
         "Deliver the outcomes of your runs to a URL",
-        new_resource(
-            "webhook-subscription",
-            {
-                "type": "object",
-                "properties": {
-                    "url": text(maxLength=2000, pattern="^https://"),
-                    "botId": {"type": ["string", "null"], "format": "uuid"},
-                    "events": events,
-                },
-                "required": ["url"],
-                **ATTRIBUTE_NAMES,
-            },
-        ),
+        ref("NewWebhookSubscription"),
         schema.resource(NewSubscriptionSerializer),
         {"data": {"type": "webhook-subscription", "attributes": {"url": HOOK_URL}}},
     )

@@ -170,6 +170,7 @@ class LinkageView(ResourcesView):
 
 class MessagesView(CollectionView):
     serializer_class = MessageSerializer
+    relationships = frozenset({"thread"})
     http_errors = {inbox.UnknownThread: NotFound, inbox.UnknownUser: exceptions.NotAuthenticated}
 
     def handle_exception(self, exc: Exception) -> Response:

@@ -89,7 +89,19 @@ def _check_resource(data: dict[str, Any], parser_context: Any) -> None:
     for member in ("attributes", "relationships"):
         if not isinstance(data.get(member, {}), dict):
             raise BadRequest("It must be an object.", pointer=f"/data/{member}")
-    _check_fields(data.get("attributes", {}), data.get("relationships", {}))
+    relationships = data.get("relationships", {})
+    _check_fields(data.get("attributes", {}), relationships)
+    _check_relationships(relationships, parser_context["view"].relationships)
+
+
+def _check_relationships(relationships: dict[str, Any], known: frozenset[str]) -> None:
+    for name in relationships:
+        if name not in known:
+            raise BadRequest(
+                f"There is no relationship {name[:100]!r} here. "
+                + (f"Known: {', '.join(sorted(known))}." if known else "Leave it out."),
+                pointer=f"/data/relationships/{escaped(name[:100])}",
+            )
 
 
 def _check_fields(attributes: dict[str, Any], relationships: dict[str, Any]) -> None:

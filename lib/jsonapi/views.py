@@ -77,6 +77,8 @@ class JSONAPIView(GenericAPIView[Any]):
     http_errors: ClassVar[Mapping[type[Exception], type[exceptions.APIException]]] = {}
     # Beside `include` and `fields[...]`, which every view has.
     query_parameters: ClassVar[frozenset[str]] = frozenset()
+    # Relationships that a document sent to this view may have.
+    relationships: ClassVar[frozenset[str]] = frozenset()
 
     def initial(self, request: Request, *args: Any, **kwargs: Any) -> None:
         if request.method not in self.allowed_methods:

@@ -215,9 +215,6 @@ def test_a_name_stands_for_one_thing(client: Client, path: str) -> None:
     "extra",
     [
         {"relationships": {}},
-        {"relationships": {"thread": {"data": None}}},
-        {"relationships": {"threads": {"data": []}}},
-        {"relationships": {"threads": {"data": [{"type": "thread", "id": "x"}]}}},
         {"lid": "a"},
         {"meta": {"a": 1}},
         {"links": None},
@@ -229,6 +226,16 @@ def test_what_is_allowed_and_not_needed_is_passed_over(
     document = {"data": RESOURCE | extra, "meta": {"b": [1]}, "jsonapi": {"version": "1.1"}}
     for path in ALONE:
         assert client.raw("POST", path, body_at(path, document)).status_code == 201
+
+
+@pytest.mark.parametrize("linkage", [None, [], [{"type": "thread", "id": "x"}]])
+def test_unknown_relationships_are_refused(client: Client, linkage: Any) -> None:
+    document = {"data": RESOURCE | {"relationships": {"threads": {"data": linkage}}}}
+    for path in MAKERS:
+        error = only_error(client.raw("POST", path, body_at(path, document)), 400)
+        assert error["source"] == {"pointer": "/data/relationships/threads"}
+        assert "threads" in error["detail"]
+    assert nothing_is_made()
 
 
 @pytest.mark.parametrize("path", DELETERS)
