@@ -300,11 +300,12 @@ class Raw:
     body: bytes | Callable[[Call], bytes]
     status: int = 200
     content_type: str = ""
+    headers: dict[str, str] | None = None
 
     def steps(self, call: Call) -> Steps:
         body = self.body(call) if callable(self.body) else self.body
         usual = "text/event-stream" if call.stream else "application/json"
-        yield response(self.status, body, self.content_type or usual)
+        yield response(self.status, body, self.content_type or usual, self.headers)
 
 
 def call_tool(name: str, /, **arguments: Any) -> Reply:
