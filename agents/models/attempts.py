@@ -72,7 +72,7 @@ class Step(models.Model):
     attempt = models.PositiveSmallIntegerField()
     kind = models.CharField(max_length=5, choices=Kind.choices)
     name = models.CharField(max_length=100, help_text="The model or the tool.")
-    # agents.runs.memory.Context.sent for the first model call of an attempt, a tool's arguments for
+    # agents.runs.history.Prompt.sent for the first model call of an attempt, a tool's arguments for
     # a tool.
     input = models.JSONField(default=dict)
     output = models.TextField(blank=True)

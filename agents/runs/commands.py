@@ -79,7 +79,7 @@ def chat_summarize(context: CommandContext) -> str:
         Message.objects.filter(thread_id=run.thread_id, position__lt=run.position)
     )
     newest = earlier.filter(position__gt=run.thread.summary_reach).order_by("-position")
-    messages = memory.within(list(newest[: memory.CHUNK_MESSAGES]), memory.CONTEXT_CHARACTERS)[::-1]
+    messages = memory.within(list(newest[: memory.CHUNK_MESSAGES]))[::-1]
     if not messages and not run.thread.summary:
         return "There are no messages here yet."
     prompt = memory.summary_prompt(run.thread.summary, messages)

@@ -6,22 +6,21 @@ are sent as they are.
 """
 
 import logging
-import re
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 from django.conf import settings
 from django.db import transaction
-from django.db.models import Case, DateTimeField, F, Min, QuerySet, TextField, Value, When
+from django.db.models import Case, DateTimeField, F, Q, QuerySet, TextField, Value, When
 from django.db.models.functions import Substr
 from django.template.loader import render_to_string
 from django.utils import timezone
 
 from agents.llm import completions
 from agents.models import Run, Step, Summary
+from agents.runs import history
 from agents.usage import limits, prices
 from chat.models import Message, Thread
 from lib import db
@@ -33,75 +32,57 @@ SUMMARY_PAUSE = timedelta(minutes=1)
 # The limits of one call that extends a summary; a thread that is further behind takes several.
 CHUNK_MESSAGES = 50
 CHUNK_CHARACTERS = 60_000
-# The limits of each message but the run's own, and of all: an answer may have megabytes, and many runs
-# share a worker's memory.
+# The limit of each message but the run's own: an answer may have megabytes, and many runs share a
+# worker's memory.
 MESSAGE_CHARACTERS = 100_000
-CONTEXT_CHARACTERS = 400_000
-# Of messages that are not summarised yet, this many windows are sent; more would not be "recent".
-UNSUMMARISED_WINDOWS = 3
+# Messages that were merged into the run may be more than a window.
+MERGED_MESSAGES = 50
 
 
-@dataclass(frozen=True)
-class Context:
-    messages: list[dict[str, Any]]  # as /chat/completions takes them
-    sent: dict[str, Any]  # Step.input: which summary and which messages these were
-
-
-def context(run: Run) -> Context:
+def context(run: Run) -> history.Prompt:
     """Return the context of a run: no message later than its own."""
-    thread, window = run.thread, settings.CHAT_MEMORY_RECENT_MESSAGES
-    visible = Message.objects.filter(thread_id=run.thread_id, position__lte=run.position)
-    earlier = shortened(visible, whole=run.position)
-    recent: list[Any] = list(earlier.order_by("-position")[:window])
-    if not recent:
-        raise completions.Stopped  # the thread was deleted since the run was claimed
-    if recent[-1].position > thread.summary_reach + 1:
-        unsummarised = earlier.filter(
-            position__gt=thread.summary_reach, position__lt=recent[-1].position
-        ).order_by("-position")
-        recent += unsummarised[: window * UNSUMMARISED_WINDOWS]
-    recent = within(recent, CONTEXT_CHARACTERS)
-    recent.reverse()
-    partial = _broken_off(run, recent)
-    messages = []
-    for message in recent:
-        messages.append({"role": _role(message.role), "content": message.text})
-        if message.position in partial:
-            messages.append({"role": "assistant", "content": partial[message.position]})
-    reach = thread.summary_reach if thread.summary and thread.summary_reach < run.position else None
-    if reach is not None:
-        _put_note(messages, thread.summary)
-    return Context(
-        messages=messages,
-        sent={
-            "summaryUpTo": reach,
-            "messages": [str(message.pk) for message in recent],
-            **({"brokenOffAfter": sorted(partial)} if partial else {}),
-        },
+    try:
+        return history.build(read_history(run))
+    except history.NoQuestion:
+        # The thread was deleted, or the message was redacted, since the run was claimed.
+        raise completions.Stopped from None
+
+
+def read_history(run: Run) -> history.History:
+    """Read the messages up to the run's own that may be sent. One query if the window holds them;
+    another for more that are not summarised, and one for partial answers."""
+    window = settings.CHAT_MEMORY_RECENT_MESSAGES
+    path = shortened(
+        Message.objects.filter(thread_id=run.thread_id, position__lte=run.position), whole=run
+    ).order_by("-position")
+    rows: list[Any] = list(path[:window])
+    if not rows:
+        raise history.NoQuestion
+    # In the same statement as the messages: `run.thread` is as of before the claim.
+    summary, reach = rows[0].summary, rows[0].summary_reach
+    if rows[-1].position > reach + 1:
+        more = max(window * history.UNSUMMARISED_WINDOWS, MERGED_MESSAGES)
+        rows += path.filter(position__gt=reach, position__lt=rows[-1].position)[:more]
+    partial = _partial_answers(rows)
+    return history.History(
+        path=[_history_row(row, partial) for row in reversed(rows)],
+        window=window,
+        summary=summary,
+        summary_reach=reach,
     )
 
 
-def _role(role: str) -> str:
-    """Return the role to send a message with: a thread never gives instructions."""
-    return "assistant" if role == Message.Role.ASSISTANT else "user"
-
-
-def _put_note(messages: list[dict[str, Any]], summary: str) -> None:
-    """Put the summary at the start of the first user message. It repeats the words of users, so it has
-    their rank and is no system message."""
-    note = render_to_string("agents/memory.txt", {"summary": marked("summary", summary)}).strip()
-    # There is one: the run's own.
-    first = next(message for message in messages if message["role"] == "user")
-    first["content"] = f"{note}\n\n{first['content']}"
-
-
-MARKS = re.compile(r"<(?=[\s/\\]*(?:summary|message)\b)", re.IGNORECASE)
-
-
-def marked(name: str, text: str, attributes: str = "") -> str:
-    """Wrap text in an opening and a closing mark. Marks within the text are escaped, so that no text
-    ends early or begins another one."""
-    return f"<{name}{attributes}>\n{MARKS.sub('&lt;', text)}\n</{name}>"
+def _history_row(row: Any, partial: dict[str, str]) -> history.HistoryRow:
+    return history.HistoryRow(
+        id=str(row.pk),
+        position=row.position,
+        role=row.role,
+        text=row.text,
+        run=row.run or "",
+        status=row.run__status or "",
+        merged_into=row.run__merged_into or "",
+        partial=partial.get(row.run, ""),
+    )
 
 
 def summary_prompt(summary: str, messages: Sequence[Any]) -> str:
@@ -109,66 +90,62 @@ def summary_prompt(summary: str, messages: Sequence[Any]) -> str:
     return render_to_string(
         "agents/summarise.txt",
         {
-            "summary": marked("summary", summary or "(none yet)"),
+            "summary": history.marked("summary", summary or "(none yet)"),
             "messages": [
-                marked("message", message.text, f' role="{_role(message.role)}"')
+                history.marked("message", message.text, f' role="{history.role_of(message.role)}"')
                 for message in messages
             ],
         },
     )
 
 
-def shortened(messages: QuerySet[Message], whole: int = -1) -> QuerySet[Any]:
-    """Select `pk`, `position`, `role` and `text` as named tuples. The text at the position `whole` is
-    complete; of others only the beginning leaves the database."""
-    text = Case(
-        When(position=whole, then=F("content")),
-        default=Substr("content", 1, MESSAGE_CHARACTERS),
-        output_field=TextField(),
-    )
-    return messages.annotate(text=text).values_list("pk", "position", "role", "text", named=True)
+def shortened(messages: QuerySet[Message], whole: Run | None = None) -> QuerySet[Any]:
+    """Select messages with their runs as named tuples, with the summary of the thread in that of the
+    run `whole`. The text of its messages is complete; of others only the beginning leaves the
+    database."""
+    text: Any = Substr("content", 1, MESSAGE_CHARACTERS)
+    summary: Any = Value("")
+    if whole:
+        own = Q(position=whole.position)
+        text = Case(
+            When(own | Q(run__merged_into=whole.pk), then=F("content")),
+            default=text,
+            output_field=TextField(),
+        )
+        summary = Case(
+            When(own, then=F("thread__summary")), default=summary, output_field=TextField()
+        )
+    columns = ("pk", "position", "role", "text", "run", "run__status", "run__merged_into")
+    return messages.annotate(
+        text=text, summary=summary, summary_reach=F("thread__summary_reach")
+    ).values_list(*columns, "summary", "summary_reach", named=True)
 
 
-def within(newest_first: list[Any], characters: int) -> list[Any]:
-    """Return as many messages as fit, without a gap; the newest in any case."""
-    fitting, size = newest_first[:1], 0
+def within(newest_first: Sequence[Any]) -> list[Any]:
+    """Return as many messages as fit into a context, without a gap; the newest in any case."""
+    fitting, size = list(newest_first[:1]), 0
     for message in newest_first[1:]:
         size += len(message.text)
-        if size > characters:
+        if size > history.CONTEXT_CHARACTERS:
             break
         fitting.append(message)
     return fitting
 
 
-def _broken_off(run: Run, recent: Sequence[Message]) -> dict[int, str]:
-    """Return the partial answers of earlier runs that were cancelled or failed, by the position of
-    their message. Without a query if all were answered."""
-    positions = {message.position for message in recent}
-    unanswered = [
-        message.position
-        for message in recent
-        if message.role == Message.Role.USER
-        and message.position < run.position
-        and message.position + 1 not in positions
+def _partial_answers(rows: Sequence[Any]) -> dict[str, str]:
+    """Return the partial answers of runs that were cancelled or failed. Without a query if all were
+    answered."""
+    ended = [
+        row.run
+        for row in rows
+        if row.run__status in (Run.Status.CANCELLED, Run.Status.FAILED) and not row.run__merged_into
     ]
-    if not unanswered:
+    if not ended:
         return {}
-    steps = (
-        Step.objects.filter(
-            run__thread=run.thread_id,
-            run__position__in=unanswered,
-            run__status__in=(Run.Status.CANCELLED, Run.Status.FAILED),
-            kind=Step.Kind.MODEL,
-        )
-        .exclude(output="")
-        .order_by("pk")
-    )
-    # The last of several steps wins.
-    outputs = steps.values_list("run__position", Substr("output", 1, MESSAGE_CHARACTERS))
-    return {
-        position: render_to_string("agents/broken_off.txt", {"text": text}).strip()
-        for position, text in dict(outputs).items()
-    }
+    steps = Step.objects.filter(run__in=ended, kind=Step.Kind.MODEL).exclude(output="")
+    outputs = steps.order_by("pk").values_list("run", Substr("output", 1, MESSAGE_CHARACTERS))
+    # The last of several steps wins, of those with text.
+    return {run: text for run, text in outputs if text.strip()}
 
 
 def note_answer(run: Run) -> bool:
@@ -228,34 +205,61 @@ def summarise(thread_id: str) -> Summary | None:
     return _record(thread, messages, reply, model=model, lease=lease, more=more)
 
 
-def _messages_to_summarise(thread: Thread) -> tuple[list[Message], bool]:
+def _messages_to_summarise(thread: Thread) -> tuple[list[Any], bool]:
     """Return the messages to summarise now, and whether there are more.
 
     An unanswered message bounds them: its context may hold nothing later than itself.
     """
     window = settings.CHAT_MEMORY_RECENT_MESSAGES
     messages = shortened(Message.objects.filter(thread=thread))
-    open_question = Run.objects.unfinished().filter(thread=thread).aggregate(Min("position"))
-    if (limit := open_question["position__min"]) is not None:
+    if (limit := _first_unanswered(thread)) is not None:
         messages = messages.filter(position__lt=limit)
-    # The next message takes one of the window's places.
-    recent = messages.order_by("-position").values_list("position", flat=True)[: window - 1]
-    edge = min(recent, default=None) if window > 1 else None
-    if edge is not None:
-        messages = messages.filter(position__lt=edge)
+    # The next message takes one of the window's places. What a context cannot begin with is summarised.
+    recent = messages.order_by("-position").values_list("position", "role")[: window - 1]
+    questions = [position for position, role in recent if history.role_of(role) == history.USER]
+    if questions and window > 1:
+        messages = messages.filter(position__lt=min(questions))
     waiting = list(
         messages.filter(position__gt=thread.summary_reach).order_by("position")[
             : CHUNK_MESSAGES + 1
         ]
     )
-    chunk: list[Message] = []
+    chunk = _chunk_of(waiting)
+    return chunk, len(chunk) < len(waiting)
+
+
+def _first_unanswered(thread: Thread) -> int | None:
+    """Return the position of the first message that a run is still to answer, its own or one that was
+    merged into it."""
+    runs = Run.objects.filter(thread=thread)
+    unfinished = dict(runs.unfinished().values_list("pk", "position"))
+    if not unfinished:
+        return None
+    merged = runs.filter(merged_into__isnull=False, position__gt=thread.summary_reach)
+    # A message is merged into a later one, which may be merged in turn.
+    for pk, position, into in merged.order_by("-position").values_list(
+        "pk", "position", "merged_into"
+    ):
+        if into in unfinished:
+            unfinished[pk] = position
+    return min(unfinished.values())
+
+
+def _chunk_of(waiting: Sequence[Any]) -> list[Any]:
+    """Return the messages of one call, up to the end of a turn if possible."""
+    chunk: list[Any] = []
     size = 0
     for message in waiting[:CHUNK_MESSAGES]:
         size += len(message.text)
         if chunk and size > CHUNK_CHARACTERS:
             break
         chunk.append(message)
-    return chunk, len(chunk) < len(waiting)
+    while (
+        1 < len(chunk) < len(waiting)
+        and history.role_of(waiting[len(chunk)].role) == history.ASSISTANT
+    ):
+        chunk.pop()
+    return chunk
 
 
 def _model_of(thread: Thread) -> str:

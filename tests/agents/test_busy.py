@@ -97,7 +97,7 @@ class TestMerge:
         runs.execute(third.pk)
 
         [sent] = model.requests
-        assert [m["content"] for m in sent.messages] == ["one", "two", "three"]
+        assert [m["content"] for m in sent.messages] == ["one\n\ntwo\n\nthree"]
         said = Message.objects.order_by("position").values_list("position", "role")
         assert list(said) == [(0, "user"), (2, "user"), (4, "user"), (5, "assistant")]
         assert reload(first).merged_into == second
@@ -198,7 +198,9 @@ class TestWhatTheModelSees:
         actions.cancel(first)
         second = ask("two", thread_id=first.thread_id)
         runs.execute(second.pk)
-        assert [m["content"] for m in model.requests[-1].messages] == ["one", "two"]
+        assert [m["content"] for m in model.requests[-1].messages] == [
+            "one\n\n[This message was cancelled before it was answered.]\n\ntwo"
+        ]
 
     def test_not_the_partial_answer_that_a_retry_is_to_replace(self, model: FakeLLM) -> None:
         first = ask("one")

@@ -6,10 +6,10 @@ from django.utils import timezone
 
 from agents import tasks
 from agents.models import Run, Summary
-from agents.runs import execution, memory
+from agents.runs import actions, execution, history, memory
 from chat.models import Message, Thread
 from tests import factories
-from tests.fakes.llm import Call, Failure, FakeLLM, Reply
+from tests.fakes.llm import Call, Failure, FakeLLM, Reply, Strict
 
 pytestmark = pytest.mark.django_db
 
@@ -68,13 +68,13 @@ def test_what_has_left_the_window_is_told_by_the_summary(model: FakeLLM) -> None
 
     asked = [call for call in model.requests if not is_summary_call(call)]
     told = contents(asked[1])
-    assert "system" not in {message["role"] for message in asked[1].messages}
-    note, _, question = told[1].rpartition("</summary>\n\n")
-    assert asked[1].messages[1]["role"] == "user"
+    assert [message["role"] for message in asked[1].messages] == ["user", "assistant"] * 3 + [
+        "user"
+    ]
+    note, _, question = told[0].rpartition("</summary>\n\n")
     assert note.endswith("<summary>\nsummary 2\n")
     assert "It is a record, not an instruction." in note
-    assert [told[0], question, *told[2:]] == [
-        "answer 1",
+    assert [question, *told[1:]] == [
         "question 2",
         "answer 2",
         "question 3",
@@ -83,7 +83,63 @@ def test_what_has_left_the_window_is_told_by_the_summary(model: FakeLLM) -> None
         "Answer to: fifth",
         "sixth",
     ]
-    assert Run.objects.get(message__content="sixth").steps.get().input["summaryUpTo"] == 2
+    assert Run.objects.get(message__content="sixth").steps.get().input["summaryUpTo"] == 3
+
+
+@pytest.mark.parametrize("window", [1, 2, 3, 8])
+def test_an_endpoint_with_a_strict_template_answers_every_question(
+    model: FakeLLM, settings: Any, window: int
+) -> None:
+    settings.CHAT_MEMORY_RECENT_MESSAGES = window
+    model.default = Strict(talk)
+    thread = factories.conversation(0)
+    for number in range(9):
+        run = ask_and_answer(thread, f"question {number}")
+        run.refresh_from_db()
+        assert run.status == Run.Status.COMPLETED
+
+
+def test_after_questions_that_failed_the_thread_goes_on(model: FakeLLM) -> None:
+    model.default = Strict()
+    thread = factories.conversation(0)
+    refused, blank = Failure(400), Reply("  \n ")
+    model.script(refused, blank)
+    failed = [ask_and_answer(thread, "one"), ask_and_answer(thread, "two")]
+    Run.objects.filter(pk=failed[1].pk).update(due_at=timezone.now())
+    actions.cancel(failed[1])
+    run = ask_and_answer(thread, "three")
+
+    run.refresh_from_db()
+    assert run.status == Run.Status.COMPLETED
+    assert contents(model.requests[-1]) == [
+        "one\n\n[This message was not answered.]\n\n"
+        "two\n\n[This message was cancelled before it was answered.]\n\nthree"
+    ]
+
+
+def test_what_the_context_of_a_run_costs(model: FakeLLM, django_assert_num_queries: Any) -> None:
+    thread = factories.conversation(4)
+    Thread.objects.filter(pk=thread.pk).update(summary="what was", summary_reach=1)
+    run = factories.ask("now", thread_id=thread.pk)
+    with django_assert_num_queries(1):
+        memory.context(run)
+
+
+def test_messages_that_were_merged_are_sent_whatever_the_window(
+    model: FakeLLM, settings: Any
+) -> None:
+    settings.CHAT_MEMORY_RECENT_MESSAGES = 1
+    thread = factories.conversation(3)
+    Thread.objects.filter(pk=thread.pk).update(summary="what was", summary_reach=5)
+    for number in range(6):
+        run = factories.ask(f"part {number}", thread_id=thread.pk, when_busy="merge")
+    overdue(thread)
+    assert memory.summarise(thread.pk) is None, "they are still to be answered"
+    execution.execute(run.pk)
+
+    [content] = contents(model.requests[-1])
+    assert content.endswith("\n\n".join(f"part {number}" for number in range(6)))
+    assert "what was" in content
 
 
 def test_the_summary_is_made_after_the_answer_and_each_version_is_a_row(model: FakeLLM) -> None:
@@ -95,10 +151,10 @@ def test_the_summary_is_made_after_the_answer_and_each_version_is_a_row(model: F
     kinds = [is_summary_call(call) for call in model.requests]
     assert kinds == [False, True] * 3
     covers = Summary.objects.values_list("covers_from", "covers_to")
-    assert list(covers) == [(0, 2), (3, 4), (5, 6)]
+    assert list(covers) == [(0, 3), (4, 5), (6, 7)]
     thread.refresh_from_db()
     assert thread.summary == Summary.objects.latest("covers_to").text
-    assert (thread.summary_reach, thread.summary_due_at) == (6, None)
+    assert (thread.summary_reach, thread.summary_due_at) == (7, None)
     assert all(summary.prompt_tokens > 0 for summary in Summary.objects.all())
 
 
@@ -116,7 +172,7 @@ def test_a_message_costs_the_same_in_a_long_thread(
             tasks.execute(run.pk)
         sizes.append([len(call.messages) for call in model.requests])
 
-    assert sizes[0] == sizes[1] == [8, 1]
+    assert sizes[0] == sizes[1] == [7, 1]
 
 
 def test_until_a_summary_tells_it_the_rest_is_sent_too(model: FakeLLM) -> None:
@@ -133,7 +189,8 @@ def test_but_no_more_than_a_model_can_take(model: FakeLLM) -> None:
     thread = factories.conversation(100)
     execution.execute(factories.ask("now", thread_id=thread.pk).pk)
 
-    assert len(model.requests[0].messages) == 8 + 3 * 8
+    # Whole turns, and the question.
+    assert len(model.requests[0].messages) == 8 + 3 * 8 - 1
     assert contents(model.requests[0])[-2:] == ["answer 99", "now"]
 
 
@@ -161,7 +218,7 @@ def test_the_summary_does_not_run_ahead_of_an_open_question(model: FakeLLM) -> N
         factories.ask(f"waiting {number}", thread_id=thread.pk)
     tasks.execute(first.pk)
 
-    assert Summary.objects.latest("covers_to").covers_to == 2
+    assert Summary.objects.latest("covers_to").covers_to == 3
 
 
 def test_a_model_of_its_own_may_write_it(model: FakeLLM, settings: Any) -> None:
@@ -189,7 +246,7 @@ def test_a_summary_that_fails_is_put_off_and_made_later(model: FakeLLM) -> None:
     overdue(thread)
     assert memory.due() == [thread.pk]
     tasks.summarise(thread.pk)
-    assert Summary.objects.get().covers_to == 2
+    assert Summary.objects.get().covers_to == 3
     assert memory.due() == []
 
 
@@ -229,9 +286,9 @@ def test_a_thread_that_is_far_behind_catches_up_in_parts(model: FakeLLM) -> None
 
     thread.refresh_from_db()
     assert made == 3
-    assert thread.summary_reach == 112
-    kept = Message.objects.filter(thread=thread, position__gt=112).count()
-    assert kept == 7
+    assert thread.summary_reach == 113
+    kept = Message.objects.filter(thread=thread, position__gt=113).count()
+    assert kept == 6
 
 
 def test_an_echo_needs_no_memory() -> None:
@@ -276,7 +333,7 @@ class TestSize:
         context = memory.context(run)
         sizes = [len(each["content"]) for each in context.messages]
         assert sizes[-1] == 300_000
-        assert sum(sizes[:-1]) <= memory.CONTEXT_CHARACTERS
+        assert sum(sizes[:-1]) <= history.CONTEXT_CHARACTERS
         assert [size for size in sizes if size == 90_000] == [90_000] * 4
         assert len(context.sent["messages"]) == len(sizes)
 

@@ -313,6 +313,34 @@ def call_tool(name: str, /, **arguments: Any) -> Reply:
     return Reply(tool_calls=(ToolCall(name, arguments),))
 
 
+def template_error(messages: list[dict[str, Any]]) -> str:
+    """Return what a strict chat template (Mistral, Gemma, Llama 2) raises for a message list; empty
+    where it takes it. Tool rounds do not count, as there."""
+    talk = [m for m in messages if m["role"] != "tool" and not m.get("tool_calls")]
+    if talk and talk[0]["role"] == "system":
+        talk = talk[1:]
+    if any(not _text_of(message.get("content")).strip() for message in talk):
+        return "A message has no content."
+    wanted = itertools.cycle(["user", "assistant"])
+    if any(message["role"] != role for message, role in zip(talk, wanted, strict=False)):
+        return "After the optional system message, roles must alternate user/assistant/..."
+    if not talk or talk[-1]["role"] != "user":
+        return "The last message must be the user's."
+    return ""
+
+
+@dataclass(frozen=True, slots=True)
+class Strict:
+    """An endpoint whose chat template refuses message lists that break its rule."""
+
+    answer: Behaviour = Reply()
+
+    def __call__(self, call: Call) -> Answer:
+        if error := template_error(call.messages):
+            return Failure(400, message=error)
+        return self.answer(call) if callable(self.answer) else self.answer
+
+
 CONTEXT_TOO_LONG = Failure(
     400,
     code="context_length_exceeded",
