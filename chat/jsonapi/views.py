@@ -100,6 +100,11 @@ class CollectionView(ResourcesView):
         filters = {f"filter[{name}]" for name in self.serializer_class.filters}
         return pagination.PARAMETERS | {"sort"} | filters
 
+    @property
+    def list_parameters(self) -> frozenset[str]:  # type: ignore[override]
+        filters = self.serializer_class.filters
+        return frozenset(f"filter[{name}]" for name, each in filters.items() if each.choices)
+
     def rows(self) -> QuerySet[Any]:
         """Return rows of rooms only for one thread; otherwise one index orders the list."""
         if "filter[thread]" in self.request.query_params:

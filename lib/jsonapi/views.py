@@ -77,6 +77,8 @@ class JSONAPIView(GenericAPIView[Any]):
     http_errors: ClassVar[Mapping[type[Exception], type[exceptions.APIException]]] = {}
     # Beside `include` and `fields[...]`, which every view has.
     query_parameters: ClassVar[frozenset[str]] = frozenset()
+    # Those of them whose value is a list: commas separate its items, or each is a parameter.
+    list_parameters: ClassVar[frozenset[str]] = frozenset()
     # Relationships that a document sent to this view may have.
     relationships: ClassVar[frozenset[str]] = frozenset()
 
@@ -113,6 +115,7 @@ class JSONAPIView(GenericAPIView[Any]):
             raise exceptions.UnsupportedMediaType(request.content_type[:100])
 
     def _check_query(self, request: Request) -> None:
+        self._join_lists(request)
         serializer = self.get_serializer_class()
         for name, values in request.query_params.lists():
             if name.startswith("fields["):
@@ -123,6 +126,20 @@ class JSONAPIView(GenericAPIView[Any]):
                 raise BadRequest("Unknown query parameter.", parameter=name[:100])
             if len(values) > 1:
                 raise BadRequest("It may be given only once.", parameter=name[:100])
+
+    def _join_lists(self, request: Request) -> None:
+        """Join the items of lists that generated clients send as repeated parameters."""
+        repeated = [
+            name
+            for name, values in request.query_params.lists()
+            if len(values) > 1
+            and (name == "include" or name.startswith("fields[") or name in self.list_parameters)
+        ]
+        if repeated:
+            query = request.query_params.copy()
+            for name in repeated:
+                query[name] = ",".join(query.getlist(name))
+            request._request.GET = query  # type: ignore[assignment]
 
 
 class UnknownPathView(JSONAPIView):

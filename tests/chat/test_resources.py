@@ -243,6 +243,20 @@ class TestInclude:
 
         assert queries(3) == queries(30)
 
+    def test_a_list_may_be_given_as_repeated_parameters(self, client: Client, alice: User) -> None:
+        talk(alice)
+        at = "/api/messages?{}&fields[messages]=thread,run&filter[role]=user,assistant"
+        together = document_of(client.get(at.format("include=thread,run")))
+
+        assert len(together["included"]) == 2
+        assert document_of(client.get(at.format("include=thread&include=run"))) == together
+        at = at.replace("&fields[messages]=thread,run", "&fields[messages]=thread")
+        at = at.replace("role]=user,assistant", "role]=user&filter[role]=assistant")
+        at += "&fields[messages]=run"
+        repeated = document_of(client.get(at.format("include=thread&include=run")))
+        assert repeated["data"] == together["data"]
+        only_error(client.get("/api/messages?sort=position&sort=position"), 400)
+
 
 class TestSparseFields:
     def test_sparse_fieldsets(self, client: Client, alice: User) -> None:
