@@ -21,7 +21,15 @@ from agents.lifecycle import states
 from agents.models import CHAT_REPLY, DeletedRun, IdempotencyKey, Run, new_run_id
 from agents.runs import actions
 from agents.usage import limits, refusals
-from chat.models import CHOSEN_ID, DeletedThread, Message, Thread, ThreadQuerySet, new_thread_id
+from chat.models import (
+    CHOSEN_ID,
+    DeletedThread,
+    Message,
+    Quotation,
+    Thread,
+    ThreadQuerySet,
+    new_thread_id,
+)
 from lib import db, tracing
 from realm.models import User
 
@@ -128,6 +136,8 @@ class Submission:
     input: dict[str, Any] | None = None
     # The time at which the message was received in the room.
     received_at: datetime | None = None
+    # Messages that this one refers to; of bounded length.
+    quotations: tuple[Quotation, ...] = ()
     correlation_id: str | None = None
     idempotency: Idempotency | None = None
     run_id: str | None = None
@@ -354,6 +364,7 @@ def _write(
         position=position,
         role=Message.Role.USER,
         content=submission.content,
+        quotations=list(submission.quotations),
         correlation_id=accepted.correlation_id,
         created_at=submission.received_at or timezone.now(),
     )

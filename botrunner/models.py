@@ -13,7 +13,7 @@ from django.utils import timezone
 from agents.models import Run
 from botrunner import verdicts
 from botrunner.verdicts import Verdict
-from chat.models import Thread
+from chat.models import Message, Thread
 from lib.secrets import EncryptedTextField
 from realm.models import BotCommand, BotRegistration
 
@@ -205,6 +205,28 @@ class Conversation(models.Model):
 
     def __str__(self) -> str:
         return f"{self.room_id} {self.root}"
+
+
+class QuotedEvent(models.Model):
+    """An event that a message quotes: once it is redacted, the quotation is removed."""
+
+    message = models.ForeignKey(
+        Message, models.CASCADE, related_name="quoted_events", db_index=False
+    )
+    room = models.ForeignKey(Room, models.CASCADE, related_name="+", db_index=False)
+    event_id = models.CharField(max_length=255)
+
+    class Meta:
+        indexes = [
+            # quotations.remove()
+            models.Index(fields=["event_id"], name="quoted_event_by_id"),
+            # The deletion of messages and rooms.
+            models.Index(fields=["message"], name="quoted_event_by_message"),
+            models.Index(fields=["room"], name="quoted_event_by_room"),
+        ]
+
+    def __str__(self) -> str:
+        return self.event_id
 
 
 class RoomEventQuerySet(models.QuerySet["RoomEvent"]):

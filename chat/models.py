@@ -2,7 +2,7 @@ import re
 import uuid
 from collections.abc import Collection, Iterable
 from itertools import accumulate
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 import cuid2
 from django.conf import settings
@@ -203,6 +203,15 @@ class DeletedThread(models.Model):
         return self.id
 
 
+class Quotation(TypedDict):
+    """A message elsewhere that a message refers to."""
+
+    kind: Literal["reply", "root"]  # the message replied to; the start of the branch
+    author: Literal["user", "assistant", "other"]  # the author of the message, the agent, another
+    text: str
+    source: str  # the id of the quoted message, as the source of the message has it
+
+
 class Message(models.Model):
     class Role(models.TextChoices):
         USER = "user"
@@ -216,6 +225,11 @@ class Message(models.Model):
     position = models.PositiveIntegerField()
     role = models.CharField(max_length=9, choices=Role.choices)
     content = models.TextField()
+    # `Quotation`s as JSON, in order: what the message replies to, or the start of its branch. Not part
+    # of the API: not every reader of the thread may see them.
+    quotations = models.JSONField(
+        default=list, db_default=Value([], models.JSONField()), blank=True
+    )
     correlation_id = models.CharField(max_length=200)
     # In a room: the time at which the bot received the event.
     created_at = models.DateTimeField(default=timezone.now, editable=False)
@@ -268,7 +282,9 @@ def page_of(messages: models.QuerySet[Message], limit: int) -> tuple[list[Messag
     than a page into memory: one query, and another for long messages."""
     beginning = Substr("content", 1, BEGINNING)
     rows: list[Any] = list(
-        messages.annotate(size=Length("content"), beginning=beginning).defer("content")[: limit + 1]
+        messages.annotate(size=Length("content"), beginning=beginning).defer(
+            "content", "quotations"
+        )[: limit + 1]
     )
     shown = rows[: min(limit, fitting(row.size for row in rows))]
     long = [row.pk for row in shown if row.size > BEGINNING]

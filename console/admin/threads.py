@@ -87,7 +87,7 @@ def _number(request: HttpRequest, name: str) -> int | None:
 @admin.register(Message)
 class MessageAdmin(MaskedBodiesMixin, ReadOnlyAdmin):
     empty = EmptyState("Send the first message:", POST_MESSAGE)
-    bodies = {"preview": "content", "content": "content"}
+    bodies = {"preview": "content", "content": "content", "quotations": "quotations"}
     list_display = ["id", "thread", "position", "role", "preview", "created_at"]
     list_filter = ["role", PeriodFilter]
     search_fields = [
