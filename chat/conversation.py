@@ -4,14 +4,14 @@ the same number of queries however long the thread is."""
 from dataclasses import dataclass, field
 from datetime import timedelta
 
-from django.conf import settings
 from django.db.models import F
 from django.db.models.functions import Length
 from django.utils import timezone
 from redis.exceptions import RedisError
 
 from agents.events import stream
-from agents.models import Attempt, Run, Step, Worker
+from agents.models import Run, Step, Worker
+from agents.runs.retries import pending_retry
 from chat.models import Message, Thread, fitting
 from realm.models import User
 
@@ -172,13 +172,13 @@ def _state(run: Run) -> str:
 
 
 def _between_attempts(run: Run) -> str:
-    last = Attempt.objects.filter(run=run).order_by("-number").first()
-    if last is None or last.result != Attempt.Result.RETRIED:
+    retry = pending_retry(run)
+    if retry is None:
         return "Waiting for a worker."
-    wait = (run.due_at - timezone.now()).total_seconds() if run.due_at else 0
+    wait = (retry.next_at - timezone.now()).total_seconds()
     when = f"in {wait:.0f} s" if wait >= 1 else "now"
-    spent, limit = run.attempts_spent, settings.AGENT_MAX_ATTEMPTS
-    return f"The model did not answer (attempt {spent} of {limit}). Retrying {when}."
+    number, limit = retry.attempts + 1, retry.max_attempts
+    return f"{retry.error} Retrying {when} (attempt {number} of {limit})."
 
 
 def _queue_is_available() -> bool:

@@ -11,6 +11,7 @@ from uuid import UUID
 
 from agents.inbox import Accepted
 from agents.models import Event, Run
+from agents.runs.retries import pending_retry
 from chat.models import MAX_TITLE_LENGTH, Message, Thread
 
 Id = Annotated[str, {"pattern": "^[A-Za-z0-9_-]{1,64}$"}]
@@ -40,8 +41,24 @@ class RunJSON(TypedDict):
     mergedInto: NotRequired[
         Annotated[Id, {"description": "The run that answers this run's message as well."}]
     ]
-    safeError: NotRequired[Annotated[str, {"description": "Why a failed run failed."}]]
-    errorCode: NotRequired[Annotated[str, {"description": "Stable error code of a failed run."}]]
+    safeError: NotRequired[
+        Annotated[
+            str,
+            {
+                "description": "Why a failed run failed, or why the attempt before `nextAttemptAt` did."
+            },
+        ]
+    ]
+    errorCode: NotRequired[Annotated[str, {"description": "Stable error code of `safeError`."}]]
+    nextAttemptAt: NotRequired[
+        Annotated[
+            datetime,
+            {
+                "description": "When a queued run whose last attempt failed is retried. Only in "
+                "`GET /api/chat/runs/<id>`."
+            },
+        ]
+    ]
 
 
 class ThreadJSON(TypedDict):
@@ -143,6 +160,15 @@ def run_json(run: Run) -> RunJSON:
         error=run.safe_error or None,
         merged_into=run.merged_into_id,
     )
+
+
+def run_state_json(run: Run) -> RunJSON:
+    """Represent a run with `answer` loaded and with the retry that it waits for."""
+    body = run_json(run)
+    if retry := pending_retry(run):
+        body["safeError"], body["errorCode"] = retry.error, retry.code
+        body["nextAttemptAt"] = retry.next_at
+    return body
 
 
 def outcome_json(event: Event) -> RunJSON:

@@ -119,7 +119,9 @@ def _attempt(run: Run, lease: leases.Lease, feed: publisher.RunFeed) -> bool:
         return False
     except completions.LLMError as error:
         feed.finish()
-        outcomes.with_database_retry(partial(outcomes.fail_or_retry, run, error, transcript))
+        outcomes.with_database_retry(
+            partial(outcomes.fail_or_retry, run, error, transcript, feed.publish)
+        )
         return False
     except TRANSIENT_ERRORS:
         raise  # the lease lapses, and another attempt follows when the database is back

@@ -22,7 +22,7 @@ from agents.lifecycle import states
 from agents.lifecycle.sql import as_columns
 from agents.llm import completions, loop
 from agents.models import OVERDUE, Attempt, Run, Step
-from agents.runs import leases, memory
+from agents.runs import leases, memory, retries
 from agents.usage import prices
 from chat.models import Message, Thread
 from lib.db import TRANSIENT_ERRORS
@@ -97,8 +97,14 @@ def complete(run: Run, answer: str, transcript: loop.Transcript) -> bool:
     return summary_due
 
 
-def fail_or_retry(run: Run, error: completions.LLMError, transcript: loop.Transcript) -> bool:
-    """Record a failure, or schedule another attempt. Always return False."""
+def fail_or_retry(
+    run: Run,
+    error: completions.LLMError,
+    transcript: loop.Transcript,
+    publish: Callable[[str, dict[str, Any]], None] | None = None,
+) -> bool:
+    """Record a failure, or schedule another attempt and `publish` it to the subscribers. Always return
+    False."""
     if states.out_of_time(run.state, run.clock()):
         error = overdue()
     failed = states.Failed(
@@ -109,7 +115,10 @@ def fail_or_retry(run: Run, error: completions.LLMError, transcript: loop.Transc
     )
     change = transition(run, failed)
     if change.event is None:
-        return _reschedule(run, change, error, transcript)
+        pending = _reschedule(run, change, error, transcript)
+        if pending and publish:
+            publish(retries.EVENT, pending.as_event())
+        return False
     with transaction.atomic():
         won = _finish(
             run,
@@ -128,17 +137,19 @@ def fail_or_retry(run: Run, error: completions.LLMError, transcript: loop.Transc
 
 def _reschedule(
     run: Run, change: states.StateChange, error: completions.LLMError, transcript: loop.Transcript
-) -> bool:
-    """Queue the run for another attempt; the sweep dispatches it when it is due."""
+) -> retries.PendingRetry | None:
+    """Queue the run for another attempt; the sweep dispatches it when it is due. Return None if this
+    worker lost the run."""
     with transaction.atomic():
         won = update_if_held(run, change, **_spent(run, transcript))
         if won:
             end_attempt(run, change.result, transcript, str(error), error.code)
             transcript.settle()
-    if won:
-        pause = change.columns["due_at"].delay.total_seconds()
-        logger.info("Another attempt in %.1f s: %s", pause, error)
-    return False
+    if not won:
+        return None
+    pause = change.columns["due_at"].delay
+    logger.info("Another attempt in %.1f s: %s", pause.total_seconds(), error)
+    return retries.PendingRetry.of(run, run.clock() + pause, str(error), error.code)
 
 
 def _finish(

@@ -22,6 +22,9 @@ from rest_framework.request import Request
 from agents.events import subscriber
 from agents.events.subscriber import EventId, Gap, StreamEvent
 from agents.models import Run
+from agents.models.runs import STATE
+from agents.runs import retries
+from agents.runs.retries import PendingRetry, pending_retry
 from chat.api import stream_access
 from chat.api.stream_access import (
     AccessLost,
@@ -172,7 +175,8 @@ async def run_events(
         watcher.guard(caller, run.thread_id, subscription.wake) as guard,
     ):
         # In the background: under load the database is slow, and tokens need not wait for it.
-        finding_end = asyncio.create_task(_end_when_finished(subscription))
+        state = RunState(subscription)
+        reading_state = asyncio.create_task(state.read())
         last: StreamEvent | Gap | None = None
         try:
             while not (subscription.ended and subscription.up_to_date):
@@ -181,7 +185,7 @@ async def run_events(
                     await guard.check()
                 last = received[-1] if received else last
                 # One write for all events.
-                yield b"".join(map(_event_frame, received)) or KEEP_ALIVE
+                yield b"".join(map(_event_frame, received)) + state.take(last) or KEEP_ALIVE
             if (
                 after
                 and subscription.last_id == after
@@ -200,18 +204,48 @@ async def run_events(
         except AccessUnverified:
             logger.warning("Stream closed: the access of its caller could not be checked")
         finally:
-            finding_end.cancel()
+            reading_state.cancel()
 
 
-async def _end_when_finished(subscription: subscriber.RunSubscription) -> None:
-    while True:
-        try:
-            if await _find_ended([subscription.run_id]):
-                subscription.end()
+class RunState:
+    """The state of a run in the database when a stream of it opens: Redis may not have what happened
+    before, as a run without subscribers publishes nothing."""
+
+    def __init__(self, subscription: subscriber.RunSubscription) -> None:
+        self._subscription = subscription
+        self._retry: PendingRetry | None = None
+
+    async def read(self) -> None:
+        """End the subscription of a run that has ended; remember the retry that it waits for."""
+        while True:
+            try:
+                ended, retry = await _unit(_read_state, self._subscription.run_id)
+            except TRANSIENT_ERRORS as error:
+                logger.warning("Run state of a stream could not be read, retrying: %s", error)
+                await asyncio.sleep(2)
+                continue
+            if ended:
+                self._subscription.end()
+            elif retry:
+                self._retry = retry
+                self._subscription.wake()
             return
-        except TRANSIENT_ERRORS as error:
-            logger.warning("Run state of a stream could not be read, retrying: %s", error)
-            await asyncio.sleep(2)
+
+    def take(self, last: StreamEvent | Gap | None) -> bytes:
+        """Return a frame of the retry, once, unless `last` is the same or of a later attempt. It has no
+        id, so that a client resumes after the last event of the run."""
+        retry, self._retry = self._retry, None
+        if retry is None or self._subscription.last_id.attempt > retry.attempt:
+            return b""
+        if isinstance(last, StreamEvent) and last.type == retries.EVENT:
+            return b""
+        data = orjson.dumps(retry.as_event()).decode()
+        return f"event: {retries.EVENT}\ndata: {data}\n\n".encode()
+
+
+def _read_state(run_id: str) -> tuple[bool, PendingRetry | None]:
+    run = Run.objects.unfinished().filter(pk=run_id).only(*STATE).first()
+    return run is None, pending_retry(run) if run else None
 
 
 async def _remembers(events: subscriber.Subscriber, run_id: str) -> bool:

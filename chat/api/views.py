@@ -30,6 +30,7 @@ from chat.representation import (
     finished_json,
     message_json,
     run_json,
+    run_state_json,
     thread_json,
 )
 from lib.httperrors import Conflict
@@ -190,7 +191,7 @@ class ThreadMessagesView(ChatView):
 
 class RunView(ChatView):
     def get(self, request: Request, run_id: str) -> Response:
-        return Response({"ok": True, "run": run_json(self.run(run_id))})
+        return Response({"ok": True, "run": run_state_json(self.run(run_id))})
 
 
 class RunEventsView(ChatView):

@@ -154,6 +154,17 @@ def test_failure_is_shown_and_can_be_retried(page: Page, llm: FakeLLM) -> None:
     expect(turn(page, "completed").locator(".prose")).to_have_text("Better.")
 
 
+def test_retry_is_shown_with_its_cause_at_once(page: Page, llm: FakeLLM) -> None:
+    llm.script(Failure(503, retry_after=3), Reply("Better."))
+    ask(page, "Hello")
+    # The page fetches the state after five seconds without an event, which is later.
+    expect(page.locator(".state")).to_have_text(
+        re.compile(r"The model is not available\. Retrying in \d s \(attempt 2 of 5\)\."),
+        timeout=4500,
+    )
+    expect(turn(page, "completed").locator(".prose")).to_have_text("Better.")
+
+
 def test_model_can_be_chosen(page: Page, llm: FakeLLM) -> None:
     page.select_option("#model", "gpt-4o")
     ask(page, "Hello")

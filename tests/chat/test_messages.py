@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from datetime import datetime
 from typing import Any
 
 import orjson
@@ -14,10 +15,11 @@ from rest_framework.test import APIClient
 
 from agents.events import stream
 from agents.models import Event, IdempotencyKey, Run
-from agents.runs import execution
+from agents.runs import actions, execution
 from chat.models import Message, Thread
 from realm import tokens
 from tests import factories
+from tests.fakes.llm import Failure, FakeLLM
 
 URL = "/api/chat/messages"
 pytestmark = pytest.mark.django_db
@@ -297,6 +299,22 @@ def test_concurrent_messages_of_a_new_thread_all_get_a_turn() -> None:
     assert codes == [202] * 8
     positions = Run.objects.order_by("position").values_list("position", flat=True)
     assert list(positions) == [0, 2, 4, 6, 8, 10, 12, 14]
+
+
+def test_run_says_when_and_why_it_is_retried(api: APIClient, model: FakeLLM) -> None:
+    model.script(Failure(429, retry_after=30))
+    run = factories.ask()
+    execution.execute(run.pk)
+
+    shown = api.get(f"/api/chat/runs/{run.pk}").json()["run"]
+
+    run.refresh_from_db()
+    assert run.due_at
+    assert datetime.fromisoformat(shown["nextAttemptAt"]) == run.due_at
+    assert (shown["status"], shown["errorCode"]) == ("queued", "rate_limited")
+    assert shown["safeError"] == "The model is overloaded."
+    actions.cancel(run)
+    assert "nextAttemptAt" not in api.get(f"/api/chat/runs/{run.pk}").json()["run"]
 
 
 class TestWhoMayChat:

@@ -312,7 +312,10 @@ class TestWaiting:
         model.script(Failure(429, retry_after=30))
         run = ask("Hi", owner=alice)
         execution.execute(run.pk)
-        assert self.state(browser, run).startswith("The model did not answer (attempt 1 of 5).")
+        state = self.state(browser, run)
+        assert re.fullmatch(
+            r"The model is overloaded\. Retrying in \d+ s \(attempt 2 of 5\)\.", state
+        )
 
 
 class TestForms:

@@ -5,16 +5,18 @@ import re
 import threading
 import time
 from collections.abc import Iterator
+from datetime import datetime, timedelta
 from typing import Any
 
 import pytest
 from django.db import connections
+from django.utils import timezone
 from redis import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 from agents.events import publisher, stream, subscriber
 from agents.models import Attempt, Run, Step
-from agents.runs import execution
+from agents.runs import actions, execution
 from agents.worker.bootstep import Loop
 from chat.api import stream_access, streams
 from chat.api.stream_access import StreamCaller
@@ -24,7 +26,7 @@ from realm.access import Access
 from tests.agents.test_runs import wait_for_words
 from tests.chat.asgi_client import Event, go, request
 from tests.factories import ask, conversation, user
-from tests.fakes.llm import FakeLLM, Hang, Reply, held
+from tests.fakes.llm import Failure, FakeLLM, Hang, Reply, held
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -125,6 +127,80 @@ def test_late_subscriber_gets_everything_streamed_so_far(model: FakeLLM) -> None
 
     go(scene())
     worker.join(60)
+
+
+def test_subscribers_are_notified_of_a_retry_at_once(model: FakeLLM) -> None:
+    model.script(Failure(503, retry_after=30), Reply("Better."))
+    run = ask("Hi")
+
+    async def scene() -> None:
+        async with request(f"/api/chat/runs/{run.pk}/events") as response:
+            await response.event()
+            Worker(run).start()
+            events = await response.until("run.retrying")
+            assert events[-1].id == f"1-{len(events)}"
+            data = events[-1].data
+            assert data["status"] == "queued"
+            assert (data["attempt"], data["attempts"], data["maxAttempts"]) == (1, 1, 5)
+            assert (data["error"], data["errorCode"]) == (
+                "The model is not available.",
+                "unavailable",
+            )
+            wait = datetime.fromisoformat(data["nextAttemptAt"]) - timezone.now()
+            assert timedelta(seconds=20) < wait < timedelta(seconds=31)
+            await asyncio.to_thread(due_now, run)
+            Worker(run).start()
+            events = await response.until("run.completed")
+        assert (events[0].id, events[0].data["attempt"]) == ("2-1", 2)
+
+    go(scene())
+
+
+@pytest.mark.parametrize("after", ["", "?after=1-end", "?after=1-2"])
+def test_a_stream_that_opens_before_a_retry_gets_it(model: FakeLLM, after: str) -> None:
+    """Nothing was published, as the attempt had no subscribers."""
+    model.script(Failure(503, retry_after=30), Reply("Better."))
+    run = ask("Hi")
+    execution.execute(run.pk)
+
+    async def scene() -> None:
+        async with request(f"/api/chat/runs/{run.pk}/events{after}") as response:
+            retrying = (await response.until("run.retrying"))[-1]
+            assert retrying.id == ""
+            assert retrying.data["errorCode"] == "unavailable"
+            await asyncio.to_thread(due_now, run)
+            Worker(run).start()
+            events = await response.until("run.completed")
+        assert "run.retrying" not in [event.type for event in events]
+        assert text_of(events) == "Better."
+
+    go(scene())
+
+
+def test_a_retry_is_reported_once_to_a_late_subscriber(model: FakeLLM) -> None:
+    model.script(Failure(503, retry_after=30))
+    run = ask("Hi")
+    publisher.current().handle({"subscribed": [run.pk]})
+    execution.execute(run.pk)
+
+    async def scene() -> None:
+        async with request(f"/api/chat/runs/{run.pk}/events") as response:
+            events = await response.until("run.retrying")
+            await asyncio.to_thread(cancelled, run)
+            events += await response.until("run.cancelled")
+        assert [event.type for event in events].count("run.retrying") == 1
+
+    go(scene())
+
+
+def cancelled(run: Run) -> None:
+    actions.cancel(Run.objects.get(pk=run.pk))
+    connections.close_all()
+
+
+def due_now(run: Run) -> None:
+    Run.objects.filter(pk=run.pk).update(due_at=timezone.now())
+    connections.close_all()
 
 
 def test_nothing_is_published_without_subscribers(model: FakeLLM, redis: Redis) -> None:

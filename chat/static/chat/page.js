@@ -207,6 +207,7 @@ class RunStream extends Stream {
   constructor(turn) {
     super(`/api/chat/runs/${turn.dataset.run}/events`, {
       "run.status": (data) => this.status(data),
+      "run.retrying": () => this.refreshState(),
       "message.delta": (data) => this.text(data),
       "step.started": (data) => this.step(data),
       "step.finished": (data) => this.step(data),
@@ -286,12 +287,16 @@ class RunStream extends Stream {
     while (!this.closed) {
       await pause(PATIENCE / 5);
       if (this.closed || Date.now() - this.lastEventAt < PATIENCE) continue;
-      this.touch();
-      const turn = await turnOf(this.turn.dataset.run).catch(() => null);
-      if (this.closed || !turn) continue;
-      if (turn.hasAttribute("aria-busy")) this.showState(turn.querySelector(".state").textContent);
-      else this.settle(turn);
+      await this.refreshState();
     }
+  }
+
+  async refreshState() {
+    this.touch();
+    const turn = await turnOf(this.turn.dataset.run).catch(() => null);
+    if (this.closed || !turn) return;
+    if (turn.hasAttribute("aria-busy")) this.showState(turn.querySelector(".state").textContent);
+    else this.settle(turn);
   }
 
   async exists() {
