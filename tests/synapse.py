@@ -107,6 +107,10 @@ class Synapse:
         body = {"preset": "private_chat", "invite": invite or [], **extra}
         return str(self.call("POST", f"{CLIENT}/createRoom", account.token, body)["room_id"])
 
+    def invite(self, account: Account, room_id: str, user_id: str) -> None:
+        path = f"{CLIENT}/rooms/{_quoted(room_id)}/invite"
+        self.call("POST", path, account.token, {"user_id": user_id})
+
     def send(
         self,
         account: Account,

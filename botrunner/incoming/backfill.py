@@ -1,7 +1,7 @@
 """Build the batch of a sync: decrypted events, with gaps in timelines backfilled."""
 
 import logging
-from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -12,7 +12,7 @@ from botrunner.incoming.batch import Batch, RoomUpdate
 from botrunner.incoming.invitations import parse_invitations
 from botrunner.matrix.client import Homeserver, SyncUpdate, is_about_encryption
 from botrunner.matrix.errors import MatrixError
-from botrunner.matrix.events import ENCRYPTED, absent, is_own_join, since_own_join
+from botrunner.matrix.events import ENCRYPTED, Entrance, absent, is_own_join, since_own_join
 from realm.filters import ROOM_MESSAGE
 
 logger = logging.getLogger(__name__)
@@ -37,14 +37,14 @@ async def batch_of(
         if not since:
             # The bot's first sync: earlier messages are not for it.
             events = []
-        elif is_new and any(is_own_join(event, homeserver.user_id) for event in events):
-            since_join = list(since_own_join(events, homeserver.user_id))
-            earlier, events = events[: len(events) - len(since_join)], since_join
+        elif is_new:
+            earlier, events, is_complete = await _since_invite(
+                homeserver, room_id, timeline, events
+            )
         elif timeline.get("limited"):
             logger.info("Backfilling room %s", room_id)
-            start = str(timeline.get("prev_batch") or "")
-            gap, is_complete = await _backfill(homeserver, room_id, start, "" if is_new else since)
-            events = [*gap, *absent(room), *events]
+            gap = await _backfill(homeserver, room_id, _start(timeline), since)
+            events, is_complete = [*gap.events, *absent(room), *events], gap.is_complete
         else:
             events = [*absent(room), *events]
         if is_new or not is_complete:
@@ -73,15 +73,59 @@ def _decrypted_by_sync(event: dict[str, Any], update: SyncUpdate) -> dict[str, A
     return event
 
 
+def _start(timeline: dict[str, Any]) -> str:
+    return str(timeline.get("prev_batch") or "")
+
+
+async def _since_invite(
+    homeserver: Homeserver, room_id: str, timeline: dict[str, Any], events: list[Any]
+) -> tuple[list[Any], list[Any], bool]:
+    """Split the events of a room that is new to the bot into those from before its invite and those
+    since, and return whether none of these is missing. What people write between inviting the bot
+    and its join is for the bot too."""
+    me = homeserver.user_id
+    entrance = Entrance(me)
+    for index in reversed(range(len(events))):
+        if entrance.is_at(events[index]):
+            return events[:index], events[index + 1 :], True
+    is_complete = not timeline.get("limited")
+    if not is_complete:
+        logger.info("Backfilling room %s", room_id)
+        gap = await _backfill(homeserver, room_id, _start(timeline), entrance=entrance)
+        events, is_complete = [*gap.events, *events], gap.is_complete
+        if not gap.is_exhausted:
+            return [], events, is_complete
+    if not any(is_own_join(event, me) for event in events):
+        return [], events, is_complete
+    # The room does not show the invite: it may show what was written before that.
+    since_join = list(since_own_join(events, me))
+    return events[: len(events) - len(since_join)], since_join, True
+
+
+@dataclass(frozen=True)
+class Gap:
+    """Events that a sync left out, in timeline order."""
+
+    events: list[dict[str, Any]]
+    # None is missing.
+    is_complete: bool
+    # The homeserver has no earlier events to show.
+    is_exhausted: bool = False
+
+
 async def _backfill(
-    homeserver: Homeserver, room_id: str, start: str, end: str
-) -> tuple[list[dict[str, Any]], bool]:
-    """Return the events between two positions, and whether none is missing. Without `end`, begin at the
-    bot's own join."""
-    is_complete = False
+    homeserver: Homeserver,
+    room_id: str,
+    start: str,
+    end: str = "",
+    *,
+    entrance: Entrance | None = None,
+) -> Gap:
+    """Read the events before the position `start` and after `end` or, without it, after the bot's
+    entrance."""
+    is_complete = is_exhausted = False
     newest_first: list[dict[str, Any]] = []
     oldest = timezone.now() - timedelta(seconds=settings.BOT_RUNNER_MAX_EVENT_AGE)
-    is_end = _joined_or_before(homeserver.user_id, oldest, stop_at_join=not end)
     for _ in range(MAX_PAGES):
         try:
             events, next_start = await homeserver.messages(room_id, start, end or None)
@@ -93,28 +137,23 @@ async def _backfill(
             )
             break
         for event in events:
-            if is_end(event):
-                return newest_first[::-1], is_own_join(event, homeserver.user_id)
+            if entrance and entrance.is_at(event):
+                return Gap(newest_first[::-1], is_complete=True)
+            if _is_before(event, oldest):
+                return Gap(newest_first[::-1], is_complete=False)
             newest_first.append(_decrypted(homeserver, room_id, event))
         if not events or not next_start or next_start == start:
-            is_complete = bool(end)
+            is_complete, is_exhausted = bool(end), not end
             break
         start = next_start
     else:
         logger.warning("The gap in room %s is too long: only its latest events are read", room_id)
-    return newest_first[::-1], is_complete
+    return Gap(newest_first[::-1], is_complete, is_exhausted)
 
 
-def _joined_or_before(
-    me: str, oldest: datetime, *, stop_at_join: bool
-) -> Callable[[dict[str, Any]], bool]:
-    def is_end(event: dict[str, Any]) -> bool:
-        milliseconds = event.get("origin_server_ts")
-        if isinstance(milliseconds, int) and milliseconds / 1000 < oldest.timestamp():
-            return True
-        return stop_at_join and is_own_join(event, me)
-
-    return is_end
+def _is_before(event: dict[str, Any], oldest: datetime) -> bool:
+    milliseconds = event.get("origin_server_ts")
+    return isinstance(milliseconds, int) and milliseconds / 1000 < oldest.timestamp()
 
 
 def _decrypted(homeserver: Homeserver, room_id: str, event: dict[str, Any]) -> dict[str, Any]:

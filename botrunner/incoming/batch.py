@@ -10,7 +10,7 @@ class RoomUpdate:
     # In timeline order, decrypted if possible.
     events: list[dict[str, Any]]
     is_encrypted: bool
-    # Sent before the bot joined: never handled, but recorded for the console.
+    # Sent before the bot was invited: never handled, but recorded for the console.
     earlier: list[dict[str, Any]] = field(default_factory=list)
     # No event is missing before these: a member without a join among them joined earlier.
     is_complete: bool = True

@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 # More messages are submitted in a transaction each: other writers wait for the database.
 MAX_SUBMITTED = 8
+EARLIER = "Sent before the bot joined the room."
 
 Submit = Callable[[Classified], None]
 
@@ -121,7 +122,7 @@ def _record_events(
     submit: Submit | None = None,
 ) -> int:
     events = [
-        ignored(room, event, "Sent before the bot joined the room.")
+        ignored(room, event, EARLIER)
         for room, update in updates
         for event in events_of_people(update.earlier, me)
         if not is_too_old(event)

@@ -140,6 +140,29 @@ def sanitize_decrypted(source: dict[str, Any]) -> dict[str, Any]:
     return {**event, "content": {}} if event.get("type") == REDACTION else event
 
 
+class Entrance:
+    """Finds where the bot's time in a room begins: at its last invite, or at its join if that needed
+    none. Takes the events newest first."""
+
+    def __init__(self, me: str) -> None:
+        self.me = me
+        self._is_invited = False
+
+    def is_at(self, event: Any) -> bool:
+        """Return whether everything before this event is from before the bot's time."""
+        if not isinstance(event, dict) or event.get("type") != MEMBER:
+            return False
+        if event.get("state_key") != self.me:
+            return False
+        if is_own_join(event, self.me):
+            self._is_invited = _membership_before(event) == "invite"
+            return not self._is_invited
+        # One invite may follow another: the bot's time begins at the first of them.
+        return self._is_invited and (
+            _membership(event) != "invite" or _membership_before(event) != "invite"
+        )
+
+
 def since_own_join(events: Iterable[dict[str, Any]], me: str) -> Iterator[dict[str, Any]]:
     """Yield the events after the bot's last join; none without a join."""
     later: list[dict[str, Any]] | None = None
@@ -155,18 +178,16 @@ def is_own_join(event: Any, me: str) -> bool:
     """Return whether `me` joined by this event; a change of name has the same membership before it."""
     if not isinstance(event, dict) or event.get("type") != MEMBER:
         return False
-    unsigned = event.get("unsigned")
-    before = unsigned.get("prev_content") if isinstance(unsigned, dict) else None
     return (
         event.get("state_key") == me
-        and _is_join_content(event.get("content"))
-        and not _is_join_content(before)
+        and _membership(event) == "join"
+        and _membership_before(event) != "join"
     )
 
 
 def is_joined(event: dict[str, Any]) -> bool:
     """Return whether the user of a membership event is in the room after it."""
-    return _is_join_content(event.get("content"))
+    return _membership(event) == "join"
 
 
 def members_of_state(events: Iterable[dict[str, Any]]) -> dict[str, str]:
@@ -188,8 +209,15 @@ def absent(room: dict[str, Any]) -> list[dict[str, Any]]:
     return [event for event in events if event.get("type") == MEMBER and not is_joined(event)]
 
 
-def _is_join_content(content: Any) -> bool:
-    return isinstance(content, dict) and content.get("membership") == "join"
+def _membership(event: dict[str, Any]) -> Any:
+    content = event.get("content")
+    return content.get("membership") if isinstance(content, dict) else None
+
+
+def _membership_before(event: dict[str, Any]) -> Any:
+    unsigned = event.get("unsigned")
+    before = unsigned.get("prev_content") if isinstance(unsigned, dict) else None
+    return before.get("membership") if isinstance(before, dict) else None
 
 
 def text_of(data: dict[str, Any], key: str) -> str | None:

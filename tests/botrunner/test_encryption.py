@@ -52,6 +52,31 @@ def test_answers_in_an_encrypted_room_and_after_a_restart(
     )
 
 
+def test_answers_what_was_asked_since_the_invite_whenever_its_key_comes(
+    world: World, alice: Account, tmp_path: Path
+) -> None:
+    register(alice)
+    world.start("worker", "bot")  # it has keys from now on
+    world.invite(alice)
+    world.kill("bot")
+
+    async def scene() -> None:
+        async with Person(world.synapse, alice, tmp_path) as person:
+            room = world.synapse.create_room(alice, initial_state=[ENCRYPTION])
+            world.synapse.invite(alice, room, world.bot_id)
+            await person.until(lambda: room in person.client.rooms)
+            first = await person.say(room, "one")
+            person.client.invalidate_outbound_session(room)
+            kept = person.hold_back_keys()
+            second = await person.say(room, "two")
+            world.start("bot")
+            await person.answer(first)
+            await person.release_keys(kept)
+            await person.answer(second)
+
+    run(scene())
+
+
 def test_an_answer_is_written_live_and_goes_on_after_a_kill(
     world: World, alice: Account, tmp_path: Path, model: Any
 ) -> None:

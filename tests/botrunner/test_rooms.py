@@ -49,10 +49,11 @@ def test_what_is_no_question_gets_no_answer(
     world: World, alice: Account, account: Callable[[str], Account]
 ) -> None:
     bob = account("bob")
-    room = world.synapse.create_room(alice, [world.bot_id, bob.user_id])
+    room = world.synapse.create_room(alice, [bob.user_id])
     world.synapse.call("POST", f"/_matrix/client/v3/join/{room}", bob.token, {})
     register(alice, prefix="!bot")
-    early = world.synapse.send(alice, room, "!bot said before the bot came")
+    early = world.synapse.send(alice, room, "!bot said before the bot was invited")
+    world.synapse.invite(alice, room, world.bot_id)
     world.start("worker", "bot")
     world.wait_joined(alice, room)
 
@@ -75,6 +76,42 @@ def test_what_is_no_question_gets_no_answer(
     assert why[plain].command_verdicts[0].reason == "Its body does not begin with '!bot'."
     assert why[others].note == f"Neither {bob.user_id} nor the bot has a registration."
     assert not any(row.source for key, row in why.items() if key != question)
+
+
+def test_what_is_asked_since_the_invite_is_answered_once(world: World, alice: Account) -> None:
+    register(alice)
+    room = world.synapse.create_room(alice)
+    world.synapse.send(alice, room, "before the invite")
+    world.synapse.invite(alice, room, world.bot_id)
+    # More than the sync that shows the join brings.
+    asked = [world.synapse.send(alice, room, f"{number}") for number in range(110)]
+    world.start("worker", "bot")
+    for question in (asked[0], asked[50], asked[-1]):
+        world.answer(alice, room, question)
+    world.wait("all answers", lambda: len(world.said_by_bot(alice, room)) >= len(asked))
+
+    world.kill("bot")
+    world.start("bot")
+    last = world.synapse.send(alice, room, "last")
+    world.answer(alice, room, last)
+    said = world.said_by_bot(alice, room)
+    answered = [each["content"]["m.relates_to"]["m.in_reply_to"]["event_id"] for each in said]
+    assert sorted(answered) == sorted([*asked, last])
+
+
+def test_what_is_asked_between_a_kick_and_a_new_invite_is_not_answered(
+    world: World, alice: Account
+) -> None:
+    register(alice)
+    world.start("worker", "bot")
+    room = world.invite(alice)
+    path = f"/_matrix/client/v3/rooms/{room}/kick"
+    world.synapse.call("POST", path, alice.token, {"user_id": world.bot_id})
+    world.synapse.send(alice, room, "without the bot")
+    world.synapse.invite(alice, room, world.bot_id)
+    question = world.synapse.send(alice, room, "since the invite")
+    world.answer(alice, room, question)
+    assert len(world.said_by_bot(alice, room)) == 1
 
 
 def test_what_has_become_old_is_forgotten_by_the_bot(world: World, alice: Account) -> None:
