@@ -127,7 +127,9 @@ def _turns(thread: Thread, start: int, end: int) -> list[ConversationTurn]:
     of_run = {run.pk: turns[run.turn] for run in runs.values() if run.turn in turns}
     for run_id, turn in of_run.items():
         turn.run = runs[run_id]
-    for step in Step.objects.filter(run__in=of_run).defer("input", "output").order_by("id"):
+    for step in (
+        Step.objects.filter(run__in=of_run).defer("input", "output", "reasoning").order_by("id")
+    ):
         of_run[step.run_id].steps.append(step)
     _load_partial_answers(of_run)
     _set_states(thread, list(of_run.values()))

@@ -23,6 +23,9 @@ class UsageJSON(TypedDict):
     promptTokens: Count
     completionTokens: Count
     totalTokens: Count
+    estimated: Annotated[
+        bool, {"description": "The endpoint reported no tokens for some call: they are estimated."}
+    ]
 
 
 class RunJSON(TypedDict):
@@ -36,6 +39,15 @@ class RunJSON(TypedDict):
     updatedAt: datetime
     output: NotRequired[
         Annotated[str, {"description": "The answer of a completed run, as Markdown."}]
+    ]
+    finishReason: NotRequired[
+        Annotated[
+            str,
+            {
+                "description": "Why the model stopped: `stop`, `length` (the answer was cut off at the "
+                "output limit), `content_filter` or `tool_calls`. Absent if unknown."
+            },
+        ]
     ]
     deadlineAt: NotRequired[datetime]
     mergedInto: NotRequired[
@@ -146,6 +158,7 @@ def usage_json(run: Run) -> UsageJSON:
         "promptTokens": run.prompt_tokens,
         "completionTokens": run.completion_tokens,
         "totalTokens": run.prompt_tokens + run.completion_tokens,
+        "estimated": run.usage_is_estimated,
     }
 
 
@@ -158,6 +171,7 @@ def run_json(run: Run) -> RunJSON:
         updated_at=run.updated_at,
         output=run.answer.content if run.answer else None,
         error=run.safe_error or None,
+        finish_reason=run.finish_reason,
         merged_into=run.merged_into_id,
     )
 
@@ -180,6 +194,7 @@ def outcome_json(event: Event) -> RunJSON:
         updated_at=event.created_at,
         output=event.payload.get("output"),
         error=event.payload.get("error"),
+        finish_reason=event.payload.get("finishReason", ""),
         merged_into=event.payload.get("mergedInto"),
     )
 
@@ -192,6 +207,7 @@ def _run_json(
     updated_at: datetime,
     output: str | None,
     error: str | None,
+    finish_reason: str,
     merged_into: str | None,
 ) -> RunJSON:
     body: RunJSON = {
@@ -210,6 +226,8 @@ def _run_json(
         body["mergedInto"] = merged_into
     if output is not None:
         body["output"] = output
+    if finish_reason:
+        body["finishReason"] = finish_reason
     if error is not None:
         body["safeError"] = error
         body["errorCode"] = run.error_code

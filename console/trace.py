@@ -19,7 +19,7 @@ from chat.models import Message
 
 MAX_STEPS = 500
 # Columns that hold messages.
-BODIES = {"content", "input", "output", "payload", "parts"}
+BODIES = {"content", "input", "output", "payload", "parts", "reasoning"}
 # How long after a run's end its page refreshes itself while a reply or event is pending.
 DELIVERY_PATIENCE = timedelta(minutes=10)
 

@@ -117,10 +117,11 @@ RUN_EXAMPLE = {
     "correlationId": "order-4711",
     "status": "completed",
     "model": "gpt-4o-mini",
-    "usage": {"promptTokens": 12, "completionTokens": 5, "totalTokens": 17},
+    "usage": {"promptTokens": 12, "completionTokens": 5, "totalTokens": 17, "estimated": False},
     "createdAt": "2026-11-21T13:24:10.503313Z",
     "updatedAt": "2026-11-21T13:24:11.120007Z",
     "output": "It is on its way.",
+    "finishReason": "stop",
 }
 ACCEPTED_EXAMPLE = {
     "ok": True,

@@ -30,6 +30,7 @@ MAX_RESPONSE_BYTES = 16 * 1024 * 1024
 MAX_RETRY_AFTER_SECONDS = 15 * 60
 # More than any call uses; a wrong count of the endpoint must not overflow a column.
 MAX_TOKENS = 50_000_000
+FINISH_REASONS = ("stop", "length", "content_filter", "tool_calls")
 UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
 HALF_SURROGATE_PAIR = re.compile(rb"\\u[dD][89a-fA-F]")
 
@@ -62,12 +63,14 @@ class TokenUsage:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0  # of the prompt tokens
+    is_estimated: bool = False
 
     def __add__(self, other: "TokenUsage") -> "TokenUsage":
         return TokenUsage(
             self.prompt_tokens + other.prompt_tokens,
             self.completion_tokens + other.completion_tokens,
             self.cached_tokens + other.cached_tokens,
+            self.is_estimated or other.is_estimated,
         )
 
 
@@ -83,6 +86,8 @@ class ModelReply:
     text: str = ""
     tool_calls: list[ToolCall] = field(default_factory=list)
     usage: TokenUsage = TokenUsage()
+    reasoning: str = ""  # never a part of the answer, and not sent to a model again
+    finish_reason: str = ""  # of FINISH_REASONS, or empty
 
 
 class Budget(Protocol):
@@ -146,6 +151,7 @@ def complete(
     reply = reply or ModelReply()
     if not configured():
         reply.text = f"Handled prompt: {messages[-1]['content']}"
+        reply.finish_reason = "stop"
         options.text(reply.text)
         return reply
     body: dict[str, Any] = {
@@ -280,7 +286,9 @@ class _Answer:
                 self._options.text(piece)
             for fragment in delta.get("tool_calls") or []:
                 _collect(self._calls, fragment)
-            self._is_finished = self._is_finished or bool(choice.get("finish_reason"))
+            if reason := choice.get("finish_reason"):
+                self._is_finished = True
+                self._reply.finish_reason = _finish_reason(reason)
 
 
 def _broken_off() -> LLMError:
@@ -324,6 +332,7 @@ def _whole(body: dict[str, Any], options: CallOptions, reply: ModelReply) -> Mod
         for call in message.get("tool_calls") or []
     ]
     reply.usage = _usage(body.get("usage") or {})
+    reply.finish_reason = _finish_reason(body["choices"][0].get("finish_reason"))
     options.text(reply.text)
     return reply
 
@@ -343,6 +352,11 @@ def _tool_call(call: dict[str, str]) -> ToolCall:
         name=storable(call["name"])[:100],
         arguments=storable(call["arguments"]),
     )
+
+
+def _finish_reason(reason: Any) -> str:
+    reason = str(reason or "").lower()
+    return reason if reason in FINISH_REASONS else ""
 
 
 def _usage(usage: dict[str, Any]) -> TokenUsage:

@@ -26,6 +26,8 @@ class StepRecord:
     input: dict[str, Any]
     output: str = ""
     error: str = ""
+    reasoning: str = ""
+    finish_reason: str = ""
     usage: completions.TokenUsage = field(default_factory=completions.TokenUsage)
     duration_ms: int = 0
     started_at: datetime = field(default_factory=timezone.now)
@@ -69,8 +71,15 @@ class Transcript:
                 error=step.error,
                 promptTokens=step.usage.prompt_tokens,
                 completionTokens=step.usage.completion_tokens,
+                finishReason=step.finish_reason,
                 durationMs=step.duration_ms,
             )
+
+    @property
+    def finish_reason(self) -> str:
+        """Return why the model stopped in its last call, empty without one."""
+        reasons = (step.finish_reason for step in reversed(self.steps) if step.kind == "model")
+        return next(reasons, "")
 
     @property
     def usage(self) -> completions.TokenUsage:
@@ -133,6 +142,7 @@ def _model_step(
         raise
     finally:
         step.output, step.usage = reply.text, reply.usage
+        step.reasoning, step.finish_reason = reply.reasoning, reply.finish_reason
         step.duration_ms = int((time.monotonic() - started) * 1000)
         transcript.end(step)
 

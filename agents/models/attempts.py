@@ -6,7 +6,7 @@ from django.utils import timezone
 
 from agents.lifecycle import states
 from agents.models.runs import Run
-from agents.models.usage import cost_field
+from agents.models.usage import cost_field, finish_reason_field, usage_is_estimated_field
 
 
 class Attempt(models.Model):
@@ -77,11 +77,18 @@ class Step(models.Model):
     input = models.JSONField(default=dict)
     output = models.TextField(blank=True)
     error = models.TextField(blank=True)
+    reasoning = models.TextField(
+        blank=True,
+        db_default="",  # for processes of the previous version during a rollout
+        help_text="What a model wrote before its answer: no part of the answer or of the memory.",
+    )
+    finish_reason = finish_reason_field()
     prompt_tokens = models.PositiveIntegerField(default=0)
     cached_tokens = models.PositiveIntegerField(
         default=0, help_text="Of the prompt tokens, those that the endpoint had in its cache."
     )
     completion_tokens = models.PositiveIntegerField(default=0)
+    usage_is_estimated = usage_is_estimated_field()
     cost = cost_field()
     duration_ms = models.PositiveIntegerField()
     started_at = models.DateTimeField(null=True, blank=True)

@@ -18,7 +18,7 @@ from agents.lifecycle import states
 from agents.lifecycle.conditions import Condition
 from agents.lifecycle.sql import as_q
 from agents.models.limits import MAX_NAME_LENGTH
-from agents.models.usage import cost_field
+from agents.models.usage import cost_field, finish_reason_field, usage_is_estimated_field
 from chat.models import Message, Thread, visible
 from lib.tracing import MAX_LENGTH as MAX_REQUEST_ID_LENGTH
 from realm.models import User
@@ -26,6 +26,8 @@ from realm.models import User
 CHAT_REPLY = "chat.reply"
 # The error code of a run that had not ended at its `deadline_at`.
 OVERDUE = "deadline_exceeded"
+
+CUT_OFF = "The answer was cut off at the output limit."
 
 
 def new_run_id() -> str:
@@ -229,8 +231,10 @@ class Run(models.Model):
     )
     safe_error = models.TextField(blank=True, help_text="What went wrong, safe to show.")
     error_code = models.CharField(max_length=40, blank=True)
+    finish_reason = finish_reason_field()
     prompt_tokens = models.PositiveIntegerField(default=0)
     completion_tokens = models.PositiveIntegerField(default=0)
+    usage_is_estimated = usage_is_estimated_field()
     cost = cost_field()
     created_at = models.DateTimeField(default=timezone.now, editable=False)
     started_at = models.DateTimeField(null=True, blank=True)
@@ -331,6 +335,11 @@ class Run(models.Model):
     @property
     def turn(self) -> int:
         return self.position // 2
+
+    @property
+    def answer_note(self) -> str:
+        """Return a sentence to show with the answer; empty if it is whole."""
+        return CUT_OFF if self.answer_id and self.finish_reason == "length" else ""
 
     def request_payload(self, prompt: str) -> dict[str, Any]:
         """Return the payload of its `agent.run.requested`."""

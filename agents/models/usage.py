@@ -30,6 +30,22 @@ def cost_field() -> "models.BigIntegerField[int | None, int | None]":
     return models.BigIntegerField(null=True, blank=True, default=0, editable=False)
 
 
+def finish_reason_field() -> "models.CharField[str, str]":
+    """Return a field for why the model stopped: `agents.llm.completions.FINISH_REASONS`, or empty."""
+    return models.CharField(
+        max_length=20,
+        blank=True,
+        db_default="",  # for processes of the previous version during a rollout
+        editable=False,
+        help_text="Why the model stopped: stop, length, content_filter or tool_calls.",
+    )
+
+
+def usage_is_estimated_field() -> "models.BooleanField[bool, bool]":
+    """Return a field that marks tokens and cost as estimates, where an endpoint reported none."""
+    return models.BooleanField(default=False, db_default=False, editable=False)
+
+
 class Price(models.Model):
     """The price of a model from a day on, until the day of its next price. Recorded costs never
     change."""

@@ -130,6 +130,7 @@ def retry(run: Run) -> bool:
             request_event_id=uuid.uuid4(),
             safe_error="",
             error_code="",
+            finish_reason="",
             finished_at=None,
             updated_at=timezone.now(),
             **as_columns(outcomes.transition(run, states.Retried())),

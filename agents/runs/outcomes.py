@@ -82,7 +82,7 @@ def complete(run: Run, answer: str, transcript: loop.Transcript) -> bool:
             run,
             transition(run, states.Answered(run.attempt)),
             transcript,
-            payload={"output": answer},
+            payload={"output": answer, **_finish_reason(transcript)},
             in_thread=True,
             answer_id=message.pk,
         )
@@ -124,7 +124,7 @@ def fail_or_retry(
             run,
             change,
             transcript,
-            payload={"error": str(error)},
+            payload={"error": str(error), **_finish_reason(transcript)},
             error=str(error),
             safe_error=str(error),
             error_code=error.code,
@@ -163,13 +163,21 @@ def _finish(
     **columns: Any,
 ) -> bool:
     """Write the outcome of an attempt with its event. Return False when this worker lost the run."""
-    columns |= {"finished_at": timezone.now(), **_spent(run, transcript)}
+    columns |= {
+        "finished_at": timezone.now(),
+        "finish_reason": transcript.finish_reason,
+        **_spent(run, transcript),
+    }
     if not update_if_held(run, change, in_thread=in_thread, **columns):
         return False
     end_attempt(run, change.result, transcript, error, columns.get("error_code", ""))
     transcript.settle()
     emit_event(run, change.event, run.outcome_payload(**payload))
     return True
+
+
+def _finish_reason(transcript: loop.Transcript) -> dict[str, str]:
+    return {"finishReason": transcript.finish_reason} if transcript.finish_reason else {}
 
 
 def update_if_held(
@@ -201,6 +209,7 @@ def _spent(run: Run, transcript: loop.Transcript) -> dict[str, Any]:
     return {
         "prompt_tokens": run.prompt_tokens + usage.prompt_tokens,
         "completion_tokens": run.completion_tokens + usage.completion_tokens,
+        "usage_is_estimated": run.usage_is_estimated or usage.is_estimated,
         "cost": prices.total([run.cost, *_costs(transcript)]),
     }
 
@@ -252,9 +261,12 @@ def _record_steps(run: Run, transcript: loop.Transcript) -> None:
             input=step.input,
             output=step.output,
             error=step.error,
+            reasoning=step.reasoning,
+            finish_reason=step.finish_reason,
             prompt_tokens=step.usage.prompt_tokens,
             cached_tokens=step.usage.cached_tokens,
             completion_tokens=step.usage.completion_tokens,
+            usage_is_estimated=step.usage.is_estimated,
             cost=cost,
             duration_ms=step.duration_ms,
             started_at=step.started_at,

@@ -42,6 +42,7 @@ COLUMNS = (
     *("key", "status", "cycle", "parts", "event_ids", "device_id", "attempts", "error"),
     *("room_id", "run_id", "registration_id", "created_at", "drafted_at", "draft_id"),
     *("run__status", "run__safe_error", "run__finished_at", "run__answer__content"),
+    *("run__finish_reason", "run__answer_id"),
     "run__merged_into_id",
     *("message__event_id", "message__source", "message__created_at"),
     *("room__room_id", "room__membership"),
@@ -176,15 +177,22 @@ def _text_of(reply: Reply, draft: str) -> tuple[str, str]:
         error = reply.error or "The conversation was deleted."
         return f"Sorry, I cannot do this. {error}", "m.notice"
     if run.status == Run.Status.COMPLETED and run.answer:
-        return run.answer.content, "m.text"
+        return _with_note(run.answer.content, run.answer_note), "m.text"
     sentence = f"Sorry, something went wrong. {run.safe_error}".strip()
     if run.status == Run.Status.CANCELLED:
         merged = run.merged_into_id
         sentence = "Answered together with a later message." if merged else "This was cancelled."
     if reply.drafted_at and (draft := draft or _partial_output(run)):
-        fence = "\n```" if draft.count("```") % 2 else ""
-        return f"{draft.rstrip()}{fence}\n\n{sentence}", "m.text"
+        return _with_note(draft, sentence), "m.text"
     return sentence, "m.notice"
+
+
+def _with_note(text: str, note: str) -> str:
+    """Add a paragraph to a text that may have ended within a code block."""
+    if not note:
+        return text
+    fence = "\n```" if text.count("```") % 2 else ""
+    return f"{text.rstrip()}{fence}\n\n{note}"
 
 
 def _partial_output(run: Run) -> str:

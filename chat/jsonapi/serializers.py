@@ -308,6 +308,7 @@ class RunSerializer(ResourceSerializer):
     output = serializers.CharField(source="answer.content", default=None, allow_null=True)
     safe_error = serializers.SerializerMethodField()
     error_code = serializers.SerializerMethodField()
+    finish_reason = serializers.SerializerMethodField()
     thread = ToOne("threads", "thread_id")
     message = ToOne("messages", "message_id")
     answer = ToOne("messages", "answer_id")
@@ -340,6 +341,7 @@ class RunSerializer(ResourceSerializer):
             "output",
             "safe_error",
             "error_code",
+            "finish_reason",
             "usage",
             "correlation_id",
             "created_at",
@@ -374,6 +376,9 @@ class RunSerializer(ResourceSerializer):
 
     def get_error_code(self, run: Run) -> str | None:
         return run.error_code or None if run.safe_error else None
+
+    def get_finish_reason(self, run: Run) -> str | None:
+        return run.finish_reason or None
 
 
 class ThreadLink(serializers.Field):

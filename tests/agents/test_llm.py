@@ -89,7 +89,7 @@ class TestAnswers:
             Raw(b'data: {"choices":[{"delta":{"content":"Hi"},"finish_reason":"stop"}]}\n\n')
         )
 
-        assert complete() == completions.ModelReply("Hi")
+        assert complete() == completions.ModelReply("Hi", finish_reason="stop")
 
     def test_nul_is_dropped_because_no_database_can_keep_it(self, model: FakeLLM) -> None:
         model.script(Reply("a\0b"))

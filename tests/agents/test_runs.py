@@ -15,9 +15,10 @@ from django.utils import timezone
 from agents.events import publisher
 from agents.models import Attempt, Event, Run, Step
 from agents.runs import actions, commands, execution, memory, outcomes
+from chat import representation
 from chat.models import Message
 from tests import factories
-from tests.fakes.llm import CONTEXT_TOO_LONG, Cut, Failure, FakeLLM, Hang, Reply, held
+from tests.fakes.llm import CONTEXT_TOO_LONG, Cut, Failure, FakeLLM, Hang, Reply, call_tool, held
 
 pytestmark = pytest.mark.django_db
 
@@ -47,7 +48,22 @@ class TestOutcome:
             "runId": run.pk,
             "threadId": run.thread_id,
             "output": "Answer to: What is new?",
+            "finishReason": "stop",
         }
+
+    def test_why_the_model_stopped_is_kept_on_the_run_and_the_step(self, model: FakeLLM) -> None:
+        model.script(call_tool("none"), Reply("It is", finish_reason="length"))
+        run = factories.ask()
+        execution.execute(run.pk)
+
+        run = reload(run)
+        assert run.finish_reason == "length"
+        assert run.answer_note == "The answer was cut off at the output limit."
+        reasons = Step.objects.filter(kind="model").values_list("finish_reason", flat=True)
+        assert list(reasons) == ["tool_calls", "length"]
+        assert representation.run_json(run)["finishReason"] == "length"
+        event = Event.objects.get(type="agent.run.completed")
+        assert representation.outcome_json(event)["finishReason"] == "length"
 
     def test_usage_is_kept_on_the_run_the_attempt_and_the_step(self, model: FakeLLM) -> None:
         run = factories.ask()

@@ -145,7 +145,12 @@ class TestRuns:
             "correlationId": "c-1",
             "status": "queued",
             "model": "gpt-4o-mini",
-            "usage": {"promptTokens": 0, "completionTokens": 0, "totalTokens": 0},
+            "usage": {
+                "promptTokens": 0,
+                "completionTokens": 0,
+                "totalTokens": 0,
+                "estimated": False,
+            },
             "createdAt": data["run"]["createdAt"],
             "updatedAt": data["run"]["updatedAt"],
         }

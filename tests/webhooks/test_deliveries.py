@@ -54,6 +54,7 @@ class TestWhatIsTold:
                 "promptTokens": 31,
                 "completionTokens": 12,
                 "totalTokens": 43,
+                "estimated": False,
             },
             "output": "pong",
             "createdAt": None,
