@@ -110,6 +110,9 @@ format: $(READY) ## Format the code and apply automatic fixes
 bench: $(READY) $(REDIS) $(HOMESERVER) ## Run the benchmarks; ARGS="compare BASE=commit" compares two builds
 	$(BIN)/python -m tests.benchmarks $(ARGS)
 
+providers: $(READY) $(REDIS) ## Run the stack with real model servers and print a table; ARGS="llamacpp litellm" name some
+	$(BIN)/python -m tests.providers $(ARGS)
+
 screenshots: $(READY) $(REDIS) ## Regenerate docs/images from the admin and the chat page; ARGS name some pictures
 	$(BIN)/python -m tests.screenshots.screenshots $(ARGS)
 
@@ -147,4 +150,4 @@ $(HOMESERVER): requirements/homeserver.txt | $(RUNTIME)
 	@$(INSTALL) requirements/homeserver.txt && touch $@ || \
 		echo "Synapse could not be installed. Matrix rooms need it, or your own homeserver in MATRIX_URL." >&2
 
-.PHONY: help run setup test test-quick test-systems faults faults-smoke faults-all fuzz conformance browsers findings nightly check check-types check-code check-words migrations-check schema schema-check lock audit format bench screenshots
+.PHONY: help run setup test test-quick test-systems faults faults-smoke faults-all fuzz conformance browsers findings nightly check check-types check-code check-words migrations-check schema schema-check lock audit format bench providers screenshots
