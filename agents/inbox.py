@@ -10,6 +10,7 @@ from enum import StrEnum
 from functools import partial
 from typing import Any
 
+import structlog
 from django.conf import settings
 from django.db import IntegrityError, transaction
 from django.db.models import Exists, F
@@ -31,12 +32,14 @@ from chat.models import (
     new_thread_id,
 )
 from lib import db, tracing
+from lib.ratelimitedlog import RateLimitedLog
 from realm.models import User
 
 MAX_MODEL_LENGTH = 100
 MAX_CORRELATION_LENGTH = 200
 MAX_KEY_LENGTH = 255
 MAX_DEADLINE_SECONDS = 86400
+log_info = RateLimitedLog(structlog.get_logger(__name__).info)
 # Characters that databases and JSON parsers do not carry reliably.
 UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
 
@@ -276,6 +279,14 @@ def edit(run_id: str, *, content: str) -> bool:
 
 
 def _count(source: str, reached: limits.LimitExceeded) -> None:
+    # For operators; the sender is not concerned with settings.
+    log_info(
+        "Message refused by a limit",
+        f"{source} {reached.code} {reached.setting}",
+        source=source,
+        code=reached.code,
+        setting=reached.setting,
+    )
     # After the commit, so that a repeated transaction counts one refusal.
     transaction.on_commit(partial(refusals.count, str(source), reached.code), robust=True)
 
@@ -309,7 +320,7 @@ def _check_length(content: str) -> None:
     if limit and len(content) > limit:
         raise TooLong(
             f"content must be at most {limit:,} characters long, and has {len(content):,}. "
-            "Send it in parts; an operator can raise CHAT_MAX_MESSAGE_CHARACTERS."
+            "Send it in parts."
         )
 
 

@@ -167,6 +167,7 @@ class ChatPage(SecureView):
             "models": allowed,
             "chosen": last if last and (not allowed or last in allowed) else default,
             "echo": not completions.configured(),
+            "development": settings.DEBUG,
         }
 
     def _turn(self, name: str) -> int | None:

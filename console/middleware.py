@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import structlog
 from django.conf import settings
 from django.contrib import admin
 from django.http import HttpRequest, HttpResponse, HttpResponseNotAllowed
@@ -14,9 +15,11 @@ from django.utils.functional import SimpleLazyObject
 from console import refusals
 from console.login import owes_code, unless_owed
 from lib.clients import client_ip, network
+from lib.ratelimitedlog import RateLimitedLog
 from realm import throttles
 
 METHODS = ("GET", "HEAD", "POST")
+log_info = RateLimitedLog(structlog.get_logger(__name__).info)
 
 
 class AdminMethodsMiddleware:
@@ -86,6 +89,7 @@ class LoginThrottleMiddleware:
         address = network(client_ip(request))
         if not limit or throttles.count_attempt(f"login:{address}") <= limit:
             return None
+        log_info("Login attempts refused by a limit", setting="LOGIN_TRIES_PER_MINUTE")
         title = "Too many attempts"
         context = {**admin.site.each_context(request), "title": title, "limit": limit}
         page = render(request, "console/too_many_attempts.html", context, status=429)

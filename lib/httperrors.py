@@ -4,6 +4,7 @@ JSON:API documents show the source of an error: a JSON pointer into the document
 parameter or of a header.
 """
 
+from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
 from http import HTTPStatus
 from typing import Any
 
@@ -30,6 +31,12 @@ class HTTPError(exceptions.APIException):
 class BadRequest(HTTPError):
     status_code = status.HTTP_400_BAD_REQUEST
     default_code = "malformed"
+
+
+class UnknownName(BadRequest):
+    """A field or a query parameter that does not exist (lib.names)."""
+
+    default_code = "unknown_name"
 
 
 class Forbidden(HTTPError):
@@ -88,12 +95,21 @@ class ServiceUnavailable(HTTPError):
 
 
 def parse_json(body: bytes) -> Any:
-    """Parse a body. Refuses NaN, unpaired surrogates, bad UTF-8 and nesting that would exhaust the
-    stack."""
+    """Parse a body in UTF-8, with or without a byte order mark. Refuses NaN, unpaired surrogates, bad
+    UTF-8 and nesting that would exhaust the stack."""
     try:
-        return orjson.loads(body)
+        return orjson.loads(body.removeprefix(BOM_UTF8))
     except orjson.JSONDecodeError as error:
+        if _is_wide(body):
+            raise exceptions.ParseError(
+                "The body must be JSON in UTF-8; it is in UTF-16 or UTF-32."
+            ) from None
         raise exceptions.ParseError(f"The body is not valid JSON: {error}.") from None
+
+
+def _is_wide(body: bytes) -> bool:
+    """Return True for an encoding of more than one byte per character: JSON begins with ASCII."""
+    return body.startswith((BOM_UTF16_LE, BOM_UTF16_BE)) or b"\0" in body[:4]
 
 
 def error_headers(error: exceptions.APIException) -> dict[str, str]:

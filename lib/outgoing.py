@@ -22,6 +22,8 @@ from urllib.parse import SplitResult, urlsplit, urlunsplit
 from django.conf import settings
 
 DEFAULT_PORT = HTTPS_PORT = 443
+ABSOLUTE = re.compile(r"\s*([A-Za-z][A-Za-z0-9+.-]*:)?//")
+HOST_LENGTH = 253  # of a name in DNS
 CHUNK_BYTES = 16 * 1024
 ESCAPE = re.compile("%([0-9A-Fa-f]{2})")
 UNRESERVED = re.compile("[A-Za-z0-9._~-]")
@@ -88,6 +90,25 @@ def allowed(url: str, hosts: Iterable[str]) -> bool:
         and (parts.port or 443) in settings.OUTGOING_PORTS
         and any(fnmatch.fnmatchcase(parts.hostname or "", pattern.lower()) for pattern in hosts)
     )
+
+
+def is_url(text: str) -> bool:
+    """Return True for a text that is meant as an absolute URL, also a wrong one."""
+    return ABSOLUTE.match(text) is not None
+
+
+def why_forbidden(url: str, hosts: Iterable[str], setting: str) -> str:
+    """Return why `allowed` is False, for the person who configures the URL; `setting` has the hosts."""
+    parts = _split(url)
+    if parts is None:
+        return (
+            "The URL must be https://HOST/..., in printable ASCII without blanks, and without a "
+            "user name or password."
+        )
+    host = (parts.hostname or "")[:HOST_LENGTH]
+    if not any(fnmatch.fnmatchcase(parts.hostname or "", pattern.lower()) for pattern in hosts):
+        return f"The host {host} is not in {setting}."
+    return f"The port {parts.port or HTTPS_PORT} of the URL is not in OUTGOING_PORTS."
 
 
 def host_of(url: str) -> str:

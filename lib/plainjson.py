@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import orjson
 from django.core.exceptions import RequestDataTooBig
@@ -11,12 +11,23 @@ from django.http import Http404, HttpRequest, HttpResponse, JsonResponse
 from rest_framework import exceptions, status
 from rest_framework.negotiation import BaseContentNegotiation
 from rest_framework.parsers import BaseParser
+from rest_framework.permissions import SAFE_METHODS
 from rest_framework.renderers import BaseRenderer
 from rest_framework.request import Request
 from rest_framework.response import Response
+from rest_framework.serializers import Serializer
 from rest_framework.views import APIView, set_rollback
 
-from lib.httperrors import LengthRequired, error_headers, is_error_page, parse_json, phrase
+from lib import names
+from lib.httperrors import (
+    BadRequest,
+    LengthRequired,
+    UnknownName,
+    error_headers,
+    is_error_page,
+    parse_json,
+    phrase,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -65,17 +76,50 @@ class AlwaysJSON(BaseContentNegotiation):
         return renderers[0], renderers[0].media_type
 
 
+class StrictSerializer(Serializer[Any]):
+    """Refuses fields that it does not have."""
+
+    def to_internal_value(self, data: Any) -> Any:
+        check_fields(data, self.fields)
+        return super().to_internal_value(data)
+
+
+def check_fields(data: Any, known: Mapping[str, Any]) -> None:
+    """Raise `UnknownName` for the first unknown field of a body."""
+    for name in data:
+        if name not in known:
+            raise UnknownName(names.unknown("field", name, known.keys()))
+
+
 class PlainAPIView(APIView):
     parser_classes = [PlainJSONParser]
     renderer_classes = [PlainJSONRenderer]
     content_negotiation_class = AlwaysJSON
     # Domain exceptions and their HTTP status.
     statuses: Mapping[type[Exception], int] = {}
+    # Of requests that read; others have none.
+    query_parameters: ClassVar[frozenset[str]] = frozenset()
+    # Methods that read the fields of the body. For others it must have none.
+    methods_with_fields: ClassVar[frozenset[str]] = frozenset()
 
     def initial(self, request: Request, *args: Any, **kwargs: Any) -> None:
         if request.META.get("HTTP_TRANSFER_ENCODING") and not request.META.get("CONTENT_LENGTH"):
-            raise LengthRequired  # Django would read such a body as an empty one
+            raise LengthRequired  # a server without config.server: the body would seem empty
         super().initial(request, *args, **kwargs)
+        if request.method not in self.allowed_methods or request.method == "OPTIONS":
+            return
+        if request.META.get("QUERY_STRING"):
+            self._check_query(request)
+        if request.method not in SAFE_METHODS and request.method not in self.methods_with_fields:
+            check_fields(request.data, {})
+
+    def _check_query(self, request: Request) -> None:
+        known = self.query_parameters if request.method in SAFE_METHODS else frozenset()
+        for name, values in request.query_params.lists():
+            if name not in known:
+                raise UnknownName(names.unknown("query parameter", name, known))
+            if len(values) > 1:
+                raise BadRequest(f"The query parameter {name} may be given only once.")
 
     def handle_exception(self, exc: Exception) -> Response:
         for kind, code in self.statuses.items():
@@ -116,7 +160,8 @@ def plain_exception_handler(exc: Exception, context: Mapping[str, Any]) -> Respo
     if isinstance(exc, exceptions.ValidationError):
         return error_response(exc.status_code, _first_error(exc.detail))
     if isinstance(exc, exceptions.APIException):
-        return error_response(exc.status_code, str(exc.detail), error_headers(exc))
+        code = exc.default_code if isinstance(exc, UnknownName) else ""
+        return error_response(exc.status_code, str(exc.detail), error_headers(exc), code=code)
     if isinstance(exc, DataError):
         return error_response(
             status.HTTP_400_BAD_REQUEST, "The request has a value that cannot be stored."

@@ -1,5 +1,7 @@
+import re
+
 from rest_framework import authentication
-from rest_framework.authentication import BaseAuthentication, get_authorization_header
+from rest_framework.authentication import BaseAuthentication
 from rest_framework.exceptions import (
     APIException,
     AuthenticationFailed,
@@ -11,18 +13,29 @@ from rest_framework.request import Request
 from realm import tokens
 from realm.models import User
 
+# RFC 6750, section 2.1; any number of blanks before the token.
+BEARER = re.compile("(?i:bearer) +([A-Za-z0-9._~+/-]+=*)")
+EXPECTED = (
+    "The Authorization header must be 'Bearer <realm-server JWT>', once. Get a JWT: "
+    "POST /_server-session."
+)
+
 
 class RealmTokenAuthentication(BaseAuthentication):
-    """`Authorization: Bearer <realm-server JWT>`."""
+    """`Authorization: Bearer <realm-server JWT>`. A request with any other Authorization header is
+    refused: its sender means to be somebody, so it is neither anonymous nor the user of a cookie."""
 
     unknown_user: type[APIException] = AuthenticationFailed
 
     def authenticate(self, request: Request) -> tuple[User, tokens.Claims] | None:
-        scheme, _, token = get_authorization_header(request).strip().partition(b" ")
-        if scheme.lower() != b"bearer":
+        header = request.META.get("HTTP_AUTHORIZATION")
+        if header is None:
             return None
+        credential = BEARER.fullmatch(header.strip())
+        if credential is None:
+            raise AuthenticationFailed(EXPECTED)
         try:
-            claims = tokens.verify(token.strip().decode("ascii", "replace"))
+            claims = tokens.verify(credential[1])
         except tokens.InvalidToken as error:
             raise AuthenticationFailed(str(error)) from None
         user = User.objects.filter(matrix_user_id=claims.user).first()

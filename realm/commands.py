@@ -28,7 +28,11 @@ def is_allowed_url(command: str) -> bool:
 
 def check(command: str) -> None:
     """Raise `UnknownCommand` for a command that could not be executed."""
-    if command not in COMMANDS and not is_allowed_url(command):
-        raise UnknownCommand(
-            f"There is no command {command[:200]!r}. Known commands: {', '.join(known())}."
-        )
+    if command in COMMANDS or is_allowed_url(command):
+        return
+    if outgoing.is_url(command):
+        why = outgoing.why_forbidden(command, settings.AGENT_WEBHOOK_HOSTS, "AGENT_WEBHOOK_HOSTS")
+        raise UnknownCommand(f"{why} Known commands: {', '.join(known())}.")
+    raise UnknownCommand(
+        f"There is no command {command[:200]!r}. Known commands: {', '.join(known())}."
+    )

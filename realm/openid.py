@@ -130,8 +130,17 @@ def _cut_off(sock: socket.socket) -> Iterator[threading.Event]:
         timer.cancel()
 
 
+def _is_unknown_path(body: bytes) -> bool:
+    """Return True if the homeserver does not know the endpoint; older ones answer 400 then."""
+    try:
+        answer = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return False
+    return isinstance(answer, dict) and answer.get("errcode") == "M_UNRECOGNIZED"
+
+
 def _subject(status: int, body: bytes) -> str:
-    if status in (401, 403):
+    if status in (400, 401, 403) and not _is_unknown_path(body):
         raise OpenIDTokenRejected("The homeserver does not accept the OpenID token.")
     if status in (429, 503, 504):
         raise HomeserverUnavailable("The homeserver is busy. Please try again.")

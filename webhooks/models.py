@@ -165,9 +165,9 @@ class Subscription(models.Model):
         webhook of the owner is added in between."""
         self.url = outgoing.normalised(self.url)
         if not self.is_allowed:
-            allowed = ", ".join(settings.HOOKS_ALLOWED_HOSTS) or "none"
+            hosts = settings.HOOKS_ALLOWED_HOSTS
             raise ValidationError(
-                {"url": f"The URL must be https:// on a host in HOOKS_ALLOWED_HOSTS: {allowed}."}
+                {"url": outgoing.why_forbidden(self.url, hosts, "HOOKS_ALLOWED_HOSTS")}
             )
         if not self.events:
             raise ValidationError("Choose at least one event.")

@@ -15,7 +15,7 @@ from agents.llm import completions, loop
 from agents.models import CHAT_REPLY, Run
 from agents.runs import http_commands, memory
 from chat.models import Message
-from lib import db
+from lib import db, outgoing
 from realm.commands import COMMANDS, is_allowed_url
 
 
@@ -49,6 +49,12 @@ def execute(run: Run, *, options: completions.CallOptions, transcript: loop.Tran
         return function(context)
     if is_allowed_url(run.command):
         return _post(context)
+    if outgoing.is_url(run.command):
+        raise completions.LLMError(
+            f"The command's URL on {outgoing.host_of(run.command)} may not be called any more.",
+            code="webhook_forbidden",
+            permanent=True,
+        )
     raise completions.LLMError(
         f"There is no command {run.command[:200]!r} any more.",
         code="unknown_command",

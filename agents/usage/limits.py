@@ -49,10 +49,11 @@ SPENDING_MEMORY = timedelta(days=40)
 
 class LimitExceeded(Exception):
     """A limit is reached. The message is safe to show; a retry makes sense after `retry_after`
-    seconds."""
+    seconds. `setting`: what an operator can change, for the log."""
 
-    def __init__(self, message: str, *, code: str, retry_after: float) -> None:
+    def __init__(self, message: str, *, code: str, retry_after: float, setting: str = "") -> None:
         super().__init__(message)
+        self.setting = setting
         self.code = code
         self.retry_after = max(1, ceil(retry_after))
 
@@ -98,8 +99,8 @@ class Scope:
     def choose(self, for_user: str, for_room: str) -> str:
         return for_user if self.kind is Kind.USER else for_room
 
-    def advice(self, name: str) -> str:
-        return f"An operator can raise LIMIT_{self.kind.name}_{name} or set an individual limit."
+    def setting(self, name: str) -> str:
+        return f"LIMIT_{self.kind.name}_{name}"
 
 
 class LimitList:
@@ -221,9 +222,10 @@ def _too_fast(scope: Scope, seconds: float) -> LimitExceeded:
     subject = scope.choose("You", "This room")
     return LimitExceeded(
         f"{subject} may send {_messages(scope.limits.messages)} a minute. "
-        f"Try again in {max(1, ceil(seconds))} s. " + scope.advice("MESSAGES_PER_MINUTE"),
+        f"Try again in {max(1, ceil(seconds))} s.",
         code="rate_limited",
         retry_after=seconds,
+        setting=scope.setting("MESSAGES_PER_MINUTE"),
     )
 
 
@@ -235,9 +237,10 @@ def _too_many_waiting(scope: Scope) -> LimitExceeded:
     owner = scope.choose("You have", "This room has")
     return LimitExceeded(
         f"{owner} {_messages(scope.limits.unfinished)} waiting for an answer, which is the limit. "
-        "Wait for one or cancel one. " + scope.advice("RUNS_UNFINISHED"),
+        "Wait for one or cancel one.",
         code="too_many_waiting",
         retry_after=WAITING_SECONDS,
+        setting=scope.setting("RUNS_UNFINISHED"),
     )
 
 
@@ -245,10 +248,10 @@ def _too_much(scope: Scope, remaining: int) -> LimitExceeded:
     subject = scope.choose("You", "This room")
     return LimitExceeded(
         f"{subject} may send {scope.limits.bytes:,} bytes a day, and this message exceeds the "
-        f"{max(0, remaining):,} bytes left. The limit resets at 00:00 UTC. "
-        + scope.advice("BYTES_PER_DAY"),
+        f"{max(0, remaining):,} bytes left. Try again after 00:00 UTC.",
         code="bytes_exhausted",
         retry_after=_seconds_of_today_left(),
+        setting=scope.setting("BYTES_PER_DAY"),
     )
 
 
@@ -295,10 +298,10 @@ def _estimate(scopes: Iterable[Scope], model: str, size: int) -> tuple[int, int]
 def _exhausted(scope: Scope, spent: Spending) -> LimitExceeded:
     limits = scope.limits
     if limits.tokens and not limits.cost:
-        budget, name = f"{limits.tokens:,} tokens", "TOKENS_PER_DAY"
+        budget = f"{limits.tokens:,} tokens"
         remaining = f"{max(0, limits.tokens - spent.tokens):,}"
     else:
-        budget, name = f"{formats.amount(limits.cost):.2f} {prices.currency()}", "COST_PER_DAY"
+        budget = f"{formats.amount(limits.cost):.2f} {prices.currency()}"
         remaining = f"{max(Decimal(), formats.amount(limits.cost - spent.cost)):.4f}"
     if limits.tokens and limits.cost:
         budget = f"{limits.tokens:,} tokens and {budget}"
@@ -306,9 +309,10 @@ def _exhausted(scope: Scope, spent: Spending) -> LimitExceeded:
     owner = scope.choose("Your", "This room's")
     return LimitExceeded(
         f"{owner} daily budget of {budget} does not cover this message ({remaining} left). "
-        f"It resets at 00:00 UTC. {scope.advice(name)}",
+        "Try again after 00:00 UTC.",
         code="budget_exhausted",
         retry_after=_seconds_of_today_left(),
+        setting=scope.setting("COST_PER_DAY" if limits.cost else "TOKENS_PER_DAY"),
     )
 
 

@@ -1,14 +1,11 @@
 """Request bodies of the chat API (plain JSON)."""
 
-from typing import Any
-
-from rest_framework import serializers
-
 from chat.fields import FlagField, JSONStringField, PolicyField, WholeNumberField
 from chat.models import MAX_TITLE_LENGTH
+from lib.plainjson import StrictSerializer
 
 
-class MessageRequestSerializer(serializers.Serializer[Any]):
+class MessageRequestSerializer(StrictSerializer):
     """The shape of a submitted message; agents.inbox enforces the rules."""
 
     content = JSONStringField(error_messages={"blank": "Write at least 1 character."})
@@ -25,6 +22,6 @@ class MessageRequestSerializer(serializers.Serializer[Any]):
     )
 
 
-class ThreadChangeSerializer(serializers.Serializer[Any]):
+class ThreadChangeSerializer(StrictSerializer):
     title = JSONStringField(required=False, allow_blank=True, max_length=MAX_TITLE_LENGTH)
     archived = FlagField(required=False)

@@ -89,8 +89,7 @@ class StreamSlot:
             ) from None
         except limiter.HolderReached:
             raise CallerStreamsExceeded(
-                f"You have reached the limit of {limit} open streams. Close one, or poll the run. An "
-                "operator can raise CHAT_MAX_STREAMS_PER_USER."
+                f"You have reached the limit of {limit} open streams. Close one, or poll the run."
             ) from None
         self.release = weakref.finalize(self, open_streams.release, caller)
 

@@ -79,6 +79,8 @@ class ApiRootView(PlainAPIView):
 
 
 class MessagesView(ChatView):
+    methods_with_fields = frozenset({"POST"})
+
     def post(self, request: Request) -> HttpResponseBase:
         """Submit a message: 202; 200 with the outcome if the run finishes within `Prefer: wait=N`, or
         with the stream of the run if the client accepts one."""
@@ -126,6 +128,8 @@ class MessagesView(ChatView):
 
 
 class ThreadsView(ChatView):
+    query_parameters = frozenset({"limit", "before", "archived"})
+
     def get(self, request: Request) -> Response:
         """List the caller's threads, most recent first. `next` is the `before` of the next page, or
         null."""
@@ -147,6 +151,8 @@ class ThreadsView(ChatView):
 
 
 class ThreadView(ChatView):
+    methods_with_fields = frozenset({"PATCH"})
+
     def get(self, request: Request, thread_id: str) -> Response:
         return Response({"ok": True, "thread": thread_json(self.thread(thread_id))})
 
@@ -167,6 +173,8 @@ class ThreadView(ChatView):
 
 
 class ThreadMessagesView(ChatView):
+    query_parameters = frozenset({"limit", "before"})
+
     def get(self, request: Request, thread_id: str) -> Response:
         """List the newest messages in chronological order, fewer than `limit` if they are long. Pass
         `next` as `before` to get older messages; it is null on the last page."""
@@ -195,6 +203,8 @@ class RunView(ChatView):
 
 
 class RunEventsView(ChatView):
+    query_parameters = frozenset({"after"})
+
     def get(self, request: Request, run_id: str) -> HttpResponseBase:
         """Stream the events of a run. 204 if the client has received the outcome, which stops a browser
         from reconnecting."""
@@ -229,6 +239,8 @@ class RunRetryView(ChatView):
 
 
 class ThreadEventsView(ChatView):
+    query_parameters = frozenset({"after"})
+
     def get(self, request: Request, thread_id: str) -> HttpResponseBase:
         """Stream the events of a thread until the client disconnects."""
         thread = get_object_or_404(self.threads(), pk=thread_id)

@@ -178,6 +178,9 @@ class MessagesView(CollectionView):
     relationships = frozenset({"thread"})
     http_errors = {inbox.UnknownThread: NotFound, inbox.UnknownUser: exceptions.NotAuthenticated}
 
+    def document_serializer(self) -> type[NewMessageSerializer]:
+        return NewMessageSerializer
+
     def handle_exception(self, exc: Exception) -> Response:
         if isinstance(exc, inbox.Invalid):
             code = getattr(exc, "code", "invalid")

@@ -7,6 +7,7 @@ from django.utils.http import parse_header_parameters
 from rest_framework import exceptions
 from rest_framework.generics import GenericAPIView
 from rest_framework.negotiation import DefaultContentNegotiation
+from rest_framework.permissions import SAFE_METHODS
 from rest_framework.request import Request
 from rest_framework.response import Response
 from rest_framework_json_api import renderers
@@ -16,7 +17,8 @@ from rest_framework_json_api.utils import (
     undo_format_field_name,
 )
 
-from lib.httperrors import BadRequest, LengthRequired, NotFound
+from lib import names
+from lib.httperrors import BadRequest, LengthRequired, NotFound, UnknownName
 from lib.jsonapi.documents import JSONAPIParser, JSONParser
 from lib.jsonapi.errors import MEDIA_TYPE, exception_handler
 
@@ -86,8 +88,7 @@ class JSONAPIView(GenericAPIView[Any]):
         if request.method not in self.allowed_methods:
             raise exceptions.MethodNotAllowed(request.method or "")
         if "Transfer-Encoding" in request.headers and not request.META.get("CONTENT_LENGTH"):
-            # Django would read such a body as an empty one.
-            raise LengthRequired
+            raise LengthRequired  # a server without config.server: the body would seem empty
         self._check_media_type(request)
         super().initial(request, *args, **kwargs)
         self._check_query(request)
@@ -103,6 +104,10 @@ class JSONAPIView(GenericAPIView[Any]):
             )
         return super().handle_exception(exc)
 
+    def document_serializer(self) -> Any:
+        """Return the class that reads the documents sent to this view."""
+        return self.get_serializer_class()
+
     def get_exception_handler(self) -> Callable[..., Response]:
         return exception_handler
 
@@ -117,13 +122,18 @@ class JSONAPIView(GenericAPIView[Any]):
     def _check_query(self, request: Request) -> None:
         self._join_lists(request)
         serializer = self.get_serializer_class()
+        own = self.query_parameters if request.method in SAFE_METHODS else frozenset()
         for name, values in request.query_params.lists():
             if name.startswith("fields["):
                 _check_sparse_fields(serializer, name, values[-1])
             elif name == "include":
                 _check_include(serializer, values[-1])
-            elif name not in self.query_parameters:
-                raise BadRequest("Unknown query parameter.", parameter=name[:100])
+            elif name not in own:
+                kinds = map(get_resource_type_from_serializer, document_kinds(serializer))
+                known = {*own, "include", *(f"fields[{kind}]" for kind in kinds)}
+                raise UnknownName(
+                    names.unknown("query parameter", name, known), parameter=name[:100]
+                )
             if len(values) > 1:
                 raise BadRequest("It may be given only once.", parameter=name[:100])
 
@@ -177,9 +187,11 @@ def _check_include(serializer: Any, value: str) -> None:
             raise BadRequest(f"At most {MAX_INCLUDE_DEPTH} steps in a path.", parameter="include")
         at = serializer
         for step in steps:
-            at = (getattr(at, "included_serializers", None) or {}).get(undo_format_field_name(step))
+            included = getattr(at, "included_serializers", None) or {}
+            at = included.get(undo_format_field_name(step))
             if at is None:
-                raise BadRequest("Unknown path to include.", parameter="include")
+                known = [format_field_name(name) for name in included]
+                raise UnknownName(names.unknown("relationship", step, known), parameter="include")
 
 
 def _check_sparse_fields(serializer: Any, parameter: str, value: str) -> None:
@@ -192,7 +204,7 @@ def _check_sparse_fields(serializer: Any, parameter: str, value: str) -> None:
     known = {format_field_name(name) for name in resource().fields}
     for name in value.split(",") if value else []:
         if name not in known:
-            raise BadRequest("The resource has no such field.", parameter=parameter)
+            raise UnknownName(names.unknown("field", name, known), parameter=parameter)
 
 
 def document_kinds(serializer: Any) -> list[Any]:

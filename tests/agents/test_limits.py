@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from unittest.mock import Mock
 
 import orjson
 import pytest
@@ -50,7 +51,11 @@ def let_pass(seconds: float) -> None:
         pace.save()
 
 
-def test_whoever_asks_too_fast_is_told_when_to_come_back(api: APIClient, settings: Any) -> None:
+def test_whoever_asks_too_fast_is_told_when_to_come_back(
+    api: APIClient, settings: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logged = Mock()
+    monkeypatch.setattr(inbox, "log_info", logged)
     settings.LIMIT_USER_MESSAGES_PER_MINUTE = 3
     said = [api.post(URL, {"content": "Hello"}, format="json") for _ in range(4)]
     assert [each.status_code for each in said] == [202, 202, 202, 429]
@@ -58,7 +63,9 @@ def test_whoever_asks_too_fast_is_told_when_to_come_back(api: APIClient, setting
     assert 1 <= int(refused["Retry-After"]) <= 20
     assert refused.json()["code"] == "rate_limited"
     assert "You may send 3 messages a minute." in refused.json()["error"]
-    assert "LIMIT_USER_MESSAGES_PER_MINUTE" in refused.json()["error"]
+    assert "LIMIT_USER" not in refused.json()["error"]
+    assert f"Try again in {refused['Retry-After']} s." in refused.json()["error"]
+    assert logged.call_args.kwargs["setting"] == "LIMIT_USER_MESSAGES_PER_MINUTE"
     assert (Run.objects.count(), Message.objects.count()) == (3, 3)
 
 

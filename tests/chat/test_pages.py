@@ -377,7 +377,11 @@ class TestForms:
     def test_echo_is_announced(self, browser: Client, model: FakeLLM, settings: Any) -> None:
         assert "echo" not in browser.get("/").text
         settings.OPENAI_API_KEY = settings.OPENAI_BASE_URL = ""
-        assert "every answer echoes your message" in browser.get("/").text
+        page = browser.get("/").text
+        assert "every answer echoes your message" in page
+        assert "OPENAI_API_KEY" not in page  # visitors cannot set it
+        settings.DEBUG = True
+        assert "OPENAI_API_KEY" in browser.get("/").text
 
     def test_thread_is_renamed_archived_and_unarchived(self, browser: Client, alice: User) -> None:
         thread = ask("Hello", owner=alice).thread

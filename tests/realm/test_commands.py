@@ -65,6 +65,35 @@ def test_an_unknown_command_is_refused_with_the_known_ones(
 
 
 @pytest.mark.parametrize(
+    ("url", "reason"),
+    [
+        ("https://example.org/x", "example.org is not in AGENT_WEBHOOK_HOSTS"),
+        ("HTTPS://Example.ORG/x", "example.org is not in AGENT_WEBHOOK_HOSTS"),
+        ("https://sub.hooks.example.org/x", "sub.hooks.example.org is not in AGENT_WEBHOOK_HOSTS"),
+        ("https://hooks.example.org:8443/x", "port 8443 of the URL is not in OUTGOING_PORTS"),
+        ("http://hooks.example.org/x", "must be https://"),
+        ("//hooks.example.org/x", "must be https://"),
+        ("https://user:secret@hooks.example.org/x", "without a user name"),
+        ("https://hooks.example.org:99999/x", "must be https://"),
+        ("https:///x", "must be https://"),
+        ("https://hooks.example.org/ö", "ASCII"),
+        ("https://" + "x" * 1900 + "/", "is not in AGENT_WEBHOOK_HOSTS"),
+    ],
+)
+def test_a_url_that_may_not_be_called_is_refused_with_the_reason(
+    alice: User, bot: BotRegistration, settings: Any, url: str, reason: str
+) -> None:
+    settings.AGENT_WEBHOOK_HOSTS = ["hooks.example.org"]
+    response = client_of(alice).send("POST", "/_bot-commands", command_of(bot.pk, command=url))
+    error = only_error(response, 400)
+    assert reason in error["detail"]
+    assert "There is no command" not in error["detail"]
+    assert "secret" not in error["detail"]
+    assert "https://hooks.example.org/..." in error["detail"]
+    assert len(error["detail"]) < 600
+
+
+@pytest.mark.parametrize(
     ("attribute", "value"),
     [
         ("command", None),

@@ -120,6 +120,8 @@ LEADING_TO_SOMETHING = [
 def body_for(route: str, method: str) -> tuple[bytes, str]:
     if method in SAFE:
         return b"", "application/json"
+    if method == "DELETE" or route.endswith(("/cancel", "/retry")):
+        return b"", "application/json"  # these take no fields
     if route.startswith(("api", "_")):
         return json.dumps({"title": "taken", "archived": True}).encode(), "application/json"
     return b"title=taken&archived=true&content=taken", "application/x-www-form-urlencoded"

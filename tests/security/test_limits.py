@@ -222,7 +222,7 @@ class TestHeads:
 
     def test_one_of_a_usual_length(self) -> None:
         async def scene() -> None:
-            async with request("/api?q=" + "x" * 8000, cookie="x" * 8000) as response:
+            async with request("/api/schema?q=" + "x" * 8000, cookie="x" * 8000) as response:
                 assert response.status == 200
 
         go(scene())

@@ -270,7 +270,7 @@ def test_an_answer_that_names_nobody_is_a_bad_gateway(homeserver: Homeserver, bo
 
 
 @pytest.mark.parametrize(
-    ("status", "ours"), [(400, 502), (403, 401), (404, 502), (429, 503), (500, 502), (503, 503)]
+    ("status", "ours"), [(400, 401), (403, 401), (404, 502), (429, 503), (500, 502), (503, 503)]
 )
 def test_other_answers_of_the_homeserver(homeserver: Homeserver, status: int, ours: int) -> None:
     homeserver.answers({"sub": "@alice:localhost"}, status)
@@ -278,6 +278,24 @@ def test_other_answers_of_the_homeserver(homeserver: Homeserver, status: int, ou
     assert response.status_code == ours
     if ours == 503:
         assert response.headers["Retry-After"] == "1"
+
+
+@pytest.mark.parametrize("errcode", ["M_UNKNOWN_TOKEN", "M_MISSING_TOKEN", "M_FORBIDDEN", "M_X"])
+@pytest.mark.parametrize("status", [400, 401, 403])
+def test_a_refused_token_is_401(homeserver: Homeserver, status: int, errcode: str) -> None:
+    homeserver.answers({"errcode": errcode}, status)
+    response = exchange()
+    assert response.status_code == 401
+    assert "does not accept the OpenID token" in response.json()["errors"][0]["detail"]
+    assert "WWW-Authenticate" in response.headers
+
+
+@pytest.mark.parametrize("status", [400, 403, 404, 405])
+def test_a_homeserver_without_the_endpoint_says_nothing_of_the_token(
+    homeserver: Homeserver, status: int
+) -> None:
+    homeserver.answers({"errcode": "M_UNRECOGNIZED"}, status)
+    assert exchange().status_code == 502
 
 
 def test_a_huge_answer_is_not_read_to_its_end(homeserver: Homeserver) -> None:
