@@ -1,4 +1,6 @@
 import os
+import sys
+from pathlib import Path
 from typing import Any
 
 from celery import Celery
@@ -7,6 +9,11 @@ from celery.signals import setup_logging
 from django.conf import settings
 from django.db import close_old_connections
 
+from ops import local
+
+# Celery's own command, such as `celery -A config inspect ping`; others choose their settings earlier.
+if "celery" in Path(sys.argv[0]).parts[-2:] and not local.adopt() and not local.names_redis():
+    print("No local stack runs, and REDIS_URL is not set. Start one: make run", file=sys.stderr)
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "config.settings")
 
 

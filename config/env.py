@@ -12,16 +12,35 @@ from urllib.parse import urlsplit
 import environ
 from django.core.exceptions import ImproperlyConfigured
 
-from lib import redis
+from lib import dotenv, redis
 
 UNUSED = "unused"
 TRUE = {"1", "true", "yes", "on"}
 FALSE = {"0", "false", "no", "off"}
 
 
+# Every variable that the settings read.
+NAMES: set[str] = set()
+
+
 def text(name: str, default: str = "") -> str:
     """Return the variable without surrounding blanks. An empty one counts as not set."""
+    NAMES.add(name)
     return os.environ.get(name, "").strip() or default
+
+
+def load(path: Path) -> None:
+    """Read the file `.env`, which the environment overrides."""
+    try:
+        dotenv.load(path)
+    except dotenv.InvalidFile as error:
+        raise ImproperlyConfigured(str(error)) from None
+
+
+def invalid(name: str, problem: str) -> ImproperlyConfigured:
+    """Return the error for a variable: with its place in `.env`, and without its value, which may be a
+    secret in the wrong line."""
+    return ImproperlyConfigured(f"{name}{dotenv.place(name)} {problem}")
 
 
 def signing_secret(name: str, default: str) -> str:
@@ -40,7 +59,7 @@ def flag(name: str, default: bool) -> bool:
         return default
     if value in TRUE | FALSE:
         return value in TRUE
-    raise ImproperlyConfigured(f"{name}={value!r} is not a switch: use true or false.")
+    raise invalid(name, "is not a switch: use true or false.")
 
 
 def integer(name: str, default: int, *, minimum: int = 0, maximum: int | None = None) -> int:
@@ -53,7 +72,7 @@ def integer(name: str, default: int, *, minimum: int = 0, maximum: int | None = 
     except ValueError:
         number = minimum - 1
     if number < minimum or (maximum is not None and number > maximum):
-        raise ImproperlyConfigured(f"{name}={value!r} is not a whole number {bounds}.")
+        raise invalid(name, f"is not a whole number {bounds}.")
     return number
 
 
@@ -66,9 +85,7 @@ def seconds(name: str, default: float, *, minimum: float = 0.1) -> float:
     except ValueError:
         number = float("nan")
     if not minimum <= number < float("inf"):
-        raise ImproperlyConfigured(
-            f"{name}={value!r} is not a time in seconds of {minimum} or more."
-        )
+        raise invalid(name, f"is not a time in seconds of {minimum} or more.")
     return number
 
 
@@ -80,7 +97,7 @@ def amount(name: str) -> Decimal:
     except InvalidOperation:
         number = Decimal("NaN")
     if not (number.is_finite() and 0 <= number <= 1_000_000):
-        raise ImproperlyConfigured(f"{name}={value!r} is not an amount from 0 to 1000000.")
+        raise invalid(name, "is not an amount from 0 to 1000000.")
     return number
 
 
@@ -94,7 +111,7 @@ def ports(name: str, default: str) -> frozenset[int]:
     values = words(name, default)
     for word in values:
         if not (word.isascii() and word.isdigit() and 1 <= int(word[:6]) <= 65535):
-            raise ImproperlyConfigured(f"{name}: {word!r} is not a port from 1 to 65535.")
+            raise invalid(name, "has an entry that is not a port from 1 to 65535.")
     return frozenset(map(int, values))
 
 
@@ -105,8 +122,8 @@ def networks(name: str, default: str = "") -> list[ipaddress.IPv4Network | ipadd
         try:
             blocks.append(ipaddress.ip_network(word, strict=False))
         except ValueError:
-            raise ImproperlyConfigured(
-                f"{name}: {word!r} is not an address or a network such as 10.0.0.0/8."
+            raise invalid(
+                name, "has an entry that is not an address or a network such as 10.0.0.0/8."
             ) from None
     return blocks
 
@@ -114,7 +131,7 @@ def networks(name: str, default: str = "") -> list[ipaddress.IPv4Network | ipadd
 def choice(name: str, default: str, choices: tuple[str, ...]) -> str:
     value = text(name, default)
     if value not in choices:
-        raise ImproperlyConfigured(f"{name}={value!r} is not one of {', '.join(choices)}.")
+        raise invalid(name, f"is not one of {', '.join(filter(None, choices))}.")
     return value
 
 
@@ -129,9 +146,8 @@ def url(name: str, default: str = "", *, schemes: tuple[str, ...]) -> str:
     except ValueError:
         valid = False
     if not valid:
-        # The value may carry a password, so it is not repeated.
-        raise ImproperlyConfigured(
-            f"{name} is not a URL that starts with {' or '.join(f'{s}://' for s in schemes)}."
+        raise invalid(
+            name, f"is not a URL that starts with {' or '.join(f'{s}://' for s in schemes)}."
         )
     return value
 
@@ -144,8 +160,24 @@ def file(name: str) -> str:
     try:
         Path(value).open("rb").close()
     except OSError as error:
-        raise ImproperlyConfigured(f"{name}: {value} cannot be read: {error.strerror}.") from None
+        raise invalid(name, f"names a file that cannot be read: {error.strerror}.") from None
     return value
+
+
+def folder(name: str) -> str:
+    """Return the path of a folder, which is created; empty if it is not set."""
+    value = text(name)
+    if value:
+        make_folder(name, Path(value))
+    return value
+
+
+def make_folder(name: str, path: Path, mode: int = 0o777) -> None:
+    """Create the folder that the variable names."""
+    try:
+        path.mkdir(mode=mode, parents=True, exist_ok=True)
+    except OSError as error:
+        raise invalid(name, f"names a folder that cannot be created: {error.strerror}.") from None
 
 
 def redis_server(url: str, *, ca_file: str, cert_file: str, key_file: str) -> redis.RedisServer:
@@ -155,7 +187,7 @@ def redis_server(url: str, *, ca_file: str, cert_file: str, key_file: str) -> re
         if server.tls:
             server.tls.context()
     except redis.InvalidConfiguration as error:
-        raise ImproperlyConfigured(str(error)) from None
+        raise ImproperlyConfigured(f"{error}{dotenv.place('REDIS_URL')}") from None
     return server
 
 
@@ -165,7 +197,7 @@ def proxy_header(name: str) -> tuple[str, str] | None:
     if not value:
         return None
     if not re.fullmatch(r"[A-Za-z][A-Za-z0-9-]*", value):
-        raise ImproperlyConfigured(f"{name}={value!r} is not a header such as X-Forwarded-Proto.")
+        raise invalid(name, "is not a header such as X-Forwarded-Proto.")
     return "HTTP_" + value.upper().replace("-", "_"), "https"
 
 
@@ -180,18 +212,27 @@ def database(name: str, default: str, *, base: Path) -> dict[str, Any]:
         path = base / value.removeprefix("file:").split("?")[0]
         return {"ENGINE": "config.server.sqlite", "NAME": str(path)}
     if not re.match(r"(sqlite|postgres|postgresql)://", value):
-        raise ImproperlyConfigured(
-            f"{name} is not a database URL: use file:./db/sqlite.db, sqlite:///absolute/path "
-            "or postgres://user:password@host:5432/name."
+        raise invalid(
+            name,
+            "is not a database URL: use file:./db/sqlite.db, sqlite:///absolute/path "
+            "or postgres://user:password@host:5432/name.",
         )
     try:
         config = dict(environ.Env.db_url_config(value))
     except (ValueError, ImproperlyConfigured):
-        raise ImproperlyConfigured(f"{name} cannot be read as a database URL.") from None
+        config = {"NAME": "@"}
     if not config.get("NAME"):
-        raise ImproperlyConfigured(f"{name} names no database.")
+        raise invalid(name, "names no database.")
+    if "@" in str(config["NAME"]):
+        # The rest of a password with a `/`.
+        raise invalid(
+            name,
+            "cannot be read as a database URL: percent-encode any of / ? # @ : in a user or password.",
+        )
     if "sqlite" in config["ENGINE"]:
         config["ENGINE"] = "config.server.sqlite"
         if config["NAME"] != ":memory:":
             config["NAME"] = str(base / config["NAME"])
+    else:
+        config["ENGINE"] = "config.server.postgresql"
     return config

@@ -58,7 +58,7 @@ def parse_levels(value: str) -> list[tuple[str, int]]:
         pattern, equals, level = (piece.strip() for piece in part.partition("="))
         if not equals or not pattern or level.lower() not in LEVELS:
             raise ImproperlyConfigured(
-                f"LOG_LEVELS={value!r}: {part!r} is not pattern=level; levels are "
+                "LOG_LEVELS has an entry that is not pattern=level; levels are "
                 f"{', '.join(LEVELS)}. Example: *=info,agents*=debug"
             )
         rules.append((pattern, LEVELS[level.lower()]))

@@ -11,7 +11,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import environ
 from django.core.exceptions import ImproperlyConfigured
 
 from config import env, errors, logs
@@ -20,7 +19,7 @@ from console import navigation
 
 BASE_DIR = Path(__file__).resolve().parent.parent
 VERSION = tomllib.loads((BASE_DIR / "pyproject.toml").read_text())["project"]["version"]
-environ.Env.read_env(BASE_DIR / ".env")
+env.load(BASE_DIR / ".env")
 
 # On by default, so that a fresh clone works without configuration: the local stack listens on loopback
 # only. With DEBUG off the built-in secrets are refused.
@@ -174,10 +173,12 @@ DATABASES: dict[str, dict[str, Any]] = {
     "default": env.database("DATABASE_URL", "file:./db/sqlite.db", base=BASE_DIR)
 }
 _database = DATABASES["default"]
+# How a PgBouncer between this process and PostgreSQL shares connections; empty: there is none.
+DATABASE_PGBOUNCER = env.choice("DATABASE_PGBOUNCER", "", ("", "session", "transaction"))
 if "sqlite" in _database["ENGINE"]:
     if _database["NAME"] != ":memory:":
         # It has messages, sessions and the bot's access token.
-        Path(_database["NAME"]).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        env.make_folder("DATABASE_URL", Path(_database["NAME"]).parent, mode=0o700)
     _database["CONN_MAX_AGE"] = None
     _database["OPTIONS"] = {
         # Without IMMEDIATE a transaction that reads before it writes fails at once under load, despite
@@ -190,19 +191,25 @@ else:
     # A thread holds a connection for one unit of work, never during a model call: a small pool serves
     # many threads.
     _database["CONN_HEALTH_CHECKS"] = True
+    _options = _database.get("OPTIONS", {})
+    # A process that freezes in a transaction holds its locks, for which all others wait: the server
+    # rolls back such a transaction. PgBouncer refuses the parameter.
+    _guard = {} if DATABASE_PGBOUNCER else {"options": "-c idle_in_transaction_session_timeout=10s"}
+    # A cursor of the server outlives its transaction, and PgBouncer's next one has another connection.
+    _database["DISABLE_SERVER_SIDE_CURSORS"] = DATABASE_PGBOUNCER == "transaction"
     _database["OPTIONS"] = {
         # A host that vanishes is detected in seconds, not after the kernel's 15 minutes.
         "connect_timeout": 5,
         "tcp_user_timeout": 10_000,
         "keepalives_idle": 10,
         "keepalives_interval": 3,
-        # A process that freezes in a transaction holds its locks, for which all others wait: the server
-        # rolls back such a transaction.
-        "options": "-c idle_in_transaction_session_timeout=10s",
-        **_database.get("OPTIONS", {}),
+        **_guard,
+        **_options,
         "pool": {
             "min_size": 1,
             "max_size": env.integer("DATABASE_POOL_SIZE", 16, minimum=1),
+            # In each such period, one connection that was not needed in it is closed.
+            "max_idle": 5,
             # The pool backs off between attempts; the next request starts over.
             "timeout": 5,
             "reconnect_timeout": 5,
@@ -421,10 +428,8 @@ OPS_MAX_QUEUE_SECONDS = env.seconds("OPS_MAX_QUEUE_SECONDS", 60)
 OPS_MAX_OUTBOX_SECONDS = env.seconds("OPS_MAX_OUTBOX_SECONDS", 30)
 OPS_MAX_BOT_SYNC_SECONDS = env.seconds("OPS_MAX_BOT_SYNC_SECONDS", 90, minimum=0)  # 0: not checked
 # The directory where the processes of a web server share their metrics (prometheus_client reads it).
-PROMETHEUS_MULTIPROC_DIR = env.text("PROMETHEUS_MULTIPROC_DIR")
-if PROMETHEUS_MULTIPROC_DIR:
-    Path(PROMETHEUS_MULTIPROC_DIR).mkdir(parents=True, exist_ok=True)
-else:
+PROMETHEUS_MULTIPROC_DIR = env.folder("PROMETHEUS_MULTIPROC_DIR")
+if not PROMETHEUS_MULTIPROC_DIR:
     os.environ.pop("PROMETHEUS_MULTIPROC_DIR", None)  # set but empty would count as set
 
 # Logs and error reports. Secrets are removed from both.
@@ -437,6 +442,9 @@ SCRUBBER = Scrubber(
     AGENT_WEBHOOK_SECRET,
     METRICS_TOKEN,
     _redis.password,
+    *(str(_database.get(name) or "") for name in ("PASSWORD",)),
+    str(_database.get("OPTIONS", {}).get("password", "")),
+    env.text("PGPASSWORD"),
 )
 LOGGING = logs.configuration(
     env.text("LOG_LEVELS", "*=info"),

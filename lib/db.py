@@ -1,14 +1,24 @@
 """Transient errors, pooled connections, and concurrent transactions."""
 
 import functools
+import logging
 import random
 import time
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
-from django.db import Error, InterfaceError, InternalError, OperationalError, connection
+from django.conf import settings
+from django.db import (
+    Error,
+    InterfaceError,
+    InternalError,
+    OperationalError,
+    connection,
+)
 from django.db.models import Model, QuerySet
 from redis.exceptions import RedisError
+
+logger = logging.getLogger(__name__)
 
 # The database is unavailable, or this connection to it is lost; another try may succeed. PostgreSQL
 # reports a transaction that it ended because it was idle as an internal error.
@@ -23,6 +33,11 @@ SERVICE_ERRORS = (*DATABASE_ERRORS, RedisError, OSError)
 CONFLICTS = frozenset({"40P01", "40001"})
 ATTEMPTS = 4
 PAUSE_SECONDS = 0.02
+UNDEFINED_TABLE = "42P01"
+# Of the text of an error; it may name several addresses.
+MAX_REASON = 600
+LOG_SECONDS = 30.0
+MAX_REASONS = 20
 
 Params = ParamSpec("Params")
 Result = TypeVar("Result")
@@ -33,6 +48,47 @@ def release_connection() -> None:
     """Return this thread's connection to its pool, if there is one, before a long wait."""
     if not connection.in_atomic_block:
         connection.close_if_unusable_or_obsolete()
+
+
+def one_line(error: BaseException) -> str:
+    """Return the text of an error in one line and without secrets."""
+    return str(settings.SCRUBBER(" ".join(str(error).split())[:MAX_REASON]))
+
+
+def why(error: BaseException) -> str | None:
+    """Return why the database is unavailable, for an operator; None for another error of it."""
+    if "no such table" in str(error) or getattr(error.__cause__, "sqlstate", "") == UNDEFINED_TABLE:
+        return "The database of DATABASE_URL lacks tables: run manage.py migrate."
+    if isinstance(error, TRANSIENT_ERRORS):
+        text = one_line(error)
+        return f"DATABASE_URL: {text}" if text.endswith((".", "?")) else f"DATABASE_URL: {text}."
+    return None
+
+
+class Availability:
+    """Logs why the database is unavailable: each reason once in a while, and the end."""
+
+    def __init__(self) -> None:
+        self._next: dict[str, float] = {}
+        self.reason = ""  # empty while it is available
+
+    def unavailable(self, reason: str) -> None:
+        self.reason = reason
+        now = time.monotonic()
+        if now < self._next.get(reason, 0.0):
+            return
+        if len(self._next) > MAX_REASONS:
+            self._next.clear()
+        self._next[reason] = now + LOG_SECONDS
+        logger.warning("No connection to the database: %s", reason)
+
+    def available(self) -> None:
+        self._next.clear()
+        self.reason = ""
+        logger.info("The database is available again")
+
+
+availability = Availability()
 
 
 def is_conflict(error: BaseException) -> bool:

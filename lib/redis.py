@@ -61,7 +61,7 @@ def _context(tls: TLS, changed: tuple[int, ...]) -> ssl.SSLContext:
         context = ssl.create_default_context(cafile=tls.ca_file or None)
     except ssl.SSLError:
         raise InvalidConfiguration(
-            f"REDIS_CA_FILE: {tls.ca_file} has no certificate in PEM format."
+            "REDIS_CA_FILE names a file without a certificate in PEM format."
         ) from None
     if tls.cert_file:
         try:

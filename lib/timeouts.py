@@ -11,7 +11,9 @@ from collections.abc import Callable, Mapping
 from typing import Generic, NoReturn, TypeVar
 
 from django.db import connection
+from redis.exceptions import RedisError
 
+from lib import db, redis
 from lib.db import SERVICE_ERRORS
 
 logger = logging.getLogger(__name__)
@@ -20,7 +22,11 @@ T = TypeVar("T")
 
 
 class CheckFailed(Exception):
-    """The message has the reason."""
+    """The message is for anyone; `reason`, for operators, may name a host, a database or a user."""
+
+    def __init__(self, message: str, reason: str = "") -> None:
+        super().__init__(message)
+        self.reason = reason or message
 
 
 class BoundedCheck(Generic[T]):
@@ -34,25 +40,24 @@ class BoundedCheck(Generic[T]):
         if not self._running.acquire(blocking=False):
             return _still_running
         results: list[T] = []
-        failures = ["No answer in time."]
+        failures = [CheckFailed("No answer in time.")]
         done = threading.Event()
 
         def work() -> None:
             try:
                 results.append(self.check())
             except SERVICE_ERRORS as error:
-                # The text may hold an address or a row.
-                failures.append(type(error).__name__)
+                failures.append(CheckFailed(type(error).__name__, _reason(error)))
             except Exception as error:
                 logger.exception("Unexpected error in a check")
-                failures.append(type(error).__name__)
+                failures.append(CheckFailed(type(error).__name__))
             self._end()
             done.set()
 
         def wait(until: float) -> T:
             done.wait(max(0.0, until - time.monotonic()))
             if not results:
-                raise CheckFailed(failures[-1])
+                raise failures[-1]
             return results[0]
 
         threading.Thread(target=work, name="check", daemon=True).start()
@@ -65,6 +70,14 @@ class BoundedCheck(Generic[T]):
             pass  # it was lost already
         finally:
             self._running.release()
+
+
+def _reason(error: Exception) -> str:
+    """Return the reason for operators. Only of a service that is unavailable: other texts may hold a
+    row."""
+    if isinstance(error, RedisError):
+        return redis.why(error)
+    return db.why(error) or type(error).__name__
 
 
 def _still_running(until: float) -> NoReturn:

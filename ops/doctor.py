@@ -69,8 +69,10 @@ def examine() -> list[Finding]:
             [
                 (
                     BROKEN,
-                    f"Not checked: {answer}",
-                    "See the other findings, and the log.",
+                    answer.reason if name == "database" else f"Not checked: {answer.reason}",
+                    "Check DATABASE_URL, and that PostgreSQL runs."
+                    if name == "database"
+                    else "See the other findings, and the log.",
                 )
             ]
             if isinstance(answer, CheckFailed)

@@ -17,7 +17,8 @@ from redis.exceptions import RedisError
 from agents.events import stream
 from agents.models import Event, Run, Worker
 from botrunner.models import Session
-from lib.redis import refused
+from lib import db
+from lib.redis import refused, why
 from lib.timeouts import BoundedCheck, CheckFailed, run_checks
 
 PATIENCE_SECONDS = 2.0
@@ -27,6 +28,7 @@ PATIENCE_SECONDS = 2.0
 class Check:
     ok: bool
     details: dict[str, Any] = field(default_factory=dict)
+    reason: str = ""  # for operators only
 
 
 def readiness() -> dict[str, Check]:
@@ -40,9 +42,17 @@ def progress() -> dict[str, Check]:
 def _run(checks: Mapping[str, BoundedCheck[Check]]) -> dict[str, Check]:
     results = run_checks(checks, PATIENCE_SECONDS)
     return {
-        name: Check(False, {"error": str(result)}) if isinstance(result, CheckFailed) else result
+        name: _failed(name, result) if isinstance(result, CheckFailed) else result
         for name, result in results.items()
     }
+
+
+def _failed(name: str, failure: CheckFailed) -> Check:
+    # The pool may still retry.
+    database = db.availability.reason if name != "redis" else ""
+    return Check(
+        False, {"error": str(failure)}, f"DATABASE_URL: {database}" if database else failure.reason
+    )
 
 
 def _database() -> Check:
@@ -64,7 +74,7 @@ def _redis() -> Check:
     except RedisError as error:
         reason = refused(error)
         message = f"Redis refuses writes: {reason}." if reason else type(error).__name__
-        return Check(settings.OPS_READY_WITHOUT_REDIS, {"error": message})
+        return Check(settings.OPS_READY_WITHOUT_REDIS, {"error": message}, why(error))
     return Check(True)
 
 

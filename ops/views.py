@@ -19,13 +19,13 @@ def process(request: HttpRequest) -> HttpResponse:
 
 
 def ready(request: HttpRequest) -> HttpResponse:
-    """Report readiness for requests."""
-    return _report(health.readiness())
+    """Report readiness for requests; for operators, with the reasons of failures."""
+    return _report(health.readiness(), with_reasons=_forbidden(request) is None)
 
 
 def deep(request: HttpRequest) -> HttpResponse:
     """Report the progress of runs, with figures: for operators only."""
-    return _forbidden(request) or _report(health.progress())
+    return _forbidden(request) or _report(health.progress(), with_reasons=True)
 
 
 def metrics_page(request: HttpRequest) -> HttpResponse:
@@ -36,9 +36,13 @@ def metrics_page(request: HttpRequest) -> HttpResponse:
     )
 
 
-def _report(checks: dict[str, health.Check]) -> JsonResponse:
+def _report(checks: dict[str, health.Check], *, with_reasons: bool) -> JsonResponse:
     ok = all(check.ok for check in checks.values())
     results = {name: {"ok": check.ok, **check.details} for name, check in checks.items()}
+    if with_reasons:
+        for name, check in checks.items():
+            if check.reason:
+                results[name]["reason"] = check.reason
     return _json({"ok": ok, "checks": results}, status=200 if ok else 503)
 
 

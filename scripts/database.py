@@ -19,6 +19,8 @@ from django.core.exceptions import ImproperlyConfigured
 from django.core.management import CommandError, call_command
 from django.db import DatabaseError, connection
 
+from lib import db
+
 
 def keep_private(database: Path) -> None:
     """Remove the rights of other users, which an earlier version granted. The next connection creates
@@ -70,13 +72,17 @@ def main() -> None:
     os.environ.setdefault("DJANGO_SETTINGS_MODULE", "config.settings")
     try:
         django.setup()
+        # A pool retries for a while; here an error is reported at once.
+        connection.settings_dict["OPTIONS"].pop("pool", None)
         if connection.vendor == "sqlite":
             keep_private(Path(connection.settings_dict["NAME"]))
         migrate()
         make_admin(Path(os.environ["STACK_DIR"]) / "admin-password")
         write_settings(Path(os.environ["STACK_DIR"]) / "settings.json")
-    except (ImproperlyConfigured, CommandError, DatabaseError) as error:
+    except (ImproperlyConfigured, CommandError) as error:
         sys.exit(f"{error}".strip())
+    except DatabaseError as error:
+        sys.exit(db.why(error) or f"DATABASE_URL: {db.one_line(error)}")
 
 
 if __name__ == "__main__":

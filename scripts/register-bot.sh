@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Register a bot for the user of a realm-server JWT, and print the registration.
 #
-#   REALM_SERVER_URL   default http://localhost:4201
+#   REALM_SERVER_URL   by default that of the running local stack, or http://localhost:4201
 #   REALM_SERVER_JWT   required; `python manage.py realm_token @user:server` prints one
 #   USERNAME           default @user:localhost; the Matrix id of the token's user
 set -euo pipefail
@@ -11,7 +11,9 @@ fail() {
   exit 1
 }
 
-url="${REALM_SERVER_URL:-http://localhost:4201}"
+stack="$(cd "$(dirname "$0")/.." && pwd)/.local"
+port="$(sed -n 's/^REALM_SERVER_PORT=//p' "${STACK_DIR:-$stack}/stack.env" 2>/dev/null || true)"
+url="${REALM_SERVER_URL:-http://localhost:${REALM_SERVER_PORT:-${port:-4201}}}"
 url="${url%/}/_bot-registration"
 username="${USERNAME:-@user:localhost}"
 jwt="${REALM_SERVER_JWT:-}"

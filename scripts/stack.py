@@ -43,12 +43,19 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
-import environ
 import homeserver
 import supervise
 
 REPO = Path(__file__).resolve().parent.parent
+sys.path.append(str(REPO))
+
+from redis.exceptions import RedisError
+
+from lib import dotenv
+from lib import redis as connections
+
 TEMPLATES = REPO / "deploy" / "local"
 WORKER = re.compile(r"^\[program:worker\]\n.*?(?=^\[)", re.MULTILINE | re.DOTALL)
 # The template of .env names every setting.
@@ -61,6 +68,8 @@ LOOPBACK = [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")]
 PRIVATE_PORTS = range(20_000, 32_000)
 # An AF_UNIX path has about 104 bytes, and supervisor appends its pid to it for a moment.
 LONGEST_SOCKET_PATH = 90
+REDIS_SECONDS = 3
+OWN_REDIS = "the stack then runs its own."
 # The processes of a killed stack end by themselves in less.
 LEFTOVER_SECONDS = 10
 
@@ -69,12 +78,14 @@ def main() -> None:
     os.chdir(REPO)
     # Only their owner may read the files of the processes, above all the database.
     os.umask(0o077)
-    environ.Env.read_env(REPO / ".env")
+    try:
+        dotenv.load(REPO / ".env")
+    except dotenv.InvalidFile as error:
+        sys.exit(f"{error}")
     # Until supervisord takes over, exit by an exception: it ends a running subprocess as well.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     ports = {name: read_port(name, default) for name, default in PORTS}
-    folder = Path(setting("STACK_DIR", str(REPO / ".local"))).resolve()
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder = make_folder()
     with lock(folder), contextlib.ExitStack() as leaving:
         patience = LEFTOVER_SECONDS if was_killed(folder) else 0
         for name, port in ports.items():
@@ -88,6 +99,22 @@ def main() -> None:
         supervise.run(prepare_supervisor(folder, leaving))
 
 
+def make_folder() -> Path:
+    folder = Path(setting("STACK_DIR", str(REPO / ".local"))).resolve()
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        refuse("STACK_DIR", f"names a folder that cannot be written: {error.strerror}.")
+    return folder
+
+
+def refuse(name: str, problem: str) -> NoReturn:
+    """Exit with a sentence about a variable, without its value, which may be a secret in the wrong
+    line."""
+    sys.exit(f"{name}{dotenv.place(name)} {problem}")
+
+
 def setting(name: str, default: str = "") -> str:
     """Return the variable, stripped; set but empty counts as not set."""
     return os.environ.get(name, "").strip() or default
@@ -96,7 +123,7 @@ def setting(name: str, default: str = "") -> str:
 def read_port(name: str, default: int) -> int:
     value = setting(name, str(default))
     if not (value.isascii() and value.isdigit() and 1 <= int(value) <= 65535):
-        sys.exit(f"{name}={value!r} is not a port: use a whole number from 1 to 65535.")
+        refuse(name, "is not a port: use a whole number from 1 to 65535.")
     return int(value)
 
 
@@ -184,6 +211,7 @@ def export(folder: Path, ports: dict[str, int]) -> None:
 
 def prepare_redis(folder: Path) -> None:
     if setting("REDIS_URL"):
+        check_redis()
         os.environ.update(STACK_PRIVATE_REDIS="false", STACK_REDIS_SERVER="redis-server")
         return
     port, password = private_port(), secrets.token_urlsafe()
@@ -195,6 +223,18 @@ def prepare_redis(folder: Path) -> None:
         STACK_REDIS_SERVER=find_redis(),
         REDIS_URL=f"redis://:{password}@127.0.0.1:{port}/0",
     )
+
+
+def check_redis() -> None:
+    """Exit unless the Redis of REDIS_URL answers."""
+    try:
+        with connections.from_environment(os.environ).client(timeout=REDIS_SECONDS) as client:
+            client.ping()
+    except connections.InvalidConfiguration as error:
+        sys.exit(f"{error}{dotenv.place('REDIS_URL')}")
+    except (RedisError, OSError) as error:
+        problem = connections.why(error) if isinstance(error, RedisError) else error.strerror
+        sys.exit(f"{problem}{dotenv.place('REDIS_URL')} Start it, or unset REDIS_URL: {OWN_REDIS}")
 
 
 def prepare_metrics(folder: Path) -> None:
@@ -241,7 +281,7 @@ def prepare_matrix(folder: Path, *, patience: float) -> None:
 def wants_matrix() -> bool:
     value = setting("STACK_MATRIX", "true").lower()
     if value not in ("true", "false"):
-        sys.exit(f"STACK_MATRIX={value!r}: use true or false.")
+        refuse("STACK_MATRIX", "is not a switch: use true or false.")
     if value == "false":
         return False
     # STACK_INSTALL_HOMESERVER is a command: scripts/rooms.py runs it once the pages answer.
@@ -302,7 +342,7 @@ def add_workers(config: str) -> str:
     """Return the configuration with STACK_WORKERS workers."""
     value = setting("STACK_WORKERS", "1")
     if not (value.isascii() and value.isdigit() and 1 <= int(value) <= 64):
-        sys.exit(f"STACK_WORKERS={value!r}: use a whole number from 1 to 64.")
+        refuse("STACK_WORKERS", "is not a whole number from 1 to 64.")
     section = "".join(WORKER.findall(config))
     others = (
         section.replace("[program:worker]", f"[program:worker{number}]")

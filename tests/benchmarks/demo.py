@@ -8,6 +8,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+from ops import commandline, local
+
 PAGES = {
     "Home": "/admin/",
     "Failed runs": "/admin/agents/run/?status__exact=failed&period=7d",
@@ -18,7 +20,13 @@ PAGES = {
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = _options(arguments)
+    stack = local.adopt()
     os.environ.setdefault("DJANGO_SETTINGS_MODULE", "config.settings")
+    with commandline.errors_in_a_sentence(is_running=stack is not None):
+        _create(options)
+
+
+def _create(options: argparse.Namespace) -> None:
     import django
 
     django.setup()
@@ -38,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"Created {count} runs over {options.days} days.")
     _add_dead_letter()
     for title, path in PAGES.items():
-        print(f"  {title}: {path}")
+        print(f"  {title}: http://localhost:{os.environ.get('PORT') or 3000}{path}")
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:

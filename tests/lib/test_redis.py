@@ -317,7 +317,7 @@ class TestStart:
     def test_a_file_that_is_not_there(self) -> None:
         for name in ("REDIS_CA_FILE", "REDIS_CLIENT_CERT_FILE", "REDIS_CLIENT_KEY_FILE"):
             result = self.refused(REDIS_URL="rediss://a", **{name: "/nowhere.pem"})
-            assert f"{name}: /nowhere.pem cannot be read: No such file" in result
+            assert f"{name} names a file that cannot be read: No such file" in result
 
     def test_a_file_that_is_none(self, authority: Authority, tmp_path: Path) -> None:
         empty = tmp_path / "empty.pem"

@@ -84,7 +84,11 @@ class TestReady:
     def test_not_without_redis(self, client: Client) -> None:
         told = checks(client, "/readyz", 503)
 
-        assert told["redis"] == {"ok": False, "error": "ConnectionError"}
+        assert told["redis"] == {
+            "ok": False,
+            "error": "ConnectionError",
+            "reason": "No answer at REDIS_URL (ConnectionError).",
+        }
         assert told["database"]["ok"]
 
     def test_without_redis_where_an_operator_wants_that(

@@ -50,7 +50,7 @@ class Command(BaseCommand):
                 "No demo account found: start the local stack (make run), or set --user and --password."
             )
         matrix = Service("The homeserver", given.get("matrix_url") or settings.MATRIX_URL)
-        realm = Service("The realm server", given.get("realm_url") or "http://localhost:4201")
+        realm = Service("The realm server", given.get("realm_url") or default_realm_url())
         bot = given.get("bot") or settings.BOT_RUNNER_USERNAME
         with matrix.client, realm.client:
             person = Person(matrix, realm, self.stdout.write)
@@ -65,9 +65,13 @@ class Command(BaseCommand):
         self.stdout.write(f"\n{answer}")
 
 
+def default_realm_url() -> str:
+    return f"http://localhost:{os.environ.get('REALM_SERVER_PORT', '').strip() or 4201}"
+
+
 def stack_options() -> dict[str, str]:
     """Read the options that the local stack has stored; the environment overrides them."""
-    folder = Path(os.environ.get("STACK_DIR", "").strip() or settings.BASE_DIR / ".local")
+    folder = Path(settings.BASE_DIR / (os.environ.get("STACK_DIR", "").strip() or ".local"))
     try:
         options = json.loads((folder / "demo.json").read_text())
     except FileNotFoundError:
@@ -95,7 +99,10 @@ class Service:
             )
             document = answer.json()
         except httpx2.HTTPError as error:
-            raise CommandError(f"{self.name} at {self.client.base_url}: {error}") from None
+            raise CommandError(
+                f"{self.name} at {self.client.base_url}: {error}. Does it run? Start the local stack "
+                "(make run), or name another by --matrix-url and --realm-url."
+            ) from None
         except ValueError:
             document = answer.text[:200]
         if answer.is_error:

@@ -10,23 +10,11 @@ from django.core.management.base import BaseCommand
 
 from ops import doctor, local
 
-# The folder of the local stack whose settings this process has.
-LOOKS_AT = "DOCTOR_LOOKS_AT"
-
 
 class Command(BaseCommand):
     help = "Check the setup and show how to fix it. Fails if something is broken."
     # It reports these itself, and must not be stopped by them.
     requires_system_checks = []
-
-    def run_from_argv(self, argv: list[str]) -> None:
-        """Restart with the settings of the local stack, if one runs and the environment names no other
-        system: its private services are not in this shell's environment."""
-        stack = None if LOOKS_AT in os.environ else local.running()
-        if stack and stack.is_meant_by(os.environ):
-            environment = os.environ | stack.environment | {LOOKS_AT: str(stack.folder)}
-            os.execve(sys.executable, [sys.executable, *sys.argv], environment)  # noqa: S606
-        super().run_from_argv(argv)
 
     def add_arguments(self, parser: ArgumentParser) -> None:
         parser.add_argument("--json", action="store_true", help="Print JSON.")
@@ -38,7 +26,7 @@ class Command(BaseCommand):
             report = {
                 "ok": not levels[doctor.BROKEN],
                 "release": settings.RELEASE,
-                "stack": os.environ.get(LOOKS_AT),
+                "stack": os.environ.get(local.FOUND),
                 "findings": [finding.as_json() for finding in findings],
             }
             self.stdout.write(json.dumps(report, indent=2))
@@ -72,7 +60,7 @@ class Command(BaseCommand):
         self.stdout.write(f"\n{summary}, {levels[doctor.WARN]} warnings.\n\n")
 
     def _looks_at(self) -> str:
-        if folder := os.environ.get(LOOKS_AT):
+        if folder := os.environ.get(local.FOUND):
             return f", checking the local stack in {folder}"
         if stack := local.running():
             return (
