@@ -65,20 +65,16 @@ def examine() -> list[Finding]:
     return [
         Finding(name, *each)
         for name, answer in run_checks(questions, PATIENCE_SECONDS).items()
-        for each in (
-            [
-                (
-                    BROKEN,
-                    answer.reason if name == "database" else f"Not checked: {answer.reason}",
-                    "Check DATABASE_URL, and that PostgreSQL runs."
-                    if name == "database"
-                    else "See the other findings, and the log.",
-                )
-            ]
-            if isinstance(answer, CheckFailed)
-            else answer
-        )
+        for each in ([_failed(name, answer)] if isinstance(answer, CheckFailed) else answer)
     ]
+
+
+def _failed(name: str, failure: CheckFailed) -> tuple[str, str, str]:
+    if not failure.reason.startswith("DATABASE_URL"):
+        return BROKEN, f"Not checked: {failure.reason}", "See the other findings, and the log."
+    if name == "database":
+        return BROKEN, failure.reason, "Check DATABASE_URL, and that PostgreSQL runs and accepts it."
+    return BROKEN, "Not checked: the database is unavailable.", "Repair the database first."
 
 
 def _listed(check: Callable[[], Findings]) -> Callable[[], list[tuple[str, str, str]]]:

@@ -27,7 +27,9 @@ def keep_private(database: Path) -> None:
     -wal and -shm with the same rights."""
     for path in (database, Path(f"{database}-wal"), Path(f"{database}-shm")):
         with contextlib.suppress(FileNotFoundError, PermissionError):
-            path.chmod(0o600)
+            # DATABASE_URL may name a folder by mistake, which others need.
+            if path.is_file():
+                path.chmod(0o600)
 
 
 def migrate() -> None:
