@@ -13,7 +13,7 @@ from ops import local
 
 # Celery's own command, such as `celery -A config inspect ping`; others choose their settings earlier.
 if "celery" in Path(sys.argv[0]).parts[-2:] and not local.adopt() and not local.names_redis():
-    print("No local stack runs, and REDIS_URL is not set. Start one: make run", file=sys.stderr)
+    sys.stderr.write("No local stack runs, and REDIS_URL is not set. Start one: make run\n")
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "config.settings")
 
 

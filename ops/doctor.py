@@ -26,7 +26,7 @@ from agents.events import stream
 from agents.llm import completions
 from agents.models import Run, Worker
 from botrunner.models import Session
-from lib import files
+from lib import files, postgresql
 from lib.redis import why
 from lib.secrets import Unreadable
 from lib.timeouts import BoundedCheck, CheckFailed, run_checks
@@ -73,7 +73,11 @@ def _failed(name: str, failure: CheckFailed) -> tuple[str, str, str]:
     if not failure.reason.startswith("DATABASE_URL"):
         return BROKEN, f"Not checked: {failure.reason}", "See the other findings, and the log."
     if name == "database":
-        return BROKEN, failure.reason, "Check DATABASE_URL, and that PostgreSQL runs and accepts it."
+        return (
+            BROKEN,
+            failure.reason,
+            "Check DATABASE_URL, and that PostgreSQL runs and accepts it.",
+        )
     return BROKEN, "Not checked: the database is unavailable.", "Repair the database first."
 
 
@@ -176,8 +180,47 @@ def _postgresql(cursor: Any) -> Findings:
         yield BROKEN, "This PostgreSQL is a standby.", "Set DATABASE_URL to the primary."
     else:
         yield OK, f"PostgreSQL {version}.", ""
+    yield from _guard(cursor)
+    yield from _few_connections(cursor)
     cursor.execute("SELECT clock_timestamp()")
     yield from _clock("the database", cursor.fetchone()[0])
+
+
+def _guard(cursor: Any) -> Findings:
+    """Check that PostgreSQL ends a transaction that a frozen process holds open."""
+    cursor.execute(
+        "SELECT setting::int, current_user FROM pg_settings"
+        " WHERE name = 'idle_in_transaction_session_timeout'"
+    )
+    milliseconds, user = cursor.fetchone()
+    mode = settings.DATABASE_PGBOUNCER
+    if milliseconds:
+        yield from [(OK, f"Through PgBouncer, pool_mode {mode}.", "")] if mode else []
+        return
+    yield (
+        WARN,
+        "Transactions of a frozen process are never ended: its locks stop all others. "
+        "idle_in_transaction_session_timeout is 0"
+        + (", as PgBouncer refuses it at the start of a session." if mode else "."),
+        f"Run once: ALTER ROLE \"{user}\" SET idle_in_transaction_session_timeout = '10s'; then "
+        "reconnect.",
+    )
+
+
+def _few_connections(cursor: Any) -> Findings:
+    if settings.DATABASE_PGBOUNCER:
+        return
+    cursor.execute(postgresql.PERMITTED)
+    permitted = cursor.fetchone()[0]
+    size = connection.settings_dict["OPTIONS"]["pool"]["max_size"]
+    if postgresql.share(permitted) < size:
+        yield (
+            WARN,
+            f"PostgreSQL permits this role {permitted} connections: a process opens at most "
+            f"{postgresql.share(permitted)}, not {size} (DATABASE_POOL_SIZE).",
+            "Raise max_connections, or the limit of the role or the database. With more than "
+            f"{postgresql.PROCESSES} processes, some may find none.",
+        )
 
 
 def migrations() -> Findings:

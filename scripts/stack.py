@@ -45,17 +45,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+
 import homeserver
 import supervise
-
-REPO = Path(__file__).resolve().parent.parent
-sys.path.append(str(REPO))
-
 from redis.exceptions import RedisError
 
 from lib import dotenv
 from lib import redis as connections
 
+REPO = Path(__file__).resolve().parent.parent
 TEMPLATES = REPO / "deploy" / "local"
 WORKER = re.compile(r"^\[program:worker\]\n.*?(?=^\[)", re.MULTILINE | re.DOTALL)
 # The template of .env names every setting.

@@ -13,18 +13,17 @@ import time
 from typing import Any, Self
 
 import psycopg
+from django.conf import settings
 from django.core.exceptions import ImproperlyConfigured
 from django.db.backends.base.base import NO_DB_ALIAS
 from django.db.backends.postgresql import base
 from psycopg_pool import ConnectionPool, PoolTimeout
 
 from lib import db
+from lib.postgresql import PERMITTED, share
 
 # While no connection was ever made, or the last attempt failed, a waiting thread looks for the reason.
 LOOK_SECONDS = 0.25
-# Two web processes, a worker and a bot runner are the smallest system.
-PROCESSES = 4
-MIN_SIZE = 2
 # After these another attempt fails as well. libpq has no codes for them, and PostgreSQL may translate
 # its words: what is not recognized is retried for the time of the pool.
 PERMANENT = re.compile(
@@ -36,15 +35,8 @@ PERMANENT = re.compile(
 )
 TOO_MANY = re.compile(r"too many (clients|connections)|remaining connection slots", re.IGNORECASE)
 FEWER = "Run fewer processes, lower DATABASE_POOL_SIZE, or raise max_connections of PostgreSQL."
-# What this role may open in this database, without what is reserved for superusers.
-PERMITTED = """
-    SELECT least(
-        current_setting('max_connections')::int
-            - current_setting('superuser_reserved_connections')::int,
-        (SELECT nullif(rolconnlimit, -1) FROM pg_roles WHERE rolname = current_user),
-        (SELECT nullif(datconnlimit, -1) FROM pg_database WHERE datname = current_database())
-    )
-"""
+POOLER = "If that is PgBouncer, set DATABASE_PGBOUNCER=transaction, or =session."
+GUARD = "SET idle_in_transaction_session_timeout = '10s'"
 
 
 class Connection(psycopg.Connection[Any]):
@@ -105,13 +97,10 @@ class Pool(ConnectionPool[Connection]):
             if limit < self.max_size:
                 self.resize(min(self.min_size, limit), limit)
                 db.logger.info(
-                    "PostgreSQL permits %d connections: this process opens at most %d", row[0], limit
+                    "PostgreSQL permits %d connections: this process opens at most %d",
+                    row[0],
+                    limit,
                 )
-
-
-def share(permitted: int) -> int:
-    """Return how many of the permitted connections one process may open."""
-    return max(MIN_SIZE, permitted // PROCESSES)
 
 
 def reason(error: Exception, options: dict[str, Any]) -> str:
@@ -119,7 +108,9 @@ def reason(error: Exception, options: dict[str, Any]) -> str:
     text = db.one_line(error)
     if password := str(options.get("password") or ""):
         text = text.replace(f'"{password}"', '"[removed]"')
-    return f"{text}. {FEWER}" if TOO_MANY.search(text) else text
+    if TOO_MANY.search(text):
+        return f"{text}. {FEWER}"
+    return f"{text}. {POOLER}" if "startup parameter" in text else text
 
 
 class DatabaseWrapper(base.DatabaseWrapper):
@@ -141,6 +132,12 @@ class DatabaseWrapper(base.DatabaseWrapper):
             )
             pools.setdefault(self.alias, made)
         return pools[self.alias]
+
+    def _configure_connection(self, connection: Any) -> bool:
+        if settings.DATABASE_PGBOUNCER == "session":
+            # It refuses the startup parameter; in this mode the setting lasts as long as the session.
+            connection.execute(GUARD)
+        return bool(super()._configure_connection(connection))  # type: ignore[misc]
 
     def get_new_connection(self, conn_params: dict[str, Any]) -> Any:
         try:
