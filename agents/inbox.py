@@ -229,11 +229,12 @@ def submit(submission: Submission) -> Accepted:
             if key:
                 _store_key(key, fingerprint, accepted)
             began_thread = _write(submission, accepted, requester, deadline)
-    except IntegrityError:
-        # A concurrent request with the same key was first.
-        if key and (earlier := _repeat(key, fingerprint)):
+    except IntegrityError as error:
+        # A concurrent request with the same key was first; perhaps it began the thread, too.
+        if key and db.may_be_a_race(error) and (earlier := _repeat(key, fingerprint)):
             return earlier
-        if owner and not User.objects.filter(pk=owner.pk).exists():
+        is_deleted = owner and not User.objects.filter(pk=owner.pk).exists()
+        if is_deleted and db.is_missing_row(error):
             raise UnknownUser("Your account does not exist any more.") from None
         raise
     except limits.LimitExceeded as reached:
@@ -439,7 +440,9 @@ def _begin_thread(submission: Submission, thread_id: str) -> int:
     try:
         with transaction.atomic():
             thread.save(force_insert=True)
-    except IntegrityError:
+    except IntegrityError as error:
+        if not db.is_duplicate(error, Thread, "id"):
+            raise
         turn = _next_turn(thread_id, submission.threads)
         if turn == 0:
             raise UnknownThread(f"There is no thread {thread_id}.") from None

@@ -442,9 +442,9 @@ SCRUBBER = Scrubber(
     AGENT_WEBHOOK_SECRET,
     METRICS_TOKEN,
     _redis.password,
-    *(str(_database.get(name) or "") for name in ("PASSWORD",)),
+    str(_database.get("PASSWORD") or ""),
     str(_database.get("OPTIONS", {}).get("password", "")),
-    env.text("PGPASSWORD"),
+    os.environ.get("PGPASSWORD", ""),
 )
 LOGGING = logs.configuration(
     env.text("LOG_LEVELS", "*=info"),

@@ -3,13 +3,15 @@
 import functools
 import logging
 import random
+import re
 import time
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 
 from django.conf import settings
 from django.db import (
     Error,
+    IntegrityError,
     InterfaceError,
     InternalError,
     OperationalError,
@@ -38,6 +40,11 @@ UNDEFINED_TABLE = "42P01"
 MAX_REASON = 600
 LOG_SECONDS = 30.0
 MAX_REASONS = 20
+
+DUPLICATE, NO_SUCH_ROW = "23505", "23503"
+# "Key (thread_id, position)=(...) already exists.", in any language.
+KEY = re.compile(r"\(([^)]*)\)=\(")
+SQLITE_DUPLICATE = "UNIQUE constraint failed: "
 
 Params = ParamSpec("Params")
 Result = TypeVar("Result")
@@ -93,6 +100,44 @@ availability = Availability()
 
 def is_conflict(error: BaseException) -> bool:
     return getattr(error.__cause__, "sqlstate", None) in CONFLICTS
+
+
+def is_duplicate(error: IntegrityError, model: type[Model], *fields: str) -> bool:
+    """Return whether a row with the same values of these fields exists, and not whether some other
+    constraint refused the row."""
+    options = model._meta
+    columns = {cast("Any", options.get_field(name)).column for name in fields}
+    if connection.vendor == "sqlite":
+        found = {f"{options.db_table}.{column}" for column in columns}
+        _, is_unique, names = str(error).partition(SQLITE_DUPLICATE)
+        return bool(is_unique) and set(names.split(", ")) == found
+    cause: Any = error.__cause__
+    if getattr(cause, "sqlstate", None) != DUPLICATE or cause.diag.table_name != options.db_table:
+        return False
+    key = KEY.search(cause.diag.message_detail or "")
+    return key is not None and {name.strip(' "') for name in key[1].split(",")} == columns
+
+
+def is_missing_row(error: IntegrityError) -> bool:
+    """Return whether the row refers to one that does not exist, such as one deleted just now."""
+    if connection.vendor == "sqlite":
+        return "FOREIGN KEY constraint failed" in str(error)
+    return getattr(error.__cause__, "sqlstate", None) == NO_SUCH_ROW
+
+
+def may_be_a_race(error: IntegrityError) -> bool:
+    """Return whether a concurrent change can have caused the error: a duplicate, or a missing row. A
+    column without a value or with a wrong one is a defect."""
+    return (
+        is_missing_row(error)
+        or SQLITE_DUPLICATE in str(error)
+        or getattr(error.__cause__, "sqlstate", None) == DUPLICATE
+    )
+
+
+def is_defect(error: Error) -> bool:
+    """Return whether a repeat of the request must fail as well."""
+    return isinstance(error, IntegrityError) and not may_be_a_race(error)
 
 
 def retry_on_conflict(transaction: Callable[Params, Result]) -> Callable[Params, Result]:

@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import MutableMapping
 from pathlib import Path
+from typing import Any
 
 import environ
 
@@ -84,5 +85,6 @@ def _text(path: Path) -> str:
 def _value(name: str, text: str) -> str:
     """Return the value without quotes and escapes."""
     values: dict[str, str] = {}
-    type("File", (environ.Env,), {"ENVIRON": values}).read_env(io.StringIO(f"{name}={text}"))
+    file: Any = type("File", (environ.Env,), {"ENVIRON": values})
+    file.read_env(io.StringIO(f"{name}={text}"))
     return values[name]

@@ -18,7 +18,7 @@ from rest_framework.response import Response
 from rest_framework.serializers import Serializer
 from rest_framework.views import APIView, set_rollback
 
-from lib import names
+from lib import db, names
 from lib.httperrors import (
     BadRequest,
     LengthRequired,
@@ -166,7 +166,7 @@ def plain_exception_handler(exc: Exception, context: Mapping[str, Any]) -> Respo
         return error_response(
             status.HTTP_400_BAD_REQUEST, "The request has a value that cannot be stored."
         )
-    if isinstance(exc, DatabaseError):
+    if isinstance(exc, DatabaseError) and not db.is_defect(exc):
         logger.exception("Database error in a request")
         return error_response(
             status.HTTP_503_SERVICE_UNAVAILABLE,

@@ -1,4 +1,4 @@
-"""How many connections to PostgreSQL a process may open."""
+"""Limits of the connections of a process to PostgreSQL."""
 
 # Two web processes, a worker and a bot runner are the smallest system.
 PROCESSES = 4

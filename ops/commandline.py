@@ -51,6 +51,7 @@ def _sentence(error: Exception) -> str | None:
 
     if isinstance(error, Error):
         return db.why(error)
-    while error is not None and not isinstance(error, RedisError):
-        error = error.__cause__ or error.__context__
-    return redis.why(error) if error else "No answer at REDIS_URL."
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, RedisError):
+        cause = cause.__cause__ or cause.__context__
+    return redis.why(cause) if cause else "No answer at REDIS_URL."

@@ -41,7 +41,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
 from agents.events import stream
-from agents.models import Attempt, Rollup, Run
+from agents.models import Attempt, FencedCount, Rollup, Run
 from agents.usage import refusals, rollups
 from botrunner.models import Reply
 from lib import formats
@@ -161,7 +161,7 @@ def _from_database() -> Iterator[Metric]:
     yield _counter(
         "botrealm_attempts_fenced",
         "Outcomes discarded because their worker had lost the run.",
-        Attempt.objects.filter(fenced_at__gte=since).count(),
+        FencedCount.objects.of_today(),
     )
     yield _gauge(
         "botrealm_rollup_age_seconds",

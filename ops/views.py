@@ -41,7 +41,7 @@ def _report(checks: dict[str, health.Check], *, with_reasons: bool) -> JsonRespo
     results = {name: {"ok": check.ok, **check.details} for name, check in checks.items()}
     if with_reasons:
         for name, check in checks.items():
-            if check.reason:
+            if check.reason not in ("", check.details.get("error")):
                 results[name]["reason"] = check.reason
     return _json({"ok": ok, "checks": results}, status=200 if ok else 503)
 

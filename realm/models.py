@@ -12,7 +12,7 @@ from django.db import IntegrityError, models
 from django.db.models import F, Q
 from django.utils import timezone
 
-from lib import revocations
+from lib import db, revocations
 from realm.filters import EVENT_TYPES, MATRIX_EVENT, EventFilter, InvalidFilter
 
 # https://spec.matrix.org/v1.11/appendices/#user-identifiers, historical localparts included.
@@ -55,7 +55,9 @@ class RealmUserManager(UserManager["User"]):
                     "tokens_valid_from": timezone.now().replace(microsecond=0),
                 },
             )
-        except IntegrityError:
+        except IntegrityError as error:
+            if not db.is_duplicate(error, User, "username"):
+                raise
             raise NameTaken(
                 f"{matrix_user_id} is the username of an account without this Matrix id."
             ) from None

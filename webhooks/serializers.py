@@ -8,10 +8,14 @@ from django.db import IntegrityError, transaction
 from rest_framework.serializers import as_serializer_error
 from rest_framework_json_api import serializers
 
+from lib import db
 from lib.httperrors import Conflict
 from lib.jsonapi.documents import StringField
 from realm.serializers import IdField, check_owner
 from webhooks.models import EVENTS, Duplicate, Subscription
+
+# The fields of the constraints on the owner's webhooks.
+UNIQUE = (("owner", "url"), ("owner", "url", "registration"))
 
 
 class SubscriptionSerializer(serializers.ModelSerializer):
@@ -44,8 +48,10 @@ class SubscriptionSerializer(serializers.ModelSerializer):
             raise Conflict(error.messages[0], pointer="/data/attributes/url") from None
         except Invalid as error:
             raise serializers.ValidationError(as_serializer_error(error)) from None
-        except IntegrityError:
+        except IntegrityError as error:
             # Another request was first, on a database without row locks.
+            if not any(db.is_duplicate(error, Subscription, *fields) for fields in UNIQUE):
+                raise
             raise Conflict("Another request just added the same webhook.") from None
         return subscription
 

@@ -13,7 +13,7 @@ from agents.models.runs import (
     new_run_id,
 )
 from agents.models.summaries import Summary
-from agents.models.usage import Price, Rollup, RollupState, Usage, today
+from agents.models.usage import FencedCount, Price, Rollup, RollupState, Usage, today
 from agents.models.workers import WORKER_TIMEOUT, Worker
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "DeletedRun",
     "Event",
     "EventQuerySet",
+    "FencedCount",
     "IdempotencyKey",
     "Limit",
     "Pace",

@@ -6,7 +6,7 @@ from typing import Any
 from django.core.exceptions import ValidationError
 from django.core.validators import MinValueValidator, RegexValidator
 from django.db import models
-from django.db.models import Q
+from django.db.models import F, Q
 
 
 def today() -> date:
@@ -181,3 +181,29 @@ class RollupState(models.Model):
 
     def __str__(self) -> str:
         return f"folded at {self.folded_at}"
+
+
+class FencedCountQuerySet(models.QuerySet["FencedCount"]):
+    def of_today(self) -> int:
+        return self.filter(day=today()).values_list("count", flat=True).first() or 0
+
+    def add(self) -> None:
+        """Count one more, and forget earlier days."""
+        day = self.filter(day=today())
+        if not day.update(count=F("count") + 1):
+            self.filter(day__lt=today()).delete()
+            FencedCount.objects.bulk_create([FencedCount(day=today())], ignore_conflicts=True)
+            day.update(count=F("count") + 1)
+
+
+class FencedCount(models.Model):
+    """The fenced attempts of a day, in UTC. Counted apart: a counter of Prometheus must not fall when
+    attempts are deleted."""
+
+    day = models.DateField(primary_key=True)
+    count = models.BigIntegerField(default=0, db_default=0)
+
+    objects = FencedCountQuerySet.as_manager()
+
+    def __str__(self) -> str:
+        return f"{self.day}: {self.count}"

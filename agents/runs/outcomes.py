@@ -21,7 +21,7 @@ from agents.events.log import emit_event
 from agents.lifecycle import states
 from agents.lifecycle.sql import as_columns
 from agents.llm import completions, loop
-from agents.models import OVERDUE, Attempt, Run, Step
+from agents.models import OVERDUE, Attempt, FencedCount, Run, Step
 from agents.runs import leases, memory, retries
 from agents.usage import prices
 from chat.models import Message, Thread
@@ -198,9 +198,12 @@ def update_if_held(
 
 
 def _mark_fenced(run: Run) -> bool:
-    attempt = Attempt.objects.filter(run=run.pk, number=run.attempt)
+    attempt = Attempt.objects.filter(run=run.pk, number=run.attempt, fenced_at=None)
     # Its own outcome is there if the connection was lost just after it had been committed.
-    return bool(attempt.exclude(result__in=RECORDED).update(fenced_at=Now()))
+    is_marked = bool(attempt.exclude(result__in=RECORDED).update(fenced_at=Now()))
+    if is_marked:
+        FencedCount.objects.add()
+    return is_marked
 
 
 def _spent(run: Run, transcript: loop.Transcript) -> dict[str, Any]:

@@ -124,9 +124,9 @@ class Consumer:
             else:
                 stream.dead_letter(entry, str(error))
             return False
-        except IntegrityError:
+        except IntegrityError as error:
             if not Run.objects.filter(pk=event.run_id).exists():
-                stream.dead_letter(entry, "its 'id' is that of another event")
+                stream.dead_letter(entry, _conflict_reason(error))
                 return False
         except (DataError, ValueError) as error:
             # The database refuses it, and always will.
@@ -134,6 +134,13 @@ class Consumer:
             stream.dead_letter(entry, f"it cannot be recorded ({type(error).__name__})")
             return False
         return True
+
+
+def _conflict_reason(error: IntegrityError) -> str:
+    if db.may_be_a_race(error):
+        return "its 'id' is that of another event"
+    logger.error("Request on the stream cannot be recorded", exc_info=error)
+    return f"it cannot be recorded ({type(error).__name__})"
 
 
 def _room_reason(thread_id: str) -> str:

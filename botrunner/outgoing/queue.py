@@ -8,7 +8,6 @@ wait for each other.
 import logging
 import random
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, cast
@@ -21,6 +20,7 @@ from agents.models import Run, Step
 from botrunner.matrix.errors import MatrixError
 from botrunner.models import Reply, Room, Session
 from botrunner.outgoing import content
+from lib import db
 
 logger = logging.getLogger(__name__)
 
@@ -166,8 +166,11 @@ def follow_retries(session: Session) -> None:
             cycle=retries,
             key=f"{reply.run_id}.retry{retries}",
         )
-        with suppress(IntegrityError):  # its run was deleted just now
+        try:
             Reply.objects.bulk_create([again], ignore_conflicts=True)
+        except IntegrityError as error:
+            if not db.is_missing_row(error):  # its run was deleted just now
+                raise
 
 
 def _text_of(reply: Reply, draft: str) -> tuple[str, str]:

@@ -16,7 +16,7 @@ from rest_framework.settings import api_settings
 from rest_framework.views import APIView, set_rollback
 from rest_framework_json_api.utils import format_field_name, is_relationship_field
 
-from lib import tracing
+from lib import db, tracing
 from lib.httperrors import (
     BadRequest,
     Conflict,
@@ -89,10 +89,10 @@ def _as_api_exception(exc: Exception) -> exceptions.APIException:
         return exceptions.PermissionDenied()
     if isinstance(exc, SuspiciousOperation | UnreadablePostError):
         return BadRequest("The request cannot be read.")
-    if isinstance(exc, IntegrityError):
+    if isinstance(exc, IntegrityError) and db.may_be_a_race(exc):
         logger.warning("A change conflicts with a concurrent one: %s", exc)
         return Conflict("A concurrent change conflicts with this one. Please try again.")
-    if isinstance(exc, DatabaseError):
+    if isinstance(exc, DatabaseError) and not db.is_defect(exc):
         logger.error("Database error in a request", exc_info=exc)
         return ServiceUnavailable("The server is busy. Please try again.")
     logger.error("Unexpected error in a request", exc_info=exc)

@@ -417,3 +417,22 @@ class TestBlackHole:
         # Of a breaker that opens for three seconds each time, not of each of the requests.
         assert 1 <= len(hole) <= 2 * (1 + took // stream.BREAK_SECONDS)
         assert took < 25, "the request waited thirty seconds"
+
+
+def test_a_column_that_this_release_does_not_know_is_no_missing_thread(
+    api: APIClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A later release added it without a default: no race with another request."""
+    with connection.cursor() as cursor:
+        if connection.vendor == "postgresql":
+            cursor.execute("ALTER TABLE chat_thread ADD COLUMN later integer NOT NULL")
+        else:
+            cursor.execute(
+                "CREATE TRIGGER later BEFORE INSERT ON chat_thread BEGIN SELECT"
+                " RAISE(ABORT, 'NOT NULL constraint failed: chat_thread.later'); END"
+            )
+    response = post(api, {"content": "Hello"})
+
+    assert response.status_code == 500
+    assert "later" in caplog.text
+    assert "later" not in response.content.decode()

@@ -76,6 +76,16 @@ class Scrape:
         assert len(found) == 1, (sample, labels, found)
         return float(found[0])
 
+    def counters(self) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+        """Return all samples that must not fall, but those of this process's own requests."""
+        return {
+            (s.name, frozenset(s.labels.items())): s.value
+            for family in self.families.values()
+            if family.type in ("counter", "histogram")
+            for s in family.samples
+            if s.name.startswith("botrealm_") and not s.name.endswith("_created")
+        }
+
     def label_values(self) -> set[str]:
         return {
             value
@@ -204,6 +214,27 @@ class TestRuns:
         assert told.value("botrealm_attempts_fenced_total") == 1
         assert told.value("botrealm_attempts_total", result="lost") == 1
         assert Attempt.objects.exclude(fenced_at=None).get().number == 1
+
+    def test_no_counter_falls_when_what_it_counted_is_deleted(
+        self, model: FakeLLM, redis: Redis
+    ) -> None:
+        for _ in range(2):
+            run = factories.ask()
+            late = execution.claim(run.pk)
+            assert late
+            Run.objects.filter(pk=run.pk).update(
+                lease_expires_at=timezone.now() - timedelta(minutes=1)
+            )
+            execution.execute(run.pk)
+            outcomes.complete(late, "late", outcomes.EMPTY)
+        rollups.fold()
+        before = scrape().counters()
+
+        Thread.objects.all().delete()
+
+        after = scrape().counters()
+        assert before["botrealm_attempts_fenced_total", frozenset()] == 2
+        assert {name: value for name, value in before.items() if after.get(name, 0) < value} == {}
 
     def test_a_scrape_reads_no_runs_that_have_ended(
         self, model: FakeLLM, django_assert_max_num_queries: Any

@@ -59,7 +59,7 @@ class Connection(psycopg.Connection[Any]):
         return made
 
 
-class Pool(ConnectionPool[Connection]):
+class ReportingPool(ConnectionPool[Connection]):
     def __init__(self, **options: Any) -> None:
         super().__init__(open=False, connection_class=Connection, **options)
         self._is_fitted = False
@@ -115,19 +115,21 @@ def reason(error: Exception, options: dict[str, Any]) -> str:
 
 class DatabaseWrapper(base.DatabaseWrapper):
     @property
-    def pool(self) -> Pool | None:
+    def pool(self) -> ReportingPool | None:
         """Return the pool of this process, as Django's, of another class."""
         options = self.settings_dict["OPTIONS"].get("pool")
         if self.alias == NO_DB_ALIAS or not options:
             return None
-        pools: dict[str, Pool] = self._connection_pools
+        pools: dict[str, ReportingPool] = self._connection_pools  # type: ignore[attr-defined]
         if self.alias not in pools:
             if self.settings_dict.get("CONN_MAX_AGE", 0) != 0:
                 raise ImproperlyConfigured("Pooling doesn't support persistent connections.")
-            made = Pool(
+            made = ReportingPool(
                 kwargs=self.get_connection_params() | {"autocommit": True},
                 configure=self._configure_connection,
-                check=Pool.check_connection if self.settings_dict["CONN_HEALTH_CHECKS"] else None,
+                check=ReportingPool.check_connection
+                if self.settings_dict["CONN_HEALTH_CHECKS"]
+                else None,
                 **options,
             )
             pools.setdefault(self.alias, made)

@@ -17,6 +17,8 @@ import threading
 from typing import Any
 
 from django.db.backends.sqlite3 import base
+from django.db.backends.sqlite3.operations import DatabaseOperations as SQLiteOperations
+from django.db.models.constants import OnConflict
 from django.db.utils import OperationalError
 
 _turn = threading.Lock()
@@ -31,7 +33,24 @@ def _reset_turn() -> None:
 os.register_at_fork(after_in_child=_reset_turn)
 
 
+class DatabaseOperations(SQLiteOperations):
+    """Let `ignore_conflicts` ignore duplicates only, as on PostgreSQL. Django's INSERT OR IGNORE also
+    drops rows that a NOT NULL or CHECK constraint refuses, without an error."""
+
+    def insert_statement(self, on_conflict: Any = None) -> str:
+        return super().insert_statement(None if on_conflict == OnConflict.IGNORE else on_conflict)
+
+    def on_conflict_suffix_sql(
+        self, fields: Any, on_conflict: Any, update_fields: Any, unique_fields: Any
+    ) -> str:
+        if on_conflict == OnConflict.IGNORE:
+            return "ON CONFLICT DO NOTHING"
+        return super().on_conflict_suffix_sql(fields, on_conflict, update_fields, unique_fields)
+
+
 class DatabaseWrapper(base.DatabaseWrapper):
+    ops_class = DatabaseOperations
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._turn: threading.Lock | None = None
