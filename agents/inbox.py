@@ -20,7 +20,7 @@ from django.utils import timezone
 from agents.events.log import emit_event
 from agents.lifecycle import states
 from agents.models import CHAT_REPLY, DeletedRun, IdempotencyKey, Run, new_run_id
-from agents.runs import actions
+from agents.runs import actions, corrections
 from agents.usage import limits, refusals
 from chat.models import (
     CHOSEN_ID,
@@ -249,7 +249,8 @@ def retry(run: Run) -> bool:
     no such state, or was deleted. Raises `Limited`."""
     if not run.may_be_retried:
         return False
-    content = Message.objects.filter(run=run).values_list("content", flat=True).first()
+    messages = Message.objects.filter(run=run, redacted_at=None)
+    content = messages.values_list("content", flat=True).first()
     if content is None:
         return False
     try:
@@ -264,19 +265,12 @@ def retry(run: Run) -> bool:
     return True
 
 
-@db.retry_on_conflict
 def edit(run_id: str, *, content: str) -> bool:
-    """Replace the content of a message whose run was never claimed. Return False otherwise: the run
-    answers the content that it started with. Raises `Invalid`."""
+    """Replace the content of a message. A run that has started answers the content that it started
+    with; later ones get the new content. Return False if the message is gone. Raises `Invalid`."""
     content = clean_content(content)
     _check_length(content)
-    with transaction.atomic():
-        # A claim of the run waits for this transaction, and its worker reads the new content.
-        unclaimed = Run.objects.filter(pk=run_id).matching(states.UNCLAIMED)
-        if not unclaimed.update(updated_at=timezone.now()):
-            return False
-        Message.objects.filter(run=run_id).update(content=content)
-    return True
+    return corrections.edit(run_id, content)
 
 
 def _count(source: str, reached: limits.LimitExceeded) -> None:

@@ -124,6 +124,8 @@ class Thread(models.Model):
     # Set while messages that left the window are not summarised yet. A worker that claims the work
     # moves it ahead, so it is also the worker's lease.
     summary_due_at = models.DateTimeField(null=True, blank=True)
+    # Counts the edits and redactions: a summary of what was read before is discarded.
+    memory_version = models.PositiveIntegerField(default=0, db_default=0, editable=False)
     created_at = models.DateTimeField(default=timezone.now, editable=False)
     # The time of the last message.
     updated_at = models.DateTimeField(default=timezone.now, editable=False)
@@ -231,6 +233,12 @@ class Message(models.Model):
         default=list, db_default=Value([], models.JSONField()), blank=True
     )
     correlation_id = models.CharField(max_length=200)
+    redacted_at = models.DateTimeField(
+        null=True,
+        blank=True,
+        editable=False,
+        help_text="The content was removed then. The place in the thread stays.",
+    )
     # In a room: the time at which the bot received the event.
     created_at = models.DateTimeField(default=timezone.now, editable=False)
 

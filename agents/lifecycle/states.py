@@ -138,7 +138,6 @@ UNDISPATCHED = Compare("dispatched_at", "isnull", True) | Compare(
 # Of claimable runs: undispatched, or dispatched so long ago that the task must be lost.
 DISPATCH_LOST = UNDISPATCHED | Compare("dispatched_at", "lt", NOW - DISPATCH_TIMEOUT)
 # Never claimed, so its message may still be edited.
-UNCLAIMED = QUEUED & Compare("attempt", "exact", 0)
 # A completed run is final; a merged one is answered by another.
 RETRIABLE = Compare("status", "in", (Status.FAILED, Status.CANCELLED)) & Compare(
     "merged_into_id", "isnull", True

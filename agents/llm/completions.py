@@ -115,6 +115,9 @@ class CallOptions:
 
     deadline: float = float("inf")  # time.monotonic()
     stopped: Callable[[], bool] = lambda: False
+    # Checks before a further call of the run, by the database: what the first was sent may have been
+    # redacted since. Raises `Stopped`.
+    still_held: Callable[[], None] = lambda: None
     # Receives the text, piece by piece.
     text: Callable[[str], None] = lambda piece: None
     # Receives a function that cancels the call from another thread, so that it also ends between two

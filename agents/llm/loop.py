@@ -101,7 +101,9 @@ def run(
     """
     messages = list(messages)
     offered = tools.offered()
-    for _ in range(max_iterations):
+    for iteration in range(max_iterations):
+        if iteration:
+            options.still_held()
         step = StepRecord("model", model, sent)
         reply = _model_step(step, messages, offered, options, transcript)
         if not reply.tool_calls and not reply.text.strip():

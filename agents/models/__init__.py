@@ -5,6 +5,7 @@ from agents.models.events import Event, EventQuerySet
 from agents.models.limits import Limit, Pace, Spending
 from agents.models.runs import (
     CHAT_REPLY,
+    CHAT_SUMMARIZE,
     OVERDUE,
     DeletedRun,
     IdempotencyKey,
@@ -18,6 +19,7 @@ from agents.models.workers import WORKER_TIMEOUT, Worker
 
 __all__ = [
     "CHAT_REPLY",
+    "CHAT_SUMMARIZE",
     "OVERDUE",
     "WORKER_TIMEOUT",
     "Attempt",

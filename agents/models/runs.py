@@ -24,6 +24,7 @@ from lib.tracing import MAX_LENGTH as MAX_REQUEST_ID_LENGTH
 from realm.models import User
 
 CHAT_REPLY = "chat.reply"
+CHAT_SUMMARIZE = "chat.summarize"
 # The error code of a run that had not ended at its `deadline_at`.
 OVERDUE = "deadline_exceeded"
 

@@ -21,6 +21,11 @@ class Summary(models.Model):
     prompt_tokens = models.PositiveIntegerField(default=0)
     completion_tokens = models.PositiveIntegerField(default=0)
     cost = cost_field()
+    withdrawn_at = models.DateTimeField(
+        null=True,
+        blank=True,
+        help_text="A message that it covers was edited or redacted then. Its text was removed.",
+    )
     created_at = models.DateTimeField(default=timezone.now)
     to_count = models.BooleanField(default=True, help_text="Not in the rollups yet.")
 
@@ -34,7 +39,11 @@ class Summary(models.Model):
             models.Index(fields=["-created_at", "id"], name="summary_newest"),
         ]
         constraints = [
-            models.UniqueConstraint(fields=["thread", "covers_from"], name="summary_extends_once"),
+            models.UniqueConstraint(
+                fields=["thread", "covers_from"],
+                condition=Q(withdrawn_at=None),
+                name="summary_extends_once",
+            ),
         ]
 
     def __str__(self) -> str:

@@ -19,7 +19,7 @@ from agents.lifecycle import states
 from agents.lifecycle.sql import as_columns, as_q
 from agents.models import CHAT_REPLY, Event, Run
 from agents.runs import outcomes
-from chat.models import Thread
+from chat.models import Message, Thread
 from lib import db
 
 logger = logging.getLogger(__name__)
@@ -115,7 +115,8 @@ def _end(
 @db.retry_on_conflict
 def retry(run: Run) -> bool:
     """Restart a run that failed or was cancelled: now, with a full budget of attempts and time. Return
-    False when it is in no such state (so one of two concurrent calls returns True), or was deleted.
+    False when it is in no such state (so one of two concurrent calls returns True), or when it or its
+    message was deleted.
 
     It keeps its place in the thread. Later runs that were answered stay answered; queued ones wait for
     it to end again. A new `agent.run.requested` is emitted, and the next outcome names it.
@@ -125,6 +126,8 @@ def retry(run: Run) -> bool:
     with transaction.atomic():
         # It changes other runs of the thread as well.
         db.lock(Thread.objects.filter(pk=run.thread_id))
+        if Message.objects.filter(run=run.pk).exclude(redacted_at=None).exists():
+            return False
         ended = Run.objects.unchanged(run).matching(states.Retried.guard)
         if not ended.update(
             request_event_id=uuid.uuid4(),

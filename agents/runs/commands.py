@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from django.conf import settings
 
 from agents.llm import completions, loop
-from agents.models import CHAT_REPLY, Run
+from agents.models import CHAT_REPLY, CHAT_SUMMARIZE, Run
 from agents.runs import http_commands, memory
-from chat.models import Message
+from chat.models import Message, Thread
 from lib import db, outgoing
 from realm.commands import COMMANDS, is_allowed_url
 
@@ -77,18 +77,24 @@ def chat_reply(context: CommandContext) -> str:
     )
 
 
-@command("chat.summarize")
+@command(CHAT_SUMMARIZE)
 def chat_summarize(context: CommandContext) -> str:
     """Summarise the thread so far."""
     run = context.run
-    earlier = memory.shortened(
-        Message.objects.filter(thread_id=run.thread_id, position__lt=run.position)
+    # Again, as messages may have been redacted since it was read.
+    thread = Thread.objects.filter(pk=run.thread_id).first()
+    if thread is None:
+        raise completions.Stopped
+    messages_so_far = Message.objects.filter(
+        thread=thread, position__lt=run.position, redacted_at=None
     )
-    newest = earlier.filter(position__gt=run.thread.summary_reach).order_by("-position")
+    newest = memory.shortened(
+        messages_so_far.filter(position__gt=thread.summary_reach).order_by("-position")
+    )
     messages = memory.within(list(newest[: memory.CHUNK_MESSAGES]))[::-1]
-    if not messages and not run.thread.summary:
+    if not messages and not thread.summary:
         return "There are no messages here yet."
-    prompt = memory.summary_prompt(run.thread.summary, messages)
+    prompt = memory.summary_prompt(thread.summary, messages)
     db.release_connection()
     return loop.run(
         [{"role": "user", "content": prompt}],

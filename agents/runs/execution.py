@@ -104,6 +104,7 @@ def _attempt(run: Run, lease: leases.Lease, feed: publisher.RunFeed) -> bool:
         options = completions.CallOptions(
             deadline=_deadline(run),
             stopped=lease.is_revoked,
+            still_held=partial(_check_held, run),
             text=feed.text,
             on_cancel=lease.on_cancel,
             budget=budget,
@@ -155,6 +156,18 @@ def release_runs() -> int:
                 released += 1
     leases.heartbeat().revoke_all()
     return released
+
+
+def _check_held(run: Run) -> None:
+    """Raise `Stopped` if the run was ended or taken from this worker; the lease reports it later."""
+    try:
+        held = Run.objects.filter(pk=run.pk).matching(states.AttemptTransition(run.attempt).guard)
+        if not held.exists():
+            raise completions.Stopped
+    except TRANSIENT_ERRORS:
+        logger.warning("Whether the run is still held is not known: the database is unavailable")
+    finally:
+        db.release_connection()
 
 
 def _deadline(run: Run) -> float:

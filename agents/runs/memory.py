@@ -82,6 +82,14 @@ def _history_row(row: Any, partial: dict[str, str]) -> history.HistoryRow:
         status=row.run__status or "",
         merged_into=row.run__merged_into or "",
         partial=partial.get(row.run, ""),
+        quotations=_quotations(row),
+        is_redacted=row.redacted_at is not None,
+    )
+
+
+def _quotations(row: Any) -> tuple[history.QuotedText, ...]:
+    return tuple(
+        history.QuotedText(each["text"], each["author"], each["kind"]) for each in row.quotations
     )
 
 
@@ -92,7 +100,11 @@ def summary_prompt(summary: str, messages: Sequence[Any]) -> str:
         {
             "summary": history.marked("summary", summary or "(none yet)"),
             "messages": [
-                history.marked("message", message.text, f' role="{history.role_of(message.role)}"')
+                history.marked(
+                    "message",
+                    history.with_quotations(message.text, _quotations(message)),
+                    f' role="{history.role_of(message.role)}"',
+                )
                 for message in messages
             ],
         },
@@ -115,7 +127,8 @@ def shortened(messages: QuerySet[Message], whole: Run | None = None) -> QuerySet
         summary = Case(
             When(own, then=F("thread__summary")), default=summary, output_field=TextField()
         )
-    columns = ("pk", "position", "role", "text", "run", "run__status", "run__merged_into")
+    columns = ["pk", "position", "role", "text", "quotations", "redacted_at"]
+    columns += ["run", "run__status", "run__merged_into"]
     return messages.annotate(
         text=text, summary=summary, summary_reach=F("thread__summary_reach")
     ).values_list(*columns, "summary", "summary_reach", named=True)
@@ -159,6 +172,23 @@ def note_answer(run: Run) -> bool:
         return False
     Thread.objects.filter(pk=run.thread_id).update(summary_due_at=timezone.now())
     return True
+
+
+def withdraw(thread_id: str, position: int) -> None:
+    """Withdraw the summaries that cover a message which is edited or redacted, also one that is being
+    made, in the transaction of that change, with the thread locked. The thread gets the version from
+    before the message back, and a new one later: an edit must not cost a call each."""
+    now = timezone.now()
+    thread = Thread.objects.filter(pk=thread_id)
+    thread.update(memory_version=F("memory_version") + 1)
+    versions = Summary.objects.filter(thread=thread_id, withdrawn_at=None)
+    versions.filter(covers_to__gte=position).update(text="", withdrawn_at=now)
+    last = versions.filter(covers_to__lt=position).order_by("-covers_to").first()
+    thread.filter(summary_reach__gte=position).update(
+        summary=last.text if last else "",
+        summary_reach=last.covers_to if last else -1,
+        summary_due_at=now + SUMMARY_PAUSE if completions.configured() else None,
+    )
 
 
 def due() -> list[str]:
@@ -211,7 +241,7 @@ def _messages_to_summarise(thread: Thread) -> tuple[list[Any], bool]:
     An unanswered message bounds them: its context may hold nothing later than itself.
     """
     window = settings.CHAT_MEMORY_RECENT_MESSAGES
-    messages = shortened(Message.objects.filter(thread=thread))
+    messages = shortened(Message.objects.filter(thread=thread, redacted_at=None))
     if (limit := _first_unanswered(thread)) is not None:
         messages = messages.filter(position__lt=limit)
     # The next message takes one of the window's places. What a context cannot begin with is summarised.
@@ -284,10 +314,14 @@ def _record(
     more: bool,
 ) -> Summary | None:
     with transaction.atomic():
-        extended = Thread.objects.filter(pk=thread.pk, summary_reach=thread.summary_reach).update(
-            summary=reply.text, summary_reach=messages[-1].position
+        unchanged = Thread.objects.filter(
+            pk=thread.pk,
+            summary_reach=thread.summary_reach,
+            memory_version=thread.memory_version,
         )
-        if not extended:  # another worker took over after our lease
+        if not unchanged.update(summary=reply.text, summary_reach=messages[-1].position):
+            # Another worker took over after our lease, or a message was edited or redacted.
+            _set_due(thread, lease, timezone.now())
             return None
         _set_due(thread, lease, timezone.now() if more else None)
         return Summary.objects.create(

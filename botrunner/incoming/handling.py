@@ -7,12 +7,12 @@ from dataclasses import replace
 from django.db import transaction
 
 from agents import inbox
-from agents.runs import actions
+from agents.runs import actions, corrections
 from botrunner.incoming.controls import answers_others, cancel_runs, delete_conversation
 from botrunner.incoming.matching import SENDER_DEACTIVATED, prompt_of
 from botrunner.incoming.submission import submit
 from botrunner.matrix.events import TimelineEvent
-from botrunner.models import Reply, RoomEvent
+from botrunner.models import Reply, Room, RoomEvent
 from lib.tracing import tagged
 from realm.filters import EventFilter, InvalidFilter
 from realm.models import BotCommand, User
@@ -82,14 +82,15 @@ def _edit(row: RoomEvent, event: TimelineEvent, me: str) -> str:
         return "It edits no message of the same sender."
     edited = replace(original, content={**original.content, **new_content})
     changed = False
-    for reply in original_row.replies.waiting().select_related("bot_command"):
+    replies = original_row.replies.exclude(run=None).select_related("bot_command")
+    for reply in replies.order_by("run__thread", "run__position"):
         filter_ = _filter_of(reply.bot_command)
         prompt = prompt_of(filter_, edited, me) if filter_ else ""
         if reply.run_id and prompt:
             changed |= inbox.edit(reply.run_id, content=prompt)
     if not changed:
-        return "The run had already started."
-    logger.info("Message %s was edited before its run started", original.event_id)
+        return "It edits no message that is still there, or leaves nothing of it."
+    logger.info("Message %s was edited", original.event_id)
     return ""
 
 
@@ -102,8 +103,11 @@ def _filter_of(command: BotCommand | None) -> EventFilter | None:
 
 
 def _redact(row: RoomEvent, event: TimelineEvent) -> str:
-    """Cancel the runs of a redacted message and drop its replies."""
+    """Remove a redacted message from its thread, cancel its runs, and drop its replies."""
     replies = Reply.objects.filter(message__event_id=event.redacts, message__room=row.room)
+    runs = set(replies.exclude(run=None).values_list("run", flat=True))
+    corrections.redact(runs)
+    _forget_content(row.room, event.redacts)
     open_replies = list(
         replies.filter(status__in=[Reply.Status.WAITING, Reply.Status.READY]).select_related(
             "run", "message"
@@ -122,4 +126,13 @@ def _redact(row: RoomEvent, event: TimelineEvent) -> str:
     undecrypted.filter(event_id=event.redacts).update(
         state=RoomEvent.State.IGNORED, note="It was redacted.", source=None
     )
-    return "" if open_replies else "There was nothing to cancel."
+    return "" if runs or open_replies else "There was nothing to cancel."
+
+
+def _forget_content(room: Room, event_id: str | None) -> None:
+    """Keep of a redacted message what the homeserver keeps: no content."""
+    of_room = RoomEvent.objects.filter(room=room, kind=RoomEvent.Kind.MESSAGE)
+    for each in of_room.filter(event_id=event_id, source__isnull=False):
+        if each.source:
+            each.source = {**each.source, "content": {}}
+            each.save(update_fields=["source"])

@@ -178,7 +178,8 @@ class TestOrder:
         execution.execute(first.pk)
 
         said = first.thread.messages.order_by("position").values_list("content", flat=True)
-        assert list(said) == ["one", "Answer to: one", "two", "Answer to: two"]
+        two = "one\n\n[This message was not answered.]\n\ntwo"
+        assert list(said) == ["one", "Answer to: one", "two", f"Answer to: {two}"]
         assert [m["content"] for m in model.requests[-1].messages] == ["one"]
 
 

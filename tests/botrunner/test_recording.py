@@ -26,6 +26,7 @@ from tests.botrunner.scenes import (
     session,
     take_in,
 )
+from tests.fakes.llm import FakeLLM
 
 pytestmark = pytest.mark.django_db
 
@@ -289,14 +290,34 @@ def test_an_edit_by_somebody_else_changes_nothing() -> None:
     assert questions() == ["mine"]
 
 
-def test_an_edit_comes_too_late_once_the_run_has_begun() -> None:
+def test_an_edit_of_a_message_whose_run_has_begun_changes_the_thread(model: FakeLLM) -> None:
     command()
     row = session()
     said = event("first")
     take_in(row, said)
-    execution.claim(Run.objects.get().pk)
-    take_in(row, edit(said, "second"))
-    assert questions() == ["first"]
+    execution.execute(Run.objects.get().pk)
+    take_in(row, edit(said, "second"), event("third"))
+    execution.execute(Run.objects.latest("position").pk)
+    sent = [each["content"] for each in model.requests[-1].messages]
+    assert sent == ["second", "Answer to: first", "third"]
+
+
+def test_a_redacted_message_leaves_the_thread_and_the_record_of_its_event(model: FakeLLM) -> None:
+    command()
+    row = session()
+    said = event("The code is 4711")
+    take_in(row, said)
+    execution.execute(Run.objects.get().pk)
+    take_in(row, event({}, type="m.room.redaction", redacts=said["event_id"]), event("And?"))
+    execution.execute(Run.objects.latest("position").pk)
+
+    assert [each["content"] for each in model.requests[-1].messages] == ["And?"]
+    assert questions()[:3] == ["", "", "And?"]
+    recorded = RoomEvent.objects.get(event_id=said["event_id"])
+    assert recorded.source
+    assert recorded.source["content"] == {}
+    take_in(row, edit(said, "4711 again"))
+    assert questions()[:3] == ["", "", "And?"]
 
 
 def test_a_redaction_cancels() -> None:
@@ -374,7 +395,7 @@ class TestCancelling:
         end = event("!cancel", BOB) if by == "!cancel" else redaction
         take_in(Session.objects.get(), end)
 
-        answers = Run.objects.get(message__content="last")
+        answers = Run.objects.latest("position")
         assert answers.status == "queued"
         assert answers.replies.get().status == Reply.Status.WAITING
 

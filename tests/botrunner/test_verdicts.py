@@ -210,17 +210,19 @@ def test_an_edit_of_a_remark_is_no_question() -> None:
     assert not Run.objects.exists()
 
 
-def test_an_edit_that_comes_too_late_is_told_without_its_words() -> None:
+def test_an_edit_of_what_is_gone_is_told_without_its_words() -> None:
     command()
     row = session()
     said = event("first")
-    take_in(row, said)
-    Run.objects.update(attempt=1)
+    take_in(row, said, event({}, type="m.room.redaction", redacts=said["event_id"]))
     new = {"msgtype": "m.text", "body": SECRET}
     relation = {"rel_type": "m.replace", "event_id": said["event_id"]}
     take_in(row, event({**new, "m.new_content": new, "m.relates_to": relation}))
     edit = RoomEvent.objects.get(kind=RoomEvent.Kind.EDIT)
-    assert (edit.note, edit.source) == ("The run had already started.", None)
+    assert (edit.note, edit.source) == (
+        "It edits no message that is still there, or leaves nothing of it.",
+        None,
+    )
 
 
 def test_what_cannot_be_read_is_told_until_and_after_its_key_comes() -> None:
