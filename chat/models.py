@@ -261,7 +261,12 @@ class Message(models.Model):
 
     def __str__(self) -> str:
         # Without the content, since titles, log lines and form choices show it to every admin.
-        return f"{self.get_role_display()} {self.position} of {self.thread_id}"
+        return f"{self.get_role_display()}, turn {self.turn} of {self.thread_id}"
+
+    @property
+    def turn(self) -> int:
+        """Return the number of its turn, from 1."""
+        return self.position // 2 + 1
 
 
 # A page of more than one row has at most this many characters of content.

@@ -35,6 +35,7 @@ UNFOLD: dict[str, Any] = {
     "SITE_SUBHEADER": "Bots, rooms, runs",
     "SITE_SYMBOL": "smart_toy",
     "STYLES": [lambda request: static("console/lists.css")],
+    "SCRIPTS": [lambda request: static("console/landmarks.js")],
     "SHOW_HISTORY": True,
     "SHOW_VIEW_ON_SITE": False,
     "SHOW_BACK_BUTTON": True,

@@ -26,7 +26,7 @@ DELIVERY_PATIENCE = timedelta(minutes=10)
 
 @dataclass
 class Span:
-    """A bar of the timeline, or a mark if its length is zero."""
+    """A bar of the timeline, or a mark at a time."""
 
     title: str
     kind: str  # its CSS class
@@ -36,16 +36,14 @@ class Span:
     tokens: int = 0
     level: int = 0
     step: Step | None = None
+    # Shown as a time instead of a duration.
+    is_mark: bool = False
     left: float = 0.0
     width: float = 0.0
 
     @property
     def seconds(self) -> float:
         return ((self.end or timezone.now()) - self.start).total_seconds()
-
-    @property
-    def is_mark(self) -> bool:
-        return self.end == self.start
 
     @property
     def is_open(self) -> bool:
@@ -77,9 +75,11 @@ class Cycle:
 
 @dataclass
 class ModelInput:
-    """The messages that an attempt sent to the model."""
+    """The messages that one or several attempts sent to the model."""
 
-    attempt: int
+    attempts: list[int]
+    # The endpoint found the conversation too long, so older turns were left out.
+    is_shortened: bool
     summary_up_to: int | None
     summary: Summary | None
     messages: list[Message]
@@ -165,12 +165,17 @@ def _blocked_by(run: Run) -> Run | None:
 
 
 def _inputs(run: Run, steps: Iterable[Step]) -> list[ModelInput]:
-    """Return the inputs, as recorded by each attempt's first model call (agents.runs.memory)."""
+    """Return the inputs, as recorded by each attempt's first model call (agents.runs.memory). Attempts
+    with the same input share one."""
     recorded = {
         step.attempt: step.input
         for step in steps
         if step.kind == Step.Kind.MODEL and isinstance(step.input.get("messages"), list)
     }
+    attempts: dict[tuple[Any, ...], list[int]] = {}
+    for attempt, each in recorded.items():
+        same = (each.get("summaryUpTo"), each.get("shortened"), *each["messages"])
+        attempts.setdefault(same, []).append(attempt)
     ids = {pk for each in recorded.values() for pk in each["messages"]}
     by_id = {str(pk): message for pk, message in Message.objects.in_bulk(ids).items()}
     reaches = {each.get("summaryUpTo") for each in recorded.values()} - {None}
@@ -180,13 +185,14 @@ def _inputs(run: Run, steps: Iterable[Step]) -> list[ModelInput]:
     }
     return [
         ModelInput(
-            attempt=attempt,
-            summary_up_to=each.get("summaryUpTo"),
-            summary=summaries.get(each.get("summaryUpTo")),
-            messages=[by_id[pk] for pk in each["messages"] if pk in by_id],
-            missing=sum(pk not in by_id for pk in each["messages"]),
+            attempts=numbers,
+            is_shortened=bool(shortened),
+            summary_up_to=reach,
+            summary=summaries.get(reach),
+            messages=[by_id[pk] for pk in messages if pk in by_id],
+            missing=sum(pk not in by_id for pk in messages),
         )
-        for attempt, each in recorded.items()
+        for (reach, shortened, *messages), numbers in attempts.items()
     ]
 
 
@@ -268,15 +274,22 @@ def _publication(event: Event) -> Span:
         return Span(f"{event.type} not yet published", "unpublished", event.created_at, None)
     # Another program publishes a request before it is recorded here.
     published = max(event.published_at, event.created_at)
-    return Span(f"{event.type} published", "event", event.created_at, published)
+    return Span(
+        f"{event.type} published",
+        "event",
+        event.created_at,
+        published,
+        is_mark=published == event.created_at,
+    )
 
 
 def _delivery(reply: Reply) -> Span:
     ready = reply.ready_at or reply.created_at
     if reply.status == Reply.Status.SENT:
-        return Span("Delivered to the room", "sent", ready, reply.sent_at or ready)
+        sent = reply.sent_at or ready
+        return Span("Delivered to the room", "sent", ready, sent, is_mark=sent == ready)
     if reply.status == Reply.Status.DROPPED:
-        return Span("Not delivered", "broken", ready, ready, detail=reply.error)
+        return Span("Not delivered", "broken", ready, ready, detail=reply.error, is_mark=True)
     return Span("Delivering to the room", "wait", ready, None, detail=reply.error)
 
 

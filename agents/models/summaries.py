@@ -47,4 +47,4 @@ class Summary(models.Model):
         ]
 
     def __str__(self) -> str:
-        return f"{self.thread_id} up to {self.covers_to}"
+        return f"{self.thread_id} up to turn {self.covers_to // 2 + 1}"

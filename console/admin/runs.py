@@ -232,11 +232,15 @@ class SummaryAdmin(MaskedBodiesMixin, ReadOnlyAdmin):
         "A thread gets a summary once it has more than CHAT_MEMORY_RECENT_MESSAGES messages."
     )
     bodies = {"text": "text"}
-    list_display = ["thread", "covers_from", "covers_to", "model", "created_at"]
+    list_display = ["thread", "turns", "model", "created_at"]
     list_filter = [PeriodFilter]
     list_select_related = ["thread"]
     search_fields = ["=thread__id"]
     ordering = ["-created_at", "id"]
+
+    @admin.display
+    def turns(self, summary: Summary) -> str:
+        return f"{summary.covers_from // 2 + 1} to {summary.covers_to // 2 + 1}"
 
 
 @admin.register(Price)

@@ -88,7 +88,7 @@ def _number(request: HttpRequest, name: str) -> int | None:
 class MessageAdmin(MaskedBodiesMixin, ReadOnlyAdmin):
     empty = EmptyState("Send the first message:", POST_MESSAGE)
     bodies = {"preview": "content", "content": "content", "quotations": "quotations"}
-    list_display = ["id", "thread", "position", "role", "preview", "created_at"]
+    list_display = ["id", "thread", "turn", "role", "preview", "created_at"]
     list_filter = ["role", PeriodFilter]
     search_fields = [
         "=id",
@@ -98,3 +98,7 @@ class MessageAdmin(MaskedBodiesMixin, ReadOnlyAdmin):
     ]
     list_select_related = ["thread"]
     ordering = ["-created_at", "id"]
+
+    @admin.display
+    def turn(self, message: Message) -> int:
+        return message.turn

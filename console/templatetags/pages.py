@@ -48,6 +48,12 @@ def ago(when: datetime | None) -> str:
 
 
 @register.filter
+def turn(position: int) -> int:
+    """Return the number of the turn of a message, from 1."""
+    return position // 2 + 1
+
+
+@register.filter
 def state(value: str) -> SafeString:
     return format_html('<span class="cn-state cn-{}">{}</span>', COLOURS.get(value, "plain"), value)
 

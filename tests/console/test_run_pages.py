@@ -1,6 +1,7 @@
 """The pages that look across the apps: a run, its thread, its room, its registration."""
 
 import html
+import re
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -25,6 +26,7 @@ from console.models import AuditEntry
 from realm.models import BotCommand, BotRegistration
 from tests import factories
 from tests.botrunner import scenes
+from tests.fakes import llm
 from tests.fakes.llm import FakeLLM
 
 pytestmark = pytest.mark.django_db
@@ -108,6 +110,28 @@ class TestTrace:
         assert [words.rpartition("</summary>\n\n")[2] for words in contents] == said
         assert ["</summary>" in words for words in contents].count(True) == 1
         assert url(summary) in text_of(admin_client, url(asked))
+
+    def test_attempts_with_the_same_input_share_one_list(
+        self, admin_client: Client, model: FakeLLM
+    ) -> None:
+        model.script(llm.Failure(503), llm.Failure(503), llm.Reply("Here."))
+        asked = factories.ask("Where?")
+        for _ in range(3):
+            Run.objects.update(due_at=Now())
+            execution.execute(asked.pk)
+
+        [sent] = trace.of(Run.objects.get(pk=asked.pk)).inputs
+        assert sent.attempts == [1, 2, 3]
+        page = text_of(admin_client, url(asked))
+        assert "Attempts 1, 2, 3: no summary" in page
+        assert page.count(">Turn 1, user</a>") == 1
+
+    def test_a_call_of_no_time_has_a_duration(self, admin_client: Client, run: Run) -> None:
+        Step.objects.update(kind="tool", name="current_time", duration_ms=0)
+
+        page = text_of(admin_client, url(run))
+
+        assert re.search(r"Tool current_time</span>.*?<span class=\"cn-long\">0 ms<", page, re.S)
 
     def test_the_time_line_tells_waits_attempts_and_calls(self, model: FakeLLM) -> None:
         asked = factories.ask()

@@ -200,13 +200,13 @@ class TestDoctor:
         page = sign_in("Operator").get(PAGE).text
 
         assert "Run the doctor" in page
-        assert ">Doctor</h3>" not in page
+        assert ">Doctor</h2>" not in page
 
     @pytest.mark.django_db(transaction=True)  # its checks have connections of their own
     def test_it_says_what_the_command_says(self, sign_in: SignIn) -> None:
         page = html.unescape(sign_in("Operator").post(PAGE).text)
 
-        assert ">Doctor</h3>" in page
+        assert ">Doctor</h2>" in page
         found = doctor.examine()
         assert {each.check for each in found} == set(doctor.CHECKS)
         assert not [each for each in found if settings_scrubbed(each.message) not in page]
