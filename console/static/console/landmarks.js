@@ -49,6 +49,8 @@
             const side = select.id.endsWith("_from") ? "available" : "chosen";
             if (!textOf(select.labels[0])) label(select, `${textOf(of) || select.title || select.name}, ${side}`);
         });
+        // A name needs a role.
+        document.querySelectorAll(".selector span[aria-label]:not([role])").forEach(icon => icon.setAttribute("role", "img"));
         document.querySelectorAll("select.select2-hidden-accessible").forEach(select => {
             const box = select.nextElementSibling && select.nextElementSibling.querySelector(".select2-selection");
             if (!box) return;
