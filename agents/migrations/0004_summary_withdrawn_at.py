@@ -6,7 +6,7 @@ from django.db import migrations, models
 class Migration(migrations.Migration):
 
     dependencies = [
-        ('agents', '0002_finish_reasons'),
+        ('agents', '0003_fenced_count'),
         ('chat', '0001_initial'),
     ]
 
