@@ -343,7 +343,7 @@ class DocumentSchema(JsonApiAutoSchema):
                     Location="The message.",
                     **REPLAYED,
                 ),
-                **error_responses(400, 401, 403, 404, 406, 409, 411, 413, 415, 422, 429, 503),
+                **error_responses(400, 401, 403, 404, 406, 409, 413, 415, 422, 429, 503),
             },
         }
 

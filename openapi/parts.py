@@ -21,7 +21,6 @@ REASONS = {
     404: "Not found, or not visible to you.",
     406: "The Accept header names no supported media type.",
     409: "Conflicts with the current state.",
-    411: "Send the body with a Content-Length.",
     413: "The body is too large.",
     415: "The media type of the body is not supported.",
     422: "The Idempotency-Key was used with another request.",

@@ -242,7 +242,6 @@ OPERATIONS: dict[tuple[str, str], Schema] = {
         400,
         404,
         409,
-        411,
         413,
         422,
         429,
@@ -297,7 +296,6 @@ OPERATIONS: dict[tuple[str, str], Schema] = {
         ok_response("The updated thread.", {"thread": THREAD_EXAMPLE}, thread=ref("Thread")),
         400,
         404,
-        411,
         413,
         parameters=[THREAD_PATH],
         requestBody={

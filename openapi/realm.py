@@ -104,7 +104,7 @@ def create(
         "requestBody": {"required": True, "content": content(MEDIA_TYPE, body, example)},
         "responses": {
             "201": response("Created.", content(MEDIA_TYPE, record(data=resource_schema))),
-            **error_responses(400, 403, 404, 409, 411, 413, *error_codes, *COMMON_ERRORS),
+            **error_responses(400, 403, 404, 409, 413, *error_codes, *COMMON_ERRORS),
         },
     }
 
@@ -133,7 +133,7 @@ def delete(name: str, kind: str, *, in_body: bool) -> Schema:
         "tags": ["realm"],
         "responses": {
             "204": response("Deleted, or did not exist."),
-            **error_responses(400, 403, 404, 409, 411, 413, *COMMON_ERRORS),
+            **error_responses(400, 403, 404, 409, 413, *COMMON_ERRORS),
         },
     }
     if not in_body:

@@ -88,15 +88,20 @@ class _Exchange:
         except TooManyBytes:
             await self._refuse(503, "bytes_held")
             return
+        except BadFraming as error:
+            await self._refuse(error.args[0], "framing")
+            return
         if body is None:  # the client has left
             return
-        size = len(body)
+        content, length = body
+        size = len(content)
         bodies.add(client, size)
         try:
             if self.watches_client:
                 self.leaving = asyncio.create_task(wait_for_disconnect(self.receive))
-            start = functools.partial(self._start, wsgi_environ(self.scope, body))
-            del body
+            environ = wsgi_environ(self.scope, content, length=length)
+            start = functools.partial(self._start, environ)
+            del body, content, environ
             chunk = await self.pool.submit(client, start, self.has_left)
         except ClientLeft:
             refusals.note("client_left")
@@ -219,32 +224,59 @@ async def _refuse(status: int, reason: str, scope: Message, send: Send) -> None:
     await send({"type": "http.response.body", "body": body})
 
 
-async def _read_body(
-    scope: Message, receive: Receive, held: HeldBytes, client: ClientKey
-) -> bytes | None:
-    """Return the whole body, or None if the client leaves. A body that is too long, or has no length,
-    is not read: Django refuses it by its head. Raises `TimeoutError`, `TooManyBytes`."""
-    length = next((value for name, value in scope["headers"] if name == b"content-length"), b"")
+class BadFraming(Exception):
+    """The end of the body is not clear; the argument is the status of the answer."""
+
+
+def _readable_length(scope: Message) -> int:
+    """Return the number of bytes of the body to read. A body that is too long by its Content-Length is
+    not read: Django refuses it by its head. Raises `BadFraming` (RFC 9112, section 6): two servers that
+    disagree about the end of a request would see two different requests."""
+    length = coding = None
+    for name, value in scope["headers"]:
+        if name == b"content-length":
+            length = value
+        elif name == b"transfer-encoding":
+            coding = value if coding is None else coding + b"," + value
+    limit: int = settings.DATA_UPLOAD_MAX_MEMORY_SIZE
+    if coding is not None:
+        if length is not None or scope["http_version"] != "1.1":
+            raise BadFraming(400)
+        if coding.strip().lower() != b"chunked":
+            raise BadFraming(501)
+        return limit
+    if length is None:
+        return 0
     # With leading zeros, any number may have any number of digits.
     digits = length.lstrip(b"0")
-    if not digits.isdigit() or int(digits[:12]) > settings.DATA_UPLOAD_MAX_MEMORY_SIZE:
-        return b""
-    read = 0
-    pieces, more = [], True
+    return limit if digits.isdigit() and int(digits[:12]) <= limit else 0
+
+
+async def _read_body(
+    scope: Message, receive: Receive, held: HeldBytes, client: ClientKey
+) -> tuple[bytes, int] | None:
+    """Return the body and its length, or None if the client leaves. Of a body that is too long only
+    the length is returned, as far as it was read. Raises `TimeoutError`, `TooManyBytes` and
+    `BadFraming`."""
+    limit = _readable_length(scope)
+    if not limit:
+        return b"", 0
+    body, more = bytearray(), True
     try:
         async with asyncio.timeout(settings.WEB_BODY_SECONDS):
             while more:
                 message = await receive()
                 if message["type"] == "http.disconnect":
                     return None
-                piece = message.get("body", b"")
-                pieces.append(piece)
-                more = message.get("more_body", False)
-                if more:
-                    read += len(piece)
-                    held.add(client, len(piece))
-                    if held.is_full_for(client):
-                        raise TooManyBytes
+                piece, more = message.get("body", b""), message.get("more_body", False)
+                if not more and not body and len(piece) <= limit:
+                    return bytes(piece), len(piece)
+                held.add(client, len(piece))
+                body += piece
+                if len(body) > limit:
+                    return b"", len(body)
+                if more and held.is_full_for(client):
+                    raise TooManyBytes
     finally:
-        held.add(client, -read)
-    return b"".join(pieces)
+        held.add(client, -len(body))
+    return bytes(body), len(body)

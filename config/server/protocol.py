@@ -1,7 +1,8 @@
 """uvicorn's HTTP protocol with limits on the time, the memory and the number of connections.
 
 - The parser keeps the head of a request, its trailers and the extensions of its chunks until they are
-  complete, however long they are; so they are limited to `MAX_HEAD_BYTES`.
+  complete, however long they are; so they are limited to `MAX_HEAD_BYTES`, those of a body together.
+  Trailers are not passed on.
 - A head must be complete within `WEB_HEAD_SECONDS` of the connection, or of its own first byte; a body
   within `WEB_BODY_SECONDS`; a client that does not read is disconnected after `WEB_SEND_SECONDS`.
 - `WEB_MAX_CONNECTIONS` bounds all connections, `WEB_MAX_CONNECTIONS_PER_ADDRESS` those of a network.
@@ -42,6 +43,8 @@ MIN_PROGRESS = 16 * 1024
 # The part of a response that the kernel buffers, beside the buffer here.
 SEND_BUFFER_BYTES = 256 * 1024
 MAX_PIPELINED = 32
+# Of one chunk: the longest size that clients write, and its line ends. Extensions are beyond that.
+CHUNK_FRAMING_BYTES = 24
 # A client that still sends has this long to see its answer.
 LINGER_SECONDS = 2.0
 LINGER_BYTES = 1024 * 1024
@@ -176,6 +179,9 @@ class BoundedProtocol(HttpToolsProtocol):
     # The deadline for the client's next step, if one is due.
     _due: float | None = None
     _is_in_message = False  # the head or the body of a request is incomplete
+    _is_in_body = False
+    # Bytes of the body's framing since its head, less those that its chunks need.
+    _framing = 0
     _ignores_input = False
     # The bytes sent at the last sufficient progress, and its time.
     _sent = 0
@@ -211,13 +217,15 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         self._held += len(data)
+        self._framing += len(data)
         if self._ignores_input:
             if self._held > LINGER_BYTES:
                 self._wire.abort()
             return
         super().data_received(data)
         # One read may hold the end of a body and the start of the next head.
-        if self._held > MAX_HEAD_BYTES + CHUNK_BYTES and not self.transport.is_closing():
+        longest = max(self._held, self._framing if self._is_in_body else 0)
+        if longest > MAX_HEAD_BYTES + CHUNK_BYTES and not self.transport.is_closing():
             self._refuse(431, "head_too_long")
 
     def on_message_begin(self) -> None:
@@ -225,8 +233,14 @@ class BoundedProtocol(HttpToolsProtocol):
         self._due = self.loop.time() + settings.WEB_HEAD_SECONDS
         super().on_message_begin()
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        # A trailer must not pass for a header, which may be that of a proxy (RFC 9110, section 6.5.1).
+        if not self._is_in_body:
+            super().on_header(name, value)
+
     def on_headers_complete(self) -> None:
-        self._held = 0
+        self._held = self._framing = 0
+        self._is_in_body = True
         self._due = self.loop.time() + settings.WEB_BODY_SECONDS
         super().on_headers_complete()
         if len(self.pipeline) > MAX_PIPELINED:
@@ -234,14 +248,18 @@ class BoundedProtocol(HttpToolsProtocol):
             self._wire.abort()
             self._ignores_input = True
 
+    def on_chunk_header(self) -> None:
+        self._framing -= CHUNK_FRAMING_BYTES
+
     def on_body(self, body: bytes) -> None:
         self._held = 0
+        self._framing -= len(body)
         super().on_body(body)
 
     def on_message_complete(self) -> None:
         self._held = 0
         self._due = None
-        self._is_in_message = False
+        self._is_in_message = self._is_in_body = False
         super().on_message_complete()
 
     def on_response_complete(self) -> None:

@@ -19,6 +19,7 @@ REFUSED = Counter(
 for _reason in (
     "bytes_held",
     "client_left",
+    "framing",
     "head_too_long",
     "no_head",
     "no_http",
@@ -33,12 +34,14 @@ for _reason in (
     REFUSED.labels(_reason)
 RETRY_SECONDS = 2
 SENTENCES = {
+    400: "The request has no valid end: send either Content-Length or Transfer-Encoding, by HTTP/1.1.",
+    501: "The only transfer coding here is chunked.",
     408: "The request was not received in time. Send it again.",
     431: "The URL or the headers are too long.",
     503: "The server is overloaded. Try again in a few seconds.",
 }
 # Under /api with a `code`, for programs.
-CODES = {408: "timeout", 503: "too_busy"}
+CODES = {400: "malformed", 408: "timeout", 501: "not_implemented", 503: "too_busy"}
 
 _logger = structlog.get_logger(__name__)
 log_warning = RateLimitedLog(_logger.warning)

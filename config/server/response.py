@@ -68,8 +68,9 @@ def _no_write(data: bytes) -> object:
     raise NotImplementedError("Django returns an iterable.")
 
 
-def wsgi_environ(scope: dict[str, Any], body: bytes) -> dict[str, Any]:
-    """Return the environment of a request as PEP 3333 defines it."""
+def wsgi_environ(scope: dict[str, Any], body: bytes, *, length: int = 0) -> dict[str, Any]:
+    """Return the environment of a request as PEP 3333 defines it. `length`: that of a chunked body,
+    also of one that is too long to be read."""
     path = scope.get("raw_path") or scope["path"].encode()
     server = scope.get("server") or ("localhost", 80)
     environ: dict[str, Any] = {
@@ -97,4 +98,6 @@ def wsgi_environ(scope: dict[str, Any], body: bytes) -> dict[str, Any]:
         key = name if name in ("CONTENT_TYPE", "CONTENT_LENGTH") else f"HTTP_{name}"
         value = raw_value.decode("latin-1")
         environ[key] = f"{environ[key]},{value}" if key in environ else value
+    if environ.pop("HTTP_TRANSFER_ENCODING", None) is not None:
+        environ["CONTENT_LENGTH"] = str(length)
     return environ

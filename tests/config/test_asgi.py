@@ -115,7 +115,7 @@ def test_nor_is_one_whose_length_begins_with_zeros(settings: Any) -> None:
         raise AssertionError
 
     async def scene() -> None:
-        assert await bridge._read_body(scope, receive, HeldBytes(), UNKNOWN) == b""
+        assert await bridge._read_body(scope, receive, HeldBytes(), UNKNOWN) == (b"", 0)
 
     go(scene())
 
