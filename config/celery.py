@@ -9,6 +9,7 @@ from celery.signals import setup_logging
 from django.conf import settings
 from django.db import close_old_connections
 
+from config import misspelt
 from ops import local
 
 # Celery's own command, such as `celery -A config inspect ping`; others choose their settings earlier.
@@ -33,6 +34,7 @@ class Fixup(DjangoFixup):
     def on_worker_init(self, **kwargs: Any) -> None:
         self.worker_fixup = PersistentConnectionsFixup(self.app)
         super().on_worker_init(**kwargs)
+        misspelt.log()
 
 
 def fixup(app: Celery) -> DjangoFixup:

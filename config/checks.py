@@ -7,6 +7,7 @@ from django.core.checks import CheckMessage, Error, register
 from django.core.checks import Warning as Warn
 
 from agents.tools import TOOLS
+from config import misspelt
 
 # A tag of its own: a process without URLs runs these checks, not those that load the URLs.
 TAG = "botrealm"
@@ -37,6 +38,14 @@ def secrets_at_rest(**_: Any) -> list[CheckMessage]:
             hint="Set SECRETS_KEY: openssl rand -hex 32. Then: python manage.py rotate_secrets",
             id="botrealm.W005",
         )
+    ]
+
+
+@register(TAG)
+def names(**_: Any) -> list[CheckMessage]:
+    return [
+        Warn(each, hint="docs/reference/settings.md has all names.", id="botrealm.W006")
+        for each in misspelt.sentences()
     ]
 
 

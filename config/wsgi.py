@@ -6,6 +6,8 @@ from django.conf import settings
 from django.core.exceptions import ImproperlyConfigured
 from django.core.handlers.wsgi import WSGIHandler, WSGIRequest
 
+from config import misspelt
+
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "config.settings")
 
 
@@ -32,4 +34,5 @@ if settings.UNUSED_SECRETS:
         f"{' and '.join(settings.UNUSED_SECRETS)}: the web server signs sessions and tokens, so it "
         "needs the real value. `unused` is for workers and the bot runner."
     )
+misspelt.log()
 application = Handler()
