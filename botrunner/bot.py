@@ -102,6 +102,7 @@ class Bot:
         while not self.stopping.is_set():
             try:
                 await login.connect(self.homeserver, self.session)
+                await login.learn_name(self.homeserver, self.session)
                 self._rooms = await database_sync_to_async(login.rooms)(
                     self.session, self.homeserver
                 )

@@ -6,7 +6,7 @@ from datetime import timedelta
 
 from django.conf import settings
 from django.db import models
-from django.db.models import Exists, OuterRef, Q
+from django.db.models import Exists, OuterRef, Q, Value
 from django.db.models.functions import Now
 from django.utils import timezone
 
@@ -18,6 +18,9 @@ from lib.secrets import EncryptedTextField
 from realm.models import BotCommand, BotRegistration
 
 MAX_TYPE_LENGTH = 255
+# Of the bot's display names.
+MAX_NAMES = 10
+MAX_NAME_LENGTH = 255
 # Memberships older than this do not count: without a sync the bot would miss a leave.
 MEMBERS_PATIENCE = timedelta(minutes=5)
 
@@ -68,6 +71,12 @@ class Session(models.Model):
     last_sync_at = models.DateTimeField(null=True, blank=True)
     last_error = models.TextField(blank=True)
     last_error_at = models.DateTimeField(null=True, blank=True)
+    names = models.JSONField(
+        default=list,
+        db_default=Value([], models.JSONField()),
+        blank=True,
+        help_text="Display names of the bot, the latest first. Messages may address it by them.",
+    )
 
     objects = SessionQuerySet.as_manager()
 
@@ -101,6 +110,15 @@ class Session(models.Model):
         Session.objects.filter(pk=self.pk).update(
             last_error=error, last_error_at=Now(), connected_since=None
         )
+
+    def remember_name(self, name: str) -> bool:
+        """Put a display name first; return False if it was."""
+        name = name.strip()[:MAX_NAME_LENGTH]
+        if not name or self.names[:1] == [name]:
+            return False
+        self.names = [name, *(each for each in self.names if each != name)][:MAX_NAMES]
+        Session.objects.filter(pk=self.pk).update(names=self.names)
+        return True
 
     def mark_keys_outdated(self, writes: int) -> None:
         """Reject the key store with this number of writes from now on."""
@@ -230,6 +248,11 @@ class QuotedEvent(models.Model):
 
 
 class RoomEventQuerySet(models.QuerySet["RoomEvent"]):
+    def with_session(self) -> "RoomEventQuerySet":
+        """Load the room and its session with the events, without the session's secrets."""
+        rows = self.select_related("room__session")
+        return rows.defer("room__session__access_token", "room__session__store_key")
+
     def messages_among(self, event_ids: Iterable[str]) -> set[str]:
         """Return the ids of recorded messages, which can be edited and redacted."""
         rows = self.filter(event_id__in=list(event_ids), kind__in=RoomEvent.MESSAGES)

@@ -103,7 +103,7 @@ async def _since_invite(
 
 
 @dataclass(frozen=True)
-class Gap:
+class MissedEvents:
     """Events that a sync left out, in timeline order."""
 
     events: list[dict[str, Any]]
@@ -120,7 +120,7 @@ async def _backfill(
     end: str = "",
     *,
     entrance: Entrance | None = None,
-) -> Gap:
+) -> MissedEvents:
     """Read the events before the position `start` and after `end` or, without it, after the bot's
     entrance."""
     is_complete = is_exhausted = False
@@ -138,9 +138,9 @@ async def _backfill(
             break
         for event in events:
             if entrance and entrance.is_at(event):
-                return Gap(newest_first[::-1], is_complete=True)
+                return MissedEvents(newest_first[::-1], is_complete=True)
             if _is_before(event, oldest):
-                return Gap(newest_first[::-1], is_complete=False)
+                return MissedEvents(newest_first[::-1], is_complete=False)
             newest_first.append(_decrypted(homeserver, room_id, event))
         if not events or not next_start or next_start == start:
             is_complete, is_exhausted = bool(end), not end
@@ -148,7 +148,7 @@ async def _backfill(
         start = next_start
     else:
         logger.warning("The gap in room %s is too long: only its latest events are read", room_id)
-    return Gap(newest_first[::-1], is_complete, is_exhausted)
+    return MissedEvents(newest_first[::-1], is_complete, is_exhausted)
 
 
 def _is_before(event: dict[str, Any], oldest: datetime) -> bool:

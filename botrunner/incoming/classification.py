@@ -57,11 +57,11 @@ def is_too_old(event: TimelineEvent) -> bool:
 
 
 def classify(events: list[tuple[Room, TimelineEvent]], me: str) -> list[Classified]:
-    """Classify events in order. Those for the bot are pending; of all others the row has the reason why
-    they are ignored and no content."""
+    """Classify events of one session, in order. Those for the bot are pending; of all others the row
+    has the reason why they are ignored and no content."""
     if not events:
         return []
-    rules = RuleSet({event.sender for _, event in events}, me)
+    rules = RuleSet({event.sender for _, event in events}, me, events[0][0].session.names)
     targets = [target for _, event in events if (target := event.redacts or event.edits)]
     messages = RoomEvent.objects.messages_among(targets) if targets else set()
     classified = []
@@ -89,7 +89,7 @@ def _classify(room: Room, event: TimelineEvent, rules: RuleSet, messages: set[st
             return _pending(room, event, kind)
         verb = "edits" if kind == RoomEvent.Kind.EDIT else "redacts"
         return ignored(room, event, f"It {verb} no message that fired a command.")
-    if control := control_of(event, rules.me):
+    if control := control_of(event, rules.me, rules.names):
         is_forget = control == FORGET
         return _pending(room, event, RoomEvent.Kind.FORGET if is_forget else RoomEvent.Kind.CANCEL)
     match = rules.match(event)

@@ -39,7 +39,7 @@ def cancel_runs(row: RoomEvent, event: TimelineEvent, me: str, moderates: bool |
     )
     replies = replies.select_related("run", "message").order_by("run__position")
     shared: set[int] = set()
-    is_for_all = control_of(event, me) == CANCEL_ALL
+    is_for_all = control_of(event, me, row.room.session.names) == CANCEL_ALL
     if is_for_all:
         if not _moderates(row, event, moderates):
             return _refuse(row, event, me, NO_POWER)
@@ -103,7 +103,7 @@ def _moderates(row: RoomEvent, event: TimelineEvent, moderates: bool | None) -> 
 
 def _refuse(row: RoomEvent, event: TimelineEvent, me: str, reason: str) -> str:
     """Answer with the reason; return it as the note if the sender gets no answer."""
-    if not RuleSet([event.sender], me).match(event).fired:
+    if not RuleSet([event.sender], me, row.room.session.names).match(event).fired:
         # It may be meant for another bot.
         return reason
     reply = Reply(message=row, room=row.room, error=reason)

@@ -43,7 +43,7 @@ def record_decrypted(pk: int, source: dict[str, Any], me: str) -> None:
         # Another process may have decrypted and handled it.
         if not claim.update(state=state):
             return
-        row = RoomEvent.objects.select_related("room").get(pk=pk)
+        row = RoomEvent.objects.with_session().get(pk=pk)
         event = TimelineEvent.parse(source)
         decrypted = None
         if event and is_from_person(event, me):

@@ -38,7 +38,7 @@ def handle(pk: int, me: str, *, moderates: bool | None = None) -> None:
         # Another process that handles the event waits for this transaction and then finds it handled.
         if not claim.update(state=RoomEvent.State.HANDLED):
             return
-        row = RoomEvent.objects.select_related("room").get(pk=pk)
+        row = RoomEvent.objects.with_session().get(pk=pk)
         before = row.verdicts, row.note
         event = TimelineEvent.parse(row.source)
         with tagged(room=row.room.room_id, event_id=row.event_id, request_id=row.event_id):
@@ -85,7 +85,7 @@ def _edit(row: RoomEvent, event: TimelineEvent, me: str) -> str:
     replies = original_row.replies.exclude(run=None).select_related("bot_command")
     for reply in replies.order_by("run__thread", "run__position"):
         filter_ = _filter_of(reply.bot_command)
-        prompt = prompt_of(filter_, edited, me) if filter_ else ""
+        prompt = prompt_of(filter_, edited, me, row.room.session.names) if filter_ else ""
         if reply.run_id and prompt:
             changed |= inbox.edit(reply.run_id, content=prompt)
     if not changed:

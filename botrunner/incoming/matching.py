@@ -1,8 +1,7 @@
 """Match events against registered bot commands; verdicts give the reasons."""
 
 import fnmatch
-import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
@@ -11,6 +10,12 @@ from uuid import UUID
 
 import orjson
 
+from botrunner.incoming.addressing import (
+    is_mentioned,
+    without_final_mention,
+    without_mention,
+    without_prefix,
+)
 from botrunner.matrix.events import TimelineEvent, text_of
 from botrunner.verdicts import MAX_VERDICTS, Verdict
 from realm.filters import BOT_TRIGGER, ROOM_MESSAGE, EventFilter, InvalidFilter
@@ -20,6 +25,8 @@ CANCEL = "!cancel"
 CANCEL_ALL = "!cancel all"
 FORGET = "!forget"
 CONTROLS = {CANCEL, CANCEL_ALL, FORGET}
+# With the name of the bot, in several ways.
+MAX_CONTROL_LENGTH = 2000
 SENDER_DEACTIVATED = "The sender's account is deactivated."
 
 
@@ -49,7 +56,7 @@ class Rule:
     filter: EventFilter | None = None
     in_words: str = ""
 
-    def mismatch(self, event: TimelineEvent, me: str) -> str:
+    def mismatch(self, event: TimelineEvent, me: str, names: Sequence[str] = ()) -> str:
         """Return the reason why the rule does not fire; empty if it does."""
         if not self.is_enabled:
             return "The registration is disabled."
@@ -62,7 +69,7 @@ class Rule:
             return "The registration has no command."
         if self.filter is None:
             return "The filter is invalid."
-        return mismatch(self.filter, event, me)
+        return mismatch(self.filter, event, me, names)
 
     def verdict(self, reason: str, *, fired: bool) -> Verdict:
         return Verdict(
@@ -79,8 +86,9 @@ class RuleSet:
     """The rules that apply to some senders: their own and those of the bot's user. Loaded once, however
     many events there are to match."""
 
-    def __init__(self, senders: Iterable[str], me: str) -> None:
+    def __init__(self, senders: Iterable[str], me: str, names: Sequence[str] = ()) -> None:
         self.me = me
+        self.names = names
         self._senders = set(senders)
         self._by_username: dict[str, list[Rule]] = {}
         registrations = BotRegistration.objects.filter(username__in={*self._senders, me})
@@ -102,7 +110,7 @@ class RuleSet:
         fired: dict[str, tuple[Rule, EventFilter]] = {}
         verdicts: list[Verdict] = []
         for rule in rules:
-            reason = rule.mismatch(event, self.me)
+            reason = rule.mismatch(event, self.me, self.names)
             command = rule.command
             if not reason and rule.filter:
                 if event.sender in self._deactivated:
@@ -168,7 +176,7 @@ def _age(rule: Rule) -> tuple[datetime, str]:
     return since, str(rule.command_id or rule.registration_id)
 
 
-def mismatch(filter_: EventFilter, event: TimelineEvent, me: str) -> str:
+def mismatch(filter_: EventFilter, event: TimelineEvent, me: str, names: Sequence[str] = ()) -> str:
     """Return the reason why the event does not pass a filter; empty if it does. It never quotes the
     event's text: the reason is stored for events that were not meant for the bot."""
     if event.type != filter_.event_type:
@@ -177,9 +185,9 @@ def mismatch(filter_: EventFilter, event: TimelineEvent, me: str) -> str:
         return f"Its content is of type {event.content_type[:80]!r}, not {filter_.content_type!r}."
     if event.type != ROOM_MESSAGE:
         return _trigger_error(event)
-    if not event.body.startswith(filter_.prefix or ""):
+    if filter_.prefix and _after_prefix(filter_.prefix, event, me, names) is None:
         return f"Its body does not begin with {filter_.prefix!r}."
-    if filter_.mention and not event.mentions(me):
+    if filter_.mention and not is_mentioned(event, me, names):
         return "It does not mention the bot."
     return ""
 
@@ -195,25 +203,51 @@ def _trigger_error(event: TimelineEvent) -> str:
     return "" if "input" in content else "The trigger has no 'input'."
 
 
-def prompt_of(filter_: EventFilter, event: TimelineEvent, me: str) -> str:
+def prompt_of(
+    filter_: EventFilter, event: TimelineEvent, me: str, names: Sequence[str] = ()
+) -> str:
     """Return the text for the agent, without the prefix or mention that calls the bot."""
     if event.type != ROOM_MESSAGE:
         return _input_text(event.content.get("input"))
-    body = event.body.removeprefix(filter_.prefix or "").strip()
-    return _without_mention(body, me) if filter_.mention else body
+    body: str | None = event.body
+    if filter_.prefix:
+        body = _after_prefix(filter_.prefix, event, me, names)
+    if filter_.mention:
+        body = without_mention(body or "", event, me, names)
+    return body or ""
 
 
-def control_of(event: TimelineEvent, me: str) -> str:
+def _after_prefix(prefix: str, event: TimelineEvent, me: str, names: Sequence[str]) -> str | None:
+    """Return the text after the prefix, which may follow a mention of the bot; None without it."""
+    text = without_prefix(event.body, prefix)
+    if text is None:
+        text = without_prefix(without_mention(event.body, event, me, names), prefix)
+    return text
+
+
+def how_to(filter_: EventFilter) -> str:
+    """Return how to write a message to the bot, for one who has written none."""
+    example = "What can you do?"
+    if filter_.prefix:
+        prefix = filter_.prefix.strip()
+        gap = "" if filter_.prefix == filter_.prefix.rstrip() and not prefix[-1].isalnum() else " "
+        return f"Write your message after {prefix}, for example: {prefix}{gap}{example}"
+    if filter_.mention:
+        return f"Write your message after the bot's name, for example: {example}"
+    return "The message is empty."
+
+
+def control_of(event: TimelineEvent, me: str, names: Sequence[str] = ()) -> str:
     """Return the one of `CONTROLS` that the text is; empty if it is none."""
     if event.type != ROOM_MESSAGE or event.content_type != "m.text":
         return ""
-    text = " ".join(_without_mention(event.body, me).lower().split())
-    return text if text in CONTROLS else ""
-
-
-def _without_mention(body: str, me: str) -> str:
-    localpart = re.escape(me[1:].partition(":")[0])
-    return re.sub(rf"\A(?:{re.escape(me)}|@?{localpart})\s*[:,]?\s+", "", body)
+    if "!" not in event.body or len(event.body) > MAX_CONTROL_LENGTH:
+        return ""
+    text = without_mention(event.body, event, me, names)
+    for candidate in (text, without_final_mention(text, event, me, names)):
+        if (words := " ".join(candidate.lower().split())) in CONTROLS:
+            return words
+    return ""
 
 
 def _input_text(value: Any) -> str:

@@ -18,6 +18,7 @@ from botrunner.incoming.classification import (
     is_too_old,
 )
 from botrunner.incoming.invitations import record_invitations
+from botrunner.matrix.events import display_name
 from botrunner.models import LeaseLost, Room, RoomEvent, Session
 from lib.db import TRANSIENT_ERRORS
 
@@ -40,6 +41,7 @@ def record_sync(session: Session, holder: str, batch: Batch, submit: Submit | No
             since=batch.next_batch, last_sync_at=Now(), key_writes=batch.key_writes
         ):
             raise LeaseLost
+        _remember_names(session, batch)
         rooms = _record_rooms(session, batch.joined)
         updates = list(zip(rooms, batch.joined, strict=True))
         begun = timezone.now()
@@ -53,6 +55,14 @@ def record_sync(session: Session, holder: str, batch: Batch, submit: Submit | No
                 membership=Room.Membership.LEFT, join_due_at=None, updated_at=Now()
             )
     return remaining
+
+
+def _remember_names(session: Session, batch: Batch) -> None:
+    """Remember the names that the bot has in rooms: messages of the same batch may use them."""
+    for update in batch.joined:
+        for event in update.events:
+            if name := display_name(event, session.user_id):
+                session.remember_name(name)
 
 
 def _moments(joined: list[RoomUpdate], begun: datetime) -> dict[str, datetime]:
@@ -92,6 +102,8 @@ def _record_rooms(session: Session, joined: list[RoomUpdate]) -> list[Room]:
     """Return the rows of the rooms, in the order given."""
     known = Room.objects.filter(session=session, room_id__in=[update.room_id for update in joined])
     rooms = {room.room_id: room for room in known}
+    for room in rooms.values():
+        room.session = session
     return [_record_room(session, update, rooms.get(update.room_id)) for update in joined]
 
 

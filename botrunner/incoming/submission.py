@@ -9,12 +9,13 @@ from typing import Any
 from agents import inbox
 from agents.models import CHAT_REPLY, Run
 from botrunner.incoming.classification import Classified
-from botrunner.incoming.matching import Rule, RuleSet, prompt_of
+from botrunner.incoming.matching import Rule, RuleSet, how_to, prompt_of
 from botrunner.matrix.events import TimelineEvent, storable
 from botrunner.models import Conversation, Reply, RoomEvent
 from botrunner.verdicts import stored
 from chat.models import Thread
 from lib.tracing import tagged
+from realm.filters import EventFilter
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ def submit_recorded(classified: Classified, me: str) -> None:
     row, event = classified.row, classified.event
     with tagged(room=row.room.room_id, event_id=row.event_id, request_id=row.event_id):
         for rule, filter_ in classified.fired:
-            _start_run(row, event, rule, prompt_of(filter_, event, me))
+            _start_run(row, event, rule, filter_, me)
         if row.note:
             if _is_unanswered(row):
                 row.state, row.source = RoomEvent.State.IGNORED, None
@@ -44,10 +45,10 @@ def submit_recorded(classified: Classified, me: str) -> None:
 def submit(row: RoomEvent, event: TimelineEvent, me: str) -> str:
     """Submit a message recorded earlier; return a note if it has no effect."""
     # Match again: commands and registrations may have changed.
-    match = RuleSet([event.sender], me).match(event)
+    match = RuleSet([event.sender], me, row.room.session.names).match(event)
     row.verdicts = stored(match.verdicts)
     for rule, filter_ in match.fired:
-        _start_run(row, event, rule, prompt_of(filter_, event, me))
+        _start_run(row, event, rule, filter_, me)
     if _is_unanswered(row):
         return row.note
     return f"Its command no longer matches. {match.reason}" if match.reason else ""
@@ -58,7 +59,10 @@ def _is_unanswered(row: RoomEvent) -> bool:
     return bool(row.note) and not row.replies.exists()
 
 
-def _start_run(row: RoomEvent, event: TimelineEvent, rule: Rule, prompt: str) -> None:
+def _start_run(
+    row: RoomEvent, event: TimelineEvent, rule: Rule, filter_: EventFilter, me: str
+) -> None:
+    prompt = prompt_of(filter_, event, me, row.room.session.names)
     thread_id = _thread_of(row, event)
     reply = Reply(
         message=row,
@@ -68,7 +72,7 @@ def _start_run(row: RoomEvent, event: TimelineEvent, rule: Rule, prompt: str) ->
     )
     try:
         if rule.command == CHAT_REPLY and not prompt:
-            raise inbox.Invalid("The message is empty.")
+            raise inbox.Invalid(how_to(filter_))
         accepted = _submit(row, event, rule, prompt, thread_id)
     except inbox.Limited as error:
         row.note = _notify_limit(row, reply, error)

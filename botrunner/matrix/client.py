@@ -39,7 +39,7 @@ from botrunner.matrix.errors import (
     MatrixTimeout,
     TokenRefused,
 )
-from botrunner.matrix.events import sanitize_decrypted
+from botrunner.matrix.events import sanitize_decrypted, storable, text_of
 from botrunner.matrix.keystore import Store, writes_of
 from botrunner.models import Session
 from lib.secrets import Unreadable
@@ -49,6 +49,8 @@ logger = logging.getLogger(__name__)
 API = "/_matrix/client/v3"
 DEVICE_NAME = "Botrealm"
 REQUEST_SECONDS = 30
+# Of a request that others wait for.
+LOOKUP_SECONDS = 5.0
 MAX_RETRY_AFTER_SECONDS = 15 * 60
 # Many times the size of a usual answer; a longer one is not held in memory.
 MAX_ANSWER_BYTES = 64 * 1024 * 1024
@@ -329,6 +331,17 @@ class Homeserver:
             if error.code == "M_NOT_FOUND":
                 return {}
             raise
+
+    async def display_name(self) -> str:
+        """Return the display name of the bot; empty if it has none."""
+        path = f"{API}/profile/{quote(self.user_id, safe='')}/displayname"
+        try:
+            body = await self.request("GET", path, seconds=LOOKUP_SECONDS)
+        except MatrixError as error:
+            if error.code == "M_NOT_FOUND":
+                return ""
+            raise
+        return storable(text_of(body, "displayname") or "")
 
     async def join(self, room_id: str, *, seconds: float = REQUEST_SECONDS) -> None:
         """Join a room. The homeserver continues a join after a timeout."""

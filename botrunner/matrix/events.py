@@ -16,6 +16,9 @@ MEMBER = "m.room.member"
 # A field in the content of every reply: instances of this bot ignore each other by it.
 REPLY_FIELD = "app.botrealm.reply"
 MAX_ID_LENGTH = 255
+# The message replied to, as clients put it in front of a reply. Its first line names the sender: other
+# lines that begin with ">" are the sender's own.
+REPLY_FALLBACK = re.compile(r"\A> (?:\* )?<@[^\s<>]+>[^\n]*(?:\n>[^\n]*)*(?:\r?\n)*")
 UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
 # Later readers may accept fewer levels than the JSON parser does.
 MAX_DEPTH = 100
@@ -80,20 +83,34 @@ class TimelineEvent:
         """The root of the event's Matrix thread; empty outside of a thread."""
         return (_id_of(self.relation, "event_id") or "") if self._relates("m.thread") else ""
 
-    def mentions(self, user_id: str) -> bool:
+    def mentions(self, user_id: str) -> bool | None:
+        """Return whether the sender's client declares a mention of the user; None if it declares no
+        mentions at all."""
         mentions = self.content.get("m.mentions")
-        if isinstance(mentions, dict):
-            user_ids = mentions.get("user_ids")
-            return isinstance(user_ids, list) and user_id in user_ids
-        # From clients without intentional mentions.
-        return user_id in self.body
+        if not isinstance(mentions, dict):
+            return None
+        user_ids = mentions.get("user_ids")
+        return isinstance(user_ids, list) and user_id in user_ids
+
+    @property
+    def replies_to(self) -> str | None:
+        """The id of the event that this one replies to. In a Matrix thread every event names one, for
+        clients without threads: that is no reply."""
+        target = self.relation.get("m.in_reply_to")
+        if not isinstance(target, dict) or self._is_falling_back:
+            return None
+        return _id_of(target, "event_id")
 
     @cached_property
     def body(self) -> str:
         body = text_of(self.content, "body") or ""
-        if "m.in_reply_to" in self.relation and body.startswith("> "):
-            body = re.sub(r"\A(?:>[^\n]*\n)+\n?", "", body)
+        if "m.in_reply_to" in self.relation and not self._is_falling_back:
+            body = REPLY_FALLBACK.sub("", body)
         return body.strip()
+
+    @property
+    def _is_falling_back(self) -> bool:
+        return self._relates("m.thread") and self.relation.get("is_falling_back") is True
 
     def _relates(self, kind: str) -> bool:
         return self.relation.get("rel_type") == kind
@@ -188,6 +205,15 @@ def is_own_join(event: Any, me: str) -> bool:
 def is_joined(event: dict[str, Any]) -> bool:
     """Return whether the user of a membership event is in the room after it."""
     return _membership(event) == "join"
+
+
+def display_name(event: Any, user_id: str) -> str:
+    """Return the name that a user gives itself by a membership event; empty for any other event."""
+    if not isinstance(event, dict) or event.get("type") != MEMBER or not is_joined(event):
+        return ""
+    if event.get("state_key") != user_id or event.get("sender") != user_id:
+        return ""
+    return storable(text_of(event["content"], "displayname") or "")
 
 
 def members_of_state(events: Iterable[dict[str, Any]]) -> dict[str, str]:

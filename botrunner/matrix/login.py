@@ -102,6 +102,19 @@ async def _log_in(homeserver: Homeserver, session: Session) -> None:
     )
 
 
+async def learn_name(homeserver: Homeserver, session: Session) -> None:
+    """Remember the display name of the bot, by which messages may address it. Not worth a delay: a
+    name is also in the events of each room. Raises `TokenRefused`."""
+    try:
+        name = await homeserver.display_name()
+    except TokenRefused:
+        raise
+    except MatrixError as error:
+        logger.info("Fetching the display name of the bot failed: %s", error)
+        return
+    await database_sync_to_async(session.remember_name)(name)
+
+
 def connected(session: Session) -> None:
     session.connected_since = timezone.now()
     Session.objects.filter(pk=session.pk).update(connected_since=Now())

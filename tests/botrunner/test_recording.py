@@ -196,7 +196,8 @@ def test_a_user_who_is_not_active_fires_nothing() -> None:
         ({"mention": True}, {"m.mentions": {"user_ids": [ME]}, "body": f"{ME}: what?"}, "what?"),
         ({"mention": True}, {"m.mentions": {"user_ids": [ME]}, "body": "what, bot?"}, "what, bot?"),
         ({"mention": True}, {"m.mentions": {}, "body": f"{ME}: what?"}, None),
-        ({"mention": True}, "bot-runner: no mention", None),
+        ({"mention": True}, "bot-runner: from a bridge", "from a bridge"),
+        ({"mention": True}, "bot-runner2: another one", None),
         ({}, {"m.relates_to": {"m.in_reply_to": {}}, "body": "> <@a:b> old\n> more\n\nnew"}, "new"),
     ],
 )
@@ -245,7 +246,7 @@ def test_an_empty_question_is_refused_in_plain_words() -> None:
     take_in(session(), event("!bot"))
     reply = Reply.objects.get()
     assert (reply.run, reply.status) == (None, Reply.Status.WAITING)
-    assert reply.error == "The message is empty."
+    assert reply.error == "Write your message after !bot, for example: !bot What can you do?"
 
 
 def test_a_matrix_thread_has_a_thread_of_its_own() -> None:
@@ -545,11 +546,10 @@ def test_what_is_refused_is_answered_once_for_an_event_and_a_few_times_a_minute(
         take_in(row, event("!bot"))
     # Two minutes may meet.
     assert submission.NOTICES <= Reply.objects.count() <= 2 * submission.NOTICES
-    assert set(Reply.objects.values_list("error", flat=True)) == {"The message is empty."}
+    how = "Write your message after !bot, for example: !bot What can you do?"
+    assert set(Reply.objects.values_list("error", flat=True)) == {how}
     silent = RoomEvent.objects.filter(replies=None)
-    assert set(silent.values_list("state", "note")) == {
-        ("ignored", "Refused: The message is empty.")
-    }
+    assert set(silent.values_list("state", "note")) == {("ignored", f"Refused: {how}")}
     # Nobody else's are fewer for it.
     command(BOB, prefix="!bot")
     before = Reply.objects.count()

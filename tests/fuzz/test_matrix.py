@@ -15,6 +15,7 @@ from django.db import transaction
 from hypothesis import strategies as st
 
 from botrunner.incoming import handling, recording, submission
+from botrunner.incoming.addressing import is_mentioned
 from botrunner.incoming.backfill import batch_of
 from botrunner.incoming.batch import Batch
 from botrunner.incoming.matching import control_of, mismatch, prompt_of
@@ -184,6 +185,7 @@ def test_an_event_is_read_or_is_none(source: Any) -> None:
     for told in (said.edits, said.redacts, said.thread_root):
         assert told is None or (len(told) <= 255 and not UNSTORABLE.search(told))
     said.mentions(ME)
+    is_mentioned(said, ME, ["Helper Bot"])
     control_of(said, ME)
     for wanted in FILTERS:
         if not mismatch(wanted, said, ME):
