@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from django.utils import timezone
 
 from agents import tools
-from agents.llm import completions
+from agents.llm import completions, overflow
 
 logger = logging.getLogger(__name__)
 
@@ -87,25 +87,25 @@ class Transcript:
 
 
 def run(
-    messages: list[dict[str, Any]],
+    prompt: overflow.Prompt,
     *,
     model: str,
-    sent: dict[str, Any],
     max_iterations: int,
     options: completions.CallOptions,
     transcript: Transcript,
+    shorten: overflow.Shorten | None = None,
 ) -> str:
-    """Return the model's answer to `messages`. `sent` describes them in the first step.
+    """Return the model's answer to a prompt. `shorten` makes a shorter one, if the model cannot take
+    all of it.
 
     Raises `LLMError` and `Stopped`.
     """
-    messages = list(messages)
+    conversation = overflow.Conversation(prompt, shorten)
     offered = tools.offered()
     for iteration in range(max_iterations):
         if iteration:
             options.still_held()
-        step = StepRecord("model", model, sent)
-        reply = _model_step(step, messages, offered, options, transcript)
+        reply = _call(conversation, model, offered, options, transcript)
         if not reply.tool_calls and not reply.text.strip():
             raise completions.LLMError(
                 "The model gave an empty answer.", code="empty", permanent=False
@@ -113,16 +113,39 @@ def run(
         if not reply.tool_calls:
             return reply.text
         del reply.tool_calls[MAX_TOOL_CALLS:]
-        messages.append(_as_message(reply))
+        round_ = [_as_message(reply)]
         for call in reply.tool_calls:
             options.check()
-            messages.append(_tool_step(call, transcript))
-        sent = {"toolResults": [call.id for call in reply.tool_calls]}
+            round_.append(_tool_step(call, transcript))
+        conversation.add_round(round_)
     raise completions.LLMError(
         f"The model used tools {max_iterations} times without an answer.",
         code="too_many_iterations",
         permanent=True,
     )
+
+
+def _call(
+    conversation: overflow.Conversation,
+    model: str,
+    offered: list[dict[str, Any]],
+    options: completions.CallOptions,
+    transcript: Transcript,
+) -> completions.ModelReply:
+    """Call the model; once more with a shorter conversation, if this one exceeds its context."""
+    is_shortened = False
+    while True:
+        step = StepRecord("model", model, conversation.sent)
+        try:
+            return _model_step(step, conversation.messages, offered, options, transcript)
+        except completions.LLMError as error:
+            if error.code != overflow.CODE:
+                raise
+            if is_shortened or not conversation.shorten():
+                raise conversation.too_long() from error
+            is_shortened = True
+            logger.info("The conversation is too long for the model and is shortened")
+            options.still_held()
 
 
 def _model_step(

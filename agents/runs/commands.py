@@ -8,12 +8,13 @@ may be executed again, and its answer is recorded once.
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from django.conf import settings
 
 from agents.llm import completions, loop
 from agents.models import CHAT_REPLY, CHAT_SUMMARIZE, Run
-from agents.runs import http_commands, memory
+from agents.runs import history, http_commands, memory
 from chat.models import Message, Thread
 from lib import db, outgoing
 from realm.commands import COMMANDS, is_allowed_url
@@ -65,15 +66,20 @@ def execute(run: Run, *, options: completions.CallOptions, transcript: loop.Tran
 @command(CHAT_REPLY)
 def chat_reply(context: CommandContext) -> str:
     """Answer with the model, with the thread as its memory."""
-    prompt = memory.context(context.run)
+    try:
+        past = memory.read_history(context.run)
+        prompt = history.build(past)
+    except history.NoQuestion:
+        # The thread was deleted, or the message was redacted, since the run was claimed.
+        raise completions.Stopped from None
     db.release_connection()
     return loop.run(
-        prompt.messages,
+        prompt,
         model=context.run.model,
-        sent=prompt.sent,
         max_iterations=settings.AGENT_MAX_LOOP_ITERATIONS,
         options=context.options,
         transcript=context.transcript,
+        shorten=partial(history.shortened, past),
     )
 
 
@@ -94,15 +100,14 @@ def chat_summarize(context: CommandContext) -> str:
     messages = memory.within(list(newest[: memory.CHUNK_MESSAGES]))[::-1]
     if not messages and not thread.summary:
         return "There are no messages here yet."
-    prompt = memory.summary_prompt(thread.summary, messages)
     db.release_connection()
     return loop.run(
-        [{"role": "user", "content": prompt}],
+        memory.summary_prompt(thread.summary, messages),
         model=settings.CHAT_SUMMARY_MODEL or run.model,
-        sent={"messages": [str(message.pk) for message in messages]},
         max_iterations=settings.AGENT_MAX_LOOP_ITERATIONS,
         options=context.options,
         transcript=context.transcript,
+        shorten=partial(memory.summary_prompt, thread.summary, messages),
     )
 
 

@@ -136,13 +136,13 @@ def build(history: History, *, characters: int = CONTEXT_CHARACTERS) -> Prompt:
     return _prompt(history, _recent(history, earlier, question, characters), question)
 
 
-def shortened(history: History, *, characters: int) -> Prompt:
+def shortened(history: History, characters: int) -> Prompt:
     """Return a prompt that is shorter by all means: the summary and the latest messages with the
     question, the earlier ones cut or left out. Raises `NoQuestion`."""
     *earlier, question = _turns(history.path)
     if len(history.summary) > characters // 2:
         room = characters // 2
-        summary = _cut(history.summary, room) if room >= SMALLEST_PART else ""
+        summary = cut(history.summary, room) if room >= SMALLEST_PART else ""
         history = replace(history, summary=summary)
     characters -= len(history.summary)
     if earlier:
@@ -242,15 +242,16 @@ def _cut_turn(turn: Turn, characters: int) -> list[Turn]:
     if share < SMALLEST_PART:
         return []
     asked = [
-        replace(row, text=_cut(row.text, share), partial=_cut(row.partial, share), quotations=())
+        replace(row, text=cut(row.text, share), partial=cut(row.partial, share), quotations=())
         for row in turn.asked
         if row.text.strip()
     ]
-    answers = [replace(row, text=_cut(row.text, share)) for row in turn.answers]
+    answers = [replace(row, text=cut(row.text, share)) for row in turn.answers]
     return [replace(turn, asked=asked, answers=answers)] if asked else []
 
 
-def _cut(text: str, characters: int) -> str:
+def cut(text: str, characters: int) -> str:
+    """Return the text, or its beginning with a mark, in so many characters: at least SMALLEST_PART."""
     if len(text) <= characters:
         return text
     return f"{text[: characters - len(LEFT_OUT) - 2]}\n\n{LEFT_OUT}"

@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Sequence
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 from django.conf import settings
@@ -18,7 +19,7 @@ from django.db.models.functions import Substr
 from django.template.loader import render_to_string
 from django.utils import timezone
 
-from agents.llm import completions
+from agents.llm import completions, overflow
 from agents.models import Run, Step, Summary
 from agents.runs import history
 from agents.usage import limits, prices
@@ -37,15 +38,6 @@ CHUNK_CHARACTERS = 60_000
 MESSAGE_CHARACTERS = 100_000
 # Messages that were merged into the run may be more than a window.
 MERGED_MESSAGES = 50
-
-
-def context(run: Run) -> history.Prompt:
-    """Return the context of a run: no message later than its own."""
-    try:
-        return history.build(read_history(run))
-    except history.NoQuestion:
-        # The thread was deleted, or the message was redacted, since the run was claimed.
-        raise completions.Stopped from None
 
 
 def read_history(run: Run) -> history.History:
@@ -93,21 +85,26 @@ def _quotations(row: Any) -> tuple[history.QuotedText, ...]:
     )
 
 
-def summary_prompt(summary: str, messages: Sequence[Any]) -> str:
-    """Return the prompt for a new summary: fixed instructions, then summary and messages as data."""
-    return render_to_string(
-        "agents/summarise.txt",
-        {
-            "summary": history.marked("summary", summary or "(none yet)"),
-            "messages": [
-                history.marked(
-                    "message",
-                    history.with_quotations(message.text, _quotations(message)),
-                    f' role="{history.role_of(message.role)}"',
-                )
-                for message in messages
-            ],
-        },
+def summary_prompt(
+    summary: str, messages: Sequence[Any], characters: int | None = None
+) -> history.Prompt:
+    """Return the prompt for a new summary: fixed instructions, then summary and messages as data. With
+    `characters`, each text is cut to its share of them."""
+    texts = [history.with_quotations(each.text, _quotations(each)) for each in messages]
+    if characters is not None:
+        share = max(history.SMALLEST_PART, characters // (2 * len(texts) or 1))
+        texts = [history.cut(text, share) for text in texts]
+        summary = history.cut(summary, max(history.SMALLEST_PART, characters // 2))
+    parts = [
+        history.marked("message", text, f' role="{history.role_of(message.role)}"')
+        for text, message in zip(texts, messages, strict=True)
+    ]
+    so_far = history.marked("summary", summary or "(none yet)")
+    text = render_to_string("agents/summarise.txt", {"summary": so_far, "messages": parts})
+    return history.Prompt(
+        [{"role": "user", "content": text}],
+        sent={"messages": [str(message.pk) for message in messages]},
+        context_characters=len(so_far) + sum(map(len, parts)),
     )
 
 
@@ -216,15 +213,12 @@ def summarise(thread_id: str) -> Summary | None:
         _set_due(thread, lease, None)
         return None
     model = settings.CHAT_SUMMARY_MODEL or _model_of(thread)
-    prompt = summary_prompt(thread.summary, messages)
     db.release_connection()
     budget = _budget_of(thread)
     deadline = time.monotonic() + SUMMARY_LEASE.total_seconds() - 30
     options = completions.CallOptions(deadline=deadline, budget=budget)
     try:
-        reply = completions.complete(
-            [{"role": "user", "content": prompt}], model=model, options=options
-        )
+        reply = _summary_of(thread.summary, messages, model, options)
     except completions.LLMError as error:
         logger.warning("The summary of thread %s is postponed: %s", thread_id, error)
         pause = max(SUMMARY_PAUSE, timedelta(seconds=error.retry_after or 0))
@@ -233,6 +227,25 @@ def summarise(thread_id: str) -> Summary | None:
     finally:
         budget.settle()
     return _record(thread, messages, reply, model=model, lease=lease, more=more)
+
+
+def _summary_of(
+    summary: str, messages: Sequence[Any], model: str, options: completions.CallOptions
+) -> completions.ModelReply:
+    """Return the new summary. If the model cannot take the whole messages, it gets their beginnings.
+    Raises `LLMError`."""
+    conversation = overflow.Conversation(
+        summary_prompt(summary, messages), partial(summary_prompt, summary, messages)
+    )
+    try:
+        reply = completions.complete(conversation.messages, model=model, options=options)
+    except completions.LLMError as error:
+        if error.code != overflow.CODE or not conversation.shorten():
+            raise
+        reply = completions.complete(conversation.messages, model=model, options=options)
+    if not reply.text.strip():
+        raise completions.LLMError("The summary is empty.", code="empty", permanent=False)
+    return reply
 
 
 def _messages_to_summarise(thread: Thread) -> tuple[list[Any], bool]:

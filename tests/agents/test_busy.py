@@ -223,7 +223,7 @@ class TestWhatTheModelSees:
         thread = factories.conversation(3)
         run = ask("now", thread_id=thread.pk)
         with django_assert_num_queries(1):
-            memory.context(run)
+            memory.read_history(run)
 
     def test_what_is_left_of_an_attempt_is_kept_once(self) -> None:
         first = ask("one")

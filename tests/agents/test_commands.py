@@ -88,13 +88,16 @@ def test_a_command_that_was_taken_away_fails_its_runs() -> None:
 
 
 @pytest.mark.django_db
-def test_amending_is_for_runs_that_wait() -> None:
+def test_an_edit_before_the_run_starts_is_what_it_answers_and_a_later_one_is_kept() -> None:
     run = ask("first")
     assert inbox.edit(run.pk, content="second")
     run.message.refresh_from_db()
     assert run.message.content == "second"
     execution.execute(run.pk)
-    assert not inbox.edit(run.pk, content="third")
+    assert Run.objects.get(pk=run.pk).answer.content == "Handled prompt: second"
+    assert inbox.edit(run.pk, content="third")
+    run.message.refresh_from_db()
+    assert run.message.content == "third"
 
 
 @pytest.fixture

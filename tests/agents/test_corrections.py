@@ -9,7 +9,7 @@ from django.utils import timezone
 
 from agents import inbox, tasks
 from agents.models import Event, Run, Step, Summary
-from agents.runs import actions, corrections, execution, memory
+from agents.runs import actions, corrections, execution, history, memory
 from chat.models import Message, Quotation, Thread
 from tests import factories
 from tests.agents.test_busy import in_background
@@ -138,7 +138,7 @@ class TestRedaction:
         run = factories.ask("Which?", thread_id=thread.pk)
         read = Run.objects.select_related("thread").get(pk=run.pk)
         corrections.redact([Run.objects.get(position=0).pk])
-        assert SECRET not in str(memory.context(read).messages)
+        assert SECRET not in str(history.build(memory.read_history(read)).messages)
 
     def test_its_own_run_is_cancelled_and_not_to_be_retried(self, model: FakeLLM) -> None:
         run = factories.ask(SECRET)

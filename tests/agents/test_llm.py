@@ -14,6 +14,7 @@ import pytest
 
 from agents import tools
 from agents.llm import completions, loop, transport
+from agents.runs.history import Prompt
 from tests.fakes.llm import (
     GARBAGE,
     Call,
@@ -315,9 +316,8 @@ class TestTools:
     def run(self, *, max_iterations: int = 4) -> tuple[str, loop.Transcript]:
         transcript = loop.Transcript()
         answer = loop.run(
-            QUESTION,
+            Prompt(QUESTION, {}),
             model="gpt-4o-mini",
-            sent={},
             max_iterations=max_iterations,
             options=completions.CallOptions(),
             transcript=transcript,
@@ -399,9 +399,8 @@ class TestTools:
 
         with pytest.raises(completions.Stopped):
             loop.run(
-                QUESTION,
+                Prompt(QUESTION, {}),
                 model="gpt-4o-mini",
-                sent={},
                 max_iterations=4,
                 options=completions.CallOptions(stopped=lost),
                 transcript=transcript,

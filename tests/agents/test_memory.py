@@ -122,7 +122,7 @@ def test_what_the_context_of_a_run_costs(model: FakeLLM, django_assert_num_queri
     Thread.objects.filter(pk=thread.pk).update(summary="what was", summary_reach=1)
     run = factories.ask("now", thread_id=thread.pk)
     with django_assert_num_queries(1):
-        memory.context(run)
+        history.build(memory.read_history(run))
 
 
 def test_messages_that_were_merged_are_sent_whatever_the_window(
@@ -325,12 +325,12 @@ class TestSize:
 
     def test_of_a_long_message_the_beginning_is_sent_and_of_the_question_all(self) -> None:
         run = self.said(10, 250_000)
-        sent = [len(each["content"]) for each in memory.context(run).messages]
+        sent = [len(each["content"]) for each in history.build(memory.read_history(run)).messages]
         assert sent == [10, 10, 10, memory.MESSAGE_CHARACTERS, 300_000]
 
     def test_of_many_long_messages_the_newest_are_sent(self) -> None:
         run = self.said(*[90_000] * 10)
-        context = memory.context(run)
+        context = history.build(memory.read_history(run))
         sizes = [len(each["content"]) for each in context.messages]
         assert sizes[-1] == 300_000
         assert sum(sizes[:-1]) <= history.CONTEXT_CHARACTERS

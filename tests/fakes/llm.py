@@ -348,6 +348,19 @@ CONTEXT_TOO_LONG = Failure(
 )
 
 
+@dataclass(frozen=True, slots=True)
+class SmallContext:
+    """An endpoint whose context takes so many characters of messages."""
+
+    characters: int
+    answer: Behaviour = Reply()
+
+    def __call__(self, call: Call) -> Answer:
+        if sum(len(_text_of(each.get("content"))) for each in call.messages) > self.characters:
+            return CONTEXT_TOO_LONG
+        return self.answer(call) if callable(self.answer) else self.answer
+
+
 def _truncated(call: Call) -> bytes:
     body = _whole_body(call)
     return body[: body.index(b'"choices"') + 20]
