@@ -113,6 +113,20 @@ def to_html(text: str, *, new_tab: bool = False, steps: Steps | None = None) -> 
     return as_plain_text(text) if parsed is None else _rendered(*parsed, new_tab=new_tab)
 
 
+def blocks(text: str, steps: int) -> list[Token]:
+    """Return the tokens of the blocks of a text, without what is in them; none if they take too many
+    steps. Tables may have any number of rows."""
+    budget = Steps(steps)
+    env: dict[str, Any] = {"steps": budget, "tokens": 0, "cells": MIN_CELLS + len(text) // 2}
+    tokens: list[Token] = []
+    try:
+        budget.take(text.count("\n"))
+        _parser().block.parse(text, _parser(), env, tokens)
+    except TooManySteps:
+        return []
+    return tokens
+
+
 def as_plain_text(text: str) -> str:
     return strip_bidi_controls(f"<pre>{html.escape(text)}</pre>")
 

@@ -89,6 +89,18 @@ def seconds(name: str, default: float, *, minimum: float = 0.1) -> float:
     return number
 
 
+def seconds_or_never(name: str, default: float) -> float | None:
+    """Return a time of 0 or more; None for `never`."""
+    if text(name).lower() == "never":
+        return None
+    try:
+        return seconds(name, default, minimum=0)
+    except ImproperlyConfigured:
+        raise ImproperlyConfigured(
+            f"{name}={text(name)!r} is not a time in seconds of 0 or more, nor 'never'."
+        ) from None
+
+
 def amount(name: str) -> Decimal:
     """Return an amount of money; 0 if it is not set."""
     value = text(name, "0")

@@ -364,6 +364,10 @@ BOT_RUNNER_STORE = BASE_DIR / env.text("BOT_RUNNER_STORE", "db/botrunner")
 BOT_RUNNER_CONSUMER_GROUP = env.text("BOT_RUNNER_CONSUMER_GROUP", "bot_runner")
 # Show an answer in its room while it is written, by edits of a message.
 BOT_STREAM_EDITS = env.flag("BOT_STREAM_EDITS", False)
+# A longer answer is sent as a file. A part has about 19,000 characters of English.
+BOT_RUNNER_MAX_PARTS = env.integer("BOT_RUNNER_MAX_PARTS", 4, minimum=1, maximum=50)
+# An answer that took longer mentions the person who asked; 0 for always.
+BOT_RUNNER_MENTION_AFTER = env.seconds_or_never("BOT_RUNNER_MENTION_AFTER", 30)
 
 # Celery. The database is the queue of record, and a task only wakes a worker: nothing depends on
 # Celery's redelivery, which takes minutes, or on its countdown and eta.

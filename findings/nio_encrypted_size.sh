@@ -5,7 +5,7 @@
 # base64. A Chinese text of 15,000 characters (45 kB) fits into an event (65,536 bytes, as the specification
 # has it) when it is sent in clear, and becomes an event of 120 kB when it is encrypted.
 # The specification asks for UTF-8 JSON and says nothing of escapes.
-# Here: botrunner/outgoing/replies.py measures each part of a reply as nio encrypts it.
+# Here: botrunner/outgoing/content.py measures each part of a reply as nio encrypts it.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

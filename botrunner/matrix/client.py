@@ -26,6 +26,7 @@ from nio import (
     MegolmEvent,
     SyncResponse,
 )
+from nio.crypto.attachments import encrypt_attachment
 from nio.exceptions import EncryptionError, LocalProtocolError, OlmUnverifiedDeviceError
 from peewee import OperationalError
 from vodozemac import LibolmPickleException, PickleException
@@ -404,11 +405,44 @@ class Homeserver:
         self, method: str, path: str, body: Any = None, *, seconds: float = REQUEST_SECONDS
     ) -> dict[str, Any]:
         """Send a request and return the JSON object of the answer; `path` begins with /_matrix."""
+        data = None if body is None else orjson.dumps(body).decode()
+        return await self._exchange(method, path, data, "application/json", seconds=seconds)
+
+    async def upload(
+        self, room_id: str, data: bytes, name: str, content_type: str
+    ) -> dict[str, Any]:
+        """Upload a file for a room, encrypted if the room is; return the fields of a message that
+        refer to it."""
+        self.know_room(room_id, encrypted=False)
+        if not self.is_encrypted(room_id):
+            await self._check_plain(room_id)
+        if not self.is_encrypted(room_id):
+            return {"url": await self._upload(data, content_type, name)}
+        encrypted, keys = encrypt_attachment(data)
+        # Neither its name nor its type is for the homeserver.
+        return {"file": {**keys, "url": await self._upload(encrypted, "application/octet-stream")}}
+
+    async def _upload(self, data: bytes, content_type: str, name: str = "") -> str:
+        query = f"?{urlencode({'filename': name})}" if name else ""
+        answer = await self._exchange(
+            "POST", f"/_matrix/media/v3/upload{query}", data, content_type
+        )
+        if not isinstance(answer.get("content_uri"), str):
+            raise MatrixError("UNREADABLE", "The answer is not that of a file uploaded.")
+        return str(answer["content_uri"])
+
+    async def _exchange(
+        self,
+        method: str,
+        path: str,
+        data: str | bytes | None,
+        content_type: str,
+        *,
+        seconds: float = REQUEST_SECONDS,
+    ) -> dict[str, Any]:
         headers = {"Authorization": f"Bearer {self.nio.access_token}"}
-        data = None
-        if body is not None:
-            data = orjson.dumps(body).decode()
-            headers["Content-Type"] = "application/json"
+        if data is not None:
+            headers["Content-Type"] = content_type
         limit = aiohttp.ClientTimeout(total=seconds)
         try:
             async with await self.nio.send(method, path, data, headers, timeout=limit) as answer:

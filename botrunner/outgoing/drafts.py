@@ -23,7 +23,7 @@ from botrunner.matrix.client import Homeserver
 from botrunner.matrix.errors import MatrixError
 from botrunner.matrix.events import REPLY_FIELD
 from botrunner.models import LeaseLost, Reply, Room, Session
-from botrunner.outgoing.content import MAX_CONTENT_BYTES, edit_of, parts_of
+from botrunner.outgoing.content import MAX_CONTENT_BYTES, edit_of, first_part_of
 from lib.db import DATABASE_ERRORS
 
 logger = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ class Draft:
 
     def content(self, text: str) -> dict[str, Any]:
         """Return the first part of the reply, with the text so far."""
-        part = parts_of(self.reply, text, "m.text")[0]
+        part = first_part_of(self.reply, text)
         return {**part, REPLY_FIELD: {**part[REPLY_FIELD], "draft": True}}
 
     @property

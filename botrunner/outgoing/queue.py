@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, cast
 
+from django.conf import settings
 from django.db import IntegrityError
 from django.db.models import Exists, F, OuterRef, Q
 from django.utils import timezone
@@ -44,7 +45,7 @@ COLUMNS = (
     *("run__status", "run__safe_error", "run__finished_at", "run__answer__content"),
     *("run__finish_reason", "run__answer_id"),
     "run__merged_into_id",
-    *("message__event_id", "message__source", "message__created_at"),
+    *("message__event_id", "message__sender", "message__source", "message__created_at"),
     *("room__room_id", "room__membership"),
 )
 
@@ -56,6 +57,7 @@ class ReplyText:
     reply: Reply
     text: str
     msgtype: str
+    mention: str = ""
 
 
 @dataclass(frozen=True)
@@ -92,14 +94,15 @@ def load_ended(
         if reply.run and reply.run.merged_into_id and not reply.drafted_at:
             _drop_merged(reply)
         else:
-            texts.append(ReplyText(reply, *_text_of(reply, (drafts or {}).get(reply.pk, ""))))
+            text, msgtype = _text_of(reply, (drafts or {}).get(reply.pk, ""))
+            texts.append(ReplyText(reply, text, msgtype, _mention_of(reply)))
     return texts
 
 
 def render(texts: list[ReplyText]) -> list[Reply]:
     """Render the contents of their events (step 2, slow, no database)."""
     for each in texts:
-        each.reply.parts = content.render(each.reply, each.text, each.msgtype)
+        each.reply.parts = content.render(each.reply, each.text, each.msgtype, each.mention)
     return [each.reply for each in texts]
 
 
@@ -123,7 +126,16 @@ def mark_ready(replies: list[Reply], device_id: str) -> dict[int, Reply]:
 
 def contents(reply: Reply, draft: str = "") -> list[dict[str, Any]]:
     """Return the contents of the events that carry a reply. `draft`: its streamed text so far."""
-    return content.parts_of(reply, *_text_of(reply, draft))
+    return content.parts_of(reply, *_text_of(reply, draft), _mention_of(reply))
+
+
+def _mention_of(reply: Reply) -> str:
+    """Return the sender of the message if its run took long: they may no longer look at the room."""
+    after, run = settings.BOT_RUNNER_MENTION_AFTER, reply.run
+    if after is None or run is None or run.finished_at is None:
+        return ""
+    elapsed = run.finished_at - reply.message.created_at
+    return reply.message.sender if elapsed.total_seconds() >= after else ""
 
 
 def _drop_merged(reply: Reply) -> None:
@@ -252,6 +264,12 @@ def adopt_parts(reply: Reply, event_ids: list[str], device_id: str) -> None:
     if len(reply.event_ids) >= len(reply.parts):
         reply.status, reply.sent_at = Reply.Status.SENT, timezone.now()
     reply.save(update_fields=["device_id", "event_ids", "draft_id", "status", "sent_at"])
+
+
+def record_parts(reply: Reply, parts: list[dict[str, Any]]) -> None:
+    """Replace the contents before they are sent."""
+    reply.parts = parts
+    reply.save(update_fields=["parts"])
 
 
 def record_failure(reply: Reply, error: MatrixError) -> None:

@@ -14,8 +14,7 @@ from botrunner.matrix.client import Homeserver
 from botrunner.matrix.errors import KeysOutdated, MatrixError, TokenRefused
 from botrunner.matrix.events import TimelineEvent
 from botrunner.models import LeaseLost, Reply, Session
-from botrunner.outgoing import queue
-from botrunner.outgoing.content import edit_of
+from botrunner.outgoing import content, queue
 from botrunner.outgoing.queue import Outgoing
 from lib.db import DATABASE_ERRORS
 from lib.tracing import tagged
@@ -152,6 +151,7 @@ class ReplySender:
                     event_ids = await self._find(outgoing)
                     device_id = self.homeserver.device_id
                     following = await record(queue.adopt_parts, reply, event_ids, device_id)
+                await self._upload_files(outgoing)
                 for number in range(len(reply.event_ids), len(reply.parts)):
                     sent = await self._send_part(outgoing, number)
                     following = await record(queue.record_part, reply, sent)
@@ -171,6 +171,26 @@ class ReplySender:
                 )
         return following
 
+    async def _upload_files(self, outgoing: Outgoing) -> None:
+        """Upload the files of a reply and record where they are, before any part is sent: after a crash
+        in between they are uploaded again, and no event is sent twice."""
+        reply = outgoing.reply
+        for number, part in enumerate(reply.parts):
+            if not content.is_upload(part):
+                continue
+            parts = list(reply.parts)
+            try:
+                file = await self.homeserver.upload(
+                    outgoing.room_id, content.file_of(part), content.FILE_NAME, content.FILE_TYPE
+                )
+                parts[number] = content.uploaded(part, file)
+            except MatrixError as error:
+                if not error.permanent:
+                    raise
+                logger.warning("The homeserver refused a file, sending text: %s", error)
+                parts = await cpu_sync_to_async(content.without_file)(parts)
+            await database_sync_to_async(queue.record_parts)(reply, parts)
+
     def _record(self, change: Callable[..., None], reply: Reply, *details: Any) -> Outgoing | None:
         """Record a change of a reply; return the next reply of its room once this one is finished."""
         change(reply, *details)
@@ -180,12 +200,12 @@ class ReplySender:
     async def _send_part(self, outgoing: Outgoing, number: int) -> str:
         """Send a part of a reply; return the id of its event."""
         reply, room_id = outgoing.reply, outgoing.room_id
-        content, transaction = reply.parts[number], f"{reply.key}.{number}"
+        part, transaction = reply.parts[number], f"{reply.key}.{number}"
         if number or not reply.drafted_at:
-            return await self.homeserver.send(room_id, content, transaction)
+            return await self.homeserver.send(room_id, part, transaction)
         # If it is unknown whether the draft arrived, its transaction id decides.
-        draft = reply.draft_id or await self.homeserver.send(room_id, content, transaction)
-        await self.homeserver.send(room_id, edit_of(draft, content), f"{transaction}.final")
+        draft = reply.draft_id or await self.homeserver.send(room_id, part, transaction)
+        await self.homeserver.send(room_id, content.edit_of(draft, part), f"{transaction}.final")
         return draft
 
     async def _find(self, outgoing: Outgoing) -> list[str]:
