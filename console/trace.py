@@ -181,7 +181,9 @@ def _inputs(run: Run, steps: Iterable[Step]) -> list[ModelInput]:
     reaches = {each.get("summaryUpTo") for each in recorded.values()} - {None}
     summaries = {
         summary.covers_to: summary
-        for summary in Summary.objects.filter(thread=run.thread_id, covers_to__in=reaches)
+        for summary in Summary.objects.filter(
+            thread=run.thread_id, covers_to__in=reaches, withdrawn_at=None
+        )
     }
     return [
         ModelInput(

@@ -87,7 +87,7 @@ class Transcript:
 
 
 def run(
-    prompt: overflow.Prompt,
+    prompt: overflow.CallInput,
     *,
     model: str,
     max_iterations: int,
@@ -100,7 +100,7 @@ def run(
 
     Raises `LLMError` and `Stopped`.
     """
-    conversation = overflow.Conversation(prompt, shorten)
+    conversation = overflow.CallMessages(prompt, shorten)
     offered = tools.offered()
     for iteration in range(max_iterations):
         if iteration:
@@ -126,7 +126,7 @@ def run(
 
 
 def _call(
-    conversation: overflow.Conversation,
+    conversation: overflow.CallMessages,
     model: str,
     offered: list[dict[str, Any]],
     options: completions.CallOptions,

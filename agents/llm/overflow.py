@@ -16,7 +16,7 @@ SMALLEST_RESULT = 200
 LEFT_OUT = "\n[The rest of this result is left out.]"
 
 
-class Prompt(Protocol):
+class CallInput(Protocol):
     """The messages of a first call."""
 
     @property
@@ -32,14 +32,14 @@ class Prompt(Protocol):
 
 
 # Returns a prompt with the question whole and about so many characters besides.
-Shorten = Callable[[int], Prompt]
+Shorten = Callable[[int], CallInput]
 
 
 @dataclass
-class Conversation:
+class CallMessages:
     """The messages of a first call, and the tool rounds since then."""
 
-    prompt: Prompt
+    prompt: CallInput
     shorten_prompt: Shorten | None = None
     rounds: list[dict[str, Any]] = field(default_factory=list)
     sent: dict[str, Any] = field(init=False)

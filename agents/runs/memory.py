@@ -234,7 +234,7 @@ def _summary_of(
 ) -> completions.ModelReply:
     """Return the new summary. If the model cannot take the whole messages, it gets their beginnings.
     Raises `LLMError`."""
-    conversation = overflow.Conversation(
+    conversation = overflow.CallMessages(
         summary_prompt(summary, messages), partial(summary_prompt, summary, messages)
     )
     try:

@@ -68,11 +68,27 @@ def _objection_to_constraint(
     if not known:
         return None  # a table of this release
     if isinstance(constraint, models.UniqueConstraint):
+        if _is_weaker(constraint, before, app, operation.model_name_lower):
+            return None
         # A new column has its default in all rows of the previous release.
         new = [name for name in constraint.fields if name not in known]
         return None if new and constraint.condition else "refuses rows of the previous release"
     names = {name.partition("__")[0] for name in _names(constraint.condition)}
     return "refuses rows of the previous release" if names & known.keys() else None
+
+
+def _is_weaker(
+    constraint: models.UniqueConstraint, before: ProjectState | None, app: str, model: str
+) -> bool:
+    """Return whether the previous release has the constraint of that name, without a condition."""
+    state = before.models.get((app, model)) if before else None
+    constraints = state.options.get("constraints", []) if state else []
+    return any(
+        isinstance(each, models.UniqueConstraint)
+        and (each.name, each.fields) == (constraint.name, constraint.fields)
+        and each.condition is None
+        for each in constraints
+    )
 
 
 def _names(condition: models.Q) -> Iterator[str]:
