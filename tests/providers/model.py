@@ -47,6 +47,22 @@ WORDS = (*ANSWER, "<think>", *REASONING, "</think>", "<tool_call>", *CALL, "</to
 TRIGGERS = ("#tool", "#long", "#think", TOOL)
 
 # The roles alternate, as in the templates of Mistral Small, Gemma and Llama 2.
+# For transformers, which otherwise leaves reasoning and calls in the text.
+RESPONSE = {
+    "defaults": {"role": "assistant"},
+    "start_anchor": ASSISTANT,
+    "fields": {
+        "reasoning_content": {"open": "<think>", "close": "</think>", "content": "text"},
+        "tool_calls": {
+            "open": "<tool_call>",
+            "close": "</tool_call>",
+            "repeats": True,
+            "content": "json",
+            "transform": {"type": "function", "function": "{content}"},
+        },
+        "content": {"close_pattern": r"<\|end\|>", "content": "text"},
+    },
+}
 TEMPLATE = (Path(__file__).parent / "template.jinja").read_text()
 
 
@@ -238,6 +254,7 @@ def write_folder(folder: Path) -> None:
                 "eos_token": END,
                 "model_max_length": CONTEXT,
                 "clean_up_tokenization_spaces": False,
+                "response_template": RESPONSE,
             },
         ),
     ):
