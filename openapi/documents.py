@@ -27,13 +27,15 @@ from openapi.parts import (
     content,
     error_responses,
     in_path,
+    json_api,
+    linkage,
     many,
     new_resource,
     query,
     record,
     ref,
-    requiring,
     response,
+    sparse_fields,
     text,
 )
 from openapi.plain import MESSAGE_EXAMPLE, RUN_EXAMPLE, THREAD_EXAMPLE
@@ -126,14 +128,7 @@ DOCUMENTS = {
     "NewMessageDocument": new_resource(
         "messages",
         ref("MessageAttributes"),
-        thread=requiring(
-            data={
-                "oneOf": [
-                    requiring(type={"const": "threads"}, id=text(pattern=ID)),
-                    {"type": "null"},
-                ]
-            }
-        ),
+        thread=json_api(data={"oneOf": [linkage("threads", text(pattern=ID)), {"type": "null"}]}),
     )
 }
 
@@ -303,20 +298,16 @@ class DocumentSchema(JsonApiAutoSchema):
         paths = many(text(enum=sorted(include_paths(kind)))) | {"maxItems": 20}
         yield query(
             "include",
-            f"Relationship paths, up to {MAX_INCLUDE_DEPTH} steps; of a thread, its last turns.",
+            f"Relationship paths, up to {MAX_INCLUDE_DEPTH} steps; of a thread, its last turns. "
+            "Empty: no resource.",
             paths,
             style="form",
             explode=False,
+            allowEmptyValue=True,
         )
         for related in document_kinds(kind):
             names = [format_field_name(name) for name in related().fields]
-            yield query(
-                f"fields[{get_resource_type_from_serializer(related)}]",
-                "Return only these fields.",
-                many(text(enum=names)),
-                style="form",
-                explode=False,
-            )
+            yield sparse_fields(get_resource_type_from_serializer(related), names)
 
     def _create_message(self, kind: Any) -> Schema:
         body = record("included", data=self.resource(kind), included=self._included())

@@ -1,5 +1,6 @@
 """Building blocks of the description."""
 
+from collections.abc import Iterable
 from datetime import datetime
 from http import HTTPStatus
 from typing import Annotated, Any, Literal, NotRequired, get_args, get_origin, get_type_hints
@@ -54,15 +55,32 @@ def requiring(**properties: Schema) -> Schema:
     return {"type": "object", "properties": properties, "required": list(properties)}
 
 
-# Members of a resource object cannot be attributes.
-ATTRIBUTE_NAMES = {"propertyNames": {"not": {"enum": ["id", "type"]}}}
+def json_api(*optional: str, **properties: Schema) -> Schema:
+    """Build the schema of an object with these members and those of JSON:API that are ignored: `meta`
+    and `links`."""
+    return record(*optional, "meta", "links", **properties, meta={}, links={})
+
+
+def document(data: Schema) -> Schema:
+    return json_api("jsonapi", data=data, jsonapi={})
+
+
+def linkage(kind: str, id: Schema) -> Schema:
+    """Build the schema of a resource identifier in a request."""
+    return record("lid", "meta", type={"const": kind}, id=id, lid={}, meta={})
 
 
 def new_resource(kind: str, attributes: Schema, **relationships: Schema) -> Schema:
-    """Build the schema of a document that creates a resource."""
-    data = requiring(type={"const": kind}, attributes=attributes)
-    data["properties"]["relationships"] = record(*relationships, **relationships)
-    return requiring(data=data | {"not": {"required": ["id"]}})
+    """Build the schema of a document that creates a resource. The server chooses its id."""
+    resource = json_api(
+        "lid",
+        "relationships",
+        type={"const": kind},
+        attributes=attributes,
+        relationships=record(*relationships, **relationships),
+        lid={},
+    )
+    return document(resource)
 
 
 def schema_of(hint: Any) -> Schema:
@@ -104,6 +122,18 @@ def header(name: str, description: str, schema: Schema | None = None) -> Schema:
 
 def query(name: str, description: str, schema: Schema, **more: Any) -> Schema:
     return {"name": name, "in": "query", "description": description, "schema": schema, **more}
+
+
+def sparse_fields(kind: str, names: Iterable[str]) -> Schema:
+    """Build the parameter that selects the fields of a resource."""
+    return query(
+        f"fields[{kind}]",
+        "Return only these fields. Empty: none of them.",
+        many(text(enum=list(names))),
+        style="form",
+        explode=False,
+        allowEmptyValue=True,
+    )
 
 
 def in_path(name: str, schema: Schema) -> Schema:

@@ -14,7 +14,6 @@ from chat.representation import (
     UsageJSON,
 )
 from openapi.parts import (
-    ATTRIBUTE_NAMES,
     ERROR_CODES,
     ERROR_HEADERS,
     ID,
@@ -99,13 +98,9 @@ SCHEMAS = {
             },
         },
         "required": ["content"],
+        "additionalProperties": False,
     },
-    "MessageAttributes": {
-        "type": "object",
-        "properties": {"content": CONTENT, **OPTIONS},
-        "required": ["content"],
-        **ATTRIBUTE_NAMES,
-    },
+    "MessageAttributes": record(*OPTIONS, content=CONTENT, **OPTIONS),
     **{
         kind.__name__.removesuffix("JSON"): component_of(kind)
         for kind in (UsageJSON, ThreadJSON, RunJSON, MessageJSON, AcceptedJSON, FinishedJSON)
@@ -308,6 +303,7 @@ OPERATIONS: dict[tuple[str, str], Schema] = {
                         "title": text(maxLength=MAX_TITLE_LENGTH, pattern=r"^[^\x00]*$"),
                         "archived": {"type": "boolean"},
                     },
+                    "additionalProperties": False,
                 },
                 {"title": "My order"},
             ),

@@ -5,12 +5,13 @@ from typing import Any
 from drf_spectacular.utils import extend_schema_field
 
 from openapi.parts import (
-    ATTRIBUTE_NAMES,
     MEDIA_TYPE,
     Schema,
     content,
+    document,
     error_responses,
     in_path,
+    json_api,
     many,
     new_resource,
     query,
@@ -18,6 +19,7 @@ from openapi.parts import (
     ref,
     requiring,
     response,
+    sparse_fields,
     text,
 )
 from realm import openid
@@ -54,12 +56,12 @@ COMMON_ERRORS = (401, 406, 415, 503)
 
 def resource(kind: str, **attributes: Schema) -> Schema:
     """Build the schema of a document that creates a resource."""
-    return new_resource(kind, requiring(**attributes) | ATTRIBUTE_NAMES)
+    return new_resource(kind, record(**attributes))
 
 
 def identifier_document(kind: str) -> Schema:
     """Build the schema of a document that names a resource to delete."""
-    return requiring(data=requiring(type={"const": kind}, id=text(format="uuid")))
+    return document(json_api("lid", type={"const": kind}, id=text(format="uuid"), lid={}))
 
 
 # Bodies with a name, after which generated clients name their types.
@@ -77,16 +79,13 @@ DOCUMENTS = {
     ),
     "NewWebhookSubscription": new_resource(
         "webhook-subscription",
-        {
-            "type": "object",
-            "properties": {
-                "url": text(maxLength=2000, pattern="^https://"),
-                "botId": {"type": ["string", "null"], "format": "uuid"},
-                "events": many(text(enum=list(EVENTS))) | {"minItems": 1},
-            },
-            "required": ["url"],
-            **ATTRIBUTE_NAMES,
-        },
+        record(
+            "botId",
+            "events",
+            url=text(maxLength=2000, pattern="^https://"),
+            botId={"type": ["string", "null"], "format": "uuid"},
+            events=many(text(enum=list(EVENTS))) | {"minItems": 1},
+        ),
     ),
     "BotRegistrationIdentifier": identifier_document("bot-registration"),
     "BotCommandIdentifier": identifier_document("bot-command"),
@@ -146,8 +145,7 @@ def delete(name: str, kind: str, *, in_body: bool) -> Schema:
 
 
 def fields(kind: str, *names: str) -> Schema:
-    some = many(text(enum=list(names)))
-    return query(f"fields[{kind}]", "Return only these fields.", some, style="form", explode=False)
+    return sparse_fields(kind, names)
 
 
 def session(schema: Any) -> Schema:

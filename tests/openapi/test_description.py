@@ -86,6 +86,25 @@ def examples(node: Any) -> Iterator[tuple[Any, Any]]:
                 yield from examples(each)
 
 
+def test_lists_that_json_api_allows_to_be_empty_are_described_so(described: Any) -> None:
+    parameters = [
+        parameter
+        for operations in described["paths"].values()
+        for operation in operations.values()
+        for parameter in operation.get("parameters", [])
+        if parameter.get("name", "").startswith(("fields[", "include"))
+    ]
+    assert len(parameters) > 40
+    assert all(parameter["allowEmptyValue"] for parameter in parameters)
+
+
+def test_unknown_members_of_requests_are_described_as_refused(described: Any) -> None:
+    documents = described["components"]["schemas"]
+    for name in ("MessageRequest", "MessageAttributes", "NewMessageDocument", "NewBotCommand"):
+        assert documents[name]["additionalProperties"] is False, name
+    assert documents["NewMessageDocument"]["properties"]["meta"] == {}
+
+
 def test_unchanged_description_is_304(api: APIClient) -> None:
     first = api.get("/api/schema")
 

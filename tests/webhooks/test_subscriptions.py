@@ -185,6 +185,13 @@ def test_each_sees_and_deletes_their_own(alice: User) -> None:
     assert list(Subscription.objects.all()) == [his]
 
 
+def test_an_empty_list_of_fields_selects_none(alice: User) -> None:
+    hers = scenes.subscribe(alice)
+    response = client_of(alice).get("/_webhook-subscriptions?fields[webhook-subscription]=")
+    assert response.status_code == 200
+    assert response.json()["data"] == [{"type": "webhook-subscription", "id": str(hers.pk)}]
+
+
 def test_nobody_without_a_token(client: Any) -> None:
     for method, path in [("post", PATH), ("get", "/_webhook-subscriptions"), ("delete", PATH)]:
         assert getattr(client, method)(path).status_code == 401
