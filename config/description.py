@@ -17,7 +17,11 @@ POLICY = (
 
 @functools.cache
 def _description() -> bytes:
-    return (settings.BASE_DIR / "docs/openapi.yaml").read_bytes()
+    text = (settings.BASE_DIR / "docs/openapi.yaml").read_bytes()
+    if settings.FORCE_SCRIPT_NAME:
+        servers = f"\nservers:\n- url: {settings.FORCE_SCRIPT_NAME}\npaths:\n"
+        text = text.replace(b"\npaths:\n", servers.encode(), 1)
+    return text
 
 
 def _tag(request: HttpRequest) -> str:

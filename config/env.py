@@ -127,6 +127,24 @@ def ports(name: str, default: str) -> frozenset[int]:
     return frozenset(map(int, values))
 
 
+# The first parts of the server's own paths.
+OWN_PATHS = re.compile(
+    r"/(_.*|api|admin|login|logout|static|threads|runs|healthz|readyz|metrics)(/|\Z)"
+)
+
+
+def path_prefix(name: str) -> str | None:
+    """Return a path without a slash at its end; None if it is not set."""
+    value = text(name).rstrip("/")
+    if not value:
+        return None
+    if not re.fullmatch(r"(/[A-Za-z0-9._~-]+)+", value) or {".", ".."} & set(value.split("/")):
+        raise invalid(name, "is not a path such as /bots.")
+    if OWN_PATHS.match(value):
+        raise invalid(name, "begins as a path of the server itself: use another, such as /bots.")
+    return value
+
+
 def networks(name: str, default: str = "") -> list[ipaddress.IPv4Network | ipaddress.IPv6Network]:
     """Return addresses and CIDR blocks, comma-separated."""
     blocks = []

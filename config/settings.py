@@ -48,6 +48,10 @@ if not DEBUG and any(key == DEVELOPMENT_SECRET or len(key) < 32 for key in SECRE
 # The platform's health check runs beside the server; see HEALTHCHECK in the Dockerfile.
 ALLOWED_HOSTS = [*env.words("ALLOWED_HOSTS", "localhost,127.0.0.1,[::1]"), "127.0.0.1"]
 CSRF_TRUSTED_ORIGINS = env.words("CSRF_TRUSTED_ORIGINS")
+# The path below which a proxy serves this system; None: it has a host of its own. The proxy may remove
+# the path from requests, or leave it (config.server.bridge).
+FORCE_SCRIPT_NAME = env.path_prefix("FORCE_SCRIPT_NAME")
+SESSION_COOKIE_PATH = CSRF_COOKIE_PATH = LANGUAGE_COOKIE_PATH = FORCE_SCRIPT_NAME or "/"
 
 INSTALLED_APPS = [
     # Before the console, which unregisters the admin page with the keys of devices.
@@ -156,7 +160,7 @@ USE_I18N = False
 TIME_ZONE = "UTC"
 USE_TZ = True
 FORMAT_MODULE_PATH = "config.formats"
-STATIC_URL = "static/"
+STATIC_URL = f"{FORCE_SCRIPT_NAME or ''}/static/"
 STATIC_ROOT = BASE_DIR / env.text("STATIC_ROOT", "staticfiles")
 STORAGES = {
     "default": {"BACKEND": "django.core.files.storage.FileSystemStorage"},

@@ -9,7 +9,7 @@ admin.autodiscover()
 
 urlpatterns = [
     path("login", pages.LoginPage.as_view(authentication_form=ChatLoginForm), name="chat_login"),
-    path("api/schema", description.schema),
+    path("api/schema", description.schema, name="api_schema"),
     path("api/docs", description.page),
     path("", include("chat.urls")),
     # Before the realm server's, which answers all paths that start with `_`.

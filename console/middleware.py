@@ -30,7 +30,7 @@ class AdminMethodsMiddleware:
         self.get_response = get_response
 
     def __call__(self, request: HttpRequest) -> HttpResponse:
-        if request.method not in METHODS and request.path_info.startswith(reverse("admin:index")):
+        if request.method not in METHODS and request.path.startswith(reverse("admin:index")):
             return HttpResponseNotAllowed(METHODS)
         return self.get_response(request)
 
@@ -50,7 +50,7 @@ class SecondFactorMiddleware:
         self.get_response = get_response
 
     def __call__(self, request: HttpRequest) -> HttpResponse:
-        if request.path_info.startswith(reverse("admin:index")):
+        if request.path.startswith(reverse("admin:index")):
             if self._must_verify(request):
                 return redirect("console_totp")
         else:
@@ -60,7 +60,7 @@ class SecondFactorMiddleware:
         return self.get_response(request)
 
     def _must_verify(self, request: HttpRequest) -> bool:
-        if request.path_info in {
+        if request.path in {
             reverse("admin:login"),
             reverse("admin:logout"),
             reverse("admin:jsi18n"),

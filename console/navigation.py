@@ -34,6 +34,7 @@ UNFOLD: dict[str, Any] = {
     "SITE_HEADER": "Botrealm",
     "SITE_SUBHEADER": "Bots, rooms, runs",
     "SITE_SYMBOL": "smart_toy",
+    "SITE_URL": reverse_lazy("chat"),
     "STYLES": [lambda request: static("console/lists.css")],
     "SCRIPTS": [lambda request: static("console/landmarks.js")],
     "SHOW_HISTORY": True,

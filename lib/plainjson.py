@@ -199,7 +199,7 @@ class PlainErrorsMiddleware:
 
     def __call__(self, request: HttpRequest) -> HttpResponse:
         response = self.get_response(request)
-        is_api = request.path == "/api" or request.path.startswith("/api/")
+        is_api = request.path_info == "/api" or request.path_info.startswith("/api/")
         if not is_api or not is_error_page(response):
             return response
         error = f"{phrase(response.status_code)}." if response.status_code != 404 else "Not found."

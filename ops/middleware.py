@@ -63,7 +63,7 @@ def route_of(request: HttpRequest) -> str:
     """Return the URL pattern, not the path: ids and user input stay out of logs and labels."""
     if request.resolver_match is not None:
         return _named(request.resolver_match.route)
-    return "static" if request.path_info.startswith(settings.STATIC_URL) else "unknown"
+    return "static" if request.path.startswith(settings.STATIC_URL) else "unknown"
 
 
 @functools.cache  # there are as many as patterns

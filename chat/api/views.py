@@ -33,6 +33,7 @@ from chat.representation import (
     run_state_json,
     thread_json,
 )
+from lib import paths
 from lib.httperrors import Conflict
 from lib.plainjson import PlainAPIView
 from realm.access import Access
@@ -89,7 +90,7 @@ class MessagesView(ChatView):
         # Before the message is recorded.
         slot = streams.StreamSlot(caller_key(request)) if streams.wants_stream(request) else None
         accepted = self.submit(**message.validated_data)
-        headers = {"Location": f"/api/chat/runs/{accepted.run_id}"}
+        headers = {"Location": paths.public(f"/api/chat/runs/{accepted.run_id}")}
         if accepted.repeated:
             headers["Idempotency-Replayed"] = "true"
         if slot:

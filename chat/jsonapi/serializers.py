@@ -20,6 +20,7 @@ from chat.fields import PolicyField, WholeNumberField
 from chat.jsonapi.pagination import Order
 from chat.models import CHOSEN_ID, Message, Thread, ThreadQuerySet, fitting, read_contents
 from chat.representation import UsageJSON, usage_json
+from lib import paths
 from lib.httperrors import BadRequest, Conflict
 from lib.jsonapi.documents import StringField
 from lib.jsonapi.views import JSONAPIRenderer
@@ -164,7 +165,7 @@ class DocumentRenderer(JSONAPIRenderer):
         for name, field in fields.items():
             if isinstance(field, Relationship):
                 member = format_field_name(name)
-                url = f"/api/{field.parent.Meta.resource_name}/{resource_instance.pk}"
+                url = paths.public(f"/api/{field.parent.Meta.resource_name}/{resource_instance.pk}")
                 links = {"self": f"{url}/relationships/{member}", "related": f"{url}/{member}"}
                 relationships[member] = {"links": links}
                 if name in resource:
@@ -174,7 +175,7 @@ class DocumentRenderer(JSONAPIRenderer):
     @classmethod
     def build_json_resource_obj(cls, *args: Any, **kwargs: Any) -> Any:
         built = super().build_json_resource_obj(*args, **kwargs)
-        built["links"] = {"self": f"/api/{built['type']}/{built['id']}"}
+        built["links"] = {"self": paths.public(f"/api/{built['type']}/{built['id']}")}
         return built
 
     @classmethod

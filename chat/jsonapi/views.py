@@ -23,6 +23,7 @@ from chat.jsonapi.serializers import (
 )
 from chat.models import PAGE_CHARACTERS, fitting
 from chat.permissions import CallerScopedView
+from lib import paths
 from lib.httperrors import BadRequest, Conflict, NotFound, TooManyRequests, Unprocessable
 from lib.jsonapi.views import JSONAPIView
 
@@ -201,7 +202,7 @@ class MessagesView(CollectionView):
         body.is_valid(raise_exception=True)
         accepted = self.submit(**body.validated_data)
         message = self.one(self.rows(), accepted.message_id)
-        headers = {"Location": f"/api/messages/{message.pk}"}
+        headers = {"Location": paths.public(f"/api/messages/{message.pk}")}
         if accepted.repeated:
             headers["Idempotency-Replayed"] = "true"
         return Response(self.represent(message), status.HTTP_201_CREATED, headers=headers)

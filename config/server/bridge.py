@@ -30,6 +30,7 @@ from config.server.callers import ClientKey, HeldBytes, client_key
 from config.server.pool import ClientLeft, QueueFull
 from config.server.streaming import Message, Receive, Send, send_stream, wait_for_disconnect
 from config.server.threads import threads
+from lib import paths
 
 # A response is passed to the connection in pieces of this size.
 PIECE_BYTES = 64 * 1024
@@ -47,11 +48,23 @@ async def application(scope: Message, receive: Receive, send: Send) -> None:
     if _head_size(scope) > MAX_HEAD_BYTES or len(scope["headers"]) > MAX_HEADERS:
         await _refuse(431, "head_too_long", scope, send)
         return
-    exchange = _Exchange(scope, receive, send)
+    exchange = _Exchange(_below_prefix(scope), receive, send)
     try:
         await exchange.run()
     finally:
         exchange.end()
+
+
+def _below_prefix(scope: Message) -> Message:
+    """Return the scope without FORCE_SCRIPT_NAME at the start of its path."""
+    path = paths.inner(scope["path"])
+    if path is None:
+        return scope
+    prefix = (settings.FORCE_SCRIPT_NAME or "").encode()
+    raw = scope.get("raw_path") or b""
+    # A client may have encoded the prefix.
+    raw = (raw.removeprefix(prefix) or b"/") if raw.startswith(prefix) else None
+    return {**scope, "path": path, "raw_path": raw}
 
 
 class TooManyBytes(Exception):

@@ -47,7 +47,7 @@ class JSONAPIErrorsMiddleware:
 
     def __call__(self, request: HttpRequest) -> HttpResponse:
         response = self.get_response(request)
-        if not is_jsonapi(request.path) or not is_error_page(response):
+        if not is_jsonapi(request.path_info) or not is_error_page(response):
             return response
         detail = phrase(response.status_code)
         error = error_object(response.status_code, detail.lower().replace(" ", "_"), detail)

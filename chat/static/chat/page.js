@@ -3,6 +3,8 @@
 
 const PATIENCE = 5000; // milliseconds without an event before the state of a run is fetched
 
+// "/", or the path below which a proxy serves the pages.
+const base = document.documentElement.dataset.base;
 const body = document.body;
 const threadId = body.dataset.thread;
 const turns = document.getElementById("turns");
@@ -75,7 +77,7 @@ async function documentAt(url) {
 // Turns
 
 async function turnOf(runId) {
-  const turn = (await documentAt(`/runs/${runId}`)).querySelector(".turn");
+  const turn = (await documentAt(`${base}runs/${runId}`)).querySelector(".turn");
   decorate(turn);
   return turn;
 }
@@ -205,7 +207,7 @@ class Stream {
 
 class RunStream extends Stream {
   constructor(turn) {
-    super(`/api/chat/runs/${turn.dataset.run}/events`, {
+    super(`${base}api/chat/runs/${turn.dataset.run}/events`, {
       "run.status": (data) => this.status(data),
       "run.retrying": () => this.refreshState(),
       "message.delta": (data) => this.text(data),
@@ -344,14 +346,14 @@ class ThreadStream extends Stream {
     let last = turns.firstElementChild;
     const number = (turn) => Number(turn.dataset.turn);
     for (let next; (next = last?.nextElementSibling) && number(next) === number(last) + 1; ) last = next;
-    super(`/api/chat/threads/${threadId}/events`, {
+    super(`${base}api/chat/threads/${threadId}/events`, {
       "message.created": ({ runId }) => this.messageCreated(runId),
     }, last ? 2 * Number(last.dataset.turn) + 2 : 0);
   }
 
   async exists() {
     try {
-      if ((await request(`/api/chat/threads/${threadId}`)).ok) return true;
+      if ((await request(`${base}api/chat/threads/${threadId}`)).ok) return true;
       showNotice("This conversation no longer exists.", "problem");
     } catch (error) {
       if (!(error instanceof RequestError)) return true;
@@ -389,11 +391,11 @@ composer.addEventListener("submit", async (event) => {
   input.readOnly = true; // edits made meanwhile would be lost
   showNotice("");
   try {
-    const response = await post("/api/chat/messages", payload, { "Idempotency-Key": key });
+    const response = await post(`${base}api/chat/messages`, payload, { "Idempotency-Key": key });
     if (!response.ok) throw new RequestError(await errorOf(response));
     const accepted = await response.json();
     clearDraft();
-    if (!threadId || earlier) return location.assign(`/threads/${accepted.threadId}`);
+    if (!threadId || earlier) return location.assign(`${base}threads/${accepted.threadId}`);
     document.scrollingElement.scrollTop = document.scrollingElement.scrollHeight;
     const turn = await turnOf(accepted.runId).catch(() => null);
     if (turn) put(turn);

@@ -2,7 +2,7 @@
 const token = document.cookie.match(/(?:^|; )csrftoken=([^;]+)/);
 
 SwaggerUIBundle({
-  url: "/api/schema",
+  url: new URL("schema", location).href,
   dom_id: "#description",
   deepLinking: true,
   displayRequestDuration: true,
