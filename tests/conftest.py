@@ -41,7 +41,11 @@ OWN_SQL = (
     "lib/test_db.py",
 )
 # Files that run on the stack of tests/system/conftest.py: all that they kill is started again.
-SHARED_STACK = ("tests/system/test_chat.py", "tests/system/test_streams.py")
+SHARED_STACK = (
+    "tests/system/test_chat.py",
+    "tests/system/test_long_thread.py",
+    "tests/system/test_streams.py",
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
