@@ -168,6 +168,12 @@ class Submission:
         # Unlike orjson, it takes big numbers.
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
+    def with_quotations(self) -> str:
+        """Return the texts that a model is sent for the message."""
+        if not self.quotations:
+            return self.content
+        return "\n".join([self.content, *(each["text"] for each in self.quotations)])
+
     def policy(self) -> WhenBusy:
         """Return the concurrency policy, by default that of the setting. A room or the stream has no
         caller to reject: there, messages are queued instead."""
@@ -223,7 +229,7 @@ def submit(submission: Submission) -> Accepted:
                 submission.place,
                 submission.command,
                 model,
-                submission.content,
+                submission.with_quotations(),
                 submission.input,
             )
             if key:

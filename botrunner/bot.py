@@ -18,10 +18,18 @@ from agents.events import stream
 from agents.events.schema import MalformedEvent, ParsedEvent
 from botrunner import retention
 from botrunner.aio import database_sync_to_async, pause, run_until
-from botrunner.incoming import controls, decryption, handling, joining, recording, submission
+from botrunner.incoming import (
+    controls,
+    decryption,
+    handling,
+    joining,
+    quotations,
+    recording,
+    submission,
+)
 from botrunner.incoming.backfill import batch_of
 from botrunner.incoming.batch import Batch
-from botrunner.matrix import login, rooms
+from botrunner.matrix import login, lookup, rooms
 from botrunner.matrix.client import Homeserver
 from botrunner.matrix.errors import KeysOutdated, LoginRefused, MatrixError, TokenRefused
 from botrunner.models import Session
@@ -58,6 +66,7 @@ class Bot:
         self.sender = ReplySender(self.homeserver, session, self.drafts)
         self._rooms: set[str] = set()  # joined
         self._lookup = rooms.MemberLookup(self.homeserver)
+        self._events = lookup.EventLookup(self.homeserver)
         self._batch: Batch | None = None
         # The latest position; the recorded one may be a little behind.
         self._position = session.since
@@ -223,10 +232,13 @@ class Bot:
     async def _handle(self, pk: int) -> None:
         me = self.homeserver.user_id
         try:
-            await database_sync_to_async(handling.handle)(pk, me)
+            await database_sync_to_async(handling.handle)(pk, me, found=None)
         except controls.PowerNeeded as needed:
             moderates = await rooms.may_moderate(self.homeserver, needed.room_id, needed.user_id)
             await database_sync_to_async(handling.handle)(pk, me, moderates=moderates)
+        except quotations.EventsNeeded as missing:
+            found = await self._events.fetch(missing.room_id, missing.event_ids)
+            await database_sync_to_async(handling.handle)(pk, me, found=found)
 
     async def _decrypt(self, me: str) -> int:
         """Decrypt a batch of undecrypted events; return how many were decrypted."""

@@ -225,6 +225,12 @@ class Conversation(models.Model):
         return f"{self.room_id} {self.root}"
 
 
+class QuotedEventQuerySet(models.QuerySet["QuotedEvent"]):
+    def ids_among(self, event_ids: Iterable[str]) -> set[str]:
+        """Return the ids of the events that are quoted."""
+        return set(self.filter(event_id__in=list(event_ids)).values_list("event_id", flat=True))
+
+
 class QuotedEvent(models.Model):
     """An event that a message quotes: once it is redacted, the quotation is removed."""
 
@@ -233,6 +239,8 @@ class QuotedEvent(models.Model):
     )
     room = models.ForeignKey(Room, models.CASCADE, related_name="+", db_index=False)
     event_id = models.CharField(max_length=255)
+
+    objects = QuotedEventQuerySet.as_manager()
 
     class Meta:
         indexes = [

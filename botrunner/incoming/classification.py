@@ -18,7 +18,7 @@ from botrunner.incoming.matching import (
     matches_any,
 )
 from botrunner.matrix.events import ENCRYPTED, REDACTION, REPLY_FIELD, TimelineEvent, storable
-from botrunner.models import MAX_TYPE_LENGTH, Room, RoomEvent
+from botrunner.models import MAX_TYPE_LENGTH, QuotedEvent, Room, RoomEvent
 from botrunner.verdicts import stored
 from realm.filters import EVENT_TYPES, EventFilter
 
@@ -64,16 +64,20 @@ def classify(events: list[tuple[Room, TimelineEvent]], me: str) -> list[Classifi
     rules = RuleSet({event.sender for _, event in events}, me, events[0][0].session.names)
     targets = [target for _, event in events if (target := event.redacts or event.edits)]
     messages = RoomEvent.objects.messages_among(targets) if targets else set()
+    redacted = [event.redacts for _, event in events if event.redacts]
+    quoted = QuotedEvent.objects.ids_among(redacted) if redacted else set()
     classified = []
     for room, event in events:
-        each = _classify(room, event, rules, messages)
+        each = _classify(room, event, rules, messages, quoted)
         if each.row.kind in RoomEvent.MESSAGES:
             messages.add(event.event_id)
         classified.append(each)
     return classified
 
 
-def _classify(room: Room, event: TimelineEvent, rules: RuleSet, messages: set[str]) -> Classified:
+def _classify(
+    room: Room, event: TimelineEvent, rules: RuleSet, messages: set[str], quoted: set[str]
+) -> Classified:
     if is_too_old(event):
         age = settings.BOT_RUNNER_MAX_EVENT_AGE
         sent = format_time(event.sent_at)
@@ -85,7 +89,7 @@ def _classify(room: Room, event: TimelineEvent, rules: RuleSet, messages: set[st
         logger.warning("Event %s in room %s cannot be decrypted yet", event.event_id, room.room_id)
         return _pending(room, event, kind, note="Waiting for its key.")
     if kind in (RoomEvent.Kind.EDIT, RoomEvent.Kind.REDACTION):
-        if (event.redacts or event.edits) in messages:
+        if (event.redacts or event.edits) in messages or event.redacts in quoted:
             return _pending(room, event, kind)
         verb = "edits" if kind == RoomEvent.Kind.EDIT else "redacts"
         return ignored(room, event, f"It {verb} no message that fired a command.")

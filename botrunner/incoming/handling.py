@@ -8,6 +8,7 @@ from django.db import transaction
 
 from agents import inbox
 from agents.runs import actions, corrections
+from botrunner.incoming import quotations
 from botrunner.incoming.controls import answers_others, cancel_runs, delete_conversation
 from botrunner.incoming.matching import SENDER_DEACTIVATED, prompt_of
 from botrunner.incoming.submission import submit
@@ -30,9 +31,19 @@ def pending() -> list[int]:
     )
 
 
-def handle(pk: int, me: str, *, moderates: bool | None = None) -> None:
+NOTHING_FOUND: quotations.Found = {}
+
+
+def handle(
+    pk: int,
+    me: str,
+    *,
+    moderates: bool | None = None,
+    found: quotations.Found | None = NOTHING_FOUND,
+) -> None:
     """Handle an event and mark it as handled, in one transaction. `moderates`: the sender may redact
-    messages of others in the room. Raises `PowerNeeded` if this is unknown and required."""
+    messages of others in the room. Raises `PowerNeeded` if this is unknown and required. `found`: the
+    events that the message refers to. Raises `EventsNeeded` if this is None and they are required."""
     with transaction.atomic():
         claim = RoomEvent.objects.filter(pk=pk, state=RoomEvent.State.PENDING)
         # Another process that handles the event waits for this transaction and then finds it handled.
@@ -42,17 +53,23 @@ def handle(pk: int, me: str, *, moderates: bool | None = None) -> None:
         before = row.verdicts, row.note
         event = TimelineEvent.parse(row.source)
         with tagged(room=row.room.room_id, event_id=row.event_id, request_id=row.event_id):
-            note = _handle(row, event, me, moderates) if event else "Not a timeline event."
+            note = _handle(row, event, me, moderates, found) if event else "Not a timeline event."
         if note:
             row.note, row.state, row.source = note, RoomEvent.State.IGNORED, None
         if note or (row.verdicts, row.note) != before:
             row.save(update_fields=["state", "source", "note", "verdicts"])
 
 
-def _handle(row: RoomEvent, event: TimelineEvent, me: str, moderates: bool | None) -> str:
+def _handle(
+    row: RoomEvent,
+    event: TimelineEvent,
+    me: str,
+    moderates: bool | None,
+    found: quotations.Found | None,
+) -> str:
     """Return a note if the event has no effect."""
     if row.kind == RoomEvent.Kind.MESSAGE:
-        return submit(row, event, me)
+        return submit(row, event, me, found)
     # Redactions are exempt: the homeserver has allowed them.
     if row.kind != RoomEvent.Kind.REDACTION and User.objects.deactivated_among([event.sender]):
         return SENDER_DEACTIVATED
@@ -126,7 +143,8 @@ def _redact(row: RoomEvent, event: TimelineEvent) -> str:
     undecrypted.filter(event_id=event.redacts).update(
         state=RoomEvent.State.IGNORED, note="It was redacted.", source=None
     )
-    return "" if runs or open_replies else "There was nothing to cancel."
+    is_quoted = quotations.remove(row.room, event.redacts)
+    return "" if runs or open_replies or is_quoted else "There was nothing to cancel."
 
 
 def _forget_content(room: Room, event_id: str | None) -> None:

@@ -8,12 +8,13 @@ from typing import Any
 
 from agents import inbox
 from agents.models import CHAT_REPLY, Run
+from botrunner.incoming import quotations
 from botrunner.incoming.classification import Classified
 from botrunner.incoming.matching import Rule, RuleSet, how_to, prompt_of
 from botrunner.matrix.events import TimelineEvent, storable
 from botrunner.models import Conversation, Reply, RoomEvent
 from botrunner.verdicts import stored
-from chat.models import Thread
+from chat.models import Quotation, Thread
 from lib.tracing import tagged
 from realm.filters import EventFilter
 
@@ -31,24 +32,24 @@ NOTICES = 5
 
 
 def submit_recorded(classified: Classified, me: str) -> None:
-    """Submit a message in the transaction that records it."""
+    """Submit a message in the transaction that records it. Raises `EventsNeeded`."""
     row, event = classified.row, classified.event
     with tagged(room=row.room.room_id, event_id=row.event_id, request_id=row.event_id):
         for rule, filter_ in classified.fired:
-            _start_run(row, event, rule, filter_, me)
+            _start_run(row, event, rule, filter_, me, None)
         if row.note:
             if _is_unanswered(row):
                 row.state, row.source = RoomEvent.State.IGNORED, None
             row.save(update_fields=["state", "source", "note"])
 
 
-def submit(row: RoomEvent, event: TimelineEvent, me: str) -> str:
-    """Submit a message recorded earlier; return a note if it has no effect."""
+def submit(row: RoomEvent, event: TimelineEvent, me: str, found: quotations.Found | None) -> str:
+    """Submit a message recorded earlier; return a note if it has no effect. Raises `EventsNeeded`."""
     # Match again: commands and registrations may have changed.
     match = RuleSet([event.sender], me, row.room.session.names).match(event)
     row.verdicts = stored(match.verdicts)
     for rule, filter_ in match.fired:
-        _start_run(row, event, rule, filter_, me)
+        _start_run(row, event, rule, filter_, me, found)
     if _is_unanswered(row):
         return row.note
     return f"Its command no longer matches. {match.reason}" if match.reason else ""
@@ -60,10 +61,16 @@ def _is_unanswered(row: RoomEvent) -> bool:
 
 
 def _start_run(
-    row: RoomEvent, event: TimelineEvent, rule: Rule, filter_: EventFilter, me: str
+    row: RoomEvent,
+    event: TimelineEvent,
+    rule: Rule,
+    filter_: EventFilter,
+    me: str,
+    found: quotations.Found | None,
 ) -> None:
     prompt = prompt_of(filter_, event, me, row.room.session.names)
-    thread_id = _thread_of(row, event)
+    thread_id = quotations.conversation_of(row.room, event.thread_root)
+    quoted = quotations.of(row, event, thread_id, found, me)
     reply = Reply(
         message=row,
         room=row.room,
@@ -73,7 +80,7 @@ def _start_run(
     try:
         if rule.command == CHAT_REPLY and not prompt:
             raise inbox.Invalid(how_to(filter_))
-        accepted = _submit(row, event, rule, prompt, thread_id)
+        accepted = _submit(row, event, rule, prompt, thread_id, quoted)
     except inbox.Limited as error:
         row.note = _notify_limit(row, reply, error)
         return
@@ -87,6 +94,7 @@ def _start_run(
         Conversation.objects.update_or_create(
             room=row.room, root=event.thread_root, defaults={"thread_id": accepted.thread_id}
         )
+    quotations.record(row.room, accepted, quoted)
     reply.run_id = reply.key = accepted.run_id
     reply.save()
     logger.info(
@@ -97,13 +105,13 @@ def _start_run(
     )
 
 
-def _thread_of(row: RoomEvent, event: TimelineEvent) -> str | None:
-    conversations = Conversation.objects.filter(room=row.room_id, root=event.thread_root)
-    return next(iter(conversations.values_list("thread_id", flat=True)[:1]), None)
-
-
 def _submit(
-    row: RoomEvent, event: TimelineEvent, rule: Rule, prompt: str, thread_id: str | None
+    row: RoomEvent,
+    event: TimelineEvent,
+    rule: Rule,
+    prompt: str,
+    thread_id: str | None,
+    quoted: tuple[Quotation, ...],
 ) -> inbox.Accepted:
     """Submit to the inbox. Raises `inbox.Refused`."""
     submission = inbox.Submission(
@@ -117,6 +125,7 @@ def _submit(
         received_at=row.created_at,
         command=rule.command,
         input=_input(row, event),
+        quotations=quoted,
         correlation_id=event.event_id[: inbox.MAX_CORRELATION_LENGTH],
         thread_id=thread_id,
     )

@@ -323,6 +323,14 @@ class Homeserver:
             raise MatrixError("UNREADABLE", "The answer is not that of /members.")
         return responses.events(body["chunk"])
 
+    async def event(self, room_id: str, event_id: str, *, seconds: float) -> dict[str, Any]:
+        """Return an event as `event`, and the room's history visibility at it in `state`."""
+        types = {"lazy_load_members": True, "types": ["m.room.history_visibility"]}
+        query = urlencode({"limit": "0", "filter": orjson.dumps(types).decode()})
+        room, event_id = quote(room_id, safe=""), quote(event_id, safe="")
+        path = f"{API}/rooms/{room}/context/{event_id}?{query}"
+        return await self.request("GET", path, seconds=seconds)
+
     async def state(self, room_id: str, kind: str, *, seconds: float) -> dict[str, Any]:
         """Return the state event of this type with an empty key; {} if there is none."""
         path = f"{API}/rooms/{quote(room_id, safe='')}/state/{kind}/?format=event"

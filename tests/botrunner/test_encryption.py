@@ -16,6 +16,7 @@ from vodozemac import PreKeyMessage, SessionCreationException
 
 from botrunner.matrix.client import Homeserver
 from botrunner.models import Reply, RoomEvent, Session
+from chat.models import Message
 from tests.botrunner.person import Person, run
 from tests.botrunner.world import BASE_DIR, ENCRYPTION, World, register
 from tests.botrunner.world import freeze as world_freeze
@@ -75,6 +76,39 @@ def test_answers_what_was_asked_since_the_invite_whenever_its_key_comes(
             await person.answer(second)
 
     run(scene())
+
+
+def test_quotes_what_it_can_decrypt(world: World, alice: Account, tmp_path: Path) -> None:
+    register(alice, prefix="!ask ")
+    world.start("worker", "bot")
+    room = world.invite(alice, initial_state=[ENCRYPTION])
+
+    def reply(to: str) -> dict[str, Any]:
+        relation = {"m.in_reply_to": {"event_id": to}}
+        return {"msgtype": "m.text", "body": "!ask translate", "m.relates_to": relation}
+
+    async def scene() -> None:
+        async with Person(world.synapse, alice, tmp_path) as person:
+            await person.until(lambda: room in person.client.rooms)
+            kept = person.hold_back_keys()
+            sealed = await person.say(room, "The key of this never comes")
+            kept.clear()
+            person.client.invalidate_outbound_session(room)
+            del person.client._send  # the method of the class again
+            noon = await person.say(room, "The meeting is at noon")
+            for question in (
+                await person.say(room, reply(noon)),
+                await person.say(room, reply(sealed)),
+            ):
+                await person.answer(question)
+
+    run(scene())
+    texts = [[each["text"] for each in found.quotations] for found in _messages()]
+    assert texts == [["The meeting is at noon"], []]
+
+
+def _messages() -> Any:
+    return Message.objects.filter(role=Message.Role.USER).order_by("position")
 
 
 def test_an_answer_is_written_live_and_goes_on_after_a_kill(

@@ -11,7 +11,7 @@ from django.utils import timezone
 from rest_framework.test import APIClient
 
 from botrunner.models import Conversation, Reply, Room, RoomEvent, RoomMember, Session
-from chat.models import Thread
+from chat.models import Message, Thread
 from realm.models import User
 from tests.botrunner.world import World, register
 from tests.synapse import Account
@@ -144,6 +144,46 @@ def test_a_matrix_thread_is_a_thread_of_its_own(world: World, alice: Account) ->
         "m.in_reply_to": {"event_id": within},
     }
     assert set(Conversation.objects.values_list("root", flat=True)) == {"", root}
+
+
+def test_replies_and_threads_quote_what_they_hang_on(
+    world: World, alice: Account, account: Callable[[str], Account]
+) -> None:
+    bob = account("bob")
+    register(alice, prefix="!ask ")
+    world.start("worker", "bot")
+    room = world.invite(alice)
+    world.synapse.invite(alice, room, bob.user_id)
+    world.synapse.call("POST", f"/_matrix/client/v3/join/{room}", bob.token, {})
+    noon = world.synapse.send(bob, room, "The meeting is at noon")
+    edited = {"msgtype": "m.text", "body": "The meeting is at one"}
+    relation = {"rel_type": "m.replace", "event_id": noon}
+    world.synapse.send(bob, room, {**edited, "m.new_content": edited, "m.relates_to": relation})
+
+    def ask(body: str, **relation: Any) -> list[tuple[str, str, str]]:
+        content = {"msgtype": "m.text", "body": body, "m.relates_to": relation}
+        question = world.synapse.send(alice, room, content)
+        world.answer(alice, room, question)
+        [found] = Message.objects.filter(run__correlation_id=question)
+        return [(each["kind"], each["author"], each["text"]) for each in found.quotations]
+
+    to = {"event_id": noon}
+    assert ask("!ask translate", **{"m.in_reply_to": to}) == [
+        ("reply", "other", "The meeting is at one")
+    ]
+    world.wait("the answer", lambda: world.said_by_bot(alice, room))
+    [answer] = [each["event_id"] for each in world.said_by_bot(alice, room)]
+    thread = {"rel_type": "m.thread", "event_id": answer, "is_falling_back": True}
+    assert ask("!ask and why?", **thread, **{"m.in_reply_to": {"event_id": answer}}) == [
+        ("root", "user", "translate"),
+        ("root", "assistant", "Handled prompt: translate"),
+    ]
+    path = f"/_matrix/client/v3/rooms/{room}/redact/{noon}/1"
+    world.synapse.call("PUT", path, bob.token, {})
+    world.wait(
+        "the removal", lambda: not Message.objects.filter(content="translate").get().quotations
+    )
+    assert ask("!ask again", **{"m.in_reply_to": to}) == []
 
 
 def test_what_was_said_while_it_was_down_is_answered_once(world: World, alice: Account) -> None:
