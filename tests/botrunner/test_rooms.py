@@ -174,10 +174,10 @@ def test_replies_and_threads_quote_what_they_hang_on(
     world.wait("the answer", lambda: world.said_by_bot(alice, room))
     [answer] = [each["event_id"] for each in world.said_by_bot(alice, room)]
     thread = {"rel_type": "m.thread", "event_id": answer, "is_falling_back": True}
-    assert ask("!ask and why?", **thread, **{"m.in_reply_to": {"event_id": answer}}) == [
-        ("root", "user", "translate"),
-        ("root", "assistant", "Handled prompt: translate"),
-    ]
+    asked, answered = ask("!ask and why?", **thread, **{"m.in_reply_to": {"event_id": answer}})
+    assert asked == ("root", "user", "translate")
+    assert answered[:2] == ("root", "assistant")
+    assert answered[2].startswith("Handled prompt: ")
     path = f"/_matrix/client/v3/rooms/{room}/redact/{noon}/1"
     world.synapse.call("PUT", path, bob.token, {})
     world.wait(
