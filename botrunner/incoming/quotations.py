@@ -15,7 +15,7 @@ from agents import inbox
 from agents.runs import corrections
 from botrunner.matrix.events import TimelineEvent, storable
 from botrunner.matrix.lookup import FoundEvent
-from botrunner.models import Conversation, QuotedEvent, Reply, Room, RoomEvent, RoomMember
+from botrunner.models import QuotedEvent, Reply, Room, RoomEvent, RoomMember
 from chat.models import Message, Quotation
 
 logger = logging.getLogger(__name__)
@@ -216,9 +216,3 @@ def _text(event: TimelineEvent) -> str:
     if event.content_type in FILES:
         return f"[{FILES[event.content_type]}: {event.body}]"
     return ""
-
-
-def conversation_of(room: Room, root: str) -> str | None:
-    """Return the thread of a room, or of a Matrix thread in it."""
-    conversations = Conversation.objects.filter(room=room, root=root)
-    return next(iter(conversations.values_list("thread_id", flat=True)[:1]), None)

@@ -69,7 +69,7 @@ def _start_run(
     found: quotations.Found | None,
 ) -> None:
     prompt = prompt_of(filter_, event, me, row.room.session.names)
-    thread_id = quotations.conversation_of(row.room, event.thread_root)
+    thread_id = _thread_of(row, event)
     quoted = quotations.of(row, event, thread_id, found, me)
     reply = Reply(
         message=row,
@@ -103,6 +103,11 @@ def _start_run(
         rule.registration_id,
         accepted.run_id,
     )
+
+
+def _thread_of(row: RoomEvent, event: TimelineEvent) -> str | None:
+    conversations = Conversation.objects.filter(room=row.room_id, root=event.thread_root)
+    return next(iter(conversations.values_list("thread_id", flat=True)[:1]), None)
 
 
 def _submit(
