@@ -277,6 +277,7 @@ CHAT_MEMORY_RECENT_MESSAGES = env.integer("CHAT_MEMORY_RECENT_MESSAGES", 8, mini
 CHAT_MAX_MESSAGE_CHARACTERS = env.integer("CHAT_MAX_MESSAGE_CHARACTERS", 400_000)
 CHAT_MAX_WAIT_SECONDS = env.integer("CHAT_MAX_WAIT_SECONDS", 60)
 CHAT_MAX_STREAMS = env.integer("CHAT_MAX_STREAMS", 5000, minimum=1)  # of a web process
+CHAT_MAX_WAITS = env.integer("CHAT_MAX_WAITS", 2000)  # requests of a web process with Prefer: wait
 CHAT_MAX_STREAMS_PER_USER = env.integer("CHAT_MAX_STREAMS_PER_USER", 50)  # of these; 0: no limit
 CHAT_WHEN_BUSY = env.choice(
     "CHAT_WHEN_BUSY", "enqueue", ("enqueue", "merge", "reject", "interrupt")

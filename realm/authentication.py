@@ -15,6 +15,7 @@ from realm.models import User
 
 # RFC 6750, section 2.1; any number of blanks before the token.
 BEARER = re.compile("(?i:bearer) +([A-Za-z0-9._~+/-]+=*)")
+CHALLENGE = 'Bearer realm="realm-server"'
 EXPECTED = (
     "The Authorization header must be 'Bearer <realm-server JWT>', once. Get a JWT: "
     "POST /_server-session."
@@ -52,7 +53,7 @@ class RealmTokenAuthentication(BaseAuthentication):
         return user, claims
 
     def authenticate_header(self, request: Request) -> str:
-        return 'Bearer realm="realm-server"'
+        return CHALLENGE
 
 
 class RealmServerAuthentication(RealmTokenAuthentication):

@@ -6,8 +6,8 @@ again (agents.worker.maintenance).
 
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, cast
@@ -15,7 +15,6 @@ from typing import Any, cast
 import orjson
 from django.conf import settings
 from redis import Redis
-from redis.client import PubSub
 from redis.exceptions import RedisError, ResponseError
 
 from lib import process
@@ -26,7 +25,6 @@ logger = logging.getLogger(__name__)
 BATCH = 200
 # A blocked read has to end before the client's socket time-out does.
 BLOCK_SECONDS = 1.0
-LOOK_SECONDS = 1.0
 GAUGE_SECONDS = 5.0
 # Parts of REDIS_STREAM_MAX_BYTES: trimming starts above the first and stops at the second. Publishers
 # stop at the whole, which is reached only if no worker reads.
@@ -156,8 +154,8 @@ def _group_stats(redis: Redis, info: dict[str, Any]) -> GroupStats:
 
 
 def publish(events: Iterable[dict[str, Any]]) -> bool:
-    """Add events to the stream and wake the requests that wait for an outcome. Return False if Redis
-    did not take them; the relay adds them later."""
+    """Add events to the stream and publish them to the web processes. Return False if Redis did not
+    take them; the relay adds them later."""
     if _breaker.open():
         return False
     redis = _publisher()
@@ -170,8 +168,6 @@ def publish(events: Iterable[dict[str, Any]]) -> bool:
                 if not is_full:
                     pipe.xadd(settings.REDIS_STREAM_KEY, {"event": orjson.dumps(event)})
                 pipe.publish(live_channel(), notice)
-                if event["type"] != "agent.run.requested":
-                    pipe.publish(_outcome_channel(run_id), b"")
                 pipe.execute()
     except RedisError as error:
         _breaker.trip()
@@ -210,49 +206,6 @@ def increment(key: str, numbers: Mapping[str, int]) -> bool:
         logger.info("Redis unavailable (%s), %s is incremented later", type(error).__name__, key)
         return False
     return True
-
-
-def _outcome_channel(run_id: str) -> str:
-    return f"{settings.REDIS_STREAM_KEY}:outcome:{run_id}"
-
-
-class OutcomeWaiter:
-    def __init__(self, pubsub: PubSub | None) -> None:
-        self._pubsub = pubsub
-
-    def wait(self, until: float) -> bool:
-        """Wait until the outcome may be there: it was published, or a second has passed, in case Redis
-        missed it. Return False at `until` (of `time.monotonic()`), and at once if Redis was unavailable
-        from the start."""
-        recheck_at = min(until, time.monotonic() + LOOK_SECONDS)
-        if self._pubsub is None or time.monotonic() >= until:
-            return False
-        try:
-            while (remaining := recheck_at - time.monotonic()) > 0:
-                if self._pubsub.get_message(ignore_subscribe_messages=True, timeout=remaining):
-                    break
-        except RedisError:
-            time.sleep(max(0.0, recheck_at - time.monotonic()))
-        return True
-
-
-@contextmanager
-def outcome_of(run_id: str) -> Iterator[OutcomeWaiter]:
-    """Subscribe to the outcome of a run. Read the run after entering and before waiting: an earlier
-    outcome is not published again."""
-    if _breaker.open():
-        yield OutcomeWaiter(None)
-        return
-    with _publisher().pubsub() as pubsub:
-        try:
-            pubsub.subscribe(_outcome_channel(run_id))
-            # The server's confirmation: from here on nothing is missed.
-            pubsub.get_message(timeout=0.3)
-        except RedisError:
-            _breaker.trip()
-            yield OutcomeWaiter(None)
-            return
-        yield OutcomeWaiter(pubsub)
 
 
 def ensure_group() -> None:

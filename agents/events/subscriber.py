@@ -160,6 +160,7 @@ class Subscriber:
         self.revoked: Callable[[dict[str, Any] | None], None] = lambda revocation: None
         self._runs: dict[str, set[RunSubscription]] = defaultdict(set)
         self._threads: dict[str, set[asyncio.Event]] = defaultdict(set)
+        self._ends: dict[str, set[asyncio.Event]] = defaultdict(set)
         self._task: asyncio.Task[None] | None = None
         self._announcing: set[asyncio.Task[None]] = set()
         self._left_at = 0.0
@@ -182,6 +183,13 @@ class Subscriber:
         changed = asyncio.Event()
         with self._registered(self._threads, thread_id, changed):
             yield changed
+
+    @contextmanager
+    def watch_run(self, run_id: str, ended: asyncio.Event) -> Iterator[None]:
+        """Set `ended` when a run ends; workers need not publish its progress. An end that Redis does
+        not deliver is not seen."""
+        with self._registered(self._ends, run_id, ended):
+            yield
 
     @contextmanager
     def _registered(self, table: dict[str, set[Any]], key: str, entry: Any) -> Iterator[None]:
@@ -230,7 +238,10 @@ class Subscriber:
     def _is_needed(self) -> bool:
         """Return whether there are subscriptions, or were a moment ago: the next may come soon."""
         return bool(
-            self._runs or self._threads or time.monotonic() - self._left_at < LINGER_SECONDS
+            self._runs
+            or self._threads
+            or self._ends
+            or time.monotonic() - self._left_at < LINGER_SECONDS
         )
 
     async def _listen(self) -> None:
@@ -299,6 +310,8 @@ class Subscriber:
             if kind != "agent.run.requested":
                 for subscription in self._runs.get(run_id, ()):
                     subscription.end()
+                for ended in self._ends.get(run_id, ()):
+                    ended.set()
             for changed in self._threads.get(thread_id, ()):
                 changed.set()
         if message.get("announce"):

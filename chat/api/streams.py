@@ -194,7 +194,7 @@ async def run_events(
                 yield _gap(str(EventId(after.attempt, after.number + 1)), f"{after.attempt}-end")
                 last = None
             await guard.check()
-            outcome = await _unit(_outcome, caller, run.pk, last)
+            outcome = await unit(_outcome, caller, run.pk, last)
             if outcome is None:
                 await guard.recheck()
             yield outcome or _run_deleted(run.pk)
@@ -218,7 +218,7 @@ class RunState:
         """End the subscription of a run that has ended; remember the retry that it waits for."""
         while True:
             try:
-                ended, retry = await _unit(_read_state, self._subscription.run_id)
+                ended, retry = await unit(_read_state, self._subscription.run_id)
             except TRANSIENT_ERRORS as error:
                 logger.warning("Run state of a stream could not be read, retrying: %s", error)
                 await asyncio.sleep(2)
@@ -267,7 +267,7 @@ async def thread_events(thread_id: str, after: int, caller: StreamCaller) -> Asy
             while True:
                 changed.clear()
                 await guard.check()
-                batch = await _unit(_next_frames, caller, thread_id, after)
+                batch = await unit(_next_frames, caller, thread_id, after)
                 if batch is None:
                     # Raises the reason, unless access was restored meanwhile.
                     await guard.recheck()
@@ -337,9 +337,14 @@ def _numbered(runs: Any) -> Iterator[tuple[int, str, dict[str, Any]]]:
         yield run.position + 2, f"run.{run.status}", {"run": run_json(run), **answer}
 
 
+def current_subscriber() -> subscriber.Subscriber:
+    """Return the subscriber of the running event loop."""
+    return subscriber.current(find_ended)
+
+
 def _hub() -> tuple[subscriber.Subscriber, AccessWatcher]:
     """Return the subscriber and the watcher of the running event loop."""
-    events, watcher = subscriber.current(_find_ended), stream_access.watcher(_check_access)
+    events, watcher = current_subscriber(), stream_access.watcher(_check_access)
     events.revoked = partial(_revoked, watcher)
     return events, watcher
 
@@ -352,12 +357,12 @@ def _revoked(watcher: AccessWatcher, revocation: dict[str, Any] | None) -> None:
 
 
 async def _check_access(queries: AccessQueries) -> AccessResults:
-    return await _unit(stream_access.look_up, queries)
+    return await unit(stream_access.look_up, queries)
 
 
-async def _find_ended(run_ids: list[str]) -> list[str]:
+async def find_ended(run_ids: list[str]) -> list[str]:
     """Return the finished runs, deleted ones included."""
-    return await _unit(_ended, run_ids)
+    return await unit(_ended, run_ids)
 
 
 def _ended(run_ids: list[str]) -> list[str]:
@@ -397,7 +402,7 @@ def _is_incomplete(run: Run, last: StreamEvent) -> bool:
     return finished < steps or last.id.attempt < run.attempt
 
 
-async def _unit(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+async def unit(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """Run database work in a thread, which keeps no connection that others could use."""
 
     def run() -> T:

@@ -1,10 +1,6 @@
 """Views of the chat API, `/api/chat/...`, in plain JSON."""
 
-import threading
-import time
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from django.conf import settings
@@ -16,11 +12,10 @@ from rest_framework.request import Request
 from rest_framework.response import Response
 
 from agents import inbox, retention
-from agents.events import stream
 from agents.llm import completions
 from agents.models import Run
 from agents.runs import actions
-from chat.api import streams
+from chat.api import streams, waiting
 from chat.api.serializers import MessageRequestSerializer, ThreadChangeSerializer
 from chat.api.stream_access import StreamCaller
 from chat.models import Message, Thread, page_of
@@ -33,15 +28,11 @@ from chat.representation import (
     run_state_json,
     thread_json,
 )
-from lib import paths
+from lib import lateanswer, paths
 from lib.httperrors import Conflict
 from lib.plainjson import PlainAPIView
-from realm.access import Access
 
 MAX_PAGE = 200
-# A waiting request holds one of the few threads of its process; half of them stay free. Without a free
-# slot a request does not wait, as RFC 7240 allows.
-WAITING_SLOTS = threading.BoundedSemaphore(4)
 
 
 class ChatView(CallerScopedView, PlainAPIView):
@@ -96,10 +87,8 @@ class MessagesView(ChatView):
         if slot:
             return self._stream(accepted, slot, headers)
         seconds = _seconds_to_wait(request)
-        run = self._outcome(accepted.run_id, seconds) if seconds else None
-        if run:
-            headers["Preference-Applied"] = f"wait={seconds}"
-            return Response(finished_json(accepted, run), headers=headers)
+        if seconds:
+            return self._waiting(accepted, seconds, headers)
         return Response(accepted_json(accepted), status=202, headers=headers)
 
     def _stream(
@@ -112,20 +101,23 @@ class MessagesView(ChatView):
         )
         return streams.EventStream(frames, slot, **headers)
 
-    def _outcome(self, run_id: str, seconds: int) -> Run | None:
-        """Return the run if it finishes within `seconds`. Raises `AuthenticationFailed` if the caller
-        lost access meanwhile."""
-        access, waited = Access.of(self.request), False
-        with _waiting_slot() as may_wait, stream.outcome_of(run_id) as outcome:
-            deadline = time.monotonic() + seconds
-            visible = Run.objects.visible_to(self.caller)
-            runs = visible.select_related("answer").filter(pk=run_id)
-            run = runs.first()
-            while may_wait and run and not run.is_finished and outcome.wait(deadline):
-                waited, run = True, runs.all().first()
-        if waited and (reason := access.reason_lost()):
-            raise exceptions.AuthenticationFailed(reason.sentence, str(reason))
-        return run if run and run.is_finished else None
+    def _waiting(
+        self, accepted: inbox.Accepted, seconds: int, headers: dict[str, str]
+    ) -> HttpResponseBase:
+        """Return the outcome, if the run has finished, or a response that waits for it. Without a free
+        slot the answer is 202 at once, as RFC 7240 allows."""
+        caller = StreamCaller.of(self.request)
+        # Only of a repeat: a new run has just been recorded.
+        if accepted.repeated and (run := waiting.finished_run(accepted.run_id, caller)):
+            headers["Preference-Applied"] = f"wait={seconds}"
+            return Response(finished_json(accepted, run), headers=headers)
+        response = Response(accepted_json(accepted), status=202, headers=headers)
+        if slot := waiting.slot_for(caller_key(self.request)):
+            pending = waiting.PendingOutcome(accepted, caller, seconds, slot)
+            lateanswer.set_on(response, pending)
+        else:
+            response["Preference-Applied"] = "wait=0"
+        return response
 
 
 class ThreadsView(ChatView):
@@ -274,16 +266,6 @@ class UnknownPathView(PlainAPIView):
 
     def initial(self, request: Request, *args: Any, **kwargs: Any) -> None:
         raise exceptions.NotFound("There is nothing at this URL.")
-
-
-@contextmanager
-def _waiting_slot() -> Iterator[bool]:
-    acquired = WAITING_SLOTS.acquire(blocking=False)
-    try:
-        yield acquired
-    finally:
-        if acquired:
-            WAITING_SLOTS.release()
 
 
 def _seconds_to_wait(request: Request) -> int:

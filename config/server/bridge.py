@@ -2,8 +2,8 @@
 
 The WSGI handler runs in one of a few threads: that serves several times the requests of Django's own
 ASGI handler with synchronous views, and never opens more database connections than threads. Only a body
-that is an async iterator, an event stream, is served by the event loop: thousands of streams may be
-open while all threads are free.
+that is an async iterator, an event stream, is served by the event loop, and so is an answer that waits
+(lib.lateanswer): thousands may be open while all threads are free.
 
 Requests that wait for a thread are bounded and take turns (config.server.pool); if the client leaves
 before a thread is free, its request is dropped. Probes have threads of their own, so that load is never
@@ -28,9 +28,16 @@ from config.server.response import WSGIResponse, wsgi_environ
 from config.server import refusals
 from config.server.callers import ClientKey, HeldBytes, client_key
 from config.server.pool import ClientLeft, QueueFull
-from config.server.streaming import Message, Receive, Send, send_stream, wait_for_disconnect
+from config.server.streaming import (
+    Message,
+    Receive,
+    Send,
+    answer_unless_left,
+    send_stream,
+    wait_for_disconnect,
+)
 from config.server.threads import threads
-from lib import paths
+from lib import lateanswer, paths
 
 # A response is passed to the connection in pieces of this size.
 PIECE_BYTES = 64 * 1024
@@ -173,6 +180,11 @@ class _Exchange:
 
     async def _reply(self, chunk: bytes) -> None:
         response, send = self.response, self.send
+        if response.waiting is not None:
+            late = await self._wait(response.waiting, chunk)
+            if late is None:
+                return
+            chunk = late
         await self._send(
             {
                 "type": "http.response.start",
@@ -193,6 +205,19 @@ class _Exchange:
                 return
             chunk = await self.pool.resume(self.client, self._next)
         await self._send_body(chunk, more=False)
+
+    async def _wait(self, waiting: lateanswer.Waiting, chunk: bytes) -> bytes | None:
+        """Await the answer of a waiting request; return its body. None if the client has left."""
+        if self.leaving is None:
+            self.leaving = asyncio.create_task(wait_for_disconnect(self.receive))
+        answer = await answer_unless_left(waiting, self.leaving)
+        if self.leaving.done() and not self.leaving.cancelled():
+            return None
+        if answer is None:
+            return chunk
+        self.response.replace(answer)
+        self._hold(len(answer.body))
+        return answer.body
 
     async def _send_body(self, chunk: bytes, *, more: bool) -> None:
         size = len(chunk)

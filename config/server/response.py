@@ -9,6 +9,7 @@ from urllib.parse import unquote_to_bytes
 from django.http import StreamingHttpResponse
 
 from config.wsgi import application as wsgi
+from lib import lateanswer
 
 CHUNK_BYTES = 256 * 1024
 
@@ -19,6 +20,7 @@ class WSGIResponse:
     status = 500
     headers: list[tuple[bytes, bytes]]
     stream: StreamingHttpResponse | None = None
+    waiting: lateanswer.Waiting | None = None
     more = True
 
     def start(self, environ: dict[str, Any]) -> bytes:
@@ -29,6 +31,7 @@ class WSGIResponse:
             # Frees what the request has used.
             response.close()
             return b""
+        self.waiting = lateanswer.of(response)
         self._response: Any = response
         self._parts: Iterator[bytes] = iter(response)
         return self.next()
@@ -47,6 +50,16 @@ class WSGIResponse:
         self.more = False
         self._response.close()
         return b"".join(pieces)
+
+    def replace(self, answer: lateanswer.LateAnswer) -> None:
+        """Replace what `start` has returned, of a response without a further piece."""
+        changed = {name.lower(): value for name, value in answer.headers.items()}
+        changed["content-length"] = str(len(answer.body))
+        self.status = answer.status
+        self.headers = [
+            *((name, value) for name, value in self.headers if name.decode() not in changed),
+            *((name.encode(), value.encode("latin-1")) for name, value in changed.items()),
+        ]
 
     def close(self) -> None:
         """End the response early, in place of `next`."""

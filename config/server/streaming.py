@@ -1,4 +1,5 @@
-"""Send event streams, which the event loop serves, until the client leaves or the server stops."""
+"""Send event streams and answers that wait, which the event loop serves, until the client leaves or
+the server stops."""
 
 import asyncio
 import signal
@@ -9,11 +10,13 @@ from typing import Any, cast
 from django.conf import settings
 from django.http import StreamingHttpResponse
 
+from lib import lateanswer
+
 Message = dict[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
-# For each open stream the task that waits for its client to leave.
+# For each open stream and waiting request the task that waits for its client to leave.
 _open: set[asyncio.Task[None]] = set()
 
 
@@ -36,6 +39,23 @@ async def send_stream(
         raise error
     with suppress(OSError):
         await send({"type": "http.response.body", "body": b""})
+
+
+async def answer_unless_left(
+    waiting: lateanswer.Waiting, leaving: asyncio.Task[None]
+) -> lateanswer.LateAnswer | None:
+    """Return the answer that is waited for; None if there is none, the client leaves or the server
+    stops."""
+    answering = asyncio.ensure_future(waiting())
+    _open.add(leaving)
+    try:
+        await asyncio.wait([answering, leaving], return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        _open.discard(leaving)
+        while not answering.done():
+            answering.cancel()
+            await asyncio.wait([answering], timeout=0.2)
+    return None if answering.cancelled() else answering.result()
 
 
 async def _send_all(response: StreamingHttpResponse, send: Send) -> None:

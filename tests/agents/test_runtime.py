@@ -625,35 +625,6 @@ class TestSize:
         assert entries(redis)[-1]["payload"]["runId"] == run.pk
 
 
-class TestWaiting:
-    def test_an_outcome_wakes_who_waits_for_it(self, redis: Redis) -> None:
-        run = factories.ask()
-        with stream.outcome_of(run.pk) as outcome:
-            execution.execute(run.pk)
-            assert outcome.wait(time.monotonic() + 30)
-
-        assert Run.objects.get().is_finished
-
-    def test_who_waits_looks_again_when_redis_was_away(self, redis: Redis) -> None:
-        """The outcome was told to nobody."""
-        run = factories.ask()
-        until = time.monotonic() + 30
-        with stream.outcome_of(run.pk) as outcome:
-            redis.client_kill_filter(_type="pubsub")
-            execution.execute(run.pk)
-            looks = 0
-            while not Run.objects.get().is_finished and outcome.wait(until):
-                looks += 1
-            assert outcome.wait(until), "and again, while there is time"
-
-        assert looks <= 1
-        assert time.monotonic() < until - 20
-
-    def test_without_redis_nobody_waits(self) -> None:
-        with stream.outcome_of("run_1") as outcome:
-            assert not outcome.wait(time.monotonic() + 30)
-
-
 class TestTokens:
     def test_what_is_kept_of_an_attempt_is_bounded(self, redis: Redis) -> None:
         running = publisher.current()

@@ -50,25 +50,6 @@ def test_message_is_accepted_as_documented(api: APIClient) -> None:
     assert response["Location"] == f"/api/chat/runs/{run.pk}"
 
 
-def test_waiting_client_gets_the_outcome_without_a_notice(
-    api: APIClient, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As it is when Redis goes away meanwhile."""
-    looks: list[float] = []
-
-    def look(waiter: stream.OutcomeWaiter, until: float) -> bool:
-        looks.append(until)
-        if len(looks) == 2:
-            execution.execute(Run.objects.get().pk)
-        return len(looks) < 5
-
-    monkeypatch.setattr(stream.OutcomeWaiter, "wait", look)
-    response = post(api, {"content": "Hello"}, prefer="wait=20")
-
-    assert (response.status_code, response.json()["status"]) == (200, "completed")
-    assert len(looks) == 2
-
-
 def test_the_run_its_message_and_its_event_are_recorded_together(api: APIClient) -> None:
     data = post(api, {"content": "  Hello \n", "correlationId": "c-1"}).json()
 

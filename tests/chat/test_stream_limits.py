@@ -57,7 +57,8 @@ def test_limit_per_user(settings: Any) -> None:
             data = json.loads(refused.body)
             assert (refused.status, refused.headers["retry-after"]) == (429, "5")
             assert (data["ok"], data["code"]) == (False, "too_many_streams")
-            assert "CHAT_MAX_STREAMS_PER_USER" in data["error"]
+            assert "CHAT_MAX_STREAMS_PER_USER" not in data["error"]
+            assert "Close one, or poll the run." in data["error"]
             accept = {"accept": "text/event-stream", **alice}
             async with request("/api/chat/messages", "POST", {"content": "Hi"}, **accept) as asked:
                 assert asked.status == 429

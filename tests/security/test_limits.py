@@ -2,8 +2,6 @@
 
 import asyncio
 import json
-import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
@@ -163,40 +161,6 @@ class TestPages:
         refused(answer, 400)
         assert "at most 2" in answer.json()["errors"][0]["detail"]
         assert model.objects.count() == 2
-
-
-class TestWaiting:
-    def wait(self, client: APIClient, seconds: str) -> tuple[Any, float]:
-        started = time.monotonic()
-        answer = client.post(
-            "/api/chat/messages", {"content": "Hi"}, "json", HTTP_PREFER=f"wait={seconds}"
-        )
-        return answer, time.monotonic() - started
-
-    def test_whoever_finds_no_seat_is_answered_at_once(
-        self, client: APIClient, redis: Any, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        # Fewer than there are threads: the others go on answering.
-        assert views.WAITING_SLOTS._initial_value < server.THREADS  # type: ignore[attr-defined]
-        seats = threading.BoundedSemaphore(1)
-        monkeypatch.setattr(views, "WAITING_SLOTS", seats)
-        with seats:
-            answer, took = self.wait(client, "60")
-
-        assert answer.status_code == 202
-        assert "Preference-Applied" not in answer
-        assert took < 30
-        assert seats.acquire(blocking=False), "no seat is kept by whoever found none"
-
-    def test_nobody_waits_for_longer_than_is_allowed(
-        self, client: APIClient, redis: Any, settings: Any
-    ) -> None:
-        settings.CHAT_MAX_WAIT_SECONDS = 1
-        answer, took = self.wait(client, "9" * 300)
-        assert answer.status_code == 202
-        assert 1 <= took < 30
-        settings.CHAT_MAX_WAIT_SECONDS = 0
-        assert self.wait(client, "60")[0].status_code == 202
 
 
 class TestHeads:
