@@ -309,6 +309,12 @@ AGENT_USER_SHARE = env.integer("AGENT_USER_SHARE", 80, minimum=1, maximum=100)
 AGENT_DEADLINE_SECONDS = env.seconds("AGENT_DEADLINE_SECONDS", 600, minimum=1)
 # Of one answer. The model receives the limit, and a limited budget reserves as much before the call.
 AGENT_MAX_OUTPUT_TOKENS = env.integer("AGENT_MAX_OUTPUT_TOKENS", 0, maximum=1_000_000)
+# The limit's name in the request: older servers know only `max_tokens`.
+AGENT_MAX_OUTPUT_TOKENS_FIELD = env.choice(
+    "AGENT_MAX_OUTPUT_TOKENS_FIELD",
+    "max_completion_tokens",
+    ("max_completion_tokens", "max_tokens"),
+)
 
 # Limits of a user and of a room (agents/usage/limits.py); 0: no limit. The admin can override them.
 LIMIT_USER_MESSAGES_PER_MINUTE = env.integer(

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any, Protocol
 
@@ -10,6 +10,7 @@ from django.utils import timezone
 
 from agents import tools
 from agents.llm import completions, overflow
+from agents.llm.toolcalls import unused_id
 
 logger = logging.getLogger(__name__)
 
@@ -102,17 +103,17 @@ def run(
     """
     conversation = overflow.CallMessages(prompt, shorten)
     offered = tools.offered()
+    call_ids: set[str] = set()
     for iteration in range(max_iterations):
         if iteration:
             options.still_held()
         reply = _call(conversation, model, offered, options, transcript)
-        if not reply.tool_calls and not reply.text.strip():
-            raise completions.LLMError(
-                "The model gave an empty answer.", code="empty", permanent=False
-            )
         if not reply.tool_calls:
             return reply.text
-        del reply.tool_calls[MAX_TOOL_CALLS:]
+        reply.tool_calls = [
+            replace(call, id=unused_id(call.id, call_ids))
+            for call in reply.tool_calls[:MAX_TOOL_CALLS]
+        ]
         round_ = [_as_message(reply)]
         for call in reply.tool_calls:
             options.check()

@@ -147,7 +147,8 @@ def _client() -> "openai.AsyncOpenAI":
         api_key=settings.OPENAI_API_KEY or "none",
         base_url=settings.OPENAI_BASE_URL or None,
         max_retries=0,
-        http_client=openai.DefaultAioHttpClient(),
+        # The key and the conversation go nowhere but to the configured address.
+        http_client=openai.DefaultAioHttpClient(follow_redirects=False),
     )
 
 

@@ -31,7 +31,7 @@ def cost_field() -> "models.BigIntegerField[int | None, int | None]":
 
 
 def finish_reason_field() -> "models.CharField[str, str]":
-    """Return a field for why the model stopped: `agents.llm.completions.FINISH_REASONS`, or empty."""
+    """Return a field for why the model stopped: `agents.llm.replies.FINISH_REASONS`, or empty."""
     return models.CharField(
         max_length=20,
         blank=True,

@@ -366,7 +366,7 @@ class BudgetReservation:
         self._call = ReservedCall(model, size // BYTES_PER_TOKEN + 1, tokens, cost)
 
     def note(self, reply: completions.ModelReply, *, refused: bool) -> None:
-        """Correct the reservation of a call to its reported use, or to an estimate. `refused`: it cost
+        """Correct the reservation of a call to the usage in `reply`. `refused`: it cost
         nothing."""
         call, usage = self._call, reply.usage
         self._call = None
@@ -375,10 +375,7 @@ class BudgetReservation:
         if refused:
             usage = completions.TokenUsage()
         elif not usage.prompt_tokens:
-            if not reply.text:
-                return  # it may have used the whole reservation
-            output = max(usage.completion_tokens, len(reply.text.encode()) // BYTES_PER_TOKEN)
-            usage = completions.TokenUsage(call.prompt_tokens, output)
+            return  # nothing has come: it may have used the whole reservation
         self._tokens += usage.prompt_tokens + usage.completion_tokens - call.tokens
         self._cost += (prices.cost(call.model, usage) or 0) - call.cost
 

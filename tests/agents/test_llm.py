@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from agents import tools
-from agents.llm import completions, loop, transport
+from agents.llm import completions, errors, loop, transport
 from agents.runs.history import Prompt
 from tests.fakes.llm import (
     GARBAGE,
@@ -85,12 +85,17 @@ class TestAnswers:
 
         assert complete().text == "Hi"
 
-    def test_usage_may_be_missing(self, model: FakeLLM) -> None:
+    def test_usage_may_be_missing_and_is_estimated_then(self, model: FakeLLM) -> None:
         model.script(
             Raw(b'data: {"choices":[{"delta":{"content":"Hi"},"finish_reason":"stop"}]}\n\n')
         )
 
-        assert complete() == completions.ModelReply("Hi", finish_reason="stop")
+        reply = complete()
+
+        assert (reply.text, reply.finish_reason) == ("Hi", "stop")
+        assert reply.usage.is_estimated
+        assert reply.usage.completion_tokens == 1
+        assert 20 < reply.usage.prompt_tokens < 60
 
     def test_nul_is_dropped_because_no_database_can_keep_it(self, model: FakeLLM) -> None:
         model.script(Reply("a\0b"))
@@ -150,7 +155,7 @@ def _slowly(make: Callable[[], Any]) -> Callable[[], Any]:
 
 
 class TestTrouble:
-    @pytest.mark.parametrize("name", GARBAGE)
+    @pytest.mark.parametrize("name", sorted(GARBAGE.keys() - {"html", "nothing"}))
     def test_garbage_is_no_answer_and_may_pass(self, model: FakeLLM, name: str) -> None:
         model.script(GARBAGE[name])
 
@@ -159,6 +164,16 @@ class TestTrouble:
 
         assert not caught.value.permanent
         assert caught.value.code in {"unreadable", "broken"}
+
+    @pytest.mark.parametrize(("name", "code"), [("html", "not_an_api"), ("nothing", "too_long")])
+    def test_garbage_that_will_not_pass(self, model: FakeLLM, name: str, code: str) -> None:
+        """llama-cpp-python answers a context that is too long with an empty stream."""
+        model.script(GARBAGE[name])
+
+        with pytest.raises(completions.LLMError) as caught:
+            complete()
+
+        assert (caught.value.code, caught.value.permanent) == (code, True)
 
     @pytest.mark.parametrize(
         "behaviour",
@@ -299,13 +314,13 @@ class TestTrouble:
     ],
 )
 def test_retry_after(header: str, seconds: float | None) -> None:
-    assert completions.retry_after(header) == seconds
+    assert errors.retry_after(header) == seconds
 
 
 def test_retry_after_may_be_a_date() -> None:
     date = format_datetime(datetime.now(UTC) + timedelta(seconds=30), usegmt=True)
 
-    assert completions.retry_after(date) == pytest.approx(25, abs=6)
+    assert errors.retry_after(date) == pytest.approx(25, abs=6)
 
 
 class TestTools:

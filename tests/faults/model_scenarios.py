@@ -180,6 +180,7 @@ HUGE = Raw(lambda call: b"data: " + b"x" * 50_000_000 + b"\n\n")
 @scenario(26, "the model answers garbage", "model", load=None, allowed=SOME_FAIL)
 def _(plant: Plant) -> None:
     once = {name.replace(" ", "_"): first(garbage) for name, garbage in GARBAGE.items()}
+    final = {"html": "not_an_api", "nothing": "too_long"}
     strange: dict[str, Behaviour] = {
         "nul": lambda call: Reply(f"Answer\x00 to: {call.last_user}"),
         "surrogate": lambda call: Reply(f"Answer to: {call.last_user}\ud800"),
@@ -189,11 +190,13 @@ def _(plant: Plant) -> None:
     asked = ask_each(plant, [*once, *strange, "huge"])
     plant.mended()
     plant.settle()
-    for name in once:
+    for name in once.keys() - final.keys():
         assert results(plant, asked[name]) == ["retried", "completed"], name
+    for name, code in final.items():
+        assert how(plant, asked[name]) == ("failed", code, 1), name
     for name in strange:
         assert results(plant, asked[name]) == ["completed"], name
-    assert how(plant, asked["huge"]) == ("failed", "too_long", 1)
+    assert how(plant, asked["huge"]) == ("failed", "answer_too_long", 1)
     assert_no_defect(plant)
 
 

@@ -8,7 +8,10 @@ import pytest
 from hypothesis import strategies as st
 
 from agents import tools
-from agents.llm import completions
+from agents.llm import completions, errors
+from agents.llm.errors import UNSTORABLE, LLMError
+from agents.llm.replies import ModelReply
+from agents.llm.stream import MAX_TOKENS, AnswerReader
 from tests.fakes.llm import FakeLLM, Raw
 from tests.fuzz.examples import anything, numbers, objects, tried, words
 
@@ -55,28 +58,32 @@ def dumps(data: Any) -> bytes:
     return json.dumps(data).encode("utf-8", "surrogatepass")
 
 
-def read(pieces: list[bytes], kind: str) -> None:
-    reply = completions.ModelReply()
-    answer = completions._Answer(completions.CallOptions(), reply)
+def read(pieces: list[bytes]) -> None:
+    reply = ModelReply()
+    reader = AnswerReader("m")
+    shown: list[str] = []
     try:
-        answer.begin(kind)
         for piece in pieces:
-            answer.feed(piece)
-        answer.end()
-    except completions.LLMError as error:
-        assert error.code in ("unreadable", "broken")
-    answer.store()
+            shown += reader.feed(piece)
+        shown += reader.end()
+    except LLMError as error:
+        assert error.code
+    reader.fill(reply, 100)
     storable(reply)
 
 
-def storable(reply: completions.ModelReply) -> None:
+def storable(reply: ModelReply) -> None:
     """All of it fits into columns."""
-    texts = [reply.text, *(text for call in reply.tool_calls for text in vars(call).values())]
+    texts = [
+        reply.text,
+        reply.reasoning,
+        *(text for call in reply.tool_calls for text in vars(call).values()),
+    ]
     for text in texts:
         assert isinstance(text, str)
-        assert not completions.UNSTORABLE.search(text)
+        assert not UNSTORABLE.search(text)
     for count in vars(reply.usage).values():
-        assert 0 <= count <= completions.MAX_TOKENS
+        assert 0 <= count <= MAX_TOKENS
 
 
 @tried(150, lines=LINES, cuts=st.lists(st.integers(1, 200), max_size=4))
@@ -86,18 +93,18 @@ def test_a_stream_is_an_answer_or_an_error(lines: list[bytes], cuts: list[int]) 
     for cut in cuts:
         pieces.append(raw[start : start + cut])
         start += cut
-    read([*pieces, raw[start:]], "text/event-stream")
+    read([*pieces, raw[start:]])
 
 
 @tried(80, body=st.one_of(WHOLE.map(dumps), anything.map(dumps), st.binary(max_size=60)))
 def test_a_whole_answer_is_an_answer_or_an_error(body: bytes) -> None:
-    read([body], "application/json")
+    read([body])
 
 
 @tried(100, value=st.one_of(words, numbers.map(str), st.datetimes().map(str)))
 def test_a_wish_to_wait_is_a_time_or_none(value: str) -> None:
-    seconds = completions.retry_after(value)
-    assert seconds is None or 0 < seconds <= completions.MAX_RETRY_AFTER_SECONDS
+    seconds = errors.retry_after(value)
+    assert seconds is None or 0 < seconds <= errors.MAX_RETRY_AFTER_SECONDS
 
 
 ERROR = objects({"error": objects({"message": words, "code": words}, type=words)})

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 from hypothesis import strategies as st
 
-from agents.llm import completions
+from agents.llm import completions, errors
 from agents.runs import http_commands
 from botrunner.outgoing import content as rendering
 from botrunner.outgoing.content import MAX_CONTENT_BYTES, split
@@ -85,7 +85,7 @@ def test_what_a_webhook_answers(status: int, body: bytes) -> None:
         assert error.code.startswith("webhook_")
         return
     assert text.strip()
-    assert not completions.UNSTORABLE.search(text)
+    assert not errors.UNSTORABLE.search(text)
 
 
 URL = st.lists(
