@@ -203,7 +203,11 @@ class _Answer:
             raise LLMError(
                 "The model's answer is too long.", code="answer_too_long", permanent=True
             )
-        self.show(self.reader.feed(chunk))
+        try:
+            self.show(self.reader.feed(chunk))
+        except LLMError:
+            self.show(self.reader.pending())  # the text before the error
+            raise
 
     def end(self) -> None:
         self._options.check()

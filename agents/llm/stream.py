@@ -175,8 +175,13 @@ class AnswerReader:
                 raise errors.BROKEN.error() from None
             raise
 
-    def _taken(self) -> list[str]:
+    def pending(self) -> list[str]:
+        """Return the text that was read before an error."""
         out, self._out = self._out, []
+        return out
+
+    def _taken(self) -> list[str]:
+        out = self.pending()
         if self._cap and not self.is_finished and self._exceeds_cap():
             self._out = out
             raise OutputLimitReached
@@ -191,8 +196,7 @@ class AnswerReader:
         if held := self._filter.end():
             self._out.append(held)
         self._filter.separate_lone_block()
-        out, self._out = self._out, []
-        return out
+        return self.pending()
 
     def _take(self, name: str, chunk: Any) -> None:
         """Take the data of an event."""

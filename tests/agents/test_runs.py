@@ -136,7 +136,7 @@ class TestOutcome:
         def explode(run: Run) -> None:
             raise RuntimeError("canary")
 
-        monkeypatch.setattr(memory, "context", explode)
+        monkeypatch.setattr(memory, "read_history", explode)
         run = factories.ask()
         execution.execute(run.pk)
 
