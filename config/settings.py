@@ -85,7 +85,7 @@ MIDDLEWARE = [
     # Before any middleware that may answer.
     "config.middleware.CachePolicyMiddleware",
     "ops.middleware.RequestMiddleware",
-    "lib.plainjson.PlainErrorsMiddleware",
+    "lib.plainjson.APIPathsMiddleware",
     "lib.jsonapi.errors.JSONAPIErrorsMiddleware",
     "django.middleware.security.SecurityMiddleware",
     "config.middleware.PermissionsPolicyMiddleware",

@@ -190,17 +190,36 @@ def _first_error(detail: Any, path: str = "") -> str:
     return f"{path}: {detail}" if path else str(detail)
 
 
-class PlainErrorsMiddleware:
-    """Replaces HTML pages for errors outside of the views (unknown paths, forbidden hosts, broken
-    requests) by JSON, below /api."""
+API_PATHS = ("/api/", "/v1/", "/mcp/", "/a2a/")
+# Of errors outside of the views, which Django describes for people.
+SENTENCES = {
+    404: "There is nothing at this URL.",
+    500: "Something went wrong in the server.",
+}
+
+
+def is_api(path: str) -> bool:
+    """Return whether a path is below one of the APIs, whose errors are JSON."""
+    return f"{path}/".startswith(API_PATHS)
+
+
+class APIPathsMiddleware:
+    """Reads a path of an API with a trailing slash, which some clients add, as the one without: a
+    redirect would lose the body. Replaces HTML pages for errors outside of the views (unknown paths,
+    forbidden hosts, broken requests) by JSON, with DEBUG too."""
+
+    WITH_SLASH = (*API_PATHS, "/_")
 
     def __init__(self, get_response: Callable[[HttpRequest], HttpResponse]) -> None:
         self.get_response = get_response
 
     def __call__(self, request: HttpRequest) -> HttpResponse:
+        path = request.path_info
+        if path.endswith("/") and path.startswith(self.WITH_SLASH) and not path.endswith("//"):
+            request.path_info, request.path = path[:-1], request.path[:-1]
         response = self.get_response(request)
-        is_api = request.path_info == "/api" or request.path_info.startswith("/api/")
-        if not is_api or not is_error_page(response):
+        if response.status_code < 400 or not is_api(path) or not is_error_page(response):
             return response
-        error = f"{phrase(response.status_code)}." if response.status_code != 404 else "Not found."
-        return JsonResponse({"ok": False, "error": error}, status=response.status_code)
+        code = response.status_code
+        error = SENTENCES.get(code) or f"{phrase(code)}."
+        return JsonResponse({"ok": False, "error": error}, status=code)

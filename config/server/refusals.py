@@ -8,6 +8,7 @@ import structlog
 from prometheus_client import Counter
 
 from lib.jsonapi.errors import MEDIA_TYPE, error_object, is_jsonapi
+from lib.plainjson import is_api
 from lib.ratelimitedlog import RateLimitedLog
 
 REFUSED = Counter(
@@ -82,11 +83,7 @@ def _body(status: int, path: str) -> tuple[str, bytes]:
         errors = [error_object(status, code or "too_long", sentence)]
         return MEDIA_TYPE, json.dumps({"errors": errors}).encode()
     # A path that is not known yet gets JSON too.
-    if (
-        path == "/api"
-        or path.startswith("/api/")
-        or status == HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
-    ):
+    if is_api(path) or status == HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE:
         error = {"ok": False, "error": sentence} | ({"code": code} if code else {})
         return "application/json", json.dumps(error).encode()
     title = HTTPStatus(status).phrase

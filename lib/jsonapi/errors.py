@@ -49,8 +49,8 @@ class JSONAPIErrorsMiddleware:
         response = self.get_response(request)
         if not is_jsonapi(request.path_info) or not is_error_page(response):
             return response
-        detail = phrase(response.status_code)
-        error = error_object(response.status_code, detail.lower().replace(" ", "_"), detail)
+        status, detail = response.status_code, phrase(response.status_code)
+        error = error_object(status, detail.lower().replace(" ", "_"), f"{detail}.")
         return JsonResponse(
             {"errors": [error]}, status=response.status_code, content_type=MEDIA_TYPE
         )
