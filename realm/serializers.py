@@ -9,7 +9,7 @@ from django.db.models import QuerySet
 from rest_framework.fields import Field, UUIDField
 from rest_framework_json_api import serializers
 
-from lib.httperrors import Forbidden, NotFound
+from lib.httperrors import Conflict, Forbidden, NotFound
 from lib.jsonapi.documents import StringField
 from realm import commands, models, openid, tokens
 from realm.filters import EventFilter, InvalidFilter
@@ -119,7 +119,7 @@ class BotCommandSerializer(serializers.ModelSerializer):
 
 def _check_number(rows: QuerySet[Any], name: str) -> None:
     if rows.count() >= models.MAX_EACH:
-        raise serializers.ValidationError(f"A user may have at most {models.MAX_EACH} {name}.")
+        raise Conflict(f"A user may have at most {models.MAX_EACH} {name}. Delete one first.")
 
 
 def check_owner(bot_id: UUID, user: User, **source: str) -> None:

@@ -248,7 +248,15 @@ SERVERS = {
             ),
         ),
         Server("litellm-llamacpp", litellm_llamacpp, ("litellm", "llamacpp")),
-        Server("transformers", transformers, ("transformers",)),
+        Server(
+            "transformers",
+            transformers,
+            ("transformers",),
+            {
+                "overflow": ("completed", "it takes a context of any length"),
+                "unknown model": ("unavailable", "it answers 500, as to a fault of its own"),
+            },
+        ),
         Server("vllm", vllm, ("vllm",)),
     )
 }

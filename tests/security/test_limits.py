@@ -157,8 +157,8 @@ class TestPages:
             answer = client.generic("POST", path, json.dumps(document), DOCUMENT)
             statuses.append(answer.status_code)
 
-        assert statuses == ([201, 400, 400] if registers else [201, 201, 400])
-        refused(answer, 400)
+        assert statuses == ([201, 409, 409] if registers else [201, 201, 409])
+        refused(answer, 409)
         assert "at most 2" in answer.json()["errors"][0]["detail"]
         assert model.objects.count() == 2
 
