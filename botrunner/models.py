@@ -295,6 +295,7 @@ class RoomEvent(models.Model):
         REDACTION = "redaction"  # of a message, unless ignored
         CANCEL = "cancel"  # cancels runs
         FORGET = "forget"  # deletes the conversation
+        RESUME = "resume"  # answers a sender again after a loop
         ENCRYPTED = "encrypted"  # its key has not been received yet
         OTHER = "other"
 

@@ -369,6 +369,10 @@ BOT_RUNNER_MAX_EVENT_AGE = env.seconds("BOT_RUNNER_MAX_EVENT_AGE", 24 * 3600, mi
 # Days to keep room events that ran no command, and replies.
 BOT_RUNNER_EVENT_RETENTION_DAYS = env.integer("BOT_RUNNER_EVENT_RETENTION_DAYS", 7, minimum=1)
 BOT_RUNNER_REPLY_RETENTION_DAYS = env.integer("BOT_RUNNER_REPLY_RETENTION_DAYS", 90, minimum=1)
+# A sender who reacts to this many answers in a row, each within the time, is taken for a bot in a loop
+# and no longer answered in that room. 0: never.
+BOT_RUNNER_LOOP_ANSWERS = env.integer("BOT_RUNNER_LOOP_ANSWERS", 15)
+BOT_RUNNER_LOOP_SECONDS = env.seconds("BOT_RUNNER_LOOP_SECONDS", 2)
 BOT_RUNNER_LEASE_SECONDS = env.seconds("BOT_RUNNER_LEASE_SECONDS", 6, minimum=1)
 # The keys of encrypted rooms. Every host that runs a bot runner must see the same directory.
 BOT_RUNNER_STORE = BASE_DIR / env.text("BOT_RUNNER_STORE", "db/botrunner")

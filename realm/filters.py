@@ -9,6 +9,8 @@ BOT_TRIGGER = "app.boxel.bot-trigger"
 ROOM_MESSAGE = "m.room.message"
 EVENT_TYPES = (BOT_TRIGGER, ROOM_MESSAGE)
 MAX_LENGTH = 255
+# Messages of other specified types are files, places or requests: their body is a name for them.
+TEXT_TYPES = ("m.text", "m.emote", "m.notice")
 
 
 class InvalidFilter(ValueError):
@@ -55,6 +57,15 @@ class EventFilter:
             mention=_switch(value, "mention"),
         )
 
+    def check_readable(self) -> None:
+        """Raise `InvalidFilter` if the events have no text that a command could be given."""
+        if self.event_type == ROOM_MESSAGE and not is_text(self.content_type):
+            raise InvalidFilter(
+                "content_type",
+                f"Messages of type {self.content_type!r} have no text, and commands get text only. "
+                "Use 'm.text'.",
+            )
+
     def in_words(self) -> str:
         """Describe the filter for people."""
         if self.event_type == BOT_TRIGGER:
@@ -67,6 +78,13 @@ class EventFilter:
         if not conditions:
             return f"any message of type {self.content_type!r}"
         return f"a message of type {self.content_type!r} that {' and '.join(conditions)}"
+
+
+def is_text(content_type: str) -> bool:
+    """Return whether messages of this `msgtype` are text. Those of other applications have a text for
+    all clients as their body."""
+    is_specified = content_type.startswith(("m.", "org.matrix.msc"))
+    return content_type in TEXT_TYPES or not is_specified
 
 
 def _one_of(value: Mapping[str, Any], key: str, choices: tuple[str, ...]) -> str:

@@ -199,7 +199,7 @@ class BotCommand(models.Model):
 
     def clean(self) -> None:
         try:
-            EventFilter.parse(self.filter)
+            EventFilter.parse(self.filter).check_readable()
         except InvalidFilter as error:
             raise ValidationError({"filter": str(error)}) from None
 

@@ -79,7 +79,7 @@ class FilterField(Field[Any, Any, Any, Any]):
 
     def to_internal_value(self, data: Any) -> Any:
         try:
-            EventFilter.parse(data)
+            EventFilter.parse(data).check_readable()
         except InvalidFilter as error:
             message = error.message
             raise serializers.ValidationError(

@@ -9,14 +9,17 @@ from typing import Any
 from django.conf import settings
 from django.utils import timezone
 
+from botrunner.incoming import unreadable
 from botrunner.incoming.matching import (
     FORGET,
+    RESUME,
     Rule,
     RuleSet,
     control_of,
     format_time,
     matches_any,
 )
+from botrunner.incoming.unreadable import is_addressed, is_unreadable
 from botrunner.matrix.events import ENCRYPTED, REDACTION, REPLY_FIELD, TimelineEvent, storable
 from botrunner.models import MAX_TYPE_LENGTH, QuotedEvent, Room, RoomEvent
 from botrunner.verdicts import stored
@@ -25,7 +28,7 @@ from realm.filters import EVENT_TYPES, EventFilter
 logger = logging.getLogger(__name__)
 
 # The sync filter asks for these alone, but an encrypted event may contain any type.
-HANDLED_TYPES = {*EVENT_TYPES, ENCRYPTED, REDACTION}
+HANDLED_TYPES = {*EVENT_TYPES, *unreadable.EVENT_TYPES, ENCRYPTED, REDACTION}
 
 
 @dataclass(frozen=True)
@@ -94,8 +97,10 @@ def _classify(
         verb = "edits" if kind == RoomEvent.Kind.EDIT else "redacts"
         return ignored(room, event, f"It {verb} no message that fired a command.")
     if control := control_of(event, rules.me, rules.names):
-        is_forget = control == FORGET
-        return _pending(room, event, RoomEvent.Kind.FORGET if is_forget else RoomEvent.Kind.CANCEL)
+        kinds = {FORGET: RoomEvent.Kind.FORGET, RESUME: RoomEvent.Kind.RESUME}
+        return _pending(room, event, kinds.get(control, RoomEvent.Kind.CANCEL))
+    if is_unreadable(event) and is_addressed(room, event, rules):
+        return _pending(room, event, RoomEvent.Kind.MESSAGE)
     match = rules.match(event)
     verdicts = stored(match.verdicts)
     if match.fired:

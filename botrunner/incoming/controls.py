@@ -9,6 +9,7 @@ from agents import retention
 from agents.runs import actions
 from botrunner.incoming.matching import CANCEL_ALL, RuleSet, control_of
 from botrunner.incoming.submission import notify
+from botrunner.loops import breaker
 from botrunner.matrix.events import TimelineEvent
 from botrunner.models import Reply, RoomEvent, Session
 from botrunner.outgoing.content import parts_of
@@ -84,14 +85,26 @@ def delete_conversation(
         return _refuse(row, event, me, NO_POWER)
     retention.delete_thread(thread)
     logger.info("The conversation %s was deleted", thread.pk)
+    _answer(row, "The conversation was deleted.")
+    return ""
+
+
+def resume(row: RoomEvent, event: TimelineEvent, me: str) -> str:
+    """Answer again those in the room who were silenced because of a loop."""
+    if not breaker.resume(row.room.room_id):
+        return _refuse(row, event, me, "There is no one whom I do not answer here.")
+    _answer(row, "I answer everyone here again.")
+    return ""
+
+
+def _answer(row: RoomEvent, text: str) -> None:
     reply = Reply(message=row, room=row.room, key=f"{row.event_id}.order"[:255])
-    reply.parts = parts_of(reply, "The conversation was deleted.", "m.notice")
+    reply.parts = parts_of(reply, text, "m.notice")
     reply.device_id = Session.objects.values_list("device_id", flat=True).get(
         pk=row.room.session_id
     )
     reply.status, reply.ready_at = Reply.Status.READY, timezone.now()
     reply.save()
-    return ""
 
 
 def _moderates(row: RoomEvent, event: TimelineEvent, moderates: bool | None) -> bool:

@@ -9,7 +9,12 @@ from django.db import transaction
 from agents import inbox
 from agents.runs import actions, corrections
 from botrunner.incoming import quotations
-from botrunner.incoming.controls import answers_others, cancel_runs, delete_conversation
+from botrunner.incoming.controls import (
+    answers_others,
+    cancel_runs,
+    delete_conversation,
+    resume,
+)
 from botrunner.incoming.matching import SENDER_DEACTIVATED, prompt_of
 from botrunner.incoming.submission import submit
 from botrunner.matrix.events import TimelineEvent
@@ -79,6 +84,8 @@ def _handle(
         return cancel_runs(row, event, me, moderates)
     if row.kind == RoomEvent.Kind.FORGET:
         return delete_conversation(row, event, me, moderates)
+    if row.kind == RoomEvent.Kind.RESUME:
+        return resume(row, event, me)
     return _redact(row, event)
 
 

@@ -24,7 +24,8 @@ from realm.models import BotRegistration, User
 CANCEL = "!cancel"
 CANCEL_ALL = "!cancel all"
 FORGET = "!forget"
-CONTROLS = {CANCEL, CANCEL_ALL, FORGET}
+RESUME = "!resume"
+CONTROLS = {CANCEL, CANCEL_ALL, FORGET, RESUME}
 # With the name of the bot, in several ways.
 MAX_CONTROL_LENGTH = 2000
 SENDER_DEACTIVATED = "The sender's account is deactivated."
@@ -126,6 +127,18 @@ class RuleSet:
         if not rules:
             return Match([], [], f"Neither {event.sender} nor the bot has a registration.")
         return Match([], verdicts, _none_matched(len(rules)))
+
+    def answers_texts_of(self, event: TimelineEvent) -> bool:
+        """Return whether a rule would fire on some text message from the event's sender."""
+        rules = [*self._by_username.get(event.sender, []), *self._by_username.get(self.me, [])]
+        return event.sender not in self._deactivated and any(
+            rule.filter
+            and rule.filter.content_type == "m.text"
+            and not replace(rule, filter=replace(rule.filter, prefix=None, mention=None)).mismatch(
+                event, self.me, self.names
+            )
+            for rule in rules
+        )
 
 
 def _none_matched(count: int) -> str:

@@ -11,6 +11,8 @@ from agents.models import CHAT_REPLY, Run
 from botrunner.incoming import quotations
 from botrunner.incoming.classification import Classified
 from botrunner.incoming.matching import Rule, RuleSet, how_to, prompt_of
+from botrunner.incoming.unreadable import NOTE, is_unreadable, refuse
+from botrunner.loops import Judgement, breaker, sentence
 from botrunner.matrix.events import TimelineEvent, storable
 from botrunner.models import Conversation, Reply, RoomEvent
 from botrunner.verdicts import stored
@@ -35,8 +37,9 @@ def submit_recorded(classified: Classified, me: str) -> None:
     """Submit a message in the transaction that records it. Raises `EventsNeeded`."""
     row, event = classified.row, classified.event
     with tagged(room=row.room.room_id, event_id=row.event_id, request_id=row.event_id):
-        for rule, filter_ in classified.fired:
-            _start_run(row, event, rule, filter_, me, None)
+        if not _is_refused(row, event):
+            for rule, filter_ in classified.fired:
+                _start_run(row, event, rule, filter_, me, None)
         if row.note:
             if _is_unanswered(row):
                 row.state, row.source = RoomEvent.State.IGNORED, None
@@ -45,6 +48,8 @@ def submit_recorded(classified: Classified, me: str) -> None:
 
 def submit(row: RoomEvent, event: TimelineEvent, me: str, found: quotations.Found | None) -> str:
     """Submit a message recorded earlier; return a note if it has no effect. Raises `EventsNeeded`."""
+    if _is_refused(row, event):
+        return row.note if _is_unanswered(row) else ""
     # Match again: commands and registrations may have changed.
     match = RuleSet([event.sender], me, row.room.session.names).match(event)
     row.verdicts = stored(match.verdicts)
@@ -53,6 +58,24 @@ def submit(row: RoomEvent, event: TimelineEvent, me: str, found: quotations.Foun
     if _is_unanswered(row):
         return row.note
     return f"Its command no longer matches. {match.reason}" if match.reason else ""
+
+
+def _is_refused(row: RoomEvent, event: TimelineEvent) -> bool:
+    """Return whether the message starts no run, because it is no text or part of a loop."""
+    if is_unreadable(event):
+        reply = Reply(message=row, room=row.room)
+        if not refuse(reply, _sender_key(row)):
+            row.note = NOTE
+        return True
+    room_id, length = row.room.room_id, len(event.body)
+    verdict = breaker.judge(room_id, row.sender, row.event_id, length)
+    if verdict == Judgement.LOOP:
+        logger.warning("Sender %s seems to be a bot in a loop and is not answered", row.sender)
+        key = hashlib.sha256(row.event_id.encode()).hexdigest()
+        Reply(message=row, room=row.room, key=f"loop.{key}", error=sentence()).save()
+    elif verdict == Judgement.SILENCE:
+        row.note = "Not answered because of a loop: write !resume in the room to end this."
+    return verdict != Judgement.ANSWER
 
 
 def _is_unanswered(row: RoomEvent) -> bool:

@@ -24,6 +24,11 @@ EVENT_TYPES = [
     REDACTION,
     "m.room.member",
     "m.room.encryption",
+    # Not read, but answered with a sentence.
+    "m.sticker",
+    "m.poll.start",
+    "org.matrix.msc3381.poll.start",
+    "org.matrix.msc3381.v2.poll.start",
 ]
 # Events beyond the limit are fetched with /messages.
 TIMELINE_LIMIT = 100

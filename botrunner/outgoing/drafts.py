@@ -19,6 +19,7 @@ import orjson
 from agents.events.subscriber import EventId, Gap, StreamEvent, Subscriber
 from agents.models import Run
 from botrunner.aio import cpu_sync_to_async, database_sync_to_async
+from botrunner.loops import breaker
 from botrunner.matrix.client import Homeserver
 from botrunner.matrix.errors import MatrixError
 from botrunner.matrix.events import REPLY_FIELD
@@ -237,6 +238,7 @@ class Drafts:
             return
         content = await cpu_sync_to_async(draft.content)(text)
         sent = await self.homeserver.send(reply.room.room_id, content, draft.transaction)
+        breaker.answered(reply.room.room_id, reply.message.sender)
         await database_sync_to_async(reply.record_draft)(sent)
         # After an earlier attempt, the room may show the text of that one.
         draft.shown = text if is_first else ""

@@ -10,6 +10,7 @@ import structlog
 from django.utils import timezone
 
 from botrunner.aio import batched, cpu_sync_to_async, database_sync_to_async
+from botrunner.loops import breaker
 from botrunner.matrix.client import Homeserver
 from botrunner.matrix.errors import KeysOutdated, MatrixError, TokenRefused
 from botrunner.matrix.events import TimelineEvent
@@ -154,6 +155,7 @@ class ReplySender:
                 await self._upload_files(outgoing)
                 for number in range(len(reply.event_ids), len(reply.parts)):
                     sent = await self._send_part(outgoing, number)
+                    breaker.answered(outgoing.room_id, reply.message.sender)
                     following = await record(queue.record_part, reply, sent)
             except MatrixError as error:
                 following = await record(queue.record_failure, reply, error)

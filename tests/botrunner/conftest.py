@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from botrunner.loops import breaker
 from tests import synapse as homeservers
 from tests.botrunner.world import World
 from tests.synapse import Account, Synapse
@@ -43,3 +44,11 @@ def world(
     """Nothing of it is started yet. Each test has a bot account of its own."""
     with World(synapse, redis_server, tmp_path, account("bot-runner")) as world:
         yield world
+
+
+@pytest.fixture(autouse=True)
+def _no_loops() -> Iterator[None]:
+    """Rooms and people have the same names in all tests."""
+    breaker.clear()
+    yield
+    breaker.clear()

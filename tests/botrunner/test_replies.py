@@ -100,7 +100,7 @@ def test_questions_that_are_answered_together_get_one_reply(settings: Any) -> No
     queue.compose(row)
     first, second = Reply.objects.order_by("id")
     assert (first.status, second.status) == (Reply.Status.DROPPED, Reply.Status.READY)
-    assert second.parts[0]["body"] == "Handled prompt: two"
+    assert second.parts[0]["body"] == "Handled prompt: one\n\ntwo"
 
 
 def test_a_draft_whose_question_is_answered_with_a_later_one_says_so(settings: Any) -> None:
@@ -123,7 +123,8 @@ def test_a_refused_question_is_answered() -> None:
     take_in(row, event("!bot"))
     queue.compose(row)
     body = Reply.objects.get().parts[0]["body"]
-    assert body == "Sorry, I cannot do this. The message is empty."
+    how = "Write your message after !bot, for example: !bot What can you do?"
+    assert body == f"Sorry, I cannot do this. {how}"
 
 
 def test_a_reply_waits_for_the_one_before_it_in_the_room() -> None:

@@ -106,6 +106,16 @@ def test_a_command_is_changed_and_removed(admin_client: Client, bot: BotRegistra
     assert not bot.commands.exists()
 
 
+def test_a_command_for_images_is_refused_in_the_console(
+    admin_client: Client, bot: BotRegistration
+) -> None:
+    images = '{"type": "matrix-event", "event_type": "m.room.message", "content_type": "m.image"}'
+    result = {"registration": str(bot.pk), "command": "ping", "filter": images}
+    page = admin_client.post(f"{COMMANDS}{bot.commands.get().pk}/change/", result)
+    assert "have no text, and commands get text only" in page.text
+    assert bot.commands.get().when.content_type != "m.image"
+
+
 def test_the_filters_of_the_lists_work(admin_client: Client, bot: BotRegistration) -> None:
     assert str(bot.pk) in admin_client.get(f"{REGISTRATIONS}?commands__command=ping").text
     assert str(bot.pk) not in admin_client.get(f"{REGISTRATIONS}?commands__command=chat.reply").text

@@ -46,6 +46,15 @@ def test_an_owner_registers_a_command(alice: User, bot: BotRegistration) -> None
     assert row.when == EventFilter("matrix-event", "m.room.message", "m.text", prefix="!ask ")
 
 
+def test_a_command_for_messages_without_text_is_refused(alice: User, bot: BotRegistration) -> None:
+    sent = a_filter(event_type="m.room.message", content_type="m.image")
+    response = client_of(alice).send("POST", "/_bot-commands", command_of(bot.pk, filter=sent))
+    error = only_error(response, 400)
+    assert error["source"]["pointer"].startswith("/data/attributes/filter")
+    assert "Messages of type 'm.image' have no text" in error["detail"]
+    assert not BotCommand.objects.exists()
+
+
 @pytest.mark.parametrize("name", ["chat.reply", "chat.summarize", "ping"])
 def test_known_commands(alice: User, bot: BotRegistration, name: str) -> None:
     document = command_of(bot.pk, command=name)
