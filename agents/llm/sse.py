@@ -43,14 +43,17 @@ class EventReader:
         *lines, rest = (b"".join([*self._rest, chunk]) if self._rest else chunk).split(b"\n")
         self._rest = [rest] if rest else []
         for line in lines:
-            self._line(line)
+            if line:
+                self._line(line)
+            elif self._waiting or self._name:
+                self._end_event()
 
     def end(self) -> None:
         """Take the rest, which a server that hangs up has not ended. Raises `ValueError`."""
         rest, self._rest = b"".join(self._rest), []
         if rest:
             self._line(rest)
-        self._line(b"")
+        self._end_event()
 
     def _line(self, line: bytes) -> None:
         if self._is_first:
@@ -58,8 +61,6 @@ class EventReader:
             line = line.removeprefix(BOM)
         if line.startswith(DATA):
             self._data(line[5:].strip())
-        elif not line:
-            self._end_event()
         elif line.startswith(b"event:"):
             self._name = line[6:].strip().decode(errors="replace")
         elif not line.startswith(b":"):

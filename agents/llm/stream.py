@@ -50,6 +50,8 @@ SYNONYMS = {
 FAILED_REASONS = ("error", "abort", "engine_error")
 REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking", "reasoning_details")
 DONE = object()
+# Of shapes that no case foresees: a schema would cost too much per token.
+UNEXPECTED = (AttributeError, IndexError, KeyError, TypeError, ValueError, RecursionError)
 
 
 class OutputLimitReached(Exception):
@@ -89,13 +91,16 @@ class AnswerReader:
             self._start.append(chunk)
             return []
         if chunk and not self.is_complete:
-            with _readable():
-                try:
-                    self._events.feed(chunk)
-                except ValueError:
-                    if not (self.is_complete or self.is_finished):
-                        raise
-        return self._taken()
+            # Not by a context manager: this is done for each token.
+            try:
+                self._events.feed(chunk)
+            except UNEXPECTED as error:
+                if not self.is_finished and not self.is_complete:
+                    raise errors.UNREADABLE.error() from error
+        if self._cap and not self.is_finished and self._exceeds_cap():
+            raise OutputLimitReached
+        out, self._out = self._out, []
+        return out
 
     def end(self) -> list[str]:
         """Take the end of the body. Raises `LLMError` unless the answer is whole."""
@@ -178,13 +183,6 @@ class AnswerReader:
     def pending(self) -> list[str]:
         """Return the text that was read before an error."""
         out, self._out = self._out, []
-        return out
-
-    def _taken(self) -> list[str]:
-        out = self.pending()
-        if self._cap and not self.is_finished and self._exceeds_cap():
-            self._out = out
-            raise OutputLimitReached
         return out
 
     def _exceeds_cap(self) -> bool:
@@ -355,10 +353,10 @@ def _text_of(value: Any) -> str:
 
 @contextmanager
 def _readable() -> Iterator[None]:
-    """Convert errors of unexpected shapes to `LLMError`: a schema would cost too much per token."""
+    """Convert errors of unexpected shapes to `LLMError`."""
     try:
         yield
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError, RecursionError) as error:
+    except UNEXPECTED as error:
         raise errors.UNREADABLE.error() from error
 
 

@@ -297,6 +297,118 @@ class TestTrouble:
         assert complete().text == "Answer"
 
 
+class TestOverHTTP:
+    def failure(self, model: FakeLLM, *behaviours: Any) -> completions.LLMError:
+        model.script(*behaviours)
+        with pytest.raises(completions.LLMError) as caught:
+            complete()
+        return caught.value
+
+    @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+    def test_redirects_are_not_followed(self, model: FakeLLM, status: int) -> None:
+        """They would carry the key and the conversation to another address, or never end."""
+        to_itself = {"location": f"{model.url}/chat/completions"}
+        error = self.failure(model, Raw(b"", status, "text/html", to_itself))
+
+        assert (error.code, error.permanent) == ("redirected", True)
+        assert len(model.requests) == 1
+
+    @pytest.mark.parametrize(
+        ("status", "body", "code", "permanent"),
+        [
+            (402, b"{}", "quota", True),
+            (403, b'{"error":{"code":"model_not_found"}}', "unknown_model", True),
+            (404, b"<h1>Not found</h1>", "unknown_path", True),
+            (404, b"", "unknown_path", True),
+            (405, b'{"detail":"Method Not Allowed"}', "unknown_path", True),
+            (400, b'{"error":{"type":"no_db_connection","code":"400"}}', "key_refused", True),
+            (
+                400,
+                b'{"error":{"message":"API key not valid. Please pass one."}}',
+                "key_refused",
+                True,
+            ),
+            (413, b"<html>nginx</html>", "too_long", True),
+            (422, b'{"detail":[{"msg":"field required"}]}', "refused", True),
+            (400, b'{"message":"prompt is too long: 9 tokens > 8 maximum"}', "too_long", True),
+            (400, b'{"error":"Input is too long for requested model."}', "too_long", True),
+            (429, b'{"error":{"code":"rate_limit_exceeded"}}', "rate_limited", False),
+            (502, b"<html>Bad Gateway</html>", "unavailable", False),
+            (529, b'{"type":"error","error":{"type":"overloaded_error"}}', "unavailable", False),
+        ],
+    )
+    def test_an_error_status_is_judged(
+        self, model: FakeLLM, status: int, body: bytes, code: str, permanent: bool
+    ) -> None:
+        kind = "text/html" if body.startswith(b"<") else "application/json"
+        error = self.failure(model, Raw(body, status, kind))
+
+        assert (error.code, error.permanent) == (code, permanent)
+
+    @pytest.mark.parametrize(
+        ("headers", "seconds"),
+        [
+            ({"retry-after-ms": "1500", "retry-after": "30"}, 1.5),
+            ({"retry-after-ms": "soon", "retry-after": "30"}, 30),
+            ({"retry-after-ms": "-1"}, None),
+        ],
+    )
+    def test_a_pause_may_be_in_milliseconds(
+        self, model: FakeLLM, headers: dict[str, str], seconds: float | None
+    ) -> None:
+        error = self.failure(model, Raw(b"{}", 429, "application/json", headers))
+
+        assert error.retry_after == seconds
+
+    @pytest.mark.parametrize(
+        ("value", "permanent"), [("true", False), ("false", True), ("", False)]
+    )
+    def test_the_endpoint_may_say_whether_to_retry(
+        self, model: FakeLLM, value: str, permanent: bool
+    ) -> None:
+        error = self.failure(model, Raw(b"{}", 503, "application/json", {"x-should-retry": value}))
+
+        assert error.permanent is permanent
+
+    @pytest.mark.parametrize("kind", ["application/json", "text/plain", "text/html", ""])
+    def test_a_stream_is_read_whatever_its_type(self, model: FakeLLM, kind: str) -> None:
+        body = b"".join(itertools.chain(*Reply("Hi").events(Call("POST", "", {}, {}, 0))))
+        model.script(Raw(body, 200, kind))
+
+        assert complete().text == "Hi"
+
+    @pytest.mark.parametrize("field", ["max_completion_tokens", "max_tokens"])
+    def test_an_output_limit_that_the_server_ignores_is_kept(
+        self, model: FakeLLM, settings: Any, field: str
+    ) -> None:
+        settings.AGENT_MAX_OUTPUT_TOKENS, settings.AGENT_MAX_OUTPUT_TOKENS_FIELD = 5, field
+        model.script(Reply("word " * 500, deltas=500, delta_latency=0.002))
+
+        reply = complete()
+
+        assert model.requests[0].body[field] == 5  # type: ignore[index,call-overload]
+        assert reply.finish_reason == "length"
+        assert 5 <= len(reply.text.split()) <= 30
+        assert reply.usage.is_estimated
+        model.wait_for_disconnects()
+
+    @pytest.mark.parametrize(
+        ("reason", "code"), [("length", "output_limit"), ("content_filter", "content_filter")]
+    )
+    def test_no_text_at_all_has_its_reason(self, model: FakeLLM, reason: str, code: str) -> None:
+        error = self.failure(model, Reply(" ", finish_reason=reason))
+
+        assert (error.code, error.permanent) == (code, True)
+
+    def test_a_filtered_answer_keeps_its_text_apart(self, model: FakeLLM) -> None:
+        reply = completions.ModelReply()
+        model.script(Reply("Some of it", finish_reason="content_filter"))
+        with pytest.raises(completions.LLMError, match="content filter"):
+            completions.complete(QUESTION, model="m", reply=reply)
+
+        assert reply.text == "Some of it"
+
+
 @pytest.mark.parametrize(
     ("header", "seconds"),
     [
