@@ -1,7 +1,7 @@
 """Records of the bot runner: sessions, rooms and members, room events, and replies."""
 
 import secrets
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from datetime import timedelta
 
 from django.conf import settings
@@ -356,12 +356,26 @@ class RoomEvent(models.Model):
         return verdicts.read(self.verdicts)
 
 
+# Redactions name any event of a room.
+SEARCHED_REPLIES = 1000
+
+
 class ReplyQuerySet(models.QuerySet["Reply"]):
     def waiting(self) -> "ReplyQuerySet":
         return self.filter(status=Reply.Status.WAITING)
 
     def ready(self) -> "ReplyQuerySet":
         return self.filter(status=Reply.Status.READY)
+
+    def by_event(self, event_ids: Collection[str]) -> dict[str, "Reply"]:
+        """Return the replies that events are parts of, among the latest `SEARCHED_REPLIES`."""
+        latest = self.order_by("-id").only("event_ids", "draft_id", "run")
+        return {
+            event_id: reply
+            for reply in latest[:SEARCHED_REPLIES]
+            for event_id in reply.sent_event_ids
+            if event_id in event_ids
+        }
 
     def unfinished(self) -> "ReplyQuerySet":
         return self.filter(status__in=[Reply.Status.WAITING, Reply.Status.READY])
@@ -454,6 +468,11 @@ class Reply(models.Model):
 
     def __str__(self) -> str:
         return self.key
+
+    @property
+    def sent_event_ids(self) -> set[str]:
+        """The ids of its events in the room."""
+        return {*self.event_ids, self.draft_id} - {""}
 
     def try_now(self) -> bool:
         """Make it due now; return False if it is not waiting for a retry."""

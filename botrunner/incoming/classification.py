@@ -21,7 +21,7 @@ from botrunner.incoming.matching import (
 )
 from botrunner.incoming.unreadable import is_addressed, is_unreadable
 from botrunner.matrix.events import ENCRYPTED, REDACTION, REPLY_FIELD, TimelineEvent, storable
-from botrunner.models import MAX_TYPE_LENGTH, QuotedEvent, Room, RoomEvent
+from botrunner.models import MAX_TYPE_LENGTH, QuotedEvent, Reply, Room, RoomEvent
 from botrunner.verdicts import stored
 from realm.filters import EVENT_TYPES, EventFilter
 
@@ -68,18 +68,25 @@ def classify(events: list[tuple[Room, TimelineEvent]], me: str) -> list[Classifi
     targets = [target for _, event in events if (target := event.redacts or event.edits)]
     messages = RoomEvent.objects.messages_among(targets) if targets else set()
     redacted = [event.redacts for _, event in events if event.redacts]
-    quoted = QuotedEvent.objects.ids_among(redacted) if redacted else set()
+    known = _known(events, redacted) if redacted else set()
     classified = []
     for room, event in events:
-        each = _classify(room, event, rules, messages, quoted)
+        each = _classify(room, event, rules, messages, known)
         if each.row.kind in RoomEvent.MESSAGES:
             messages.add(event.event_id)
         classified.append(each)
     return classified
 
 
+def _known(events: list[tuple[Room, TimelineEvent]], redacted: list[str]) -> set[str]:
+    """Return which redacted events are quoted, or are answers of the bot."""
+    rooms = {room.pk for room, event in events if event.redacts}
+    answers = Reply.objects.filter(room__in=rooms).by_event(redacted)
+    return QuotedEvent.objects.ids_among(redacted) | answers.keys()
+
+
 def _classify(
-    room: Room, event: TimelineEvent, rules: RuleSet, messages: set[str], quoted: set[str]
+    room: Room, event: TimelineEvent, rules: RuleSet, messages: set[str], known: set[str]
 ) -> Classified:
     if is_too_old(event):
         age = settings.BOT_RUNNER_MAX_EVENT_AGE
@@ -92,7 +99,7 @@ def _classify(
         logger.warning("Event %s in room %s cannot be decrypted yet", event.event_id, room.room_id)
         return _pending(room, event, kind, note="Waiting for its key.")
     if kind in (RoomEvent.Kind.EDIT, RoomEvent.Kind.REDACTION):
-        if (event.redacts or event.edits) in messages or event.redacts in quoted:
+        if (event.redacts or event.edits) in messages or event.redacts in known:
             return _pending(room, event, kind)
         verb = "edits" if kind == RoomEvent.Kind.EDIT else "redacts"
         return ignored(room, event, f"It {verb} no message that fired a command.")

@@ -2,6 +2,7 @@
 a transaction of its own."""
 
 import logging
+from collections.abc import Iterable
 from dataclasses import replace
 
 from django.db import transaction
@@ -150,8 +151,21 @@ def _redact(row: RoomEvent, event: TimelineEvent) -> str:
     undecrypted.filter(event_id=event.redacts).update(
         state=RoomEvent.State.IGNORED, note="It was redacted.", source=None
     )
-    is_quoted = quotations.remove(row.room, event.redacts)
-    return "" if runs or open_replies or is_quoted else "There was nothing to cancel."
+    is_known = _remove_copies(row.room, event.redacts or "", replies)
+    return "" if runs or open_replies or is_known else "There was nothing to cancel."
+
+
+def _remove_copies(room: Room, event_id: str, replies: Iterable[Reply]) -> bool:
+    """Remove the answer that a redacted event is a part of, and what is quoted of the event and of the
+    `replies` to it. Return False if there is nothing of it."""
+    answer = Reply.objects.filter(room=room).by_event([event_id]).get(event_id)
+    if answer and answer.run_id:
+        corrections.redact_answers([answer.run_id])
+    copied = {event_id}.union(
+        *(reply.sent_event_ids for reply in [*replies, *filter(None, [answer])])
+    )
+    is_quoted = [quotations.remove(room, each) for each in sorted(copied)]
+    return answer is not None or any(is_quoted)
 
 
 def _forget_content(room: Room, event_id: str | None) -> None:

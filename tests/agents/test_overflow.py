@@ -51,7 +51,7 @@ def test_the_latest_turns_are_kept_and_the_answer_comes(model: FakeLLM, thread: 
     assert len(model.requests) == 2
     assert contents(model) == ["question 3", "answer 3", "now"]
     first, second = Step.objects.filter(run=run)
-    assert first.error == "The message is too long for the model."
+    assert first.error == "The conversation is too long for the model."
     assert len(first.input["messages"]) == 9
     assert second.input == {
         "summaryUpTo": None,
@@ -98,9 +98,8 @@ def test_it_fails_for_good_after_one_more_call(model: FakeLLM, thread: Thread) -
         "Send a shorter message, or begin a new conversation."
     )
     assert len(model.requests) == 2
-    assert [step.error for step in run.steps.all()] == [
-        "The message is too long for the model."
-    ] * 2
+    refused = "The conversation is too long for the model."
+    assert [step.error for step in run.steps.all()] == [refused] * 2
 
 
 def test_a_message_alone_is_not_sent_again(model: FakeLLM) -> None:

@@ -27,6 +27,7 @@ from tests.botrunner.scenes import (
     take_in,
 )
 from tests.fakes.llm import FakeLLM
+from tests.fakes.llm import Reply as Reply_
 
 pytestmark = pytest.mark.django_db
 
@@ -330,6 +331,21 @@ def test_a_redaction_cancels() -> None:
     take_in(row, redaction)
     assert Run.objects.get().status == Run.Status.CANCELLED
     assert Reply.objects.get().status == Reply.Status.DROPPED
+
+
+def test_an_answer_that_is_redacted_leaves_the_thread(model: FakeLLM) -> None:
+    command()
+    row = session()
+    model.script(Reply_("4711"))
+    take_in(row, event("Which code?"))
+    execution.execute(Run.objects.get().pk)
+    Reply.objects.update(event_ids=["$part1", "$part2"], status=Reply.Status.SENT)
+    redaction = event({}, BOB, type="m.room.redaction", redacts="$part2")
+    assert take_in(row, event({}, BOB, type="m.room.redaction", redacts="$x"), redaction) == 1
+    assert questions() == ["Which code?", ""]
+    take_in(row, event("And?"))
+    execution.execute(Run.objects.latest("position").pk)
+    assert "4711" not in str(model.requests[-1].messages)
 
 
 def test_a_redaction_in_newer_rooms_names_its_event_in_the_content() -> None:
