@@ -9,6 +9,7 @@ from typing import Any
 from django.conf import settings
 from django.utils import timezone
 
+from agents.models import Run
 from botrunner.incoming import unreadable
 from botrunner.incoming.matching import (
     FORGET,
@@ -79,16 +80,20 @@ def classify(events: list[tuple[Room, TimelineEvent]], me: str) -> list[Classifi
 
 
 def _known(events: list[tuple[Room, TimelineEvent]], redacted: list[str]) -> set[str]:
-    """Return which redacted events are quoted, or are answers of the bot."""
+    """Return which redacted events are quoted, are answers of the bot, or began a run."""
     rooms = {room.pk for room, event in events if event.redacts}
     answers = Reply.objects.filter(room__in=rooms).by_event(redacted)
-    return QuotedEvent.objects.ids_among(redacted) | answers.keys()
+    # The record of a message may have been pruned before its thread.
+    asked = Run.objects.filter(source=Run.Source.MATRIX, request_id__in=redacted)
+    messages = set(asked.values_list("request_id", flat=True))
+    return QuotedEvent.objects.ids_among(redacted) | answers.keys() | messages
 
 
 def _classify(
     room: Room, event: TimelineEvent, rules: RuleSet, messages: set[str], known: set[str]
 ) -> Classified:
-    if is_too_old(event):
+    # A redaction counts whenever it arrives.
+    if is_too_old(event) and event.type != REDACTION:
         age = settings.BOT_RUNNER_MAX_EVENT_AGE
         sent = format_time(event.sent_at)
         return ignored(

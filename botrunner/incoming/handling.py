@@ -8,6 +8,7 @@ from dataclasses import replace
 from django.db import transaction
 
 from agents import inbox
+from agents.models import Run
 from agents.runs import actions, corrections
 from botrunner.incoming import quotations
 from botrunner.incoming.controls import (
@@ -130,7 +131,14 @@ def _filter_of(command: BotCommand | None) -> EventFilter | None:
 def _redact(row: RoomEvent, event: TimelineEvent) -> str:
     """Remove a redacted message from its thread, cancel its runs, and drop its replies."""
     replies = Reply.objects.filter(message__event_id=event.redacts, message__room=row.room)
-    runs = set(replies.exclude(run=None).values_list("run", flat=True))
+    # By the request id too: the record of the message may have been pruned.
+    asked = Run.objects.filter(
+        source=Run.Source.MATRIX, place=row.room.room_id, request_id=event.redacts or ""
+    )
+    runs = {
+        *replies.exclude(run=None).values_list("run", flat=True),
+        *asked.values_list("pk", flat=True),
+    }
     corrections.redact(runs)
     _forget_content(row.room, event.redacts)
     open_replies = list(

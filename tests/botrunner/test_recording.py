@@ -348,6 +348,18 @@ def test_an_answer_that_is_redacted_leaves_the_thread(model: FakeLLM) -> None:
     assert "4711" not in str(model.requests[-1].messages)
 
 
+def test_a_redaction_counts_late_and_without_the_record_of_the_message(settings: Any) -> None:
+    settings.BOT_RUNNER_MAX_EVENT_AGE = 60
+    command()
+    row = session()
+    said = event("4711")
+    take_in(row, said)
+    execution.execute(Run.objects.get().pk)
+    RoomEvent.objects.all().delete()
+    take_in(row, event({}, type="m.room.redaction", redacts=said["event_id"], age=120))
+    assert questions() == ["", ""]
+
+
 def test_a_redaction_in_newer_rooms_names_its_event_in_the_content() -> None:
     command()
     row = session()
