@@ -27,6 +27,9 @@ class LLMError(Exception):
     stable, for grouping.
     """
 
+    # Of an input that is too long, the part that the model takes; None if the endpoint does not say.
+    acceptable_part: float | None = None
+
     def __init__(
         self, message: str, *, code: str, permanent: bool, retry_after: float | None = None
     ) -> None:
@@ -307,6 +310,7 @@ def from_status(report: ErrorReport, model: str, headers: Mapping[str, str]) -> 
     kind = judge(report)
     permanent = {"true": False, "false": True}.get(headers.get("x-should-retry", "").lower())
     error = kind.error(model, requested_pause(headers))
+    error.acceptable_part = _acceptable_part(report) if kind is TOO_LONG else None
     if permanent is not None and kind in (RATE_LIMITED, UNAVAILABLE, REFUSED):
         error.permanent = permanent
     return error
@@ -315,7 +319,27 @@ def from_status(report: ErrorReport, model: str, headers: Mapping[str, str]) -> 
 def from_answer(report: ErrorReport, model: str) -> LLMError:
     """Convert an error that came in an answer of status 200."""
     _log(report, "")
-    return judge(report).error(model)
+    kind = judge(report)
+    error = kind.error(model)
+    error.acceptable_part = _acceptable_part(report) if kind is TOO_LONG else None
+    return error
+
+
+def _acceptable_part(report: ErrorReport) -> float | None:
+    """Return the context of the model in proportion to the input, by the numbers in the error: the
+    smallest context and the largest number of all."""
+    numbers = [int(each) for each in re.findall(r"\b[0-9]{2,9}\b", report.message)]
+    limits = [
+        int(each)
+        for each in re.findall(
+            r"context.{0,20}?(?:length|size|window|limit)?[^0-9]{0,20}?([0-9]{2,9})\b",
+            report.message,
+            re.IGNORECASE,
+        )
+    ]
+    if not limits or max(numbers) <= min(limits):
+        return None
+    return min(limits) / max(numbers)
 
 
 def _log(report: ErrorReport, request: str) -> None:

@@ -142,7 +142,7 @@ def _call(
         except completions.LLMError as error:
             if error.code != overflow.CODE:
                 raise
-            if is_shortened or not conversation.shorten():
+            if is_shortened or not conversation.shorten(error):
                 raise conversation.too_long() from error
             is_shortened = True
             logger.info("The conversation is too long for the model and is shortened")

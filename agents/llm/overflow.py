@@ -11,6 +11,8 @@ CODE = "too_long"
 # their limit, and there is one more try.
 REMAINING_PART = 4
 REMAINING_CHARACTERS = 4000
+# Where an endpoint names its limit: tokens differ in length, and the answer needs some too.
+MARGIN = 0.5
 # Of each result of a tool at least so much remains.
 SMALLEST_RESULT = 200
 LEFT_OUT = "\n[The rest of this result is left out.]"
@@ -56,12 +58,12 @@ class CallMessages:
         self.rounds += messages
         self.sent = {"toolResults": [each["tool_call_id"] for each in messages[1:]]}
 
-    def shorten(self) -> bool:
+    def shorten(self, error: LLMError) -> bool:
         """Leave out earlier messages and cut results of tools. Return False if nothing is left to leave
         out."""
         context, results = self.prompt.context_characters, self._results()
         size = context + results
-        remaining = _remaining(context)
+        remaining = self._remaining_context(error.acceptable_part)
         if self.shorten_prompt and context:
             self.prompt = self.shorten_prompt(remaining)
         if self.rounds:
@@ -72,6 +74,14 @@ class CallMessages:
         rounds = {name: self.sent[name] for name in ("toolResults",) if name in self.sent}
         self.sent = {**self.prompt.sent, **rounds, "shortened": True}
         return True
+
+    def _remaining_context(self, acceptable_part: float | None) -> int:
+        context = self.prompt.context_characters
+        if acceptable_part is None or self.rounds:
+            return _remaining(context)
+        whole = sum(len(each["content"]) for each in self.prompt.messages)
+        fitting = int(whole * acceptable_part * MARGIN) - (whole - context)
+        return max(fitting, _remaining(context))
 
     def too_long(self) -> LLMError:
         """Return the error of a conversation that cannot be shortened further."""

@@ -274,7 +274,7 @@ def _summary_of(
     try:
         reply = completions.complete(conversation.messages, model=model, options=options)
     except completions.LLMError as error:
-        if error.code != overflow.CODE or not conversation.shorten():
+        if error.code != overflow.CODE or not conversation.shorten(error):
             raise
         reply = completions.complete(conversation.messages, model=model, options=options)
     if not reply.text.strip():

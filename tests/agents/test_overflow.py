@@ -13,6 +13,7 @@ from chat.models import Message, Thread
 from tests import factories
 from tests.fakes.llm import (
     CONTEXT_TOO_LONG,
+    Failure,
     FakeLLM,
     Reply,
     SmallContext,
@@ -115,6 +116,23 @@ def test_other_messages_are_answered_together_whole(model: FakeLLM, thread: Thre
     run = ask("second part", thread, when_busy="merge")
     assert run.status == Run.Status.COMPLETED
     assert contents(model)[-1] == "first part\n\nsecond part"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        "This model's maximum context length is 12000 tokens. However, you requested 15000 tokens.",
+        "request (15000 tokens) exceeds the available context size (12000 tokens), try increasing it",
+        "The input (15000 tokens) is longer than the model's context length (12000 tokens).",
+    ],
+)
+def test_as_much_is_kept_as_an_endpoint_says_that_it_takes(
+    model: FakeLLM, thread: Thread, error: str
+) -> None:
+    model.script(Failure(400, code="context_length_exceeded", message=error))
+    assert ask("now", thread).status == Run.Status.COMPLETED
+    # Half of the four fifths that fit: one turn of 10,000 characters, and the short one.
+    assert [len(each) for each in contents(model)] == [10, 10_000, 10, 8, 3]
 
 
 class TestTools:
