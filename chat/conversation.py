@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 
 from django.db.models import F
-from django.db.models.functions import Length
+from django.db.models.functions import Length, Substr
 from django.utils import timezone
 from redis.exceptions import RedisError
 
@@ -16,6 +16,8 @@ from chat.models import Message, Thread, fitting
 from realm.models import User
 
 PAGE = 20
+# Of the reasoning of a step; the console has all of it.
+REASONING_CHARACTERS = 4000
 
 
 @dataclass
@@ -46,6 +48,23 @@ class ConversationTurn:
     @property
     def tokens(self) -> int:
         return sum(step.prompt_tokens + step.completion_tokens for step in self.steps)
+
+    @property
+    def tokens_are_estimated(self) -> bool:
+        return any(step.usage_is_estimated for step in self.steps)
+
+    @property
+    def reasoning(self) -> list[str]:
+        """What the model wrote before its answer, in the run's last attempt."""
+        if self.run is None or (self.answer and self.answer.redacted_at):
+            return []
+        texts = (
+            step.shown_reasoning  # type: ignore[attr-defined]
+            for step in self.steps
+            if step.attempt == self.run.attempt
+        )
+        more = " …"
+        return [text.strip() + more * (len(text) == REASONING_CHARACTERS) for text in texts if text]
 
     @property
     def took(self) -> timedelta | None:
@@ -127,9 +146,9 @@ def _turns(thread: Thread, start: int, end: int) -> list[ConversationTurn]:
     of_run = {run.pk: turns[run.turn] for run in runs.values() if run.turn in turns}
     for run_id, turn in of_run.items():
         turn.run = runs[run_id]
-    for step in (
-        Step.objects.filter(run__in=of_run).defer("input", "output", "reasoning").order_by("id")
-    ):
+    steps = Step.objects.filter(run__in=of_run).defer("input", "output", "reasoning")
+    shown_reasoning = Substr("reasoning", 1, REASONING_CHARACTERS)
+    for step in steps.annotate(shown_reasoning=shown_reasoning).order_by("id"):
         of_run[step.run_id].steps.append(step)
     _load_partial_answers(of_run)
     _set_states(thread, list(of_run.values()))

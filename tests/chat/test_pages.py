@@ -198,6 +198,25 @@ class TestAConversation:
             path = f"/threads/{thread.pk}{more[1]}" if more else None
         assert seen == [f"question {n}" for n in range(50)]
 
+    def test_reasoning_is_folded_and_a_cut_answer_is_marked(
+        self, browser: Client, alice: User, model: FakeLLM
+    ) -> None:
+        thinking = "<think>Depots <b>rarely</b> sleep." + " and" * 3000 + "</think>It is"
+        model.script(Reply(thinking, finish_reason="length"))
+        run = ask("Is it open?", owner=alice)
+        execution.execute(run.pk)
+        page = browser.get(f"/threads/{run.thread_id}").text
+
+        folded = page[page.index('<details class="reasoning">') : page.index('<div class="prose">')]
+        assert "Depots &lt;b&gt;rarely&lt;/b&gt; sleep. and" in folded
+        assert "and …" in folded
+        assert len(folded) < 5000
+        assert "The answer was cut off at the output limit." in page
+        assert Message.objects.get(role="assistant").content == "It is"
+
+        Message.objects.filter(role="assistant").update(redacted_at=timezone.now())
+        assert "Depots" not in browser.get(f"/threads/{run.thread_id}").text
+
     def test_long_thread_takes_no_more_queries(
         self, browser: Client, alice: User, django_assert_max_num_queries: Any
     ) -> None:
