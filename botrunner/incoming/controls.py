@@ -3,6 +3,7 @@ effect."""
 
 import logging
 
+from django.db.models import Q
 from django.utils import timezone
 
 from agents import retention
@@ -11,7 +12,7 @@ from botrunner.incoming.matching import CANCEL_ALL, RuleSet, control_of
 from botrunner.incoming.submission import notify
 from botrunner.loops import breaker
 from botrunner.matrix.events import TimelineEvent
-from botrunner.models import Reply, RoomEvent, Session
+from botrunner.models import Reply, ReplyQuerySet, RoomEvent, Session
 from botrunner.outgoing.content import parts_of
 from chat.models import Thread
 
@@ -32,12 +33,9 @@ class PowerNeeded(Exception):
 
 
 def cancel_runs(row: RoomEvent, event: TimelineEvent, me: str, moderates: bool | None) -> str:
-    """Cancel the sender's runs in the room or Matrix thread; with `!cancel all` everybody's, if the
-    sender moderates the room."""
-    replies = Reply.objects.waiting().filter(
-        run__thread__conversation__room=row.room,
-        run__thread__conversation__root=event.thread_root,
-    )
+    """Cancel the sender's runs in the room or Matrix thread, or the run of the message that the command
+    replies to; with `!cancel all` everybody's, if the sender moderates the room."""
+    replies = _meant(row, event)
     replies = replies.select_related("run", "message").order_by("run__position")
     shared: set[int] = set()
     is_for_all = control_of(event, me, row.room.session.names) == CANCEL_ALL
@@ -59,6 +57,35 @@ def cancel_runs(row: RoomEvent, event: TimelineEvent, me: str, moderates: bool |
     else:
         reason = "You have nothing running here."
     return _refuse(row, event, me, reason) and "There was nothing to cancel."
+
+
+def _meant(row: RoomEvent, event: TimelineEvent) -> ReplyQuerySet:
+    """Return the waiting replies that a command is about: to the message that it replies to; otherwise
+    those of its room or Matrix thread, with the one to the message on which the thread was begun."""
+    waiting = Reply.objects.waiting().filter(room=row.room)
+    if event.replies_to:
+        replied_to = waiting.filter(_to(row, event.replies_to))
+        if replied_to.exists():
+            return replied_to
+    here = Q(run__thread__conversation__room=row.room) & Q(
+        run__thread__conversation__root=event.thread_root
+    )
+    return waiting.filter(here | _to(row, event.thread_root) if event.thread_root else here)
+
+
+def _to(row: RoomEvent, event_id: str) -> Q:
+    """Return a condition: the reply is to this message, is this message as far as it is written, or is
+    to a message with which this one was merged."""
+    runs: set[str] = set()
+    found = Q(room=row.room, message__event_id=event_id)
+    while new := {
+        run_id
+        for run_id in Reply.objects.filter(found).values_list("run__merged_into", flat=True)
+        if run_id and run_id not in runs
+    }:
+        runs |= new
+        found = Q(run__in=new)
+    return Q(message__event_id=event_id) | Q(draft_id=event_id) | Q(run__in=runs)
 
 
 def answers_others(reply: Reply) -> bool:

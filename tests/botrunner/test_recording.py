@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 from django.db import IntegrityError
+from django.utils import timezone
 
 from agents.models import Run
 from agents.runs import execution
@@ -433,6 +434,49 @@ class TestCancelling:
         assert self.states(event(there), event("!cancel")) == ["queued"]
         take_in(Session.objects.get(), event({**there, "body": "!cancel"}))
         assert Run.objects.get().status == "cancelled"
+
+    def cancelled_by(self, *, draft: str = "", **relation: Any) -> list[str]:
+        """The messages whose runs a `!cancel` with a relation ends, of `one` and `two`."""
+        one, two = event("one"), event("two")
+        self.states(one, two)
+        if draft:
+            written = Reply.objects.filter(message__event_id=two["event_id"])
+            written.update(draft_id=draft, drafted_at=timezone.now())
+        target = {"one": one["event_id"], "two": two["event_id"]}
+        content = json.dumps({"m.relates_to": relation})
+        for name, event_id in target.items():
+            content = content.replace(f'"${name}"', f'"{event_id}"')
+        command = {"msgtype": "m.text", "body": "!cancel", **json.loads(content)}
+        take_in(Session.objects.get(), event(command))
+        ended = Run.objects.filter(status="cancelled", merged_into=None)
+        return list(ended.order_by("position").values_list("message__content", flat=True))
+
+    def test_in_a_thread_begun_on_a_question_that_question(self) -> None:
+        assert self.cancelled_by(rel_type="m.thread", event_id="$one") == ["one"]
+
+    def test_in_a_thread_with_a_fallback_that_question(self) -> None:
+        fallback = {"is_falling_back": True, "m.in_reply_to": {"event_id": "$one"}}
+        assert self.cancelled_by(rel_type="m.thread", event_id="$one", **fallback) == ["one"]
+
+    def test_in_a_reply_the_question_replied_to(self) -> None:
+        assert self.cancelled_by(**{"m.in_reply_to": {"event_id": "$two"}}) == ["two"]
+
+    def test_in_a_reply_to_something_else_all(self) -> None:
+        assert self.cancelled_by(**{"m.in_reply_to": {"event_id": "$x"}}) == ["one", "two"]
+
+    def test_in_a_thread_on_or_a_reply_to_an_unfinished_answer_that(self) -> None:
+        relation = {"rel_type": "m.thread", "event_id": "$draft"}
+        assert self.cancelled_by(draft="$draft", **relation) == ["two"]
+
+    def test_in_a_thread_on_a_merged_question_the_run_that_answers_it(self, settings: Any) -> None:
+        settings.CHAT_WHEN_BUSY = "merge"
+        assert self.cancelled_by(rel_type="m.thread", event_id="$one") == ["two"]
+
+    def test_in_a_thread_on_the_question_of_another_nothing(self) -> None:
+        question = event("Hello")
+        there = {"rel_type": "m.thread", "event_id": question["event_id"]}
+        content = {"msgtype": "m.text", "body": "!cancel", "m.relates_to": there}
+        assert self.states(question, event(content, BOB)) == ["queued"]
 
     def test_who_has_nothing_to_cancel_is_told(self) -> None:
         assert self.states(event("!cancel")) == []
