@@ -23,6 +23,7 @@ from botrunner.incoming import (
     decryption,
     handling,
     joining,
+    leaving,
     quotations,
     recording,
     submission,
@@ -75,6 +76,7 @@ class Bot:
         self._has_pending = self._has_keys = True
         self._invited = asyncio.Event()
         self.joiner = joining.Joiner(self.homeserver, session, self._invited)
+        self.leaver = leaving.Leaver(self.homeserver, session, self._forget_room)
         self._has_messages = asyncio.Event()
 
     def _new_drafts(self) -> "Drafts | None":
@@ -139,6 +141,7 @@ class Bot:
             ("Reply sweep", self.sender.compose, SWEEP_SECONDS),
             ("Typing indicator", self.sender.show_typing, SWEEP_SECONDS / 2),
             ("Joining", self._joins, SWEEP_SECONDS),
+            ("Leaving", self.leaver.leave_due, SWEEP_SECONDS),
             ("Pruning", self._prune, PRUNE_SECONDS),
         ]
         if self.drafts:
@@ -264,6 +267,11 @@ class Bot:
     async def _joins(self) -> None:
         self._invited.clear()
         await self.joiner.start_due()
+
+    def _forget_room(self, room_id: str) -> None:
+        """Treat the room as a new one when the bot joins it again."""
+        self._rooms.discard(room_id)
+        self._lookup.drop([room_id])
 
     async def _draft(self) -> None:
         self._has_messages.clear()

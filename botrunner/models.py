@@ -155,6 +155,11 @@ class Room(models.Model):
     )
     join_attempts = models.PositiveSmallIntegerField(default=0)
     join_due_at = models.DateTimeField(null=True, blank=True)
+    leave_due_at = models.DateTimeField(
+        null=True,
+        blank=True,
+        help_text="A refused invitation is declined, or a room without others is left, from then on.",
+    )
     error = models.TextField(blank=True)
     created_at = models.DateTimeField(default=timezone.now, editable=False)
     updated_at = models.DateTimeField(default=timezone.now, editable=False)
@@ -162,6 +167,14 @@ class Room(models.Model):
     class Meta:
         constraints = [
             models.UniqueConstraint(fields=["session", "room_id"], name="room_is_unique"),
+        ]
+        indexes = [
+            # leaving._due()
+            models.Index(
+                fields=["leave_due_at"],
+                name="room_leave_due",
+                condition=Q(leave_due_at__isnull=False),
+            ),
         ]
 
     def __str__(self) -> str:

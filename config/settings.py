@@ -363,6 +363,7 @@ BOT_RUNNER_USERNAME = env.text("BOT_RUNNER_USERNAME", "bot-runner")
 BOT_RUNNER_PASSWORD = env.text("BOT_RUNNER_PASSWORD", "password")
 # The users who may invite the bot, and those it ignores: patterns such as @*:example.org
 BOT_RUNNER_ALLOWED_INVITERS = env.words("BOT_RUNNER_ALLOWED_INVITERS", "*")
+BOT_RUNNER_LEAVE_EMPTY_ROOMS = env.flag("BOT_RUNNER_LEAVE_EMPTY_ROOMS", True)
 BOT_RUNNER_IGNORED_SENDERS = env.words("BOT_RUNNER_IGNORED_SENDERS")
 # An event that is older when the bot receives it is not answered.
 BOT_RUNNER_MAX_EVENT_AGE = env.seconds("BOT_RUNNER_MAX_EVENT_AGE", 24 * 3600, minimum=1)

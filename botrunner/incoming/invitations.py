@@ -87,6 +87,8 @@ def _record_invitation(
             "inviter": invitation.inviter,
             "join_attempts": attempts,
             "join_due_at": None if refusal else timezone.now(),
+            # A pending invitation could not be repeated.
+            "leave_due_at": timezone.now() if refusal else None,
             "error": refusal,
             "updated_at": timezone.now(),
         },

@@ -147,7 +147,10 @@ def _due(session: Session, active: list[int]) -> list[Due]:
         deactivated = User.objects.deactivated_among(due.inviter for due in due_rooms)
     if deactivated:
         rooms.filter(inviter__in=deactivated).update(
-            membership=Room.Membership.REFUSED, join_due_at=None, error=INVITER_DEACTIVATED
+            membership=Room.Membership.REFUSED,
+            join_due_at=None,
+            leave_due_at=Now(),
+            error=INVITER_DEACTIVATED,
         )
     return [due for due in due_rooms if due.inviter not in deactivated]
 
@@ -184,6 +187,7 @@ def _record_failure(pk: int, error: MatrixError) -> None:
     limit = MAX_ATTEMPTS if error.permanent else MAX_ATTEMPTS_UNANSWERED
     if room.join_attempts >= limit:
         room.membership, room.join_due_at = Room.Membership.REFUSED, None
+        room.leave_due_at = timezone.now()
         room.error = f"Given up after {limit} attempts: {error}"
     else:
         longest = MAX_PAUSE_SECONDS if error.permanent else MAX_PAUSE_UNANSWERED_SECONDS
@@ -196,6 +200,7 @@ def _record_failure(pk: int, error: MatrixError) -> None:
         error=room.error,
         join_attempts=room.join_attempts,
         join_due_at=room.join_due_at,
+        leave_due_at=room.leave_due_at,
         updated_at=room.updated_at,
     )
     logger.warning("Could not join room %s: %s", room.room_id, room.error)

@@ -40,6 +40,13 @@ def changes(events: Iterable[Any], moments: Mapping[str, datetime]) -> list[Memb
     return changes
 
 
+def has_leaves(events: Iterable[Any]) -> bool:
+    return any(
+        isinstance(event, dict) and event.get("type") == MEMBER and not is_joined(event)
+        for event in events
+    )
+
+
 def record(
     room: Room,
     changes: list[MembershipChange],

@@ -8,7 +8,7 @@ from django.db import transaction
 from django.db.models.functions import Now
 from django.utils import timezone
 
-from botrunner.incoming import members
+from botrunner.incoming import leaving, members
 from botrunner.incoming.batch import Batch, RoomUpdate
 from botrunner.incoming.classification import (
     Classified,
@@ -51,8 +51,14 @@ def record_sync(session: Session, holder: str, batch: Batch, submit: Submit | No
         if batch.invitations:
             record_invitations(session, batch.invitations)
         if batch.left:
-            Room.objects.filter(session=session, room_id__in=batch.left).update(
-                membership=Room.Membership.LEFT, join_due_at=None, updated_at=Now()
+            left = Room.objects.filter(session=session, room_id__in=batch.left)
+            # A refused invitation that was declined or taken back keeps its reason.
+            left.filter(membership=Room.Membership.REFUSED).update(leave_due_at=None)
+            left.exclude(membership=Room.Membership.REFUSED).update(
+                membership=Room.Membership.LEFT,
+                join_due_at=None,
+                leave_due_at=None,
+                updated_at=Now(),
             )
     return remaining
 
@@ -92,10 +98,14 @@ def _record_members(
     others = Room.objects.filter(session=session, room_id__in=batch.members.keys() - updated)
     for room in others if batch.members else ():
         members.record(room, [], batch.members[room.room_id], otherwise=ended)
+    # Those that someone has left, or whose members were fetched.
+    changed = {*batch.members, *(u.room_id for _, u in updates if members.has_leaves(u.events))}
     for room_ids, known in ((batch.members_lost, False), (batch.members.keys(), True)):
         if room_ids:
             rows = Room.objects.filter(session=session, room_id__in=list(room_ids))
             rows.update(members_known=known)
+    if changed:
+        leaving.mark_empty(session, list(changed))
 
 
 def _record_rooms(session: Session, joined: list[RoomUpdate]) -> list[Room]:
@@ -119,9 +129,13 @@ def _record_room(session: Session, update: RoomUpdate, room: Room | None) -> Roo
     encrypted = room.is_encrypted or update.is_encrypted  # encryption is never switched off
     if room.membership != Room.Membership.JOINED or room.is_encrypted != encrypted:
         room.membership, room.is_encrypted = Room.Membership.JOINED, encrypted
-        room.join_due_at, room.error, room.updated_at = None, "", timezone.now()
+        room.join_due_at = room.leave_due_at = None
+        room.error, room.updated_at = "", timezone.now()
         room.save(
-            update_fields=["membership", "is_encrypted", "join_due_at", "error", "updated_at"]
+            update_fields=[
+                *("membership", "is_encrypted", "join_due_at", "leave_due_at"),
+                *("error", "updated_at"),
+            ]
         )
         logger.info("Joined room %s", room.room_id)
     return room

@@ -314,9 +314,11 @@ class Homeserver:
         body = await self.request("GET", path)
         return responses.events(body.get("chunk")), str(body.get("end") or "")
 
-    async def members(self, room_id: str, at: str, *, seconds: float) -> list[dict[str, Any]]:
-        """Return the membership events of the room's members at a sync's position."""
-        query = urlencode({"membership": "join"} | ({"at": at} if at else {}))
+    async def members(
+        self, room_id: str, at: str, *, seconds: float, membership: str = "join"
+    ) -> list[dict[str, Any]]:
+        """Return the events of all who have a membership, at a sync's position or (if empty) now."""
+        query = urlencode({"membership": membership} | ({"at": at} if at else {}))
         path = f"{API}/rooms/{quote(room_id, safe='')}/members?{query}"
         body = await self.request("GET", path, seconds=seconds)
         if not isinstance(body.get("chunk"), list):
@@ -355,6 +357,11 @@ class Homeserver:
     async def join(self, room_id: str, *, seconds: float = REQUEST_SECONDS) -> None:
         """Join a room. The homeserver continues a join after a timeout."""
         await self.request("POST", f"{API}/join/{quote(room_id, safe='')}", {}, seconds=seconds)
+
+    async def leave(self, room_id: str, reason: str, *, seconds: float) -> None:
+        """Leave a room, or decline the invitation to it."""
+        path = f"{API}/rooms/{quote(room_id, safe='')}/leave"
+        await self.request("POST", path, {"reason": reason}, seconds=seconds)
 
     async def typing(self, room_id: str, is_typing: bool, seconds: float) -> None:
         await self._call(self.nio.room_typing(room_id, is_typing, int(seconds * 1000)))

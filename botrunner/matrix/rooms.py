@@ -98,6 +98,19 @@ async def may_moderate(homeserver: Homeserver, room_id: str, user_id: str) -> bo
     return not event and create.get("sender") == user_id and needed <= POWER_OF_CREATOR
 
 
+async def may_be_joined_by_others(homeserver: Homeserver, room_id: str) -> bool:
+    """Return whether the room has a member besides the bot, or may get one without the bot: by an
+    invitation that is pending or by its join rule. Raises `MatrixError`."""
+    for membership in ("join", "invite"):
+        events = await homeserver.members(
+            room_id, "", seconds=LOOKUP_SECONDS, membership=membership
+        )
+        if any(event.get("state_key") != homeserver.user_id for event in events):
+            return True
+    rule = await homeserver.state(room_id, "m.room.join_rules", seconds=LOOKUP_SECONDS)
+    return _content(rule).get("join_rule", "invite") not in ("invite", "private")
+
+
 def _power(levels: dict[str, Any], user_id: str) -> int:
     default = _level(levels.get("users_default"), 0)
     users = levels.get("users")

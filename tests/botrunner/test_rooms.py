@@ -325,3 +325,55 @@ def test_a_revoked_token_is_replaced_on_the_same_device(world: World, alice: Acc
     after = Session.objects.get()
     assert after.access_token != before.access_token
     assert world.log().count("Logged in again") == 1
+
+
+def test_a_refused_invitation_is_declined_and_may_be_repeated(
+    world: World, alice: Account, account: Callable[[str], Account]
+) -> None:
+    bob = account("bob")
+    register(bob)
+    world.start("worker", "bot", BOT_RUNNER_ALLOWED_INVITERS=alice.user_id)
+    room = world.synapse.create_room(bob, [world.bot_id])
+    path = f"/_matrix/client/v3/rooms/{room}/state/m.room.member/{quote(world.bot_id)}"
+
+    def membership() -> str:
+        return str(world.synapse.call("GET", path, bob.token)["membership"])
+
+    world.wait("the bot to decline", lambda: membership() == "leave")
+    refused = Room.objects.get(room_id=room)
+    assert refused.membership == Room.Membership.REFUSED
+    assert refused.error == "BOT_RUNNER_ALLOWED_INVITERS does not name the inviter."
+    assert world.kill("bot", signal.SIGTERM) == 0
+
+    world.start("bot")
+    world.synapse.invite(bob, room, world.bot_id)
+    question = world.synapse.send(bob, room, "Hello")
+    assert world.answer(bob, room, question)["body"] == "Handled prompt: Hello"
+
+
+def test_an_empty_room_is_left_and_joined_again_on_an_invitation(
+    world: World, alice: Account, account: Callable[[str], Account]
+) -> None:
+    register(alice)
+    world.start("worker", "bot")
+    bob = account("bob")
+    room = world.invite(alice)
+    used = world.invite(alice)
+    for each in (room, used):
+        world.synapse.invite(alice, each, bob.user_id)
+        world.synapse.call("POST", f"/_matrix/client/v3/join/{each}", bob.token, {})
+    # The room can be used again by someone who was invited before.
+    world.synapse.call("POST", f"/_matrix/client/v3/rooms/{used}/leave", bob.token, {})
+    world.synapse.invite(alice, used, bob.user_id)
+    for each in (room, used):
+        world.synapse.call("POST", f"/_matrix/client/v3/rooms/{each}/leave", alice.token, {})
+    world.synapse.call("POST", f"/_matrix/client/v3/rooms/{room}/leave", bob.token, {})
+    world.wait("the bot to leave", lambda: Room.objects.get(room_id=room).membership == "left")
+    looked_at = Room.objects.filter(room_id=used, leave_due_at=None, membership="joined")
+    world.wait("the bot to stay", looked_at.exists)
+
+    world.synapse.call("POST", f"/_matrix/client/v3/join/{used}", bob.token, {})
+    world.synapse.invite(bob, used, alice.user_id)
+    world.synapse.call("POST", f"/_matrix/client/v3/join/{used}", alice.token, {})
+    question = world.synapse.send(alice, used, "Hello")
+    assert world.answer(alice, used, question)["body"] == "Handled prompt: Hello"
