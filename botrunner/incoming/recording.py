@@ -50,17 +50,24 @@ def record_sync(session: Session, holder: str, batch: Batch, submit: Submit | No
         remaining = _record_events(updates, session.user_id, moments, submit)
         if batch.invitations:
             record_invitations(session, batch.invitations)
-        if batch.left:
-            left = Room.objects.filter(session=session, room_id__in=batch.left)
-            # A refused invitation that was declined or taken back keeps its reason.
-            left.filter(membership=Room.Membership.REFUSED).update(leave_due_at=None)
-            left.exclude(membership=Room.Membership.REFUSED).update(
-                membership=Room.Membership.LEFT,
-                join_due_at=None,
-                leave_due_at=None,
-                updated_at=Now(),
-            )
+        _record_left(session, batch)
     return remaining
+
+
+def _record_left(session: Session, batch: Batch) -> None:
+    # A room that the bot has left and is invited to again may be among both.
+    room_ids = set(batch.left) - {invitation.room_id for invitation in batch.invitations}
+    if not room_ids:
+        return
+    left = Room.objects.filter(session=session, room_id__in=room_ids)
+    # A refused invitation that was declined or taken back keeps its reason.
+    left.filter(membership=Room.Membership.REFUSED).update(leave_due_at=None)
+    left.exclude(membership=Room.Membership.REFUSED).update(
+        membership=Room.Membership.LEFT,
+        join_due_at=None,
+        leave_due_at=None,
+        updated_at=Now(),
+    )
 
 
 def _remember_names(session: Session, batch: Batch) -> None:

@@ -177,3 +177,9 @@ class TestInvitations:
         recording.record_sync(row, HOLDER, Batch("s9", left=["!new"]))
         room = Room.objects.get(room_id="!new")
         assert (room.membership, room.error, room.leave_due_at) == ("refused", reason, None)
+
+    def test_that_follow_a_refusal_within_a_sync_are_followed(self) -> None:
+        row = session()
+        batch = Batch("s9", invitations=[Invitation("!new", ALICE)], left=["!new"])
+        recording.record_sync(row, HOLDER, batch)
+        assert Room.objects.get(room_id="!new").membership == "invited"
