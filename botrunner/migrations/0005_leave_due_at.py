@@ -6,7 +6,7 @@ from django.db import migrations, models
 class Migration(migrations.Migration):
 
     dependencies = [
-        ('botrunner', '0003_session_names'),
+        ('botrunner', '0004_resume_kind'),
     ]
 
     operations = [
