@@ -1,5 +1,6 @@
 """Paging, period filter and search of lists whose cost per page does not grow with the table."""
 
+import logging
 import uuid
 from datetime import timedelta
 from functools import cached_property
@@ -7,16 +8,31 @@ from typing import Any
 
 from django.contrib import messages
 from django.contrib.admin import ShowFacets, SimpleListFilter
-from django.contrib.admin.views.main import PAGE_VAR, SEARCH_VAR
-from django.core.exceptions import ValidationError
+from django.contrib.admin.views.main import ERROR_FLAG, PAGE_VAR, SEARCH_VAR
+from django.core.exceptions import PermissionDenied, SuspiciousOperation, ValidationError
 from django.core.paginator import Paginator
 from django.db.models import Model, QuerySet
-from django.http import HttpRequest, HttpResponse, HttpResponseRedirect
+from django.db.models.constants import LOOKUP_SEP
+from django.http import Http404, HttpRequest, HttpResponse, HttpResponseRedirect
+from django.template.response import TemplateResponse
 from django.utils import timezone
+
+logger = logging.getLogger(__name__)
 
 MAX_PAGES = 50
 MAX_COUNT = 10_000
 MAX_FOUND = 1000
+
+
+REFUSED_LOOKUPS = frozenset({"regex", "iregex"})
+# What Django answers with a status of its own.
+ANSWERED = (SuspiciousOperation, PermissionDenied, Http404)
+
+
+def _without_query(request: HttpRequest) -> HttpResponse:
+    """Show the list without the query, which is not valid."""
+    messages.error(request, "The filter in the address is not valid, so it was removed.")
+    return HttpResponseRedirect(request.path)
 
 
 class AtLeast(int):
@@ -115,8 +131,28 @@ class PagedMixin:
             rest = request.GET.copy()
             del rest[PAGE_VAR]
             return HttpResponseRedirect(f"{request.path}?{rest.urlencode()}")
-        response: HttpResponse = super().changelist_view(request, extra_context)  # type: ignore[misc]
+        try:
+            response: HttpResponse = super().changelist_view(request, extra_context)  # type: ignore[misc]
+            if isinstance(response, TemplateResponse):
+                response.render()  # which reads the rows
+        except ANSWERED:
+            raise
+        except Exception as error:
+            # Of a filter that the database cannot apply; any other shows in the list without a query.
+            if not request.GET:
+                raise
+            logger.warning("List refused: %s for its query", type(error).__name__)
+            return _without_query(request)
+        if response.get("Location", "").endswith(f"?{ERROR_FLAG}=1"):
+            return _without_query(request)
         return response
+
+    def lookup_allowed(self, lookup: str, value: Any, request: HttpRequest) -> bool:
+        """Refuse regular expressions: one may take the database minutes."""
+        if not REFUSED_LOOKUPS.isdisjoint(lookup.split(LOOKUP_SEP)):
+            return False
+        allowed: bool = super().lookup_allowed(lookup, value, request)  # type: ignore[misc]
+        return allowed
 
     def get_search_results(
         self, request: HttpRequest, queryset: QuerySet[Any], search_term: str

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from lib import terminal
 from ops import local
 
 START = "Start the local stack (make run), or set DATABASE_URL and REDIS_URL."
@@ -16,7 +17,10 @@ def main(arguments: list[str]) -> None:
     os.environ.setdefault("DJANGO_SETTINGS_MODULE", "config.settings")
     from django.core.management import execute_from_command_line
 
-    with errors_in_a_sentence(is_running=stack is not None, verbose="--traceback" in arguments):
+    with (
+        terminal.streams(),
+        errors_in_a_sentence(is_running=stack is not None, verbose="--traceback" in arguments),
+    ):
         execute_from_command_line(arguments)
 
 

@@ -13,6 +13,7 @@ from django.conf import settings
 from django.core.management.base import BaseCommand, CommandError, CommandParser
 
 from botrunner.matrix.events import REPLY_FIELD
+from lib.terminal import printable
 
 CLIENT = "/_matrix/client/v3"
 CALL_SECONDS = 30
@@ -53,7 +54,7 @@ class Command(BaseCommand):
         realm = Service("The realm server", given.get("realm_url") or default_realm_url())
         bot = given.get("bot") or settings.BOT_RUNNER_USERNAME
         with matrix.client, realm.client:
-            person = Person(matrix, realm, self.stdout.write)
+            person = Person(matrix, realm, self._write)
             person.log_in(given["user"], given["password"])
             try:
                 person.get_realm_token()
@@ -62,7 +63,16 @@ class Command(BaseCommand):
                 answer = person.ask(room_id, message, seconds)
             finally:
                 person.log_out()
-        self.stdout.write(f"\n{answer}")
+        self._write(f"\n{answer}")
+
+    def execute(self, *args: Any, **options: Any) -> str | None:
+        try:
+            return super().execute(*args, **options)
+        except CommandError as error:
+            raise CommandError(printable(str(error))) from None
+
+    def _write(self, text: str) -> None:
+        self.stdout.write(printable(text))
 
 
 def default_realm_url() -> str:

@@ -8,6 +8,7 @@ from typing import Any
 from django.conf import settings
 from django.core.management.base import BaseCommand
 
+from lib.terminal import printable
 from ops import doctor, local
 
 
@@ -48,10 +49,10 @@ class Command(BaseCommand):
             name = "" if finding.check == last else finding.check
             last = finding.check
             level = styles[finding.level](f"{finding.level:<6}")
-            self.stdout.write(f"  {level}  {name:<{width}}  {finding.message}")
+            self.stdout.write(f"  {level}  {name:<{width}}  {printable(finding.message)}")
             if finding.fix:
                 self.stdout.write(
-                    f"          {'':<{width}}  {self.style.NOTICE('→')} {finding.fix}"
+                    f"          {'':<{width}}  {self.style.NOTICE('→')} {printable(finding.fix)}"
                 )
         if levels[doctor.BROKEN]:
             summary = self.style.ERROR(f"{levels[doctor.BROKEN]} broken")
