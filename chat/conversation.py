@@ -55,7 +55,7 @@ class ConversationTurn:
 
     @property
     def reasoning(self) -> list[str]:
-        """What the model wrote before its answer, in the run's last attempt."""
+        """The text that the model wrote before its answer, in the run's last attempt."""
         if self.run is None or (self.answer and self.answer.redacted_at):
             return []
         texts = (

@@ -10,16 +10,18 @@ from rest_framework.test import APIClient
 
 from agents import inbox
 from agents.llm import completions
-from agents.models import Event, Limit, Run, Spending, today
+from agents.models import Event, Limit, Run, Spending, Step, today
 from agents.runs import actions, execution, memory
-from agents.usage import limits
+from agents.usage import limits, prices
 from botrunner.models import Reply as RoomReply
 from botrunner.outgoing import queue
+from chat import representation
 from chat.models import Thread
 from tests import factories
 from tests.agents.test_runs import in_background, reload
 from tests.botrunner.scenes import command, event, session, take_in
 from tests.fakes.llm import Cut, Failure, FakeLLM, Reply, ToolCall
+from tests.fakes.servers import answer
 
 # A purse is put right when its transaction is committed.
 pytestmark = pytest.mark.django_db(transaction=True)
@@ -41,6 +43,10 @@ def used(run: Run) -> int:
     return found.prompt_tokens + found.completion_tokens
 
 
+def usage_of(step: Step) -> completions.TokenUsage:
+    return completions.TokenUsage(step.prompt_tokens, step.completion_tokens)
+
+
 class TestTokens:
     def test_what_a_run_took_is_counted_with_its_outcome(
         self, model: FakeLLM, settings: Any
@@ -54,6 +60,32 @@ class TestTokens:
         execution.execute(second.pk)
         assert spent() == used(first) + used(second)
         assert model.requests[0].body["max_completion_tokens"] == OUTPUT
+
+    @pytest.mark.parametrize(
+        "behaviour",
+        [
+            answer("llama_cpp_python", "ok"),
+            answer("vllm", "error"),
+            Cut(after=3),
+            Cut(after=3, clean=True),
+        ],
+    )
+    def test_what_was_not_reported_is_estimated_the_same_everywhere(
+        self, model: FakeLLM, settings: Any, behaviour: Any
+    ) -> None:
+        settings.LIMIT_USER_TOKENS_PER_DAY = 5000
+        factories.price()
+        model.script(behaviour)
+        run = factories.ask()
+        execution.execute(run.pk)
+
+        run, step = reload(run), Step.objects.get()
+        assert 0 < spent() == used(run) == step.prompt_tokens + step.completion_tokens
+        assert run.usage_is_estimated
+        assert step.usage_is_estimated
+        assert run.cost == step.cost == prices.cost(run.model, usage_of(step))
+        assert run.cost
+        assert representation.usage_json(run)["estimated"] is True
 
     def test_a_question_that_cannot_be_paid_for_is_not_accepted(
         self, model: FakeLLM, settings: Any, api: APIClient

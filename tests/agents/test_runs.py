@@ -13,12 +13,13 @@ from django.db.models.functions import Now
 from django.utils import timezone
 
 from agents.events import publisher
-from agents.models import Attempt, Event, Run, Step
+from agents.models import Attempt, Event, Run, Step, Summary
 from agents.runs import actions, commands, execution, memory, outcomes
 from chat import representation
 from chat.models import Message
 from tests import factories
 from tests.fakes.llm import CONTEXT_TOO_LONG, Cut, Failure, FakeLLM, Hang, Reply, call_tool, held
+from tests.fakes.servers import answer
 
 pytestmark = pytest.mark.django_db
 
@@ -594,3 +595,60 @@ def _read_so_far(run: Run) -> str:
     return "".join(
         piece for each in told if isinstance(each, publisher.Text) for piece in each.pieces
     )
+
+
+class TestReasoning:
+    THOUGHT = "<think>\nDepots rarely sleep.\n</think>\n\n"
+
+    def test_it_is_kept_with_the_step_and_goes_nowhere_else(
+        self, model: FakeLLM, settings: Any
+    ) -> None:
+        settings.CHAT_MEMORY_RECENT_MESSAGES = 2
+        model.reset(Reply(lambda call: f"{self.THOUGHT}Answer to: {call.last_user[-9:]}"))
+        first = factories.ask("Is it open?")
+        execution.execute(first.pk)
+        second = factories.ask("Sure then?", thread_id=first.thread_id)
+        execution.execute(second.pk)
+        memory.summarise(first.thread_id)
+
+        assert {step.reasoning for step in Step.objects.all()} == {"Depots rarely sleep."}
+        answers = Message.objects.filter(role="assistant").values_list("content", flat=True)
+        assert all(answer.startswith("Answer to: ") for answer in answers)
+        assert Summary.objects.exists()
+        kept = [
+            *Summary.objects.values_list("text", flat=True),
+            *Event.objects.values_list("payload"),
+        ]
+        assert "sleep" not in str(kept)
+        assert "sleep" not in str([call.messages for call in model.requests])
+
+    def test_a_limit_that_it_used_up_is_no_reason_to_retry(self, model: FakeLLM) -> None:
+        model.script(answer("vllm", "exhausted"))
+        run = factories.ask()
+        execution.execute(run.pk)
+
+        run, step = reload(run), Step.objects.get()
+        assert (run.status, run.error_code, run.attempt) == ("failed", "output_limit", 1)
+        assert run.safe_error == "The model used up its output limit before it answered."
+        assert (step.error, step.finish_reason) == (run.safe_error, "length")
+        assert step.reasoning == "Depots rarely sleep."
+        assert run.finish_reason == "length"
+
+    def test_a_refusal_is_the_answer(self, model: FakeLLM) -> None:
+        model.script(answer("openai", "refusal"))
+        run = factories.ask()
+        execution.execute(run.pk)
+
+        run = reload(run)
+        assert run.answer is not None
+        assert run.answer.content == "I cannot open it."
+
+    def test_ids_of_calls_are_unique_in_a_run(self, model: FakeLLM, settings: Any) -> None:
+        settings.AGENT_TOOLS = ["current_time"]
+        model.script(call_tool("current_time"), call_tool("current_time"), Reply("Late."))
+        execution.execute(factories.ask().pk)
+
+        results = [each for each in model.requests[-1].messages if each["role"] == "tool"]
+        ids = [each["tool_call_id"] for each in results]
+        assert ids[0] == "call_1"
+        assert len(set(ids)) == 2

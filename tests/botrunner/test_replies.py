@@ -19,6 +19,8 @@ from botrunner.outgoing.splitting import split
 from chat.markdown import to_html
 from tests.botrunner.scenes import ROOM, command, event, session, take_in
 from tests.factories import conversation
+from tests.fakes.llm import FakeLLM
+from tests.fakes.llm import Reply as Answer
 from tests.plans import explain
 
 pytestmark = pytest.mark.django_db
@@ -41,6 +43,22 @@ def test_a_reply_relates_to_its_question_and_names_nobody() -> None:
     assert content["body"] == "Handled prompt: Hi"
     assert content["m.relates_to"] == {"m.in_reply_to": {"event_id": reply.message.event_id}}
     assert content["m.mentions"] == {}
+
+
+def test_an_answer_that_was_cut_off_says_so_outside_its_code(model: FakeLLM) -> None:
+    model.script(Answer("Run:\n```sh\nmake", finish_reason="length"))
+    [reply] = ready("How?")
+    [content] = reply.parts
+    assert content["body"].endswith("\nmake\n```\n\nThe answer was cut off at the output limit.")
+    assert "<p>The answer was cut off at the output limit.</p>" in content["formatted_body"]
+
+
+def test_reasoning_does_not_reach_a_room(model: FakeLLM) -> None:
+    model.script(Answer("<think>Depots rarely sleep.</think>\nIt is open."))
+    [reply] = ready("Is it?")
+    [content] = reply.parts
+    assert content["body"] == "It is open."
+    assert "sleep" not in str(content)
 
 
 def test_a_failure_is_said_in_plain_words() -> None:

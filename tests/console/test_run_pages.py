@@ -66,6 +66,21 @@ def queries_of(client: Client, address: str) -> int:
 
 
 class TestTrace:
+    def test_it_shows_why_the_model_stopped_its_reasoning_and_estimates(
+        self, admin_client: Client, model: FakeLLM
+    ) -> None:
+        body = (
+            b'data: {"choices":[{"delta":{"reasoning":"Depots rarely sleep.","content":"It is"},'
+            b'"finish_reason":"length"}]}\n\n'
+        )
+        model.script(llm.Raw(body))
+        run = factories.ask()
+        execution.execute(run.pk)
+        page = text_of(admin_client, url(run))
+        assert "<dt>Finish reason</dt><dd>length</dd>" in page
+        assert "Depots rarely sleep." in page
+        assert "out (estimated)" in page
+
     def test_it_leads_from_the_registration_to_the_room(
         self, admin_client: Client, run: Run
     ) -> None:
