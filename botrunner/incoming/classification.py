@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
 
@@ -70,13 +70,49 @@ def classify(events: list[tuple[Room, TimelineEvent]], me: str) -> list[Classifi
     messages = RoomEvent.objects.messages_among(targets) if targets else set()
     redacted = [event.redacts for _, event in events if event.redacts]
     known = _known(events, redacted) if redacted else set()
+    unanswered = _unanswered(targets)
     classified = []
     for room, event in events:
         each = _classify(room, event, rules, messages, known)
+        if original := unanswered.get(event.edits or ""):
+            each = _as_question(original, each, rules)
+        elif each.row.kind == RoomEvent.Kind.OTHER:
+            unanswered[event.event_id] = each.row
         if each.row.kind in RoomEvent.MESSAGES:
             messages.add(event.event_id)
         classified.append(each)
     return classified
+
+
+def _unanswered(event_ids: list[str]) -> dict[str, RoomEvent]:
+    """Return recorded events that were not for the bot, by their ids."""
+    if not event_ids:
+        return {}
+    rows = RoomEvent.objects.filter(event_id__in=event_ids, kind=RoomEvent.Kind.OTHER)
+    return {row.event_id: row for row in rows}
+
+
+def _as_question(original: RoomEvent, edit: Classified, rules: RuleSet) -> Classified:
+    """Return the edit as one to handle if it makes a message for the bot of an event that was none."""
+    if original.room_id != edit.row.room_id or original.sender != edit.row.sender:
+        return edit
+    if is_too_old(edit.event) or (asked := question_of(original, edit.event)) is None:
+        return edit
+    if not rules.match(asked).fired:
+        return edit
+    return _pending(edit.row.room, edit.event, RoomEvent.Kind.EDIT)
+
+
+def question_of(original: RoomEvent, edit: TimelineEvent) -> TimelineEvent | None:
+    """Return an event that was not for the bot as it is after an edit; None if it is too old. Of such
+    an event no content is recorded."""
+    event = TimelineEvent(
+        original.event_id, original.sender, original.sent_at, edit.type, {}, dict(edit.source)
+    )
+    if is_too_old(event):
+        return None
+    edited = event.edited_by(edit)
+    return edited and replace(edited, source={**edited.source, "event_id": original.event_id})
 
 
 def _known(events: list[tuple[Room, TimelineEvent]], redacted: list[str]) -> set[str]:

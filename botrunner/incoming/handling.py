@@ -3,7 +3,6 @@ a transaction of its own."""
 
 import logging
 from collections.abc import Iterable
-from dataclasses import replace
 
 from django.db import transaction
 
@@ -11,6 +10,7 @@ from agents import inbox
 from agents.models import Run
 from agents.runs import actions, corrections
 from botrunner.incoming import quotations
+from botrunner.incoming.classification import question_of
 from botrunner.incoming.controls import (
     answers_others,
     cancel_runs,
@@ -19,7 +19,7 @@ from botrunner.incoming.controls import (
 )
 from botrunner.incoming.matching import SENDER_DEACTIVATED, prompt_of
 from botrunner.incoming.submission import submit
-from botrunner.matrix.events import TimelineEvent
+from botrunner.matrix.events import TimelineEvent, storable
 from botrunner.models import Reply, Room, RoomEvent
 from lib.tracing import tagged
 from realm.filters import EventFilter, InvalidFilter
@@ -81,7 +81,7 @@ def _handle(
     if row.kind != RoomEvent.Kind.REDACTION and User.objects.deactivated_among([event.sender]):
         return SENDER_DEACTIVATED
     if row.kind == RoomEvent.Kind.EDIT:
-        return _edit(row, event, me)
+        return _edit(row, event, me, found)
     if row.kind == RoomEvent.Kind.CANCEL:
         return cancel_runs(row, event, me, moderates)
     if row.kind == RoomEvent.Kind.FORGET:
@@ -98,15 +98,18 @@ def give_up(pk: int) -> None:
     )
 
 
-def _edit(row: RoomEvent, event: TimelineEvent, me: str) -> str:
+def _edit(row: RoomEvent, event: TimelineEvent, me: str, found: quotations.Found | None) -> str:
     # In the same room: texts of another room must not enter this one's context.
     known = RoomEvent.objects.filter(room=row.room, sender=event.sender)
     original_row = known.filter(event_id=event.edits).first()
+    if original_row and original_row.kind == RoomEvent.Kind.OTHER:
+        return _ask(original_row, question_of(original_row, event), me, found)
     original = TimelineEvent.parse(original_row.source) if original_row else None
-    new_content = event.content.get("m.new_content")
-    if original_row is None or original is None or not isinstance(new_content, dict):
+    edited = original.edited_by(event) if original else None
+    if original_row is None or original is None or edited is None:
         return "It edits no message of the same sender."
-    edited = replace(original, content={**original.content, **new_content})
+    if _was_refused(original_row):
+        return _ask(original_row, edited, me, found)
     changed = False
     replies = original_row.replies.exclude(run=None).select_related("bot_command")
     for reply in replies.order_by("run__thread", "run__position"):
@@ -118,6 +121,31 @@ def _edit(row: RoomEvent, event: TimelineEvent, me: str) -> str:
         return "It edits no message that is still there, or leaves nothing of it."
     logger.info("Message %s was edited", original.event_id)
     return ""
+
+
+def _was_refused(row: RoomEvent) -> bool:
+    """Return whether a message got only the notice that it is incomplete."""
+    keys = row.replies.values_list("key", flat=True)
+    return bool(keys) and all(key.startswith("refused.") for key in keys)
+
+
+def _ask(
+    row: RoomEvent, edited: TimelineEvent | None, me: str, found: quotations.Found | None
+) -> str:
+    """Submit an event that started no run as it is after an edit."""
+    if edited is None:
+        return "It edits no message of the same sender."
+    asks = RoomEvent.objects.filter(pk=row.pk, kind=row.kind, state=row.state)
+    source = storable(edited.source)
+    row.kind, row.state, row.source = RoomEvent.Kind.MESSAGE, RoomEvent.State.HANDLED, source
+    row.note = ""
+    if not asks.update(kind=row.kind, state=row.state, source=source, note=""):
+        return "It edits a message that is answered."
+    note = submit(row, TimelineEvent.parse(source) or edited, me, found)
+    if note:
+        row.note, row.state, row.source = note, RoomEvent.State.IGNORED, None
+    row.save(update_fields=["state", "source", "note", "verdicts"])
+    return note
 
 
 def _filter_of(command: BotCommand | None) -> EventFilter | None:

@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from typing import Any, TypeGuard
@@ -70,6 +70,14 @@ class TimelineEvent:
     def edits(self) -> str | None:
         """The id of the event that this one edits."""
         return _id_of(self.relation, "event_id") if self._relates("m.replace") else None
+
+    def edited_by(self, edit: "TimelineEvent") -> "TimelineEvent | None":
+        """Return this event with the content of an edit; None if the edit has none."""
+        new_content = edit.content.get("m.new_content")
+        if not isinstance(new_content, dict):
+            return None
+        content = {**self.content, **new_content}
+        return replace(self, content=content, source={**self.source, "content": content})
 
     @property
     def redacts(self) -> str | None:

@@ -285,6 +285,63 @@ def test_an_edit_changes_a_question_that_waits() -> None:
     assert Run.objects.count() == 1
 
 
+class TestAnEditThatMakesAQuestion:
+    def test_of_what_was_none_is_answered_once(self) -> None:
+        command(prefix="!ask ")
+        row = session()
+        said = event("!aks what?")
+        take_in(row, said)
+        take_in(row, edit(said, "!ask what?"))
+        assert questions() == ["what?"]
+        assert Reply.objects.get().message.event_id == said["event_id"]
+        take_in(row, edit(said, "!ask what now?"))
+        assert questions() == ["what now?"]
+        assert Run.objects.count() == 1
+
+    def test_in_the_same_sync(self) -> None:
+        command(prefix="!ask ")
+        said = event("!aks what?")
+        take_in(session(), said, edit(said, "!ask what?"))
+        assert questions() == ["what?"]
+
+    def test_of_a_prefix_alone(self) -> None:
+        command(prefix="!ask ")
+        row = session()
+        said = event("!ask")
+        take_in(row, said)
+        take_in(row, edit(said, "!ask what?"))
+        assert questions() == ["what?"]
+
+    def test_not_by_another(self) -> None:
+        command(ALICE, prefix="!ask ")
+        command(BOB, prefix="!ask ")
+        row = session()
+        said = event("!aks what?")
+        take_in(row, said)
+        take_in(row, edit(said, "!ask what?", BOB))
+        assert questions() == []
+
+    def test_not_of_what_is_old(self, settings: Any) -> None:
+        settings.BOT_RUNNER_MAX_EVENT_AGE = 3600
+        command(prefix="!ask ")
+        row = session()
+        said = event("!aks what?", age=7200)
+        take_in(row, said)
+        take_in(row, edit(said, "!ask what?"))
+        assert questions() == []
+
+    def test_not_of_what_was_never_recorded(self) -> None:
+        command(prefix="!ask ")
+        take_in(session(), edit(event("!aks what?"), "!ask what?"))
+        assert questions() == []
+
+    def test_that_is_none_after_all_leaves_no_words(self) -> None:
+        command(prefix="!ask ")
+        said = event("!aks what?")
+        take_in(session(), said, edit(said, "never mind"))
+        assert set(RoomEvent.objects.values_list("source", flat=True)) == {None}
+
+
 def test_an_edit_by_somebody_else_changes_nothing() -> None:
     command()
     row = session()

@@ -198,11 +198,11 @@ def test_an_edit_or_redaction_of_nothing_is_told(said: Any, note: str) -> None:
     assert (only().note, only().source) == (note, None)
 
 
-def test_an_edit_of_a_remark_is_no_question() -> None:
+def test_an_edit_that_makes_no_question_of_a_remark_is_none() -> None:
     command(prefix="!ask ")
     row = session()
     remark = event(SECRET)
-    new = {"msgtype": "m.text", "body": "!ask this"}
+    new = {"msgtype": "m.text", "body": "another remark"}
     relation = {"rel_type": "m.replace", "event_id": remark["event_id"]}
     take_in(row, remark)
     edit = event({**new, "m.new_content": new, "m.relates_to": relation})
