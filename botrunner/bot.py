@@ -240,7 +240,9 @@ class Bot:
             moderates = await rooms.may_moderate(self.homeserver, needed.room_id, needed.user_id)
             await database_sync_to_async(handling.handle)(pk, me, moderates=moderates)
         except quotations.EventsNeeded as missing:
-            found = await self._events.fetch(missing.room_id, missing.event_ids)
+            found = await self._events.fetch(
+                missing.room_id, missing.event_ids, related=missing.related
+            )
             await database_sync_to_async(handling.handle)(pk, me, found=found)
 
     async def _decrypt(self, me: str) -> int:

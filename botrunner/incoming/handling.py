@@ -3,6 +3,7 @@ a transaction of its own."""
 
 import logging
 from collections.abc import Iterable
+from dataclasses import replace
 
 from django.db import transaction
 
@@ -103,7 +104,7 @@ def _edit(row: RoomEvent, event: TimelineEvent, me: str, found: quotations.Found
     known = RoomEvent.objects.filter(room=row.room, sender=event.sender)
     original_row = known.filter(event_id=event.edits).first()
     if original_row and original_row.kind == RoomEvent.Kind.OTHER:
-        return _ask(original_row, question_of(original_row, event), me, found)
+        return _ask(original_row, _question_of(original_row, event, found), me, found)
     original = TimelineEvent.parse(original_row.source) if original_row else None
     edited = original.edited_by(event) if original else None
     if original_row is None or original is None or edited is None:
@@ -121,6 +122,23 @@ def _edit(row: RoomEvent, event: TimelineEvent, me: str, found: quotations.Found
         return "It edits no message that is still there, or leaves nothing of it."
     logger.info("Message %s was edited", original.event_id)
     return ""
+
+
+def _question_of(
+    row: RoomEvent, edit: TimelineEvent, found: quotations.Found | None
+) -> TimelineEvent | None:
+    """Return an event that was not for the bot as it is after an edit, in its Matrix thread."""
+    edited = question_of(row, edit)
+    if edited is None:
+        return None
+    if found is None:
+        # An edit does not repeat the relations.
+        raise quotations.EventsNeeded(row.room.room_id, [row.event_id], related=True)
+    original = found.get(row.event_id)
+    if original is None or not original.event.relation:
+        return edited
+    content = {**edited.content, "m.relates_to": original.event.relation}
+    return replace(edited, content=content, source={**edited.source, "content": content})
 
 
 def _was_refused(row: RoomEvent) -> bool:

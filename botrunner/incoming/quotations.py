@@ -32,9 +32,11 @@ Found = Mapping[str, FoundEvent]
 class EventsNeeded(Exception):
     """Submitting a message depends on events that are not recorded with their content."""
 
-    def __init__(self, room_id: str, event_ids: list[str]) -> None:
+    def __init__(self, room_id: str, event_ids: list[str], *, related: bool = False) -> None:
         super().__init__(f"Events of room {room_id} are needed: {', '.join(event_ids)}.")
         self.room_id, self.event_ids = room_id, event_ids
+        # And the events that these relate to.
+        self.related = related
 
 
 def of(

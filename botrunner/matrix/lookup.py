@@ -37,9 +37,21 @@ class EventLookup:
         self._minute = 0
         self._of_rooms: Counter[str] = Counter()
 
-    async def fetch(self, room_id: str, event_ids: Iterable[str]) -> dict[str, FoundEvent]:
-        """Return the events that the homeserver shows to the bot and that can be decrypted. Raises
-        `TokenRefused`."""
+    async def fetch(
+        self, room_id: str, event_ids: Iterable[str], *, related: bool = False
+    ) -> dict[str, FoundEvent]:
+        """Return the events that the homeserver shows to the bot and that can be decrypted, with `related`
+        also those that they relate to. Raises `TokenRefused`."""
+        found = await self._fetch_all(room_id, event_ids)
+        if related:
+            events = [each.event for each in found.values()]
+            targets = {
+                each for event in events for each in (event.thread_root, event.replies_to) if each
+            }
+            found |= await self._fetch_all(room_id, sorted(targets - found.keys()))
+        return found
+
+    async def _fetch_all(self, room_id: str, event_ids: Iterable[str]) -> dict[str, FoundEvent]:
         if time.monotonic() < self._paused_until:
             return {}
         minute = int(time.monotonic() // 60)

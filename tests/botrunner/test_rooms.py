@@ -186,6 +186,29 @@ def test_replies_and_threads_quote_what_they_hang_on(
     assert ask("!ask again", **{"m.in_reply_to": to}) == []
 
 
+def test_an_edit_that_makes_a_question_is_answered_in_its_thread(
+    world: World, alice: Account
+) -> None:
+    register(alice, prefix="!ask ")
+    world.start("worker", "bot")
+    room = world.invite(alice)
+    root = world.synapse.send(alice, room, "The meeting is at noon")
+    thread = {"rel_type": "m.thread", "event_id": root}
+    content = {"msgtype": "m.text", "body": "!aks translate", "m.relates_to": thread}
+    said = world.synapse.send(alice, room, content)
+    new = {"msgtype": "m.text", "body": "!ask translate"}
+    edit = {
+        **new,
+        "m.new_content": new,
+        "m.relates_to": {"rel_type": "m.replace", "event_id": said},
+    }
+    world.synapse.send(alice, room, edit)
+    assert world.answer(alice, room, said)["m.relates_to"]["event_id"] == root
+    message = Message.objects.get(role=Message.Role.USER)
+    assert message.content == "translate"
+    assert [each["text"] for each in message.quotations] == ["The meeting is at noon"]
+
+
 def test_what_was_said_while_it_was_down_is_answered_once(world: World, alice: Account) -> None:
     register(alice)
     world.start("worker", "bot")
