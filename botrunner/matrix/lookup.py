@@ -40,8 +40,8 @@ class EventLookup:
     async def fetch(
         self, room_id: str, event_ids: Iterable[str], *, related: bool = False
     ) -> dict[str, FoundEvent]:
-        """Return the events that the homeserver shows to the bot and that can be decrypted, with `related`
-        also those that they relate to. Raises `TokenRefused`."""
+        """Return the events that the homeserver shows to the bot and that can be decrypted; with
+        `related` also those that they relate to. Raises `TokenRefused`."""
         found = await self._fetch_all(room_id, event_ids)
         if related:
             events = [each.event for each in found.values()]
