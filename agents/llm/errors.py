@@ -163,7 +163,7 @@ PATTERNS = (
             r"context.?window.?exceeded",
             r"(maximum|max|model'?s?|available) (model |total |input )?context",
             r"exceed\w* .{0,40}context",
-            r"context.{0,30}(exceeded|overflow)",
+            r"context.?(length|size|window|limit).{0,30}(exceed|overflow)",
             r"(prompt|input|message|conversation|request)s? (is|are|was) too (long|large)",
             r"(prompt|input).{0,60}too (long|large) for",
             r"(input|prompt) (token count|length|tokens).{0,40}exceed",
@@ -223,7 +223,9 @@ PATTERNS = (
         _words(
             r"(invalid|unknown|unsupported|no such) model",
             r"not a valid model",
-            r"model.{0,120}(not (exist|found|available|supported|served|loaded)|unknown)",
+            r"model.{0,120}(not (exist|found|available|served|loaded)|unknown)",
+            r"model [^ ]{1,100} (is )?not supported",
+            r"no models? (is |are )?loaded",
             r"deployment.{0,40}not (exist|found)",
             r"(no endpoints|no deployments|no provider).{0,20} for",
         ),
@@ -246,7 +248,7 @@ PATTERNS = (
             }
         ),
         _words(
-            r"(invalid|incorrect|missing|no|expired) (api.?)?key",
+            r"(invalid|incorrect|missing|no|expired) api.?key",
             r"api.?key.{0,20}(not valid|invalid|missing|required)",
         ),
         _REFUSALS,

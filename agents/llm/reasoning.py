@@ -14,6 +14,8 @@ LONE_CLOSING = re.compile(r"(?:^|\n)[ \t]*</think>[ \t]*(?=\n|$)", re.IGNORECASE
 FENCE = re.compile(r"^ {0,3}(```|~~~)", re.MULTILINE)
 # How often an opening tag within an answer is looked at: each time costs a look at all of it.
 MAX_LOOKS = 50
+# Of white space at the beginning.
+MAX_HELD = 1000
 
 
 class ReasoningFilter:
@@ -89,7 +91,7 @@ class ReasoningFilter:
         if tag:
             self._closing = tag[0] + "/" + tag[1:]
             return start[len(tag) :]
-        if any(tag.startswith(start.lower()) for tag in OPENINGS):
+        if len(buffer) < MAX_HELD and any(tag.startswith(start.lower()) for tag in OPENINGS):
             self._held = buffer
             return ""
         self._begun = True

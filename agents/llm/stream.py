@@ -162,7 +162,7 @@ class AnswerReader:
         start = b"".join([*self._start, chunk])
         text = start.removeprefix(BOM).lstrip()
         if not text or BOM.startswith(start):
-            self._start = [start]
+            self._start = [start[-len(BOM) :]]
             return b""
         self._start, self._is_undecided = [], False
         self._is_document = text[:1] in (b"{", b"[") or text.startswith(b"null")
@@ -215,6 +215,8 @@ class AnswerReader:
             self._note_usage(usage)
         if (choices := chunk.get("choices")) and isinstance(choices, list):
             self._choice(choices[0])
+        elif not self.is_finished and _is_bare_error(chunk):
+            raise errors.from_answer(ErrorReport.of({"error": chunk}), self._model)
 
     def _choice(self, choice: Any) -> None:
         if not isinstance(choice, dict) or choice.get("index"):
@@ -224,6 +226,8 @@ class AnswerReader:
         elif (message := choice.get("message")) and not self.has_answer:
             self._delta(message)
         if reason := choice.get("finish_reason"):
+            if error := choice.get("error"):
+                raise errors.from_answer(ErrorReport.of({"error": error}), self._model)
             self._finished(reason)
 
     def _delta(self, delta: dict[str, Any]) -> None:
@@ -246,9 +250,9 @@ class AnswerReader:
             self._deltas += 1
             self._refuse(_text_of(refusal))
         calls = delta.get("tool_calls")
-        if calls and isinstance(calls, list):
+        if calls:
             self._deltas += 1
-            for fragment in calls:
+            for fragment in calls if isinstance(calls, list) else [calls]:
                 self._calls.add(fragment)
         elif function := delta.get("function_call"):
             self._deltas += 1
@@ -329,6 +333,11 @@ class AnswerReader:
         if prompt or completion:
             prompt = prompt or max(0, _count(usage, "total_tokens") - completion)
             self.usage = TokenUsage(prompt, completion, min(cached, prompt))
+
+
+def _is_bare_error(chunk: dict[str, Any]) -> bool:
+    """Return whether an event without a choice is an error that is not marked as one."""
+    return bool(chunk.get("detail") or (chunk.get("message") and chunk.get("code")))
 
 
 def _has_error(body: Any) -> bool:

@@ -11,6 +11,9 @@ import orjson
 
 from agents.llm.replies import ToolCall, storable
 
+# More than are executed of one reply (agents.llm.loop).
+MAX_CALLS = 128
+
 
 class Call:
     __slots__ = ("arguments", "id", "index", "name")
@@ -100,7 +103,8 @@ class ToolCallCollector:
         )
         if call is None or begins_again:
             call = Call(index, id)
-            self._calls.append(call)
+            if len(self._calls) < MAX_CALLS:
+                self._calls.append(call)
         call.id = call.id or id
         return call
 

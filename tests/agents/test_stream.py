@@ -1,6 +1,7 @@
 """The reader of model answers: bytes that are cut anywhere, in all shapes that servers send."""
 
 import itertools
+import time
 from typing import Any
 
 import orjson
@@ -154,6 +155,62 @@ class TestDocuments:
         assert failure(event({"content": "Hi"}) + b"data: " + data + b"\n\n") == expected
         bare = b"event: error\ndata: " + orjson.dumps(error) + b"\n\n"
         assert failure(bare) == expected
+
+    def test_an_error_may_be_bare_or_in_the_choice(self) -> None:
+        assert failure(b'data: {"detail":"Rate limit exceeded"}\n\n') == ("rate_limited", False)
+        assert failure(b'data: {"message":"no","code":402}\n\n') == ("quota", True)
+        choice = b'{"choices":[{"delta":{},"error":{"code":429},"finish_reason":"error"}]}'
+        assert failure(b"data: " + choice + b"\n\n") == ("rate_limited", False)
+
+    @pytest.mark.parametrize(
+        ("message", "code"),
+        [
+            ("context deadline exceeded", "unavailable"),
+            ("context size exceeded: 600 > 512", "too_long"),
+            ("Requested tokens (600) exceed context window of 512", "too_long"),
+            ("missing key: 'content'", "refused"),
+            ("This model does not support tools", "refused"),
+            ("'tools' is not supported with this model", "refused"),
+            ("The model gpt-9 is not supported", "unknown_model"),
+            ("No models loaded. Please load a model", "unknown_model"),
+        ],
+    )
+    def test_the_text_decides_if_nothing_else_does(self, message: str, code: str) -> None:
+        status = 500 if code == "unavailable" else 400
+        error = orjson.dumps({"error": {"code": status, "message": message}})
+        assert failure(b"data: " + error + b"\n\n")[0] == code
+
+
+class TestWork:
+    """What an endpoint sends costs no more than it is long."""
+
+    @pytest.mark.parametrize(
+        "delta",
+        [
+            {"content": " "},
+            {"content": "<"},
+            {"content": "\n<think>"},
+            {"content": "`"},
+            {"tool_calls": [{"function": {"name": "a", "arguments": "{}"}}]},
+            {"tool_calls": [{"function": {"name": "a", "arguments": "{}}"}}]},
+        ],
+        ids=str,
+    )
+    def test_many_deltas(self, delta: Any) -> None:
+        reader, data = AnswerReader(), event(delta)
+        began = time.process_time()
+        for _ in range(20_000):
+            reader.feed(data)
+        reader.cut()
+        reader.fill(ModelReply(), 40)
+        assert time.process_time() - began < 4
+
+    def test_a_long_beginning_of_white_space(self) -> None:
+        reader = AnswerReader()
+        began = time.process_time()
+        for _ in range(50_000):
+            reader.feed(b"\n")
+        assert time.process_time() - began < 2
 
 
 class TestFinish:
