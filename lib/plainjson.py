@@ -103,13 +103,17 @@ class PlainAPIView(APIView):
     methods_with_fields: ClassVar[frozenset[str]] = frozenset()
 
     def initial(self, request: Request, *args: Any, **kwargs: Any) -> None:
-        if request.META.get("HTTP_TRANSFER_ENCODING") and not request.META.get("CONTENT_LENGTH"):
+        http = request._request  # REST framework looks up each attribute of `request` in two objects
+        if http.META.get("HTTP_TRANSFER_ENCODING") and not http.META.get("CONTENT_LENGTH"):
             raise LengthRequired  # a server without config.server: the body would seem empty
         super().initial(request, *args, **kwargs)
+        if http.META.get("QUERY_STRING") or http.method not in self.methods_with_fields:
+            self._check_names(request)
+
+    def _check_names(self, request: Request) -> None:
         if request.method not in self.allowed_methods or request.method == "OPTIONS":
             return
-        if request.META.get("QUERY_STRING"):
-            self._check_query(request)
+        self._check_query(request)
         if request.method not in SAFE_METHODS and request.method not in self.methods_with_fields:
             check_fields(request.data, {})
 
