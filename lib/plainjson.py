@@ -103,7 +103,9 @@ class PlainAPIView(APIView):
     methods_with_fields: ClassVar[frozenset[str]] = frozenset()
 
     def initial(self, request: Request, *args: Any, **kwargs: Any) -> None:
-        http = request._request  # REST framework looks up each attribute of `request` in two objects
+        http = (
+            request._request
+        )  # REST framework looks up each attribute of `request` in two objects
         if http.META.get("HTTP_TRANSFER_ENCODING") and not http.META.get("CONTENT_LENGTH"):
             raise LengthRequired  # a server without config.server: the body would seem empty
         super().initial(request, *args, **kwargs)
