@@ -128,6 +128,7 @@ def check(given_: History, prompt: history.Prompt) -> str:
             assert everything.count(row.partial.strip() or "(nothing)") == is_told
     assert prompt.messages[-1]["content"].endswith(given_.path[-1].text), "whole"
     assert ("<summary>" in everything) == (prompt.sent["summaryUpTo"] is not None)
+    assert (prompt.sent["summaryUpTo"] or 0) <= given_.path[-1].position, "nothing later"
     assert "<summary>" not in everything or "<summary>" in prompt.messages[0]["content"]
     assert everything.count(history.BROKEN_OFF) == len(prompt.sent.get("brokenOffAfter", []))
     return everything
