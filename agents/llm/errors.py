@@ -329,7 +329,10 @@ def from_answer(report: ErrorReport, model: str) -> LLMError:
 
 def _acceptable_part(report: ErrorReport) -> float | None:
     """Return the context of the model in proportion to the input, by the numbers in the error: the
-    smallest context and the largest number of all."""
+    smallest context and the largest number of all. None where it says `at least` how long the input is:
+    vLLM stops to count above the limit."""
+    if re.search(r"\bat least [0-9]", report.message):
+        return None
     numbers = [int(each) for each in re.findall(r"\b[0-9]{2,9}\b", report.message)]
     limits = [
         int(each)

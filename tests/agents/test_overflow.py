@@ -22,6 +22,7 @@ from tests.fakes.llm import (
     call_tool,
     template_error,
 )
+from tests.fakes.servers import answer
 
 pytestmark = pytest.mark.django_db
 
@@ -133,6 +134,13 @@ def test_as_much_is_kept_as_an_endpoint_says_that_it_takes(
     assert ask("now", thread).status == Run.Status.COMPLETED
     # Half of the four fifths that fit: one turn of 10,000 characters, and the short one.
     assert [len(each) for each in contents(model)] == [10, 10_000, 10, 8, 3]
+
+
+def test_a_least_length_of_the_input_is_no_proportion(model: FakeLLM, thread: Thread) -> None:
+    model.script(answer("vllm", "overflow"))
+    assert ask("now", thread).status == Run.Status.COMPLETED
+    # vLLM counts to one above its limit: half of that would be half of everything.
+    assert sum(map(len, contents(model)[:-1])) <= 5_100
 
 
 class TestTools:
