@@ -58,6 +58,9 @@ prepare_machine() {
   command -v chromium >/dev/null || missing+=(chromium)
   [ -n "$(find_initdb)" ] || missing+=(postgresql)
   command -v redis-check-rdb >/dev/null || missing+=(redis-tools)
+  # For their tests, which are skipped without them. The service of nginx is masked: it would take port 80.
+  command -v pgbouncer >/dev/null || [ -x /usr/sbin/pgbouncer ] || missing+=(pgbouncer)
+  command -v nginx >/dev/null || [ -x /usr/sbin/nginx ] || missing+=(nginx-light)
   [ ${#missing[@]} = 0 ] || install "${missing[@]}"
   # A Redis with TLS, for its own test. The package redis-server would start a service, and all other tests
   # would use its version instead of 6.2; redis-tools has the same program under another name.

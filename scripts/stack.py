@@ -84,7 +84,7 @@ def main() -> None:
     # Until supervisord takes over, exit by an exception: it ends a running subprocess as well.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     ports = {name: read_port(name, default) for name, default in PORTS}
-    folder = make_folder()
+    folder = make_folder("STACK_DIR", ".local")
     with lock(folder), contextlib.ExitStack() as leaving:
         patience = LEFTOVER_SECONDS if was_killed(folder) else 0
         for name, port in ports.items():
@@ -98,13 +98,14 @@ def main() -> None:
         supervise.run(prepare_supervisor(folder, leaving))
 
 
-def make_folder() -> Path:
-    folder = Path(setting("STACK_DIR", str(REPO / ".local"))).resolve()
+def make_folder(name: str, path: str) -> Path:
+    """Return the folder that the variable names, created if missing. Exits if it is not writable."""
+    folder = (REPO / setting(name, path)).resolve()
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        refuse("STACK_DIR", f"names a folder that cannot be written: {error.strerror}.")
+        refuse(name, f"names a folder that cannot be written: {error.strerror}.")
     return folder
 
 
@@ -264,6 +265,9 @@ def prepare_matrix(folder: Path, *, patience: float) -> None:
     os.environ.update(STACK_HOMESERVER="false", STACK_ROOMS="false")
     if not wants_matrix():
         return
+    make_folder("BOT_RUNNER_STORE", "db/botrunner")
+    if setting("MATRIX_URL"):
+        look_for_homeserver(setting("MATRIX_URL"))
     os.environ.update(
         STACK_ROOMS="true",
         # The defaults of the settings, for the account that is created.
@@ -275,6 +279,17 @@ def prepare_matrix(folder: Path, *, patience: float) -> None:
         demo_data |= prepare_homeserver(folder / "homeserver", patience=patience)
     demo_data |= {"matrix_url": os.environ["MATRIX_URL"], "bot": os.environ["BOT_RUNNER_USERNAME"]}
     write_private(demo, json.dumps(demo_data))
+
+
+def look_for_homeserver(url: str) -> None:
+    """Report a homeserver that does not answer. The bot runner retries, and the rest works without."""
+    try:
+        homeserver.call(url.rstrip("/"), "GET", "/_matrix/client/versions", timeout=3)
+    except (homeserver.CallFailed, OSError, ValueError):
+        place = dotenv.place("MATRIX_URL")
+        print(
+            f"MATRIX_URL{place}: no homeserver answers there. The bot runner retries.", flush=True
+        )
 
 
 def wants_matrix() -> bool:

@@ -46,6 +46,54 @@ def test_a_wrong_value_stops_the_start_and_names_the_variable(
     assert hint in last
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "DEBUG",
+        "LOG_LEVELS",
+        "LOG_FORMAT",
+        "OUTGOING_PORTS",
+        "OPS_ALLOWED_NETWORKS",
+        "CHAT_WHEN_BUSY",
+        "LIMIT_USER_COST_PER_DAY",
+        "BOT_RUNNER_MAX_EVENT_AGE",
+        "REDIS_URL",
+        "REDIS_CA_FILE",
+        "DATABASE_URL",
+        "DATABASE_PGBOUNCER",
+        "MATRIX_URL",
+        "OPENAI_BASE_URL",
+        "SENTRY_DSN",
+        "SECURE_PROXY_SSL_HEADER",
+        "FORCE_SCRIPT_NAME",
+    ],
+)
+@pytest.mark.parametrize("value", ["sk=canary", "postgres://me:1/canary@host/name"])
+def test_the_error_does_not_show_the_value(name: str, value: str, start: Start) -> None:
+    process = start("settings.DEBUG", **{name: value})
+
+    assert process.returncode != 0
+    last = process.stderr.strip().splitlines()[-1]
+    assert last.startswith("django.core.exceptions.ImproperlyConfigured")
+    assert name in last
+    assert "canary" not in last
+
+
+@pytest.mark.parametrize("value", ["/api", "/admin/x", "bots", "/a b", "/../x", "/_x", "https://x"])
+def test_a_path_that_cannot_be_in_front(value: str, start: Start) -> None:
+    process = start("settings.DEBUG", FORCE_SCRIPT_NAME=value)
+
+    assert "FORCE_SCRIPT_NAME" in process.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("value", ["/bots", "/bots/", "/a/b-c/"])
+def test_a_path_in_front(value: str, start: Start) -> None:
+    process = start("settings.STATIC_URL, settings.CSRF_COOKIE_PATH", FORCE_SCRIPT_NAME=value)
+
+    prefix = value.rstrip("/")
+    assert process.stdout.strip() == str((f"{prefix}/static/", prefix))
+
+
 class TestUnusedSecrets:
     """A worker and the bot runner do without what only the web server signs with."""
 

@@ -4,6 +4,7 @@ import socket
 import stat
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import psutil
@@ -61,14 +62,25 @@ def test_a_port_that_is_taken_is_named_with_its_variable() -> None:
 
 @pytest.mark.parametrize(
     ("variable", "value"),
-    [("PORT", "http"), ("CHAT_MEMORY_RECENT_MESSAGES", "many"), ("REALM_SECRET_SEED", "short")],
+    [
+        ("PORT", "canary"),
+        ("STACK_DIR", "/dev/null/canary"),
+        ("CHAT_MEMORY_RECENT_MESSAGES", "canary"),
+        ("REALM_SECRET_SEED", "canary"),
+        ("REDIS_URL", "canary"),
+        ("REDIS_URL", "redis://canary:canary@127.0.0.1:1"),
+        ("DATABASE_URL", "postgres://me:canary@127.0.0.1:1/x"),
+        ("DATABASE_URL", "file:/dev/null/canary/x"),
+        ("MATRIX_URL", "canary"),
+    ],
 )
 def test_a_wrong_value_stops_the_start_and_names_the_variable(variable: str, value: str) -> None:
     process = start(Stack(), **{variable: value})
 
     assert process.returncode != 0
     assert variable in process.stderr
-    assert "Traceback" not in process.stderr
+    assert len(process.stderr.strip().splitlines()) == 1
+    assert "canary" not in process.stdout + process.stderr
 
 
 def test_a_redis_that_is_given_is_used(redis_server: str) -> None:
@@ -121,6 +133,64 @@ def test_the_doctor_looks_at_the_stack_that_runs() -> None:
         assert "No answer at REDIS_URL" in other.stdout
         stack.stop()
         assert not written.exists()
+
+
+def test_every_command_has_the_settings_of_the_stack(tmp_path: Path) -> None:
+    """From another directory, and with the stack's files in a folder of their own."""
+    with Stack(is_new=True, DEBUG="true") as stack:
+        known = clean_environment() | {"STACK_DIR": str(stack.directory)}
+
+        def run(*command: str, **env: str) -> subprocess.CompletedProcess[str]:
+            return subprocess.run(
+                [sys.executable, *command],
+                env=known | env,
+                cwd=tmp_path,
+                capture_output=True,
+                text=True,
+                timeout=180,
+                check=False,
+            )
+
+        manage = str(ROOT / "manage.py")
+        show = (
+            "from django.conf import settings as s;"
+            "print(s.REDIS_URL, s.DATABASES['default']['NAME'], s.REALM_SECRET_SEED)"
+        )
+        shell = run(manage, "shell", "--verbosity=0", "-c", show)
+        shown = shell.stdout.split()
+        assert shown == [
+            stack.redis_url,
+            f"{stack.directory}/db.sqlite",
+            stack.env["REALM_SECRET_SEED"],
+        ], shell.stderr
+        mine = run(manage, "shell", "--verbosity=0", "-c", show, REALM_SECRET_SEED="m" * 40)
+        assert mine.stdout.split() == [*shown[:2], "m" * 40]
+
+        token = run(manage, "realm_token", "@me:localhost", "--create")
+        request = urllib.request.Request(
+            f"{stack.url}/_bot-registrations",
+            headers={"Authorization": f"Bearer {token.stdout.strip()}"},
+        )
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            assert answer.status == 200
+        assert "0 secrets" in run(manage, "rotate_secrets", "--dry-run").stdout
+
+        celery = ("-m", "celery", "--workdir", str(ROOT), "-A", "config")
+        stack.wait("the worker to answer", lambda: "pong" in run(*celery, "inspect", "ping").stdout)
+
+        demo = run("-m", "tests.benchmarks.demo", "--runs", "3", PYTHONPATH=str(ROOT))
+        assert f"http://localhost:{stack.port}/admin/" in demo.stdout, demo.stderr
+        assert "Redis is unavailable" not in demo.stdout
+
+        stack.stop()
+        without = run(*celery, "inspect", "ping")
+        assert "Start one: make run" in without.stderr
+        elsewhere = {"DATABASE_URL": f"sqlite:///{tmp_path}/new.db"}
+        empty = run(manage, "realm_token", "@me:localhost", **elsewhere)
+        assert empty.returncode == 1
+        assert "lacks tables: run manage.py migrate" in empty.stderr
+        assert "Start the local stack (make run)" in empty.stderr
+        assert "Traceback" not in empty.stderr
 
 
 def psutil_environment(stack: Stack) -> dict[str, str]:
