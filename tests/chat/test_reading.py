@@ -188,7 +188,7 @@ class TestRuns:
         ("GET", "/api/chat/threads/%ff/messages", 404),
         ("GET", "/api/nothing", 404),
         ("DELETE", "/api/chat/nothing/here", 404),
-        ("GET", "/api/", 404),
+        ("GET", "/api//", 404),
         ("GET", "/api/chat/messages", 405),
         ("DELETE", "/api/chat/models", 405),
         ("POST", "/api", 405),
@@ -219,7 +219,7 @@ def test_internal_error_shows_no_traceback(api: APIClient, monkeypatch: Any, cap
     def explode(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("canary")
 
-    monkeypatch.setattr("chat.api.views.run_json", explode)
+    monkeypatch.setattr("chat.api.views.run_state_json", explode)
     run = factories.ask()
 
     response = api.get(f"/api/chat/runs/{run.pk}")
