@@ -58,7 +58,7 @@ prepare_machine() {
   command -v chromium >/dev/null || missing+=(chromium)
   [ -n "$(find_initdb)" ] || missing+=(postgresql)
   command -v redis-check-rdb >/dev/null || missing+=(redis-tools)
-  # For their tests, which are skipped without them. The service of nginx is masked: it would take port 80.
+  # For their tests, which are skipped without them. Their services may start: no test uses ports 80 and 6432.
   command -v pgbouncer >/dev/null || [ -x /usr/sbin/pgbouncer ] || missing+=(pgbouncer)
   command -v nginx >/dev/null || [ -x /usr/sbin/nginx ] || missing+=(nginx-light)
   [ ${#missing[@]} = 0 ] || install "${missing[@]}"
