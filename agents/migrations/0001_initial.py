@@ -159,7 +159,7 @@ class Migration(migrations.Migration):
                 ('request_event_id', models.UUIDField(default=uuid.uuid4, editable=False)),
                 ('source', models.CharField(choices=[('http', 'Http'), ('matrix', 'Matrix'), ('stream', 'Stream')], max_length=6)),
                 ('place', models.CharField(blank=True, help_text='The Matrix id of its room. Empty for HTTP and the stream.', max_length=255)),
-                ('requester', models.CharField(blank=True, db_default='', help_text='The user, as limits name them: a Matrix id, or a user name.', max_length=255)),
+                ('requester', models.CharField(blank=True, db_default='', default='', help_text='The user, as limits name them: a Matrix id, or a user name.', max_length=255)),
                 ('request_id', models.CharField(blank=True, help_text="The id of the HTTP request, the Matrix event or the stream's event.", max_length=255)),
                 ('command', models.CharField(default='chat.reply', max_length=2000)),
                 ('input', models.JSONField(blank=True, default=dict)),

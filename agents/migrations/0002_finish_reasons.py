@@ -13,7 +13,7 @@ class Migration(migrations.Migration):
         migrations.AddField(
             model_name='run',
             name='finish_reason',
-            field=models.CharField(blank=True, db_default='', editable=False, help_text='Why the model stopped: stop, length, content_filter or tool_calls.', max_length=20),
+            field=models.CharField(blank=True, db_default='', default='', editable=False, help_text='Why the model stopped: stop, length, content_filter or tool_calls.', max_length=20),
         ),
         migrations.AddField(
             model_name='run',
@@ -23,12 +23,12 @@ class Migration(migrations.Migration):
         migrations.AddField(
             model_name='step',
             name='finish_reason',
-            field=models.CharField(blank=True, db_default='', editable=False, help_text='Why the model stopped: stop, length, content_filter or tool_calls.', max_length=20),
+            field=models.CharField(blank=True, db_default='', default='', editable=False, help_text='Why the model stopped: stop, length, content_filter or tool_calls.', max_length=20),
         ),
         migrations.AddField(
             model_name='step',
             name='reasoning',
-            field=models.TextField(blank=True, db_default='', help_text='What a model wrote before its answer: no part of the answer or of the memory.'),
+            field=models.TextField(blank=True, db_default='', default='', help_text='What a model wrote before its answer: no part of the answer or of the memory.'),
         ),
         migrations.AddField(
             model_name='step',

@@ -79,6 +79,7 @@ class Step(models.Model):
     error = models.TextField(blank=True)
     reasoning = models.TextField(
         blank=True,
+        default="",
         db_default="",  # for processes of the previous version during a rollout
         help_text="What a model wrote before its answer: no part of the answer or of the memory.",
     )

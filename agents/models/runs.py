@@ -182,6 +182,7 @@ class Run(models.Model):
     requester = models.CharField(
         max_length=MAX_NAME_LENGTH,
         blank=True,
+        default="",
         db_default="",  # for processes of the previous version during a rollout
         help_text="The user, as limits name them: a Matrix id, or a user name.",
     )

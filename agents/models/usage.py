@@ -35,6 +35,7 @@ def finish_reason_field() -> "models.CharField[str, str]":
     return models.CharField(
         max_length=20,
         blank=True,
+        default="",
         db_default="",  # for processes of the previous version during a rollout
         editable=False,
         help_text="Why the model stopped: stop, length, content_filter or tool_calls.",
