@@ -14,7 +14,7 @@ from typing import Any
 import environ
 
 NAME = r"[A-Za-z_][A-Za-z_0-9]*"
-ASSIGNMENT = re.compile(rf"(?:export\s+)?({NAME})=(.*)", re.DOTALL)
+ASSIGNMENT = re.compile(rf"\A(?:export\s+)?({NAME})=(.*)", re.DOTALL)
 # A name that is not followed by `=`: upper case, with `_`, so that it cannot be a part of a secret.
 INTENDED = re.compile(r"(?:export\s+)?([A-Z]+(?:_[A-Z]+)+)(?=[\s:]|\Z)")
 

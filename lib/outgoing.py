@@ -22,7 +22,7 @@ from urllib.parse import SplitResult, urlsplit, urlunsplit
 from django.conf import settings
 
 DEFAULT_PORT = HTTPS_PORT = 443
-ABSOLUTE = re.compile(r"\s*([A-Za-z][A-Za-z0-9+.-]*:)?//")
+ABSOLUTE = re.compile(r"\A\s*([A-Za-z][A-Za-z0-9+.-]*:)?//")
 HOST_LENGTH = 253  # of a name in DNS
 CHUNK_BYTES = 16 * 1024
 ESCAPE = re.compile("%([0-9A-Fa-f]{2})")

@@ -75,5 +75,5 @@ def test_each_loop_has_a_singular_name(
     monkeypatch.setattr(Bot, "_repeat", repeat)
     async_to_sync(scene)()
 
-    assert len(names) == 7
+    assert len(names) == 8
     assert [name for name in names if name.split()[0].endswith("s")] == []

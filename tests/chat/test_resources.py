@@ -138,7 +138,6 @@ class TestResources:
     @pytest.mark.parametrize(
         "path",
         [
-            "/api/threads/",
             "/api/threads/a/b",
             "/api/messages/1",
             "/api/runs/%00",

@@ -437,7 +437,7 @@ def test_disconnected_client_leaves_nothing_behind() -> None:
     run = ask("Hi")
 
     async def scene() -> None:
-        hub = subscriber.current(streams._find_ended)
+        hub = subscriber.current(streams.find_ended)
         async with request(f"/api/chat/runs/{run.pk}/events") as response:
             await response.event()
             await wait_for(lambda: run.pk in hub._runs)
@@ -486,13 +486,13 @@ def test_idle_stream_sends_keep_alives(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streams, "KEEP_ALIVE_SECONDS", 0.05)
     run = ask("Hi")
     asked: list[Any] = []
-    unit = streams._unit
+    unit = streams.unit
 
     async def counted(function: Any, *args: Any) -> Any:
         asked.append(function)
         return await unit(function, *args)
 
-    monkeypatch.setattr(streams, "_unit", counted)
+    monkeypatch.setattr(streams, "unit", counted)
 
     async def scene() -> None:
         async with request(f"/api/chat/runs/{run.pk}/events") as response:

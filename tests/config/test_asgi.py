@@ -41,6 +41,7 @@ def broken(request: HttpRequest) -> HttpResponse:
 
 
 urlpatterns = [
+    path("", echo, name="chat"),  # the page of an error links to it
     path("api/long", long),
     path("api/broken", broken),
     path("api/echo", echo),

@@ -75,4 +75,4 @@ def test_a_part_of_the_night_that_is_not_there_is_refused_with_the_right_ones() 
     )
 
     assert done.returncode == 2
-    assert "Unknown part tea. The parts: browsers findings" in done.stderr
+    assert "Unknown part tea. The parts: browsers matrix-js findings" in done.stderr

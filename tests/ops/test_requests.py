@@ -135,7 +135,7 @@ class TestLines:
         told = lines.one("Request")
 
         assert told["route"] == "/api/chat/runs/<id:run_id>"
-        assert (told["method"], told["status"], told["user"]) == ("GET", 404, alice.pk)
+        assert (told["method"], told["status"], told["user"]) == ("GET", 400, alice.pk)
         assert told["ms"] > 0
         assert "canary" not in lines.text
         assert len(lines.text.splitlines()) == 1  # nobody says it again

@@ -294,8 +294,7 @@ def test_deleting_wants_the_right_type(client: Client, alice: User, path: str) -
 @pytest.mark.parametrize("pk", ["x", "1", "%00", "%FF", "..%2f", "9" * 3000, "%F0%9F%98%80"])
 @pytest.mark.parametrize("path", DELETERS)
 def test_an_address_that_names_no_id(client: Client, path: str, pk: str) -> None:
-    response = client.delete(f"{path}/{pk}")
-    only_error(response, 404 if "%2f" in pk else 400)
+    only_error(client.delete(f"{path}/{pk}"), 400)
 
 
 def test_a_body_that_is_too_large(client: Client) -> None:
@@ -438,7 +437,6 @@ def test_wrong_methods(nobody: Client, method: str, path: str, allowed: str) -> 
     [
         "/_",
         "/_nothing",
-        "/_bot-registrations/",
         "/_bot-registrations/x",
         "/_bot-registration/a/b",
         "/_server-session/x",
