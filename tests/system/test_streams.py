@@ -4,6 +4,7 @@ import contextlib
 import http.client
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -15,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from tests.fakes.llm import FakeLLM, Hang, Reply, held
+from tests.fakes.llm import Failure, FakeLLM, Hang, Reply, held
 from tests.ports import free_port
 from tests.system.stack import Stack
 
@@ -222,3 +223,45 @@ def test_listeners_that_vanish_leave_nothing_behind(stack: Stack, llm: FakeLLM) 
 
         stack.wait("the connections to be freed", freed, 10)
     cancel(stack, run_id)
+
+
+def test_the_same_conversation_in_a_terminal(stack: Stack, llm: FakeLLM) -> None:
+    separated = Reply(("Here\u2028and", " there\x1b[2J.\u202e"))
+    llm.script(TALK, Failure(503), separated)
+
+    def chat(question: str, *options: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "manage.py", "chat", *options]
+        return subprocess.run(
+            command, input=question, env=stack.env, capture_output=True, text=True, timeout=180
+        )
+
+    done = chat("Talk\nAgain\n", "--thread", "terminal-1", "--model", "gpt-4o-mini")
+
+    assert done.returncode == 0, done.stderr
+    first, retry, *rest = done.stdout.splitlines()
+    assert first == "".join(WORDS)
+    assert re.fullmatch(r"\(The model is not available\. Trying again after .*\)", retry)
+    assert rest == ["Here", "and there\ufffd[2J.\ufffd"]
+    assert "terminal-1" in done.stderr
+    assert [call.last_user for call in llm.requests] == ["Talk", "Again", "Again"]
+
+    refused = chat("x\n", "--thread", "no such id")
+    assert refused.returncode == 1
+    assert "threadId" in refused.stderr
+
+
+def test_a_terminal_goes_on_when_the_web_server_is_replaced(stack: Stack, llm: FakeLLM) -> None:
+    llm.script(TALK)
+    command = [sys.executable, "manage.py", "chat", "--url", stack.url]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=stack.env, text=True
+    ) as chat:
+        assert chat.stdin
+        assert chat.stdout
+        chat.stdin.write("Talk\n")
+        chat.stdin.close()
+        said = chat.stdout.read(12)
+        old = stack.kill("web", signal.SIGTERM)
+        said += chat.stdout.read()
+    stack.wait_restarted("web", old)
+    assert said == "".join(WORDS) + "\n"
