@@ -16,7 +16,7 @@ Message = dict[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
-# For each open stream and waiting request the task that waits for its client to leave.
+# For each open stream the task that waits for its client to leave.
 _open: set[asyncio.Task[None]] = set()
 
 
@@ -44,14 +44,15 @@ async def send_stream(
 async def answer_unless_left(
     waiting: lateanswer.Waiting, leaving: asyncio.Task[None]
 ) -> lateanswer.LateAnswer | None:
-    """Return the answer that is waited for; None if there is none, the client leaves or the server
-    stops."""
+    """Return the answer that is waited for; None if there is none, the client leaves or the server's
+    time to stop is over. Unlike a stream it goes on when the server is told to stop: its client has
+    nothing to reconnect to."""
     answering = asyncio.ensure_future(waiting())
-    _open.add(leaving)
     try:
-        await asyncio.wait([answering, leaving], return_when=asyncio.FIRST_COMPLETED)
+        # The server cancels what is left at the end of its time: the message is accepted, so say that.
+        with suppress(asyncio.CancelledError):
+            await asyncio.wait([answering, leaving], return_when=asyncio.FIRST_COMPLETED)
     finally:
-        _open.discard(leaving)
         while not answering.done():
             answering.cancel()
             await asyncio.wait([answering], timeout=0.2)
