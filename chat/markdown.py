@@ -3,15 +3,20 @@
 import functools
 import html
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import nh3
 from markdown_it import MarkdownIt
+from markdown_it.common.utils import escapeHtml, unescapeAll
 from markdown_it.rules_block import StateBlock
 from markdown_it.rules_block.table import getLine, table
 from markdown_it.rules_inline import StateInline
 from markdown_it.token import Token
+
+from chat import dialect, formulas, highlighting
+from chat.dialect import SCHEMES
 
 # https://spec.matrix.org/v1.11/client-server-api/#mroommessage-msgtypes, without images: an answer
 # must not make its readers load resources from third parties.
@@ -20,7 +25,28 @@ TAGS = {
     *("li", "b", "i", "u", "strong", "em", "s", "code", "hr", "br", "div", "table", "thead"),
     *("tbody", "tr", "th", "td", "caption", "pre", "span", "details", "summary"),
 }
-ATTRIBUTES = {"*": set(), "a": {"href"}, "ol": {"start"}, "code": {"class"}}
+ATTRIBUTES = {
+    "*": set(),
+    "a": {"href"},
+    "code": {"class"},
+    "div": {"data-mx-maths"},
+    "ol": {"start"},
+    "span": {"data-mx-maths"},
+}
+# A page has more: formulas as MathML, highlighted code, boxes of tasks, columns that are aligned.
+PAGE_TAGS = TAGS | formulas.TAGS | {"input"}
+PAGE_ATTRIBUTES = {
+    "*": set(),
+    "a": {"href"},
+    "code": {"class"},
+    "input": {"aria-label", "checked", "disabled", "type"},
+    "ol": {"start"},
+    "pre": {"data-language"},
+    "span": {"class"},
+    "td": {"align"},
+    "th": {"align"},
+    **formulas.ATTRIBUTES,
+}
 # Deeper nesting is left out.
 MAX_NESTING = 20
 # Longer text, or text that takes more steps, is shown as plain text. Each line, token and test of a
@@ -36,13 +62,16 @@ MIN_CELLS = 50
 # again and again.
 MAX_GROWTH = 8
 GROWTH_ALLOWANCE = 1_000
+# MathML and highlighting may add this.
+RICH_GROWTH = 16
+RICH_ALLOWANCE = 10_000
 # The attributes added to a link that opens in a new tab.
 LINK_LENGTH = len(' target="_blank" rel="noopener noreferrer nofollow"')
 # Bidirectional controls, which reorder the displayed text: "exe.txt" could be shown as "txt.exe".
 BIDI_CONTROLS = re.compile("[\u202a-\u202e\u2066-\u2069]")
 # One class only, so that an answer cannot restyle the page: "```x&#32;fixed&#32;inset-0".
 LANGUAGE = re.compile(r"language-[\w+#.-]{1,40}", re.ASCII)
-SCHEMES = {"https", "http", "ftp", "mailto", "magnet"}
+TASKS = {True: "Done", False: "Not done"}
 
 
 class TooManySteps(Exception):
@@ -65,11 +94,14 @@ class Steps:
 @functools.cache
 def _parser() -> MarkdownIt:
     # js-default: no raw HTML.
-    options = {"linkify": False, "breaks": True, "maxNesting": MAX_NESTING}
-    parser = MarkdownIt("js-default", options).disable("image")
+    options = {"linkify": True, "breaks": True, "maxNesting": MAX_NESTING}
+    parser = MarkdownIt("js-default", options)
+    dialect.install(parser)
     parser.block.ruler.at("table", _table, {"alt": ["paragraph", "reference"]})
     parser.block.ruler.before("table", "steps", _at_block)
     parser.inline.ruler.before("text", "steps", _at_character)
+    for rule in (fence, formula, formula_block, task):
+        parser.add_render_rule(rule.__name__, rule)
     return parser
 
 
@@ -106,11 +138,26 @@ def _ends_a_table(state: StateBlock, line: int) -> bool:
 
 
 def to_html(text: str, *, new_tab: bool = False, steps: Steps | None = None) -> str:
-    """Return sanitised HTML. `new_tab`: links open in a new tab, without a referrer; a Matrix client
-    decides that itself. `steps`: the steps that the page may still take."""
+    """Return sanitised HTML. `new_tab`: for a page, where links open in a new tab, without a referrer;
+    otherwise for a Matrix client, which decides that itself and highlights code and displays formulas.
+    `steps`: the steps that the page may still take."""
     steps = steps or Steps()
-    parsed = _parsed(text, steps) if len(text) <= MAX_LENGTH else None
-    return as_plain_text(text) if parsed is None else _rendered(*parsed, new_tab=new_tab)
+    head = len(text) if len(text) <= MAX_LENGTH else _whole_blocks(text, steps)
+    parsed = _parsed(text[:head], steps) if head else None
+    if parsed is None:
+        return as_plain_text(text)
+    html = _rendered(*parsed, new_tab=new_tab)
+    return html + "\n" + as_plain_text(text[head:]) if head < len(text) else html
+
+
+def _whole_blocks(text: str, steps: Steps) -> int:
+    """Return the length of the blocks that end within `MAX_LENGTH`."""
+    head = text[:MAX_LENGTH]
+    parsed = _parsed(head, steps)
+    starts = (
+        [token.map[0] for token in parsed[0] if not token.level and token.map] if parsed else []
+    )
+    return sum(len(line) + 1 for line in head.split("\n")[: starts[-1]]) if starts else 0
 
 
 def blocks(text: str, steps: int) -> list[Token]:
@@ -137,6 +184,7 @@ def _parsed(text: str, steps: Steps) -> tuple[list[Token], dict[str, Any]] | Non
     available = budget.remaining
     cells = min(MAX_CELLS, MIN_CELLS + len(text) // 2)
     env: dict[str, Any] = {"steps": budget, "tokens": 0, "cells": cells}
+    env["rich"] = RICH_GROWTH * len(text) + RICH_ALLOWANCE
     try:
         budget.take(text.count("\n"))
         tokens = _parser().parse(text, env)
@@ -158,10 +206,11 @@ def _html_length(token: Token) -> int:
 
 def _rendered(tokens: list[Token], env: dict[str, Any], *, new_tab: bool) -> str:
     parser = _parser()
+    env["page"] = new_tab
     cleaned = nh3.clean(
         parser.renderer.render(tokens, parser.options, env),
-        tags=TAGS,
-        attributes=ATTRIBUTES,
+        tags=PAGE_TAGS if new_tab else TAGS,
+        attributes=PAGE_ATTRIBUTES if new_tab else ATTRIBUTES,
         url_schemes=SCHEMES,
         link_rel="noopener noreferrer nofollow" if new_tab else None,
         set_tag_attribute_values={"a": {"target": "_blank"}} if new_tab else None,
@@ -169,6 +218,67 @@ def _rendered(tokens: list[Token], env: dict[str, Any], *, new_tab: bool) -> str
     )
     # After sanitising, since the controls may be written as entities.
     return strip_bidi_controls(cleaned).strip()
+
+
+def fence(self: Any, tokens: Sequence[Token], index: int, options: Any, env: Any) -> str:
+    token = tokens[index]
+    language = unescapeAll(token.info).strip().partition(" ")[0]
+    if language == "math":
+        return _formula_html(token.content.strip(), env, "div")
+    code = _highlighted(token.content, language, env) or escapeHtml(token.content)
+    if not language:
+        return f"<pre><code>{code}</code></pre>\n"
+    name = escapeHtml(language)
+    return f'<pre data-language="{name}"><code class="language-{name}">{code}</code></pre>\n'
+
+
+def formula(self: Any, tokens: Sequence[Token], index: int, options: Any, env: Any) -> str:
+    return _formula_html(tokens[index].content, env, "span", tokens[index].markup)
+
+
+def formula_block(self: Any, tokens: Sequence[Token], index: int, options: Any, env: Any) -> str:
+    return _formula_html(tokens[index].content, env, "div")
+
+
+def task(self: Any, tokens: Sequence[Token], index: int, options: Any, env: Any) -> str:
+    done = bool(tokens[index].meta["done"])
+    if not env["page"]:
+        return "\u2611" if done else "\u2610"
+    checked = " checked" if done else ""
+    return f'<input type="checkbox" disabled aria-label="{TASKS[done]}"{checked}>'
+
+
+def _formula_html(latex: str, env: Any, tag: str, markup: str = "") -> str:
+    """Return MathML for a page; for a room, the LaTeX as the Matrix specification has it."""
+    verbatim = f"<code>{escapeHtml(latex)}</code>"
+    if not env["page"]:
+        if tag == "div":
+            verbatim = f"<pre>{verbatim}</pre>"
+        return f'<{tag} data-mx-maths="{escapeHtml(latex)}">{verbatim}</{tag}>'
+    display = tag == "div" or markup in dialect.BLOCKS
+    mathml = _within_limits(formulas.to_mathml(latex, display=display), env)
+    if tag == "div":
+        return f"<p>{mathml}</p>\n" if mathml else f"<pre>{verbatim}</pre>\n"
+    return mathml or verbatim
+
+
+def _highlighted(code: str, language: str, env: Any) -> str | None:
+    if not env["page"] or not language:
+        return None
+    try:
+        env["steps"].take(len(code) // highlighting.CHARACTERS_PER_STEP)
+    except TooManySteps:
+        env["steps"].remaining = 0
+        return None
+    return _within_limits(highlighting.highlighted(code, language), env)
+
+
+def _within_limits(html: str | None, env: Any) -> str | None:
+    """Return None for HTML that would make that of the text too long."""
+    if html is None or len(html) > env["rich"]:
+        return None
+    env["rich"] -= len(html)
+    return html
 
 
 def strip_bidi_controls(text: str) -> str:
@@ -179,6 +289,10 @@ def strip_bidi_controls(text: str) -> str:
 def _attribute(tag: str, name: str, value: str) -> str | None:
     if (tag, name) == ("code", "class"):
         return value if LANGUAGE.fullmatch(value) else None
+    if (tag, name) == ("span", "class"):
+        return value if value in highlighting.CLASSES else None
+    if name == "data-language":
+        return value if highlighting.LANGUAGE.fullmatch(value) else None
     if name == "href" and value.partition(":")[0].lower() not in SCHEMES:
         return None  # no relative links into this site
     return value

@@ -181,7 +181,8 @@ class TestAConversation:
             page = browser.get(path)
             assert "How late is it?\n&lt;b&gt;Tell&lt;/b&gt; me" in page.text
             assert "<p>It is <strong>late</strong>.</p>" in page.text
-            assert '<pre><code class="language-python">x &lt; 1\n</code></pre>' in page.text
+            assert '<pre data-language="python"><code class="language-python">' in page.text
+            assert '<span class="o">&lt;</span>' in page.text
             kinds = re.findall(r'class="kind">(\w*)<', page.text)
             assert [kind for kind in kinds if kind] == ["model", "tool", "model"]
             run.refresh_from_db()

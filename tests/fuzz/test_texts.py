@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from agents.llm import completions, errors
 from agents.runs import http_commands
 from botrunner.outgoing import content as rendering
-from botrunner.outgoing.content import MAX_CONTENT_BYTES, split
-from chat.markdown import MAX_LENGTH, TAGS, to_html
+from botrunner.outgoing.content import MAX_CONTENT_BYTES
+from chat.markdown import MAX_LENGTH, PAGE_TAGS, TAGS, to_html
 from config.scrub import Scrubber
 from lib import outgoing
 from tests.fuzz.examples import anything, objects, tried, words
@@ -27,6 +27,14 @@ PIECES = [
     "](",
     "<a href=",
     "javascript:",
+    "$$",
+    "\\(",
+    "\\[",
+    "\\text{",
+    "<sup>",
+    "- [x] ",
+    "```js\n",
+    "http://",
     "&#106;",
     "\u202e",
 ]
@@ -36,13 +44,21 @@ MARKED = st.lists(st.sampled_from([*PIECES, *HOSTILE[:12]]) | words, max_size=25
 @tried(150, text=MARKED)
 def test_markdown(text: str) -> None:
     html = to_html(completions.storable(text), new_tab=True)
-    assert Parsed(html).tags <= TAGS
+    assert Parsed(html).tags <= PAGE_TAGS
     assert not faults(html)
+    html = to_html(completions.storable(text))
+    assert Parsed(html).tags <= TAGS
+    assert not faults(html, apart=False)
 
 
 @pytest.mark.parametrize(
     "piece",
-    ["*a_", "[", "![a](", "[[a](", "`", "<a ", "&#1;", "> ", "- \n", "a|\n|-\n", "\\", "~~"],
+    [
+        *("*a_", "[", "![a](", "[[a](", "`", "<a ", "&#1;", "> ", "- \n", "a|\n|-\n", "\\", "~~"),
+        *("$", "$a", "$a$ ", "$$a\n", "$$", "\\(", "\\[a\n", "\\[\n\n", "$\\$", "a $\\", "<sub>"),
+        *("http://", "http://a.b", "http://a.b ", "www.", "www.a.", "www.a.b/", "- [x] a\n"),
+        *("![](http://a.b/c)", "```js\n{\n```\n", "```c\n", "$x^2$", "\\(a\\)", "[![a](b)](c)"),
+    ],
 )
 def test_what_repeats_itself_takes_no_longer_for_it(piece: str) -> None:
     assert_grows_with_length(to_html, piece * (MAX_LENGTH // 2 // len(piece)))
@@ -69,8 +85,8 @@ def spent(work: Callable[[str], object], text: str) -> float:
 @tried(20, pieces=st.lists(MARKED, max_size=4), times=st.integers(1, 400))
 def test_an_answer_of_any_length_fits_into_events(pieces: list[str], times: int) -> None:
     text = completions.storable("\n".join(pieces * times))[:100_000]
-    for piece in split(text, MAX_CONTENT_BYTES):
-        assert rendering._size(rendering._message(piece, "m.text")) <= MAX_CONTENT_BYTES
+    for message in rendering._fitting(text, "m.text"):
+        assert rendering._size(message) <= MAX_CONTENT_BYTES
 
 
 @tried(

@@ -17,7 +17,8 @@ from agents.runs import execution
 from botrunner.models import Reply, Room, RoomEvent, Session
 from botrunner.outgoing import content as rendering
 from botrunner.outgoing import queue
-from chat.markdown import ATTRIBUTES, TAGS, to_html
+from chat.highlighting import CLASSES
+from chat.markdown import ATTRIBUTES, PAGE_ATTRIBUTES, PAGE_TAGS, TAGS, to_html
 from chat.models import Message
 from realm.models import BotCommand, BotRegistration, User
 from tests import factories
@@ -45,13 +46,16 @@ class TestMarkdown:
         html = to_html(markdown, new_tab=apart)
         parsed = Parsed(html)
 
-        assert parsed.tags <= TAGS
+        assert parsed.tags <= (PAGE_TAGS if apart else TAGS)
         assert not faults(html, apart=apart)
         allowed = {"target", "rel"} if apart else set()
+        attributes = PAGE_ATTRIBUTES if apart else ATTRIBUTES
         for each in parsed.elements:
             more = allowed if each.tag == "a" else set()
-            assert each.attributes.keys() <= ATTRIBUTES.get(each.tag, set()) | more
-            assert re.fullmatch(r"language-[\w.+#-]+", each.attributes.get("class", "language-x"))
+            assert each.attributes.keys() <= attributes.get(each.tag, set()) | more
+            name = each.attributes.get("class", "language-x")
+            assert re.fullmatch(r"language-[\w.+#-]+", name) or name in CLASSES
+            assert each.tag != "input" or each.attributes["type"] == "checkbox"
             if apart and each.tag == "a":
                 assert set(each.attributes["rel"].split()) == {"noopener", "noreferrer", "nofollow"}
             # Nor does a link lead to a place of ours.
@@ -116,7 +120,7 @@ def test_the_chat_page_shows_it_and_does_none_of_it(answers: list[Run]) -> None:
     scripts = [each for each in page.elements if each.tag == "script"]
     assert [each.attributes["src"] for each in scripts] == ["/static/chat/page.js"]
     prose = page.within("prose")
-    assert {each.tag for each in prose} <= TAGS
+    assert {each.tag for each in prose} <= PAGE_TAGS
     assert len([each for each in prose if each.tag == "a"]) > 3
 
     part = looked_at(browser, f"/runs/{answers[0].pk}")
@@ -151,7 +155,7 @@ def test_pages_of_the_console_show_it_and_do_none_of_it(
             shown.add(each.tag)
             assert each.tag != "a" or "nofollow" in each.attributes["rel"]
 
-    assert {"p", "a", "code", "table"} < shown <= TAGS
+    assert {"p", "a", "code", "table"} < shown <= PAGE_TAGS
 
 
 def test_what_a_room_is_told_is_harmless_and_calls_nobody(answers: list[Run]) -> None:
@@ -163,7 +167,7 @@ def test_what_a_room_is_told_is_harmless_and_calls_nobody(answers: list[Run]) ->
             parsed = Parsed(content["formatted_body"])
             assert parsed.tags <= TAGS
             assert not faults(content["formatted_body"], apart=False)
-            assert parsed.attributes <= {"href", "start", "class"}
+            assert parsed.attributes <= {"href", "start", "class", "data-mx-maths"}
             assert content["m.mentions"] == {}
             assert not re.search("[\u202a-\u202e\u2066-\u2069]", content["body"])
     assert "@room" in parts[-1]["body"]

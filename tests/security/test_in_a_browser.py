@@ -100,6 +100,20 @@ def test_what_streams_in_is_text_and_nothing_else() -> None:
     assert "gnp.exe a" in shown
 
 
+def test_enter_that_confirms_an_input_method_sends_nothing() -> None:
+    page = Client().get("/")
+    with browsing({"/": (page.text, page.headers)}) as window:
+        window.goto(HERE + "/")
+        press = """options => {
+            const event = new KeyboardEvent("keydown", {key: "Enter", cancelable: true, ...options});
+            return !document.getElementById("message").dispatchEvent(event);
+        }"""
+        assert not window.evaluate(press, {"isComposing": True})
+        # WebKit has ended the composition by then.
+        assert not window.evaluate(press, {"keyCode": 229})
+        assert window.evaluate(press, {"keyCode": 13})
+
+
 def test_the_admin_works_under_its_policy(admin_client: Client) -> None:
     run = factories.ask("Hello")
     execution.execute(run.pk)

@@ -472,14 +472,16 @@ document.addEventListener("toggle", (event) => {
 
 // On devices without a Shift key, Enter starts a new line.
 const hasKeys = !matchMedia("(pointer: coarse)").matches;
+// WebKit ends a composition before the Enter that confirms it, and marks that one with key code 229.
+const isComposing = (event) => event.isComposing || event.keyCode === 229;
 input.addEventListener("keydown", (event) => {
-  if (event.key !== "Enter" || event.shiftKey || event.isComposing || !hasKeys) return;
+  if (event.key !== "Enter" || event.shiftKey || isComposing(event) || !hasKeys) return;
   event.preventDefault();
   composer.requestSubmit();
 });
 
 document.addEventListener("keydown", (event) => {
-  if (event.key !== "Escape" || event.isComposing || stopButton.hidden) return;
+  if (event.key !== "Escape" || isComposing(event) || stopButton.hidden) return;
   if (document.querySelector(":popover-open")) return;
   stopButton.click();
 });
