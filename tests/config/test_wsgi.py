@@ -1,4 +1,5 @@
 import io
+import json
 from typing import Any
 
 import pytest
@@ -24,5 +25,6 @@ def test_a_charset_that_is_none_does_not_break_the_server(charset: str) -> None:
 
     body = b"".join(application(environ, lambda status, headers: started.append(status)))
 
-    assert started == ["200 OK"]
-    assert b"API is running" in body
+    # The parameter was read: it is refused by its name.
+    assert started == ["400 Bad Request"]
+    assert json.loads(body)["code"] == "unknown_name"
