@@ -24,9 +24,9 @@ BLOCKS = {"$$": "$$", "\\[": "\\]"}
 INLINE = {"$$": "$$", "\\[": "\\]", "\\(": "\\)"}
 HTML = re.compile(r"<(?:br\s{0,9}/?|/?sub|/?sup)>", re.IGNORECASE | re.ASCII)
 # "$5 for one, 6$ for two": a price and words.
-PRICE = re.compile(r"[0-9][0-9.,]*[kKmMbB]?\s+[A-Za-z]{2}")
+PRICE = re.compile(r"\A[0-9][0-9.,]*[kKmMbB]?\s+[A-Za-z]{2}")
 # "\[1\]" and "\[x\]": brackets that are escaped, as in the footnotes and tasks of other dialects.
-NO_FORMULA = re.compile(r"\s*(?:[0-9]{1,9}|[xX]?)\s*\Z")
+NO_FORMULA = re.compile(r"\A(?:[0-9]{1,9}|[xX])?\Z")
 WORD = re.compile(r"[A-Za-z0-9]")
 # The parts of an image's description that are words.
 WORDS = {"text", "code_inline", "formula", "text_special"}
@@ -116,7 +116,7 @@ def _is_escaped(source: str, position: int) -> bool:
 
 
 def _is_escaped_bracket(source: str, start: int, end: int) -> bool:
-    return bool(NO_FORMULA.match(source[start:end])) or source[end + 2 : end + 3] == "("
+    return bool(NO_FORMULA.match(source[start:end].strip())) or source[end + 2 : end + 3] == "("
 
 
 def _end_of_dollars(source: str, start: int) -> int:

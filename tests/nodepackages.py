@@ -21,7 +21,7 @@ def installed(folder: Path) -> Path:
     target = KEPT / hashlib.sha256(lock.read_bytes()).hexdigest()[:16]
     done = target / ".installed"
     KEPT.mkdir(exist_ok=True)
-    with (KEPT / ".lock").open("w") as mutex:
+    with target.with_suffix(".lock").open("w") as mutex:
         fcntl.flock(mutex, fcntl.LOCK_EX)
         if done.exists():
             return target
@@ -44,3 +44,8 @@ def installed(folder: Path) -> Path:
 def environment() -> dict[str, str]:
     """Return the environment of programs that find this Node.js first."""
     return os.environ | {"PATH": f"{NODE.parent}{os.pathsep}{os.environ.get('PATH', '')}"}
+
+
+if __name__ == "__main__":  # `python -m tests.nodepackages FOLDER ...` installs them beforehand
+    for name in sys.argv[1:]:
+        installed(Path(name))
